@@ -1,0 +1,28 @@
+"""Shared set-up: CPU, eight virtual devices, one compilation cache for the whole session."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+import jax  # noqa: E402  (the environment must be set first)
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """A cache that lives as long as the session: equal programs compile once."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("jax_cache"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real records and vocabularies beside the checkout; skips where it is absent."""
+    folder = pathlib.Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("no folder ../shared with real records and vocabularies")
+    return folder
