@@ -1,9 +1,9 @@
 """The decoder, its presets, and weights in and out."""
 
 from qlog.models.config import PRESETS, DecoderConfig
-from qlog.models.decoder import Prefix, Suffix, apply, empty_suffix, init, prefill, unembedding
+from qlog.models.decoder import Params, Prefix, Suffix, apply, empty_suffix, init, prefill, unembedding
 
 __all__ = [
-    "PRESETS", "DecoderConfig", "Prefix", "Suffix", "apply", "empty_suffix", "init", "prefill",
+    "PRESETS", "DecoderConfig", "Params", "Prefix", "Suffix", "apply", "empty_suffix", "init", "prefill",
     "unembedding",
 ]  # fmt: skip
