@@ -1,0 +1,322 @@
+"""Graders: does a generated answer agree with the gold one? Pure Python, linear time, no eval.
+
+Every grader is `grader(answer, golds, ...) -> float` in [0, 1], where `answer` is the text after
+the thinking-end token and `golds` one gold string or several (the answer and its aliases; the best
+counts). What is no answer scores 0 everywhere: empty or blank text, more than `MAX_CHARS`
+characters, and text that carries control tags such as `</think>` or `<|im_end|>`.
+
+| grader | use | rule |
+|---|---|---|
+| `exact_match` | reward in training | the gold string itself, up to white space |
+| `contains` | evaluation | the gold answer occurs in the answer, as whole words and numbers |
+| `squad_em`, `squad_f1` | columns | as in the official scripts of HotPotQA and MuSiQue |
+| `finqa_numeric` | column | the number equals FinQA's executed answer at the precision written |
+
+`Grader` wraps one of them, counts exceptions and stops the run when more than 1% of calls fail.
+"""
+
+import collections
+import decimal
+import functools
+import logging
+import math
+import re
+import string
+import threading
+import unicodedata
+from collections.abc import Callable, Sequence
+
+MAX_CHARS = 4096  # 128 answer tokens are about 600 characters: what is longer is no answer
+MAX_EXTRA_WORDS = 50  # `contains`: words beyond the gold; a copied paragraph has more
+MAX_COPIED_WORDS = 12  # `contains`: words beyond the gold that may be copied from the source
+
+_TAGS = re.compile(
+    r"</?think>|<\|[a-z_]{1,40}\|>|</?s>|<(?:eos|bos|pad|start_of_turn|end_of_turn)>",
+    re.IGNORECASE,
+)
+_DASHES = {ord(dash): "-" for dash in "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"}
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?!\w)"
+# A minus belongs to a number unless it joins two words ("2008-2010"); currency signs are not read.
+_TOKENS = re.compile(rf"(?:(?<![\w)%])-(?:\$\s?)?)?{_NUMBER}|%|\w+")
+
+
+def _golds(golds: str | Sequence[str]) -> Sequence[str]:
+    return (golds,) if isinstance(golds, str) else golds
+
+
+def is_answer(text: str) -> bool:
+    """Whether `text` may be graded: not blank, not longer than MAX_CHARS, no control tag in it."""
+    return len(text) <= MAX_CHARS and bool(text.strip()) and not _TAGS.search(text)
+
+
+def _best(score: Callable[[str, str], float], answer: str, golds: str | Sequence[str]) -> float:
+    """The best score over the gold strings; 0 for what is no answer, and against empty golds."""
+    if not is_answer(answer):
+        return 0.0
+    return max((float(score(answer, gold)) for gold in _golds(golds) if gold.strip()), default=0.0)
+
+
+def exact_match(answer: str, golds: str | Sequence[str]) -> float:
+    """1 if the answer is the gold string, case included; runs of white space count as one space.
+
+    The reward of the estimators that sample answers (GRPO, RLOO, MaxRL, STaR).
+    """
+    return _best(lambda a, g: a.split() == g.split(), answer, golds)
+
+
+def _number_token(token: str) -> str:
+    """The one spelling of a number: "-$1,200.50" is "-1200.5", ".50" is "0.5"."""
+    sign = "-" if token[0] == "-" else ""
+    digits = token.lstrip("-$ ").replace(",", "")
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+        digits = "0" + digits if digits.startswith(".") else digits
+    return sign + (digits or "0") if digits.strip("0.") else "0"
+
+
+def _without_escaped_newlines(text: str) -> str:
+    """Drops the literal backslash-n tails that some of FinQA's gold strings carry."""
+    text = text.rstrip()
+    while text.endswith("\\n"):
+        text = text[:-1].rstrip("\\").rstrip()
+    return text
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers of a text, punctuation and currency signs dropped.
+
+    Unicode is brought to NFKC and case-folded. Numbers keep sign and point and lose thousands
+    separators and trailing zeros; "%" is a word of its own, and "percent" is read as "%".
+    """
+    text = unicodedata.normalize("NFKC", text.translate(_DASHES)).casefold()
+    text = re.sub(r"\bper ?cent\b", "%", _without_escaped_newlines(text))
+    is_number = re.compile(rf"-?\$?\s?{_NUMBER}\Z").match
+    return [_number_token(t) if is_number(t) else t for t in _TOKENS.findall(text)]
+
+
+@functools.lru_cache(maxsize=64)
+def _joined(text: str) -> str:
+    return " " + " ".join(words(text)) + " "
+
+
+def _without_article(text_words: list[str]) -> list[str]:
+    """Drops a leading article, unless it is all there is ("A" may be an answer)."""
+    has_article = len(text_words) > 1 and text_words[0] in ("a", "an", "the")
+    return text_words[1:] if has_article else text_words
+
+
+def contains(answer: str, golds: str | Sequence[str], *, source: str = "") -> float:
+    """Relaxed substring match, the paper's evaluation: 1 if a gold answer occurs in the answer.
+
+    It occurs as a run of whole `words` (a leading article of the gold is not required): "no" is not
+    in "not known", 407 is not in 1407 or 407.5, and 3.47% is not 34.7%. An answer scores 0 that
+      * has both "yes" and "no" where the gold is one of them,
+      * has over MAX_EXTRA_WORDS words more than the gold (a copied paragraph), or
+      * is copied verbatim from `source` (the prompt's text, if given) with over MAX_COPIED_WORDS
+        words more than the gold.
+    """
+    if not is_answer(answer):
+        return 0.0
+    answer_words = words(answer)
+    text = " " + " ".join(answer_words) + " "
+    for gold in _golds(golds):
+        gold_words = _without_article(words(gold))
+        extra = len(answer_words) - len(gold_words)
+        if not gold_words:  # nothing but punctuation, or empty
+            found = bool(gold.strip()) and answer.strip() == gold.strip()
+        elif gold_words in (["yes"], ["no"]):
+            found = {"yes", "no"} & set(answer_words) == set(gold_words)
+        else:
+            found = " " + " ".join(gold_words) + " " in text
+        is_copy = bool(source) and extra > MAX_COPIED_WORDS and text in _joined(source)
+        if found and extra <= MAX_EXTRA_WORDS and not is_copy:
+            return 1.0
+    return 0.0
+
+
+def vote_key(answer: str) -> str:
+    """What a majority vote counts: the answer's `words` without a leading article; "" casts no vote."""
+    return " ".join(_without_article(words(answer))) if is_answer(answer) else ""
+
+
+# ---- SQuAD's exact match and F1 ----
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def squad_normalise(text: str) -> str:
+    """The scripts' normal form: lower case, no ASCII punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def squad_em(answer: str, golds: str | Sequence[str]) -> float:
+    """Exact match of the SQuAD normal forms, the best over `golds` (MuSiQue: answer and aliases)."""
+    return _best(lambda a, g: squad_normalise(a) == squad_normalise(g), answer, golds)
+
+
+def squad_f1(
+    answer: str, golds: str | Sequence[str], *, closed: Sequence[str] = ("yes", "no", "noanswer")
+) -> float:
+    """F1 between the bags of words of the SQuAD normal forms, the best over `golds`.
+
+    Args:
+        closed: HotPotQA's special case: where one side is one of these, only equality scores.
+            MuSiQue's script has none: pass ().
+    """
+
+    def f1(a: str, g: str) -> float:
+        a, g = squad_normalise(a), squad_normalise(g)
+        if a != g and (a in closed or g in closed):
+            return 0.0
+        a_words, g_words = a.split(), g.split()
+        same = sum((collections.Counter(a_words) & collections.Counter(g_words)).values())
+        return 2 * same / (len(a_words) + len(g_words)) if same else 0.0
+
+    return _best(f1, answer, golds)
+
+
+# ---- FinQA's numbers ----
+
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_QUANTITY = re.compile(
+    r"(?P<open>\(\s?(?:\$\s?)?)?(?P<sign>(?<![\w)%])-(?:\$\s?)?)?"
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\w]|[.,]\d)(?P<close>\s?%?\s?\))?"
+    rf"\s?(?P<percent>%)?\s?(?P<scale>(?:{'|'.join(_SCALES)})s?\b)?"
+)
+
+
+def _quantity(text: str) -> re.Match | None:
+    """The number that an answer states: the last one after the last "=", bare years passed over."""
+    text = unicodedata.normalize("NFKC", text.translate(_DASHES)).casefold()
+    text = re.sub(r"\\(?=[%$])|\*\*", "", text)  # LaTeX's escapes, Markdown's bold
+    text = re.sub(r"\bper ?cent\b", "%", text.rsplit("=", 1)[-1])
+    found = [m for m in _QUANTITY.finditer(text) if len(m["number"]) <= 40]
+    is_year = re.compile(r"\s*(?:19|20)\d\d\s*\Z").match
+    return ([m for m in found if not is_year(m[0])] or found or [None])[-1]
+
+
+def _agrees(value: decimal.Decimal, unit: decimal.Decimal, target: decimal.Decimal) -> bool:
+    """Whether `value`, written down to `unit`, is `target` rounded or cut there (or to 5 decimals)."""
+    error = abs(value - target)
+    if error <= decimal.Decimal("0.000005"):
+        return True
+    if not value or (value < 0) != (target < 0):
+        return False
+    cut = abs(target) - abs(value)
+    return 20 * error <= abs(target) and -unit / 2 <= cut < unit
+
+
+def finqa_numeric(answer: str, target: float | int | str, *, gold: str = "") -> float:
+    """1 if the answer states FinQA's executed answer `exe_ans`: 5 decimals, or "yes" or "no".
+
+    The official script executes programs; free text needs a rule of our own:
+      * The number is the last one after the last "="; bare years (1900-2099) are passed over when
+        there is another one. Thousands separators and currency signs are skipped; "-", a typographic
+        minus and accounting brackets "(2.4)" are negative. The sign must agree.
+      * It must be the target rounded or truncated at the decimals written (34.7% for 0.34719) and
+        within 5% of it, so that "0%" is not right for everything small; or equal at 5 decimals.
+      * n% is n/100. Where the annotator's answer `gold` shows that percent is meant (it has "%", or
+        is 100 times the target), n and n% both mean n/100 or n, since FinQA's programs do both.
+      * "n million" (thousand, billion, trillion) is n or n * 10^6: questions fix the unit in words.
+
+    Args:
+        target: exe_ans, as a number or as its string.
+        gold: the annotator's string (qa.answer), read only to see whether percent is meant.
+    """
+    if not is_answer(answer):
+        return 0.0
+    if isinstance(target, str) and target.strip().lower() in ("yes", "no"):
+        return contains(answer, target)
+    value = _target(target)
+    match = _quantity(answer)
+    if value is None or match is None:
+        return 0.0
+    number = decimal.Decimal(match["number"].replace(",", ""))
+    unit = decimal.Decimal(1).scaleb(number.as_tuple().exponent)
+    if match["sign"] or (match["open"] and match["close"]):
+        number = -number
+    is_percent = bool(match["percent"] or "%" in (match["close"] or ""))
+    powers = [-2] if is_percent else [0]
+    if _means_percent(gold, value):
+        powers = [0, -2]
+    if match["scale"]:
+        powers = powers + [p + _SCALES[match["scale"].rstrip("s")] for p in powers]
+    return float(any(_agrees(number.scaleb(p), unit.scaleb(p), value) for p in powers))
+
+
+def _target(target: float | int | str) -> decimal.Decimal | None:
+    """The gold number, or None where there is none (text, NaN, infinities)."""
+    try:
+        number = float(target)
+    except ValueError:
+        return None
+    return decimal.Decimal(repr(number)) if math.isfinite(number) else None
+
+
+def _means_percent(gold: str, value: decimal.Decimal) -> bool:
+    if "%" in gold or not gold.strip():
+        return "%" in gold
+    stated = _quantity(gold)
+    if stated is None or not value:
+        return False
+    hundredfold = decimal.Decimal(stated["number"].replace(",", "")) / abs(value)
+    return decimal.Decimal(99) <= hundredfold <= decimal.Decimal(101)
+
+
+# ---- Counting what fails ----
+
+
+class GraderError(RuntimeError):
+    """Raised by `Grader` when too many calls fail: zeros would be the grader's fault."""
+
+
+class Grader:
+    """A grader that counts: exceptions score 0, are logged, and past 1% of the calls stop the run.
+
+    Args:
+        grade: any function (answer, golds, **kwargs) -> float.
+        max_error_rate: the share of calls that may fail; the first 100 calls count as 100.
+
+    Attributes:
+        calls, errors: how many so far, for the metrics `grader/calls` and `grader/errors`.
+
+    Raises (when called):
+        GraderError: errors > max_error_rate * max(calls, 100); it names the last exception.
+    """
+
+    def __init__(self, grade: Callable[..., float], *, max_error_rate: float = 0.01):
+        self.grade = grade
+        self.name = getattr(grade, "__name__", type(grade).__name__)
+        self.max_error_rate = max_error_rate
+        self.calls = 0
+        self.errors = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, answer: str, golds: str | Sequence[str], **kwargs) -> float:
+        try:
+            score, error = float(self.grade(answer, golds, **kwargs)), None
+        except Exception as caught:  # a user's grader may raise anything; it is counted, never swallowed
+            score, error = 0.0, caught
+        with self._lock:
+            self.calls += 1
+            self.errors += error is not None
+            is_over = self.errors > self.max_error_rate * max(self.calls, 100)
+        if error is not None:
+            described = f"{type(error).__name__}: {error}"
+            if is_over:
+                raise GraderError(
+                    f"grader {self.name!r} failed on {self.errors} of {self.calls} answers, more "
+                    f"than the {self.max_error_rate:.0%} allowed; the last failure was {described}"
+                ) from error
+            logging.warning("grader %r failed on %.200r: %s", self.name, answer, described)
+        return score
+
+
+GRADERS = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "squad_em": squad_em,
+    "squad_f1": squad_f1,
+    "finqa_numeric": finqa_numeric,
+}
