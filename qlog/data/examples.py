@@ -1,0 +1,59 @@
+"""What a task is made of: examples, and the words that introduce them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One supervised example (x*, y*).
+
+    Attributes:
+        id: the dataset's own id; splits, sampling keys and logs refer to it.
+        source: the linearised input, context and question, without instructions.
+        answer: the gold answer as it is scored and trained on.
+        aliases: other answers that the dataset counts as right.
+        rationale: an annotated rationale, used by supervised fine-tuning alone; '' if none.
+        official_answer: what the dataset's own script scores where that is not `answer`
+            (FinQA's executed value, "0.34719"); '' if they are the same.
+    """
+
+    id: str
+    source: str
+    answer: str
+    aliases: tuple[str, ...] = ()
+    rationale: str = ""
+    official_answer: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How a dataset is put into words.
+
+    Attributes:
+        name: as in `data.name`.
+        description: what the task is and how to write the answer; the warm style opens with it.
+        to_example: one record with the official field names -> Example; None for a task that
+            makes its examples itself.
+    """
+
+    name: str
+    description: str
+    to_example: Callable[[Mapping[str, Any]], Example] | None = None
+
+
+class Converted(Sequence[Example]):
+    """Records seen as examples, converted one by one when asked for."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], task: Task):
+        if task.to_example is None:
+            raise ValueError(f"task {task.name!r} makes its own examples and reads no records")
+        self._records = records
+        self._convert = task.to_example
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._convert(self._records[index])

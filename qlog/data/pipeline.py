@@ -1,0 +1,281 @@
+"""From examples to padded batches of prompts, in an order that only (seed, step) decides."""
+
+import dataclasses
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from qlog.data.examples import Example
+from qlog.data.formatting import Formatter
+from qlog.errors import ConfigError
+
+OVERLONG = ("error", "skip")
+
+
+class Source(Protocol):
+    """Random access to examples: a list, converted records, or a task that makes them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """B prompts with their gold answers, numpy, padded on the right.
+
+    Attributes:
+        tokens: int32 [B, P] prompts; P is a bucket length that all processes share.
+        lengths: int32 [B] prompt tokens.
+        gold: int32 [B, A] separator, gold answer, end of sequence; A is fixed for a dataset.
+        gold_lengths: int32 [B].
+        rationale: int32 [B, R] annotated rationales with their thinking-end token; R = 1 and
+            lengths 0 for a dataset opened without them.
+        rationale_lengths: int32 [B].
+        uids: uint32 [B] crc32 of the example's id, which feeds the sampling keys.
+        is_prompt: bool [B], False for rows that fill up the last evaluation batch; such a row
+            repeats the batch's first example, so that it computes something harmless.
+        examples: the B examples themselves.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    gold: np.ndarray
+    gold_lengths: np.ndarray
+    rationale: np.ndarray
+    rationale_lengths: np.ndarray
+    uids: np.ndarray
+    is_prompt: np.ndarray
+    examples: tuple[Example, ...]
+
+    def rows(self, rows: slice) -> "PromptBatch":
+        """The same batch, some of its rows, the same padded lengths."""
+        return PromptBatch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+
+
+class Encoded(NamedTuple):
+    """One example with its token ids."""
+
+    example: Example
+    prompt: list[int]
+    gold: list[int]
+    rationale: list[int]
+
+
+class Limits(NamedTuple):
+    """Longest allowed prompt, gold answer and annotated rationale, in tokens."""
+
+    prompt: int
+    gold: int
+    rationale: int | None
+
+
+# The config fields behind `Limits`, for messages.
+_FIELDS = Limits("data.max_prompt_tokens", "data.max_answer_tokens", "data.max_rationale_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Examples of a source that fit their limits; made by `open_dataset`.
+
+    Attributes:
+        source: the examples as given.
+        kept: the source's indices that belong to the dataset; a range when none was dropped.
+        formatter: makes the token ids.
+        limits: token limits; a longer example raises ConfigError when it is met.
+        gold_width: A of every batch.
+        skipped: how many examples exceeded each limit and were dropped, by config field.
+    """
+
+    source: Source
+    kept: Sequence[int]
+    formatter: Formatter
+    limits: Limits
+    gold_width: int
+    skipped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self.kept[index]]
+
+    def encode(self, index: int) -> Encoded:
+        """Token ids of one example; ConfigError if it exceeds a limit."""
+        encoded = _encode(self.formatter, self[index], self.limits)
+        _check_lengths([_lengths(encoded)], self.limits)
+        return encoded
+
+
+def open_dataset(source: Source, formatter: Formatter, *, max_prompt_tokens: int,
+                 max_answer_tokens: int, max_rationale_tokens: int | None = None,
+                 overlong: str = "error", measure: int | None = None,
+                 name: str = "data.name") -> Dataset:
+    """Checks that examples exist and fit, before anything compiles.
+
+    Args:
+        source: any object with `len` and indexing that returns Examples.
+        formatter: makes the token ids that are measured.
+        max_prompt_tokens: longest prompt.
+        max_answer_tokens: longest gold answer, separator and end of sequence included.
+        max_rationale_tokens: longest annotated rationale; None leaves rationales out of batches.
+        overlong: 'error' stops at longer examples, 'skip' drops and counts them.
+        measure: how many examples to measure now, None for all; the rest are checked when they
+            are met. For tasks that make any number of examples on the fly.
+        name: where the examples came from, for messages ("data.name=hotpotqa, split train").
+
+    Raises:
+        ConfigError: no examples, examples over a limit, unknown `overlong`.
+    """
+    if overlong not in OVERLONG:
+        raise ConfigError(f"data.overlong={overlong!r} is unknown: use one of "
+                          f"{', '.join(OVERLONG)}.")
+    if overlong == "skip" and measure is not None:
+        raise ConfigError("data.overlong='skip' has to measure every example: leave measure unset.")
+    size = len(source)
+    if not size:
+        raise ConfigError(f"{name} has no examples: check the split and data.manual_dir.")
+    limits = Limits(max_prompt_tokens, max_answer_tokens, max_rationale_tokens)
+    measured = min(size, size if measure is None else measure)
+    lengths = np.array([_lengths(_encode(formatter, source[i], limits)) for i in range(measured)],
+                       np.int32).reshape(measured, 3)
+    over = np.stack([lengths[:, k] > limit if limit is not None else np.zeros(measured, bool)
+                     for k, limit in enumerate(limits)], axis=1)
+    if overlong == "error":
+        _check_lengths(lengths, limits, name)
+    fits = ~over.any(axis=1)
+    if measured and not fits.any():
+        raise ConfigError(f"{name}: all {size} examples exceed their limits: raise "
+                          f"{_FIELDS.prompt} to {lengths[:, 0].max()} or "
+                          f"{_FIELDS.gold} to {lengths[:, 1].max()}.")
+    kept = range(size) if fits.all() else np.flatnonzero(fits).tolist()
+    longest_gold = int(lengths[fits, 1].max()) if measured == size else max_answer_tokens
+    skipped = {field: int(n) for field, n in zip(_FIELDS, over.sum(axis=0)) if n}
+    return Dataset(source, kept, formatter, limits, bucket(longest_gold, max_answer_tokens),
+                   skipped)
+
+
+def train_batches(dataset: Dataset, *, seed: int, prompts_per_step: int, start_step: int = 0,
+                  process_index: int = 0, process_count: int = 1, threads: int = 2,
+                  prefetch: int = 4) -> Iterator[tuple[int, PromptBatch]]:
+    """Endless (step, batch) pairs from `start_step` on.
+
+    Step s holds prompts s * B to (s + 1) * B - 1 of one global order: the dataset shuffled anew
+    in every epoch, epoch after epoch. The order depends on the seed alone, so a resumed run needs
+    no state but its step, and neither threads nor the number of processes change it. Each process
+    gets its contiguous rows of the global batch, padded to the global batch's length.
+
+    Args:
+        dataset: from `open_dataset`.
+        seed: decides the order.
+        prompts_per_step: B over all processes.
+        start_step: the first step to return.
+        process_index, process_count: this process and their number.
+        threads, prefetch: threads that prepare batches and the batches they keep ready.
+
+    Raises:
+        ConfigError: prompts_per_step that is not a positive multiple of process_count.
+    """
+    if prompts_per_step < 1 or prompts_per_step % process_count:
+        raise ConfigError(f"train.prompts_per_step={prompts_per_step} is not a positive multiple "
+                          f"of the {process_count} processes: give each the same number.")
+    order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
+    share = prompts_per_step // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+
+    def batch(step: int) -> tuple[int, PromptBatch]:
+        rows = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+        encoded = [dataset.encode(order[row]) for row in rows]
+        return int(step), collate(dataset, encoded).rows(mine)
+
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(steps.to_iter_dataset(options))
+
+
+def evaluation_batches(dataset: Dataset, *, batch_size: int, limit: int | None = None,
+                       process_index: int = 0, process_count: int = 1) -> Iterator[PromptBatch]:
+    """The dataset once, in its own order; filling rows of the last batch are no prompts.
+
+    Args:
+        dataset: from `open_dataset`.
+        batch_size: prompts per batch over all processes, a multiple of process_count.
+        limit: only the first so many examples.
+        process_index, process_count: as in `train_batches`.
+
+    Raises:
+        ConfigError: batch_size that is not a positive multiple of process_count.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise ConfigError(f"evaluation.batch_size={batch_size} is not a positive multiple of the "
+                          f"{process_count} processes: give each the same number.")
+    size = len(dataset) if limit is None else min(limit, len(dataset))
+    share = batch_size // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+
+    def batches() -> Iterator[PromptBatch]:
+        for start in range(0, size, batch_size):
+            encoded = [dataset.encode(i) for i in range(start, min(start + batch_size, size))]
+            yield collate(dataset, encoded, batch_size).rows(mine)
+
+    return batches()
+
+
+def collate(dataset: Dataset, encoded: Sequence[Encoded],
+            batch_size: int | None = None) -> PromptBatch:
+    """Pads encoded examples into one batch, filled up to `batch_size` with copies of the first."""
+    is_prompt = np.arange(batch_size or len(encoded)) < len(encoded)
+    encoded = [*encoded, *[encoded[0]] * (len(is_prompt) - len(encoded))]
+    limits, pad_id = dataset.limits, dataset.formatter.tokenizer.pad_id
+    tokens, lengths = _pad([e.prompt for e in encoded], pad_id, limits.prompt)
+    rationale, rationale_lengths = _pad([e.rationale for e in encoded], pad_id,
+                                        limits.rationale or 1)
+    gold, gold_lengths = _pad([e.gold for e in encoded], pad_id, limits.gold, dataset.gold_width)
+    uids = np.array([zlib.crc32(e.example.id.encode()) for e in encoded], np.uint32)
+    return PromptBatch(tokens, lengths, gold, gold_lengths, rationale, rationale_lengths, uids,
+                       is_prompt, tuple(e.example for e in encoded))
+
+
+def bucket(length: int, maximum: int) -> int:
+    """The padded length: the next of 16, 24, 32, 48, 64, 96, ... but no more than `maximum`.
+
+    Few lengths mean few compiled programs; padding adds at most a half, a fifth on average.
+    """
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return max(length, min(size, maximum))
+
+
+def _encode(formatter: Formatter, example: Example, limits: Limits) -> Encoded:
+    rationale = [] if limits.rationale is None else formatter.rationale(example)
+    return Encoded(example, formatter.prompt(example), formatter.gold(example), rationale)
+
+
+def _lengths(encoded: Encoded) -> tuple[int, int, int]:
+    return len(encoded.prompt), len(encoded.gold), len(encoded.rationale)
+
+
+def _check_lengths(lengths: Sequence, limits: Limits, name: str = "the dataset") -> None:
+    lengths = np.asarray(lengths)
+    for field, limit, column in zip(_FIELDS, limits, lengths.T):
+        if limit is not None and (column > limit).any():
+            raise ConfigError(
+                f"{field}={limit} is too small for {(column > limit).sum()} of {len(column)} "
+                f"examples of {name}, the longest with {column.max()} tokens: raise it to "
+                f"{column.max()}, or set data.overlong='skip' to drop them.")
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, maximum: int,
+         width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(row) for row in rows], np.int32)
+    longest = int(lengths.max())
+    width = width or (bucket(longest, maximum) if longest else 1)
+    padded = np.full((len(rows), width), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        padded[i, :len(row)] = row
+    return padded, lengths

@@ -1,0 +1,265 @@
+"""Tokenizers behind one interface: Hugging Face `tokenizer.json`, SentencePiece, word level.
+
+Text and control tokens never mix here. `encode` maps plain text to plain pieces only: a
+context that contains "</think>" or "<|im_end|>" cannot end a rationale or a turn, because the
+encoder is built without the control tokens. Whoever needs one takes its id from `control`.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sentencepiece
+import tokenizers as hf_tokenizers
+
+from qlog.errors import ConfigError
+
+# Names under which the known families keep their tokens, turn ends before ends of text.
+_EOS_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>",
+              "<eos>", "</s>")
+_PAD_NAMES = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>")
+_BOS_NAMES = ("<|begin_of_text|>", "<bos>")
+_QWEN_IDS = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
+             "<think>": 151667, "</think>": 151668}
+_QWEN_RANKS = 151643
+
+
+class Tokenizer:
+    """Text to token ids and back; a subclass supplies the plain pieces.
+
+    Attributes:
+        vocab_size: number of real rows, the largest id + 1 (Qwen3: 151,669; the model's
+            embedding may have more rows, which are padding).
+        control: names and ids of all control tokens ("</think>": 151668, ...).
+        eos_ids: ids that end an answer; the first one closes every gold answer.
+        pad_id: fills the padding of batches; may equal an end of sequence, so masks come from
+            lengths and never from this id.
+        bos_id: first token of every prompt, None for families without one.
+        think_start_id, think_end_id: ids around a rationale.
+        path: file that this tokenizer was read from, None when made in memory.
+    """
+
+    def __init__(self, control: Mapping[str, int], vocab_size: int, *, eos_names: Sequence[str],
+                 think_start: str, think_end: str, path: pathlib.Path | None = None):
+        where = path or "the tokenizer"
+        for field, name in (("think_start", think_start), ("think_end", think_end)):
+            if name not in control:
+                unused = [n for n in control if any(s in n for s in ("unused", "reserved", "extra"))]
+                hint = f", for example {unused[0]!r}" if unused else ""
+                raise ConfigError(f"tokenizer.{field}={name!r} is not a control token of {where}: "
+                                  f"name one of its {len(control)} control tokens{hint}.")
+        if think_start == think_end:
+            raise ConfigError(f"tokenizer.think_start and tokenizer.think_end are both "
+                              f"{think_end!r}: name two different control tokens.")
+        if not eos_names:
+            raise ConfigError(f"{where} has no end-of-sequence token that qlog knows "
+                              f"({', '.join(_EOS_NAMES)}): add one of them to tokenizer.path.")
+        self.control = dict(control)
+        self.vocab_size = vocab_size
+        self.eos_ids = tuple(control[name] for name in eos_names)
+        self.pad_id = next((control[n] for n in _PAD_NAMES if n in control), self.eos_ids[-1])
+        self.bos_id = next((control[n] for n in _BOS_NAMES if n in control), None)
+        self.think_start_id = control[think_start]
+        self.think_end_id = control[think_end]
+        self.path = path
+        self._names = {id_: name for name, id_ in control.items()}
+        _check_qwen(self.control, where)
+        leaks = [n for n, ids in zip(control, self.encode_batch(list(control)))
+                 if not self._names.keys().isdisjoint(ids)]
+        if leaks:
+            raise ConfigError(f"{where} turns the plain text {leaks[0]!r} into a control token "
+                              "and cannot be used safely; name a tokenizer.json of type BPE or "
+                              "WordLevel, or a SentencePiece .model file, in tokenizer.path.")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; markup inside it becomes ordinary pieces, never a control token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel where the library can."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the plain pieces; control tokens and ids outside the vocabulary are dropped."""
+        plain = [int(i) for i in ids]
+        return self._decode([i for i in plain if i not in self._names and i < self.vocab_size])
+
+    def token(self, id_: int) -> str:
+        """One token as text, control tokens by name."""
+        id_ = int(id_)
+        if id_ in self._names:
+            return self._names[id_]
+        return self._decode([id_]) if id_ < self.vocab_size else f"<padding row {id_}>"
+
+    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
+        """Writes the tokenizer's file into `folder`, unchanged, and returns its path."""
+        if self.path is None:
+            raise ValueError("this tokenizer was made in memory from a file's text only")
+        target = pathlib.Path(folder) / self.path.name
+        target.write_bytes(self.path.read_bytes())
+        return target
+
+    def _decode(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json` (Qwen, Llama, Gemma), read without its control tokens."""
+
+    def __init__(self, spec: Mapping[str, Any], *, think_start: str, think_end: str,
+                 path: pathlib.Path | None = None):
+        added = spec.get("added_tokens") or []
+        unknown = spec["model"].get("unk_token")
+        # Runs of spaces or newlines (Gemma) are text; every other added token is control.
+        kept = [t for t in added if not _is_markup(t["content"]) or t["content"] == unknown]
+        control = {t["content"]: t["id"] for t in added if t not in kept}
+        vocab = spec["model"]["vocab"]
+        pieces = vocab.items() if isinstance(vocab, dict) else ()
+        size = max([len(vocab) - 1, *control.values(), *(i for _, i in pieces)]) + 1
+        plain = {**spec, "added_tokens": kept, "post_processor": None, "padding": None,
+                 "truncation": None, "model": _without(spec["model"], control)}
+        self._plain = hf_tokenizers.Tokenizer.from_str(json.dumps(plain))
+        for t in kept:
+            if self._plain.token_to_id(t["content"]) != t["id"]:
+                raise ConfigError(f"{path}: the added token {t['content']!r} has id {t['id']} but "
+                                  "is not in the vocabulary; this layout is not supported.")
+        self.spec = spec
+        special = {t["content"] for t in added if t["special"]}
+        super().__init__(control, size, eos_names=[n for n in _EOS_NAMES if n in special],
+                         think_start=think_start, think_end=think_end, path=path)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [e.ids for e in encodings]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._plain.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
+        target = pathlib.Path(folder) / "tokenizer.json"
+        target.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
+        return target
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model whose user-defined markup pieces are out of reach of text."""
+
+    def __init__(self, path: pathlib.Path, *, think_start: str, think_end: str):
+        from sentencepiece import sentencepiece_model_pb2 as schema  # needs protobuf
+
+        model = schema.ModelProto()
+        try:
+            model.ParseFromString(path.read_bytes())
+        except Exception as error:
+            raise ConfigError(f"tokenizer.path={path} is not a SentencePiece model "
+                              f"({type(error).__name__}).") from error
+        kinds = schema.ModelProto.SentencePiece
+        control = {}
+        for id_, piece in enumerate(model.pieces):
+            if piece.type == kinds.CONTROL:
+                control[piece.piece] = id_
+            elif piece.type == kinds.USER_DEFINED and _is_markup(piece.piece):
+                control[piece.piece.strip("▁")] = id_
+                piece.type = kinds.UNUSED
+        self._plain = sentencepiece.SentencePieceProcessor(
+            model_proto=model.SerializeToString())
+        end = model.pieces[self._plain.eos_id()].piece if self._plain.eos_id() >= 0 else None
+        eos = [n for n in _EOS_NAMES if n in control and (n == end or n == "<end_of_turn>")]
+        super().__init__(control, len(model.pieces), eos_names=eos, think_start=think_start,
+                         think_end=think_end, path=path)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._plain.encode(list(texts), out_type=int)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._plain.decode(ids)
+
+
+def load(path: str | pathlib.Path, *, think_start: str = "<think>",
+         think_end: str = "</think>") -> Tokenizer:
+    """Reads a tokenizer from a file, or from a folder that holds one.
+
+    Args:
+        path: `tokenizer.json`, a SentencePiece `*.model`, or a folder with either; the JSON file
+            goes first, being what transformers itself reads.
+        think_start, think_end: control tokens around a rationale. Vocabularies without thinking
+            tokens lend two unused ones (Gemma "<unused0>", T5 "<extra_id_0>").
+
+    Raises:
+        ConfigError: nothing to read at `path`, a file that is no tokenizer, no such control
+            token, or Qwen's special tokens at other ids than Qwen's.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
+        found += sorted(path.glob("*.model"))
+        if not found:
+            raise ConfigError(f"tokenizer.path={path} holds neither tokenizer.json nor a "
+                              "SentencePiece *.model: copy one of them from the model's folder.")
+        path = found[0]
+    if not path.is_file():
+        raise ConfigError(f"tokenizer.path={path} does not exist: give a folder or a file with "
+                          "tokenizer.json or a SentencePiece *.model.")
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path, think_start=think_start, think_end=think_end)
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec["model"]["vocab"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"tokenizer.path={path} is not a tokenizer.json of the Hugging Face "
+                          f"tokenizers library ({error}).") from error
+    return JsonTokenizer(spec, think_start=think_start, think_end=think_end, path=path)
+
+
+def word_level(words: Sequence[str]) -> Tokenizer:
+    """A tokenizer that splits on whitespace, one id per word, made for synthetic tasks.
+
+    Ids 0 to 4 are <pad>, <eos>, <think>, </think> and <unk>; `words` follow in their order
+    without repeats. Decoding joins words with one space.
+
+    Raises:
+        ValueError: a word is empty, holds whitespace, or bears the name of a control token.
+    """
+    names = ("<pad>", "<eos>", "<think>", "</think>", "<unk>")
+    for word in words:
+        if word in names or word.split() != [word]:
+            raise ValueError(f"words: {word!r} is not a single plain word")
+    vocab = {word: i for i, word in enumerate(dict.fromkeys((*names, *words)))}
+    added = [{"id": vocab[n], "content": n, "single_word": False, "lstrip": False,
+              "rstrip": False, "normalized": False, "special": True} for n in names]
+    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "post_processor": None, "decoder": None,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
+    return JsonTokenizer(spec, think_start="<think>", think_end="</think>")
+
+
+def _is_markup(content: str) -> bool:
+    return bool(content.replace("▁", " ").strip())
+
+
+def _without(model: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, Any]:
+    """The tokenizer model with the control tokens taken out of its vocabulary and merges."""
+    vocab = model["vocab"]
+    if not isinstance(vocab, dict) or control.keys().isdisjoint(vocab):
+        return dict(model)
+    vocab = {piece: id_ for piece, id_ in vocab.items() if piece not in control}
+    if "merges" not in model:
+        return {**model, "vocab": vocab}
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    merges = [[a, b] for a, b in pairs if a in vocab and b in vocab and a + b in vocab]
+    return {**model, "vocab": vocab, "merges": merges}
+
+
+def _check_qwen(control: Mapping[str, int], where: object) -> None:
+    """Qwen's control tokens sit at fixed ids; a shifted file would train on wrong tokens."""
+    if not {"<|im_start|>", "<|endoftext|>"} <= control.keys():
+        return
+    if min(control.values()) < _QWEN_RANKS - 1000:  # another family that borrows ChatML
+        return
+    wrong = {n: control[n] for n, i in _QWEN_IDS.items() if n in control and control[n] != i}
+    if wrong and max(control.values()) < 152_000:
+        name, id_ = next(iter(wrong.items()))
+        raise ConfigError(f"{where} has {name} at id {id_} where Qwen has {_QWEN_IDS[name]}: "
+                          "take tokenizer.json from the model's own folder.")
