@@ -135,7 +135,7 @@ def contains(answer: str, golds: str | Sequence[str], *, source: str = "") -> fl
 
 
 def vote_key(answer: str) -> str:
-    """What a majority vote counts: the answer's `words` without a leading article; "" casts no vote."""
+    """What a majority vote counts: the `words` without a leading article; "" casts no vote."""
     return " ".join(_without_article(words(answer))) if is_answer(answer) else ""
 
 
@@ -151,7 +151,7 @@ def squad_normalise(text: str) -> str:
 
 
 def squad_em(answer: str, golds: str | Sequence[str]) -> float:
-    """Exact match of the SQuAD normal forms, the best over `golds` (MuSiQue: answer and aliases)."""
+    """Equality of the SQuAD normal forms, the best over `golds` (answer and aliases)."""
     return _best(lambda a, g: squad_normalise(a) == squad_normalise(g), answer, golds)
 
 
@@ -197,7 +197,7 @@ def _quantity(text: str) -> re.Match | None:
 
 
 def _agrees(value: decimal.Decimal, unit: decimal.Decimal, target: decimal.Decimal) -> bool:
-    """Whether `value`, written down to `unit`, is `target` rounded or cut there (or to 5 decimals)."""
+    """Whether `value`, written down to `unit`, is `target` rounded or cut there."""
     error = abs(value - target)
     if error <= decimal.Decimal("0.000005"):
         return True
@@ -212,8 +212,8 @@ def finqa_numeric(answer: str, target: float | int | str, *, gold: str = "") -> 
 
     The official script executes programs; free text needs a rule of our own:
       * The number is the last one after the last "="; bare years (1900-2099) are passed over when
-        there is another one. Thousands separators and currency signs are skipped; "-", a typographic
-        minus and accounting brackets "(2.4)" are negative. The sign must agree.
+        there is another one. Thousands separators and currency signs are skipped; "-", a minus
+        sign proper and accounting brackets "(2.4)" are negative. The sign must agree.
       * It must be the target rounded or truncated at the decimals written (34.7% for 0.34719) and
         within 5% of it, so that "0%" is not right for everything small; or equal at 5 decimals.
       * n% is n/100. Where the annotator's answer `gold` shows that percent is meant (it has "%", or
@@ -296,7 +296,7 @@ class Grader:
     def __call__(self, answer: str, golds: str | Sequence[str], **kwargs) -> float:
         try:
             score, error = float(self.grade(answer, golds, **kwargs)), None
-        except Exception as caught:  # a user's grader may raise anything; it is counted, never swallowed
+        except Exception as caught:  # a user's grader may raise anything
             score, error = 0.0, caught
         with self._lock:
             self.calls += 1
