@@ -1,0 +1,72 @@
+"""The q-log loss family: estimators composed of parts, as optimisers are in optax.
+
+    estimator = losses.build("garl", q=0.75)                      # a recipe, by name
+    transform = losses.chain(losses.garl(0.75), losses.clip_coefficients(5.0))  # or parts, by hand
+    state = transform.init(scores)
+    coefficients, state = losses.coefficients(transform, scores, state, key=key)
+
+Needs JAX and optax only. `docs/losses.md` has the picture and the table of recipes.
+"""
+
+from optax import inject_hyperparams
+
+from qlog.losses.control import adaptive_q, q_for_pace, schedule, scheduled
+from qlog.losses.estimators import (
+    garl,
+    grpo,
+    iwae,
+    maxrl,
+    paft,
+    rb_reinforce,
+    rb_rloo,
+    rloo,
+    sft,
+    star,
+    trice,
+)
+from qlog.losses.gauges import Measured, measure, measure_groups, measurements
+from qlog.losses.recipes import RECIPES, Recipe, arguments, build
+from qlog.losses.reduce import log_likelihood, log_reward
+from qlog.losses.surrogates import add_kl, clipped, kl_estimate, linear, token_measurements
+from qlog.losses.transforms import (
+    aggregate,
+    amplify,
+    attenuate,
+    center,
+    center_leave_one_out,
+    chain,
+    clip_coefficients,
+    coefficients,
+    from_reward,
+    leave_one_out_baseline,
+    named_chain,
+    normalize_by_bound,
+    p_hat_above,
+    rao_blackwell,
+    resample_posterior,
+    scale_by_group_std,
+    seed,
+    stateless,
+    uniform,
+    where_groups,
+    zero_pathwise,
+)
+from qlog.losses.tsallis import (
+    amplification,
+    attenuation,
+    exp_q,
+    j_q,
+    log_amplification,
+    log_attenuation,
+    log_exp_q,
+    log_q,
+)
+from qlog.losses.types import (
+    Coefficients,
+    Estimator,
+    LossTransform,
+    Scores,
+    Sums,
+    Surrogate,
+    zero_scores,
+)

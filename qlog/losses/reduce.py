@@ -1,0 +1,90 @@
+"""Masked statistics of groups `[B, M]` and of batches, on one device or over a named axis."""
+
+import jax
+import jax.numpy as jnp
+
+from qlog.losses.types import Scores
+
+LEAST = -1e30  # a finite log 0: times zero it is zero
+
+
+def log_likelihood(scores: Scores) -> jax.Array:
+    """[B, M] log w_m = log p(y*|x*, z_m), -inf on padding."""
+    return jnp.where(scores.valid, scores.log_w, -jnp.inf)
+
+
+def log_reward(scores: Scores) -> jax.Array:
+    """[B, M] log of the reward of the sampled answer, -inf on padding: exact match as a weight."""
+    return jnp.where(scores.valid, jnp.log(jnp.maximum(scores.reward, 0.0)), -jnp.inf)
+
+
+def num_valid(scores: Scores) -> jax.Array:
+    """[B, 1] float32 number of valid rollouts of each group, at least 1."""
+    return jnp.maximum(jnp.sum(scores.valid, 1, keepdims=True), 1).astype(jnp.float32)
+
+
+def group_mean(values: jax.Array, scores: Scores) -> jax.Array:
+    """[B, 1] mean of `values` [B, M] over the valid rollouts of each group."""
+    return jnp.sum(jnp.where(scores.valid, values, 0.0), 1, keepdims=True) / num_valid(scores)
+
+
+def log_mean(log_weights: jax.Array, scores: Scores) -> jax.Array:
+    """[B, 1] log of the mean weight, A = logsumexp(a) - log M; -inf where every weight is 0."""
+    return jax.nn.logsumexp(log_weights, 1, keepdims=True) - jnp.log(num_valid(scores))
+
+
+def finite(log_values: jax.Array) -> jax.Array:
+    """`log_values` with -inf replaced by 0: the scale of a group without any weight."""
+    return jnp.where(jnp.isneginf(log_values), 0.0, log_values)
+
+
+def normalized(log_weights: jax.Array) -> jax.Array:
+    """[B, M] w_m / sum w, all zero where every weight is 0."""
+    peak = finite(jnp.max(log_weights, 1, keepdims=True))
+    weights = jnp.exp(log_weights - peak)
+    total = jnp.sum(weights, 1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1.0)
+
+
+def logsumexp_others(log_weights: jax.Array) -> jax.Array:
+    """[B, M] logsumexp over the other members of the group, -inf where they are all -inf.
+
+    From running sums before and after m, so nothing is subtracted and memory is linear in M.
+    """
+    none = jnp.full_like(log_weights[:, :1], -jnp.inf)
+    before = jax.lax.associative_scan(jnp.logaddexp, log_weights, axis=1)
+    after = jax.lax.associative_scan(jnp.logaddexp, log_weights, axis=1, reverse=True)
+    before = jnp.concatenate([none, before[:, :-1]], 1)
+    after = jnp.concatenate([after[:, 1:], none], 1)
+    return jnp.logaddexp(before, after)
+
+
+def log_mean_others(log_weights: jax.Array, scores: Scores) -> jax.Array:
+    """[B, M] A_{-m}: log of the mean weight of the group's other valid rollouts."""
+    others = jnp.maximum(num_valid(scores) - 1, 1)
+    return logsumexp_others(log_weights) - jnp.log(others)
+
+
+def batch_sum(values: jax.Array, axis_name=None) -> jax.Array:
+    """Sum of all `values`, over the devices of `axis_name` too when it is given."""
+    total = jnp.sum(values)
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def batch_max(values: jax.Array, axis_name=None) -> jax.Array:
+    """Maximum of all `values`, over the devices of `axis_name` too when it is given."""
+    highest = jnp.max(values)
+    return highest if axis_name is None else jax.lax.pmax(highest, axis_name)
+
+
+def batch_mean(values: jax.Array, where: jax.Array, axis_name=None) -> jax.Array:
+    """Mean of the `values` where `where` is True, 0 if there are none; over `axis_name` too."""
+    total = batch_sum(jnp.where(where, values, 0.0), axis_name)
+    return total / jnp.maximum(batch_sum(where.astype(jnp.float32), axis_name), 1.0)
+
+
+def group_index(scores: Scores, axis_name=None) -> jax.Array:
+    """[B] index of each group in the whole batch, so that draws do not depend on its layout."""
+    num_groups = scores.log_w.shape[0]
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_groups
+    return first + jnp.arange(num_groups)
