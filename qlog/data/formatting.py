@@ -127,7 +127,10 @@ class Formatter:
         return ids + [self.tokenizer.think_end_id]
 
     def answer_text(self, ids: Sequence[int]) -> str:
-        """A sampled answer as text: what comes before the first end of sequence, stripped."""
+        """A sampled answer as text: what comes before the first end of sequence, stripped.
+
+        Stray control tokens stay visible by name, so that the graders refuse the answer.
+        """
         ends = set(self.tokenizer.eos_ids)
         stop = next((i for i, id_ in enumerate(ids) if int(id_) in ends), len(ids))
-        return self.tokenizer.decode(ids[:stop]).strip()
+        return self.tokenizer.decode(ids[:stop], show_control=True).strip()

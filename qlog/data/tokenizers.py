@@ -5,6 +5,7 @@ context that contains "</think>" or "<|im_end|>" cannot end a rationale or a tur
 encoder is built without the control tokens. Whoever needs one takes its id from `control`.
 """
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,10 +81,17 @@ class Tokenizer:
         """`encode` of each text, in parallel where the library can."""
         raise NotImplementedError
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the plain pieces; control tokens and ids outside the vocabulary are dropped."""
-        plain = [int(i) for i in ids]
-        return self._decode([i for i in plain if i not in self._names and i < self.vocab_size])
+    def decode(self, ids: Iterable[int], *, show_control: bool = False) -> str:
+        """Text of the ids; control tokens are dropped, or written by name with `show_control`.
+
+        Ids outside the vocabulary (padding rows of the embedding) are dropped.
+        """
+        runs = itertools.groupby(map(int, ids), key=lambda i: self._names.get(i))
+        if not show_control:
+            kept = [i for name, run in runs if name is None for i in run if i < self.vocab_size]
+            return self._decode(kept)
+        return "".join(self._decode([i for i in run if i < self.vocab_size]) if name is None
+                       else name * len(list(run)) for name, run in runs)
 
     def token(self, id_: int) -> str:
         """One token as text, control tokens by name."""
