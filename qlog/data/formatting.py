@@ -110,11 +110,11 @@ class Formatter:
         """What must follow the thinking-end token: separator, gold answer, end of sequence.
 
         Equal to what the tokenizer makes of the text "</think>\\n\\nANSWER<|im_end|>", which is
-        how the model would emit it. Raises ValueError for an empty answer.
+        how the model would emit it. Raises ConfigError for an empty answer.
         """
         answer = example.answer.strip()
         if not answer:
-            raise ValueError(f"example {example.id!r} has an empty gold answer")
+            raise ConfigError(f"example {example.id!r} has an empty gold answer: leave it out.")
         return self.tokenizer.encode(SEPARATOR + answer) + [self.tokenizer.eos_ids[0]]
 
     def rationale(self, example: Example) -> list[int]:

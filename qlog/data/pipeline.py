@@ -1,5 +1,6 @@
 """From examples to padded batches of prompts, in an order that only (seed, step) decides."""
 
+import concurrent.futures
 import dataclasses
 import sys
 import zlib
@@ -106,7 +107,7 @@ class Dataset:
 
     def encode(self, index: int) -> Encoded:
         """Token ids of one example; ConfigError if it exceeds a limit."""
-        encoded = _encode(self.formatter, self[index], self.limits)
+        encoded = _encode(self.formatter, self[index], self.limits.rationale is not None)
         _check_lengths([_lengths(encoded)], self.limits)
         return encoded
 
@@ -140,23 +141,37 @@ def open_dataset(source: Source, formatter: Formatter, *, max_prompt_tokens: int
     if not size:
         raise ConfigError(f"{name} has no examples: check the split and data.manual_dir.")
     limits = Limits(max_prompt_tokens, max_answer_tokens, max_rationale_tokens)
-    measured = min(size, size if measure is None else measure)
-    lengths = np.array([_lengths(_encode(formatter, source[i], limits)) for i in range(measured)],
-                       np.int32).reshape(measured, 3)
-    over = np.stack([lengths[:, k] > limit if limit is not None else np.zeros(measured, bool)
-                     for k, limit in enumerate(limits)], axis=1)
+    lengths = measure_lengths(source, formatter, count=measure,
+                              rationales=max_rationale_tokens is not None)
+    measured = len(lengths)
+    over = _over(lengths, limits)
     if overlong == "error":
         _check_lengths(lengths, limits, name)
     fits = ~over.any(axis=1)
     if measured and not fits.any():
-        raise ConfigError(f"{name}: all {size} examples exceed their limits: raise "
-                          f"{_FIELDS.prompt} to {lengths[:, 0].max()} or "
-                          f"{_FIELDS.gold} to {lengths[:, 1].max()}.")
+        needs = ", ".join(f"{field}={n}" for field, n in zip(_FIELDS, lengths.min(axis=0)))
+        raise ConfigError(f"data.overlong='skip' drops all {size} examples of {name}: the "
+                          f"shortest need {needs}.")
     kept = range(size) if fits.all() else np.flatnonzero(fits).tolist()
     longest_gold = int(lengths[fits, 1].max()) if measured == size else max_answer_tokens
     skipped = {field: int(n) for field, n in zip(_FIELDS, over.sum(axis=0)) if n}
     return Dataset(source, kept, formatter, limits, bucket(longest_gold, max_answer_tokens),
                    skipped)
+
+
+def measure_lengths(source: Source, formatter: Formatter, *, count: int | None = None,
+                    rationales: bool = True) -> np.ndarray:
+    """Tokens of prompt, gold answer and annotated rationale, int32 [N, 3], of the first examples.
+
+    Args:
+        source, formatter: as in `open_dataset`.
+        count: how many examples, None for all.
+        rationales: False leaves rationales out; their column is 0.
+    """
+    size = len(source) if count is None else min(count, len(source))
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # the tokenizers release the GIL
+        rows = pool.map(lambda i: _lengths(_encode(formatter, source[i], rationales)), range(size))
+        return np.array(list(rows), np.int32).reshape(size, 3)
 
 
 def train_batches(dataset: Dataset, *, seed: int, prompts_per_step: int, start_step: int = 0,
@@ -251,9 +266,9 @@ def bucket(length: int, maximum: int) -> int:
     return max(length, min(size, maximum))
 
 
-def _encode(formatter: Formatter, example: Example, limits: Limits) -> Encoded:
-    rationale = [] if limits.rationale is None else formatter.rationale(example)
-    return Encoded(example, formatter.prompt(example), formatter.gold(example), rationale)
+def _encode(formatter: Formatter, example: Example, rationales: bool) -> Encoded:
+    return Encoded(example, formatter.prompt(example), formatter.gold(example),
+                   formatter.rationale(example) if rationales else [])
 
 
 def _lengths(encoded: Encoded) -> tuple[int, int, int]:
@@ -262,12 +277,17 @@ def _lengths(encoded: Encoded) -> tuple[int, int, int]:
 
 def _check_lengths(lengths: Sequence, limits: Limits, name: str = "the dataset") -> None:
     lengths = np.asarray(lengths)
-    for field, limit, column in zip(_FIELDS, limits, lengths.T):
-        if limit is not None and (column > limit).any():
+    for k, over in enumerate(_over(lengths, limits).T):
+        if over.any():
+            longest = lengths[:, k].max()
             raise ConfigError(
-                f"{field}={limit} is too small for {(column > limit).sum()} of {len(column)} "
-                f"examples of {name}, the longest with {column.max()} tokens: raise it to "
-                f"{column.max()}, or set data.overlong='skip' to drop them.")
+                f"{_FIELDS[k]}={limits[k]} is too small for {over.sum()} of {len(over)} examples "
+                f"of {name}, the longest with {longest} tokens: raise it to {longest}, or set "
+                "data.overlong='skip' to drop them.")
+
+
+def _over(lengths: np.ndarray, limits: Limits) -> np.ndarray:
+    return lengths > np.array([np.inf if limit is None else limit for limit in limits])
 
 
 def _pad(rows: Sequence[Sequence[int]], pad_id: int, maximum: int,

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlog.data import finqa_program
-from qlog.data.examples import Example, Task
+from qlog.data.examples import Converted, Example, Task
+from qlog.errors import ConfigError
 
 Record = Mapping[str, Any]  # one record with the dataset's official field names
 
@@ -79,6 +80,27 @@ TASKS = {
     "hotpotqa": Task("hotpotqa", HOTPOTQA_DESCRIPTION, hotpotqa_example),
     "musique": Task("musique", MUSIQUE_DESCRIPTION, musique_example),
 }
+
+
+def open_examples(name: str, split: str, *, manual_dir: str | None = None,
+                  data_dir: str | None = None) -> Sequence[Example]:
+    """The examples of a split ('train', 'validation', 'test'), read when asked for.
+
+    Args:
+        name: a key of TASKS.
+        split: which of the paper's three splits.
+        manual_dir: folder with the official files, None to download them.
+        data_dir: where prepared datasets are kept, None for TFDS's own default.
+
+    Raises:
+        ConfigError: unknown name, or what the builders cannot read.
+    """
+    from qlog.data import builders  # here, since importing TFDS takes seconds
+
+    if name not in TASKS:
+        raise ConfigError(f"data.name={name!r} is unknown: use one of {', '.join(TASKS)}.")
+    records = builders.open_records(name, split, manual_dir=manual_dir, data_dir=data_dir)
+    return Converted(records, TASKS[name])
 
 
 def _line(text: str) -> str:

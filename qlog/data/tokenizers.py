@@ -8,6 +8,7 @@ encoder is built without the control tokens. Whoever needs one takes its id from
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class Tokenizer:
         where = path or "the tokenizer"
         for field, name in (("think_start", think_start), ("think_end", think_end)):
             if name not in control:
-                unused = [n for n in control if any(s in n for s in ("unused", "reserved", "extra"))]
+                unused = [n for n in control if re.search("unused|reserved|extra", n)]
                 hint = f", for example {unused[0]!r}" if unused else ""
                 raise ConfigError(f"tokenizer.{field}={name!r} is not a control token of {where}: "
                                   f"name one of its {len(control)} control tokens{hint}.")
