@@ -8,9 +8,23 @@
 Needs JAX and optax only. `docs/losses.md` has the picture and the table of recipes.
 """
 
-from optax import inject_hyperparams
-
+from qlog.losses.compose import (
+    chain,
+    coefficients,
+    inject_hyperparams,
+    named_chain,
+    p_hat_above,
+    seed,
+    stateless,
+    where_groups,
+)
 from qlog.losses.control import adaptive_q, q_for_pace, schedule, scheduled
+from qlog.losses.edits import (
+    aggregate,
+    clip_coefficients,
+    normalize_by_bound,
+    zero_pathwise,
+)
 from qlog.losses.estimators import (
     garl,
     grpo,
@@ -29,27 +43,17 @@ from qlog.losses.recipes import RECIPES, Recipe, arguments, build
 from qlog.losses.reduce import log_likelihood, log_reward
 from qlog.losses.surrogates import add_kl, clipped, kl_estimate, linear, token_measurements
 from qlog.losses.transforms import (
-    aggregate,
     amplify,
     attenuate,
     center,
     center_leave_one_out,
-    chain,
-    clip_coefficients,
-    coefficients,
     from_reward,
+    jackknife,
     leave_one_out_baseline,
-    named_chain,
-    normalize_by_bound,
-    p_hat_above,
     rao_blackwell,
     resample_posterior,
     scale_by_group_std,
-    seed,
-    stateless,
     uniform,
-    where_groups,
-    zero_pathwise,
 )
 from qlog.losses.tsallis import (
     amplification,

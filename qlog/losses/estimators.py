@@ -7,28 +7,37 @@ from jax.typing import ArrayLike
 
 from qlog.losses import reduce
 from qlog.losses import transforms as parts
+from qlog.losses.compose import chain
 from qlog.losses.types import LossTransform, check_choice
 
 BASELINES = ("leave_one_out", "none")
+CORRECTIONS = ("none", "jackknife")
 
 
-def garl(q: ArrayLike = 0.75, baseline: str = "leave_one_out") -> LossTransform:
+def garl(
+    q: ArrayLike = 0.75, baseline: str = "leave_one_out", correction: str = "none"
+) -> LossTransform:
     """GARL: score (w_m / wbar^q - wbar_{-m}^(1-q)) / M, path w_m / wbar^q / M (eq 12, Algorithm 1).
 
     `baseline='none'` is the plug-in estimator (eq 9, 20): same mean, more variance.
+    `correction='jackknife'` removes the bias of order 1/M (ours, not the paper's).
     """
     check_choice("baseline", baseline, BASELINES)
-    plug_in = [parts.rao_blackwell(), parts.amplify(q)]
+    check_choice("correction", correction, CORRECTIONS)
+    if correction == "jackknife":
+        group = [parts.jackknife(q)]
+    else:
+        group = [parts.rao_blackwell(), parts.amplify(q)]
     if baseline == "leave_one_out":
-        plug_in.append(parts.leave_one_out_baseline(q))
-    return parts.chain(*plug_in)
+        group.append(parts.leave_one_out_baseline(q))
+    return chain(*group)
 
 
 def paft(
     q: ArrayLike = 0.75, k: int | None = None, resampling: str = "multinomial"
 ) -> LossTransform:
     """PAFT: wbar^(1-q) n_m / K for both, n the counts of K posterior draws (eq 14, Algorithm 2)."""
-    return parts.chain(parts.resample_posterior(k, resampling), parts.attenuate(q))
+    return chain(parts.resample_posterior(k, resampling), parts.attenuate(q))
 
 
 def rb_reinforce() -> LossTransform:
@@ -58,13 +67,13 @@ def star(q: ArrayLike = 1.0) -> LossTransform:
     rejection-sampling fine-tuning on all right rollouts.
     """
     weight = reduce.log_reward
-    return parts.chain(parts.rao_blackwell(weight), parts.amplify(q, weight))
+    return chain(parts.rao_blackwell(weight), parts.amplify(q, weight))
 
 
 def maxrl() -> LossTransform:
     """MaxRL (T -> infinity): (r_m - rbar) / rbar / M on sampled answers, 0 when none is right."""
     weight = reduce.log_reward
-    return parts.chain(parts.rao_blackwell(weight), parts.amplify(1.0, weight), parts.center())
+    return chain(parts.rao_blackwell(weight), parts.amplify(1.0, weight), parts.center())
 
 
 def grpo(scale_by_std: bool = True, eps: float = 1e-6) -> LossTransform:
@@ -72,12 +81,12 @@ def grpo(scale_by_std: bool = True, eps: float = 1e-6) -> LossTransform:
     advantage = [parts.from_reward(), parts.center()]
     if scale_by_std:
         advantage.append(parts.scale_by_group_std(eps))
-    return parts.chain(*advantage)
+    return chain(*advantage)
 
 
 def rloo() -> LossTransform:
     """RLOO: (r_m - rbar_{-m}) / M on sampled answers."""
-    return parts.chain(parts.from_reward(), parts.center_leave_one_out())
+    return chain(parts.from_reward(), parts.center_leave_one_out())
 
 
 def sft() -> LossTransform:

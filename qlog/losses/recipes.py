@@ -9,7 +9,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from qlog.losses import control, estimators, gauges, reduce, surrogates, transforms
+from qlog.losses import control, edits, estimators, gauges, reduce, surrogates
+from qlog.losses.compose import chain
 from qlog.losses.types import Estimator, LossTransform, Surrogate, check_choice, check_number
 
 SCHEDULE = {"q_schedule": "constant", "q_end": 0.0, "q_steps": 0, "q_pace": 0.25}
@@ -63,17 +64,17 @@ class Recipe:
             )
         arguments |= given
         own = {name: arguments[name] for name in _defaults(self.transform)}
-        edits = [] if arguments["pathwise"] else [transforms.zero_pathwise()]
+        before = [] if arguments["pathwise"] else [edits.zero_pathwise()]
         after = []
         if arguments["max_coefficient"] is not None:
             check_number("max_coefficient", arguments["max_coefficient"], 0, float("inf"))
-            after.append(transforms.clip_coefficients(arguments["max_coefficient"]))
-        after.append(transforms.aggregate(arguments["aggregation"], arguments["max_tokens"]))
+            after.append(edits.clip_coefficients(arguments["max_coefficient"]))
+        after.append(edits.aggregate(arguments["aggregation"], arguments["max_tokens"]))
 
         def complete(q, core, normalize):
-            bound = [transforms.normalize_by_bound(q)] if normalize else []
+            bound = [edits.normalize_by_bound(q)] if normalize else []
             watch = gauges.measure_groups(q, normalize, self.weight)
-            return transforms.chain(core, *edits, *bound, watch, *after)
+            return chain(core, *before, *bound, watch, *after)
 
         if "q" in own:
             rest = {name: value for name, value in own.items() if name != "q"}
@@ -116,7 +117,7 @@ def _over_steps(factory: Callable[..., LossTransform], arguments: dict) -> LossT
 def _grpo_surrogate(
     clip_low: float = 0.2, clip_high: float = 0.2, kl_weight: float = 0.0, kl_kind: str = "k3"
 ) -> Surrogate:
-    surrogates.check_choice("kl_kind", kl_kind, surrogates.KL_KINDS)
+    check_choice("kl_kind", kl_kind, surrogates.KL_KINDS)
     check_number("kl_weight", kl_weight, 0, float("inf"))
     surrogate = surrogates.clipped(clip_low, clip_high)
     return surrogates.add_kl(surrogate, kl_weight, kl_kind) if kl_weight else surrogate
@@ -127,7 +128,8 @@ _ALWAYS = lambda arguments: True
 
 RECIPES: dict[str, Callable[..., Estimator]] = {
     "garl": Recipe(
-        estimators.garl, baselined=lambda arguments: arguments["baseline"] == "leave_one_out"
+        estimators.garl,
+        baselined=lambda given: (given["baseline"], given["correction"]) != ("none", "none"),
     ),
     "paft": Recipe(estimators.paft),
     "rb_reinforce": Recipe(estimators.rb_reinforce, q=0.0),

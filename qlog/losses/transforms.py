@@ -7,85 +7,16 @@ the same over the other rollouts, n the group's valid rollouts (M unless some ar
 `weight` maps scores to log-weights [B, M]: the gold answer's likelihood unless said otherwise.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from qlog.losses import reduce
-from qlog.losses.types import (
-    Coefficients,
-    LossTransform,
-    Scores,
-    check_choice,
-    check_count,
-    check_number,
-    check_scores,
-)
+from qlog.losses.compose import seed, stateless
+from qlog.losses.types import LossTransform, check_choice, check_count, check_number
 
-chain = optax.chain
-named_chain = optax.named_chain
-AGGREGATIONS = ("sum", "sequence_mean", "token_mean", "constant")
 RESAMPLING = ("multinomial", "systematic")
-
-
-def seed(scores: Scores) -> Coefficients:
-    """The coefficients a chain starts from: 1/n for every valid rollout, 0 for padding."""
-    check_scores(scores)
-    uniform = scores.valid / reduce.num_valid(scores)
-    return Coefficients(uniform, uniform, jnp.zeros_like(uniform), uniform)
-
-
-def coefficients(
-    transform: LossTransform, scores: Scores, state, *, key=None, axis_name=None
-) -> tuple[Coefficients, object]:
-    """Runs `transform` on a batch: `(Coefficients with log_scale folded in, new state)`.
-
-    Args:
-      scores: arrays [B, M]; global ones under jit, local ones under shard_map, pmap or vmap.
-      state: what `transform.init(scores)` or the previous call gave.
-      key: a PRNG key, new for every step; needed by estimators that draw (PAFT).
-      axis_name: mapped axis (or axes) over which the batch's prompts are split, None under jit.
-
-    No gradient flows through the result; padding has coefficient 0. Raises TypeError or ValueError
-    for scores of wrong shape or dtype, and TypeError where a needed key is missing.
-    """
-    check_scores(scores)
-    scores = jax.tree.map(jax.lax.stop_gradient, scores)
-    result, state = transform.update(seed(scores), state, scores, key=key, axis_name=axis_name)
-    scale = jnp.exp(result.log_scale)
-    keep = lambda x: jnp.where(scores.valid, x, 0.0)
-    folded = Coefficients(
-        keep(result.score * scale),
-        keep(result.path * scale),
-        jnp.zeros_like(scale),
-        keep(result.token_weight),
-    )
-    return folded, state
-
-
-def stateless(function: Callable[..., Coefficients], min_rollouts: int = 1) -> LossTransform:
-    """A transform without state from `function(coefficients, scores, key=, axis_name=)`.
-
-    This is all that a new part needs. `min_rollouts` refuses smaller M, with a ValueError from init.
-    """
-
-    def init(scores):
-        check_scores(scores)
-        if scores.log_w.shape[1] < min_rollouts:
-            raise ValueError(
-                f"M, the rollouts per prompt, must be at least {min_rollouts} for a leave-one-out "
-                f"baseline, got {scores.log_w.shape[1]}"
-            )
-        return optax.EmptyState()
-
-    def update(coefficients, state, scores=None, *, key=None, axis_name=None, **ignored):
-        init(scores)
-        return function(coefficients, scores, key=key, axis_name=axis_name), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 # --- What a group's rollouts are worth -----------------------------------------------------------
@@ -195,6 +126,39 @@ def attenuate(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
     return stateless(function)
 
 
+def jackknife(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
+    """GARL's plug-in with its 1/M bias removed: n T - (n-1) mean_j T_{-j} (Quenouille's jackknife).
+
+    T is the plug-in estimate, T_{-j} the same without rollout j, so that for both coefficients
+        c_m = w_m (wbar^(-q) - 1/n sum_{j != m} wbar_{-j}^(-q)),
+    w_m / M at q = 0. The bias left is O(1/M^2); c_m can be negative, |c_m| M <= 2 M^(1+q). Replaces
+    `rao_blackwell` and `amplify` in a chain. M = 1 is a ValueError.
+    """
+    check_number("q", q, 0, 1)
+
+    def function(coefficients, scores, **_):
+        log_weights = weight(scores)
+        mean = reduce.log_mean(log_weights, scores)
+        log_weights = log_weights - reduce.finite(jnp.max(log_weights, 1, keepdims=True))
+        share = reduce.normalized(log_weights)
+        others = jnp.maximum(reduce.log_mean_others(log_weights, scores), reduce.LEAST)
+        # c_m = share_m wbar^(1-q) (1 - sum_{j != m} expm1(x_j)), x_j = -q log(wbar_{-j} / wbar).
+        x = -q * (others - reduce.finite(reduce.log_mean(log_weights, scores)))
+        x = jnp.where(scores.valid & ~jnp.isneginf(mean), x, 0.0)
+        # x_j of a dominant rollout j may exceed float32's exp, share_m beside it fall below: in logs.
+        large = x > 1.0
+        small = jnp.where(large, 0.0, jnp.expm1(x))
+        small = jnp.sum(small, 1, keepdims=True) - small
+        total = reduce.finite(jax.nn.logsumexp(log_weights, 1, keepdims=True))
+        log_large = log_weights - total + reduce.logsumexp_others(jnp.where(large, x, -jnp.inf))
+        others_large = jnp.sum(large, 1, keepdims=True) - large
+        value = share * (1 - small + others_large) - jnp.exp(log_large)
+        scale = jnp.broadcast_to((1 - q) * reduce.finite(mean), share.shape)
+        return coefficients._replace(score=value, path=value, log_scale=scale)
+
+    return stateless(function, min_rollouts=2)
+
+
 # --- Baselines and normalisation within a group ----------------------------------------------------
 
 
@@ -258,119 +222,3 @@ def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
         )
 
     return stateless(function)
-
-
-def normalize_by_bound(q: ArrayLike) -> LossTransform:
-    """Divides by M^q, the bound of w_m / wbar^q, so that effective rewards lie in [0, 1].
-
-    Algorithms 1 and 2 do this; it rescales the learning rate by a constant that depends on q.
-    """
-    check_number("q", q, 0, 1)
-
-    def function(coefficients, scores, **_):
-        bound = q * jnp.log(reduce.num_valid(scores))
-        return coefficients._replace(log_scale=coefficients.log_scale - bound)
-
-    return stateless(function)
-
-
-# --- Edits ---------------------------------------------------------------------------------------
-
-
-def zero_pathwise() -> LossTransform:
-    """Sets the path coefficient to 0: the ablation of the pathwise term that the paper asks for."""
-
-    def function(coefficients, scores, **_):
-        return coefficients._replace(path=jnp.zeros_like(coefficients.path))
-
-    return stateless(function)
-
-
-def clip_coefficients(limit: float) -> LossTransform:
-    """Clips the effective rewards, M times the true coefficients, to [-limit, limit]."""
-    check_number("limit", limit, 0, float("inf"))
-
-    def function(coefficients, scores, **_):
-        log_bound = jnp.log(jnp.float32(limit) / reduce.num_valid(scores)) - coefficients.log_scale
-        bound = jnp.exp(log_bound)
-        return coefficients._replace(
-            score=jnp.clip(coefficients.score, -bound, bound),
-            path=jnp.clip(coefficients.path, -bound, bound),
-        )
-
-    return stateless(function)
-
-
-def aggregate(mode: str = "sum", max_tokens: int | None = None) -> LossTransform:
-    """How tokens are averaged: scales a sequence's coefficients, and so each of its tokens.
-
-    With A_m the coefficient times M, L_m the sequence's tokens, and the mean over prompts outside:
-      'sum'            1/M sum_m A_m sum_t log p_t: the policy gradient itself.
-      'sequence_mean'  1/M sum_m A_m / L_m sum_t log p_t: GRPO as published.
-      'token_mean'     all tokens of the batch weigh the same (DAPO).
-      'constant'       1/(M max_tokens) sum_m A_m sum_t log p_t (Dr. GRPO).
-    """
-    check_choice("aggregation", mode, AGGREGATIONS)
-    if mode == "constant":
-        if max_tokens is None:
-            raise ValueError("aggregation='constant' needs max_tokens, an integer of at least 1")
-        check_count("max_tokens", max_tokens)
-
-    def function(coefficients, scores, *, axis_name, **_):
-        length = jnp.where(scores.valid, scores.num_tokens, 0).astype(jnp.float32)
-        if mode == "sum":
-            return coefficients
-        if mode == "sequence_mean":
-            factor = 1 / jnp.maximum(length, 1.0)
-        elif mode == "constant":
-            factor = 1 / jnp.float32(max_tokens)
-        else:
-            prompts = reduce.batch_sum(jnp.any(scores.valid, 1).astype(jnp.float32), axis_name)
-            tokens = jnp.maximum(reduce.batch_sum(length, axis_name), 1.0)
-            factor = reduce.num_valid(scores) * prompts / tokens
-        return coefficients._replace(
-            score=coefficients.score * factor,
-            path=coefficients.path * factor,
-            token_weight=coefficients.token_weight * factor,
-        )
-
-    return stateless(function)
-
-
-def where_groups(
-    predicate: Callable[[Scores], jax.Array], then: LossTransform, otherwise: LossTransform
-) -> LossTransform:
-    """`then` for the groups where `predicate(scores)`, bool [B], is True, `otherwise` elsewhere.
-
-    Both run on the whole batch and keep their own state. Example: PAFT where P is above a threshold,
-    GARL elsewhere: `where_groups(p_hat_above(0.1), paft(0.75), garl(0.75))`.
-    """
-
-    def init(scores):
-        check_scores(scores)
-        return (then.init(scores), otherwise.init(scores))
-
-    def update(coefficients, state, scores=None, **extra):
-        check_scores(scores)
-        mask = predicate(scores)
-        if mask.shape != scores.log_w.shape[:1] or mask.dtype != jnp.bool_:
-            raise ValueError(
-                f"predicate must give bool [B] = {scores.log_w.shape[:1]}, "
-                f"got {mask.dtype} {mask.shape}"
-            )
-        yes, yes_state = optax.with_extra_args_support(then).update(
-            coefficients, state[0], scores, **extra
-        )
-        no, no_state = optax.with_extra_args_support(otherwise).update(
-            coefficients, state[1], scores, **extra
-        )
-        chosen = jax.tree.map(lambda a, b: jnp.where(mask[:, None], a, b), yes, no)
-        return chosen, (yes_state, no_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def p_hat_above(threshold: float, weight=reduce.log_likelihood) -> Callable[[Scores], jax.Array]:
-    """A predicate for `where_groups`: the groups whose estimate of P is above `threshold`."""
-    check_number("threshold", threshold, 0, 1)
-    return lambda scores: reduce.log_mean(weight(scores), scores)[:, 0] > jnp.log(threshold)
