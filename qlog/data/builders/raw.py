@@ -1,0 +1,148 @@
+"""The datasets' official raw files: where they come from, how they are found, checked and read."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qlog.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class RawFile:
+    """One official raw file with the labelled records of one split.
+
+    Attributes:
+        name: its official file name; `.json` holds a list of records, `.jsonl` one record per line.
+        url: the file itself, or the zip archive that has it as `member`.
+        size: number of records in the official file.
+        sha256, git_blob: digest of what the URL serves, as published ("" where there is none).
+        member: path inside the zip archive at the URL.
+    """
+
+    name: str
+    url: str
+    size: int
+    sha256: str = ""
+    git_blob: str = ""
+    member: str = ""
+
+
+def find(manual_dir: str | os.PathLike, files: Mapping[str, RawFile], dataset: str) -> dict[
+    str, pathlib.Path
+]:
+    """Paths of the raw files in a manual download, by split; splits without a file are left out.
+
+    They may lie in the folder itself, in a subfolder named as the dataset, or where the official
+    archives and repositories put them ("data", "dataset").
+
+    Raises:
+        ConfigError: no such folder, or none of the files in it.
+    """
+    folder = pathlib.Path(manual_dir).expanduser()
+    names = [file.name for file in files.values()]
+    if not folder.is_dir():
+        raise ConfigError(
+            f"data.manual_dir={str(manual_dir)!r} is not a folder: put {_list(names)} of {dataset} "
+            "into it."
+        )
+    for place in (folder, folder / dataset, folder / "dataset", folder / "data"):
+        found = {split: place / file.name for split, file in files.items()}
+        found = {split: path for split, path in found.items() if path.is_file()}
+        if found:
+            return found
+    raise ConfigError(
+        f"data.manual_dir={str(manual_dir)!r} holds none of {dataset}'s files {_list(names)}: "
+        "put them there, or leave data.manual_dir empty to download them."
+    )
+
+
+def fingerprint(paths: Mapping[str, pathlib.Path]) -> str:
+    """16 hexadecimal digits that change with the content of any of the files."""
+    digest = hashlib.sha256()
+    for split, path in sorted(paths.items()):
+        stat = path.stat()
+        digest.update(f"{split}:{_digest(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=32)
+def _digest(path: pathlib.Path, size: int, mtime_ns: int) -> str:
+    """sha256 of a file; size and time only tell when to read it again within this process."""
+    del size, mtime_ns
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(file: RawFile, path: pathlib.Path) -> None:
+    """Checks a download against its published digest.
+
+    Raises:
+        ConfigError: another digest, as of a truncated or an intercepted download.
+    """
+    if file.sha256:
+        expected, actual = file.sha256, _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+    elif file.git_blob:
+        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+        digest.update(path.read_bytes())
+        expected, actual = file.git_blob, digest.hexdigest()
+    else:
+        return
+    if actual != expected:
+        path.unlink()  # a cached download would fail for ever
+        raise ConfigError(
+            f"{file.url} served another file than the official one (digest {actual}, not "
+            f"{expected}): try again, or set data.manual_dir to a folder with {file.name}."
+        )
+
+
+def read(path: pathlib.Path, member: str = "") -> Iterator[dict[str, Any]]:
+    """The records of a raw file (of a member of it, if it is a zip archive), in their order.
+
+    Raises:
+        ConfigError: not UTF-8, not JSON, not records, or no record at all.
+    """
+    name = f"{path}:{member}" if member else str(path)
+    lines_of = {".json": _array, ".jsonl": _lines}[pathlib.PurePath(member or path).suffix]
+    count = 0
+    try:
+        with _open(path, member) as file:
+            for record in lines_of(file):
+                if not isinstance(record, dict):
+                    raise ConfigError(
+                        f"{name}: record {count} is not a JSON object but {type(record).__name__}."
+                    )
+                yield record
+                count += 1
+    except (UnicodeDecodeError, json.JSONDecodeError, zipfile.BadZipFile, KeyError) as error:
+        raise ConfigError(
+            f"{name} cannot be read after record {count} ({type(error).__name__}: {error}): it is "
+            "damaged or was not downloaded whole; download it again."
+        ) from error
+    if not count:
+        raise ConfigError(f"{name} holds no records: download it again.")
+
+
+def _open(path: pathlib.Path, member: str) -> io.TextIOWrapper:
+    if not member:
+        return path.open(encoding="utf-8")
+    return io.TextIOWrapper(zipfile.ZipFile(path).open(member), encoding="utf-8")
+
+
+def _array(file: io.TextIOBase) -> Iterator[Any]:
+    records = json.load(file)
+    return iter(records if isinstance(records, list) else [records])
+
+
+def _lines(file: io.TextIOBase) -> Iterator[Any]:
+    return (json.loads(line) for line in file if line.strip())
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,181 @@
+"""The paper's splits, drawn by a fixed rule on record ids.
+
+The paper gives sizes but not the draw. Ours, for an official split with enough records: put the ids
+in the order of sha256("qlog-splits-1/<dataset>/<official split>/<id>"), and give the first ones to
+the paper's splits drawn from it, each its size, train before validation before test. The draw
+depends on the set of ids alone, not on their order in a file, a seed, or a library's generator.
+
+| dataset | train | validation | test |
+|---|---|---|---|
+| finqa | 6145 of train | 872 of dev | 1132 of test (of dev, where there is no test file) |
+| hotpotqa | 9067 of train | 342 of dev | 343 of dev |
+| musique | 9985 of train | 579 of dev | 445 of dev |
+
+HotPotQA's and MuSiQue's official test files have no answers, so both evaluation sets come from dev.
+Where an official split has fewer records than asked of it, all its records are used: shared in
+proportion to the paper's sizes when validation and test both come from it, and never overlapping.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlog.data import builders
+from qlog.errors import ConfigError
+
+NAMES = ("train", "validation", "test")
+RULE = "qlog-splits-1"
+# Sizes of the paper's splits (section 7), and where each may come from: the first one present.
+SIZES = {
+    "finqa": {"train": 6145, "validation": 872, "test": 1132},
+    "hotpotqa": {"train": 9067, "validation": 342, "test": 343},
+    "musique": {"train": 9985, "validation": 579, "test": 445},
+}
+_SOURCES = {"train": ("train",), "validation": ("dev",), "test": ("test", "dev")}
+
+
+class Split(Sequence[dict[str, Any]]):
+    """A subset of an official split's records, in the order of the draw.
+
+    The order is that of a random sample: the first n records are one, too.
+
+    Attributes:
+        ids: the records' ids, in this order.
+        official: the official split they come from.
+    """
+
+    def __init__(self, records: builders.Records, indices: Sequence[int], official: str):
+        self._records = records
+        self._indices = indices
+        self.ids = [records.ids[index] for index in indices]
+        self.official = official
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._records[self._indices[index]]
+
+
+def official_split(name: str, split: str, available: Sequence[str]) -> str:
+    """The official split that a split of the paper is drawn from.
+
+    Args:
+        name: a dataset of `SIZES`.
+        split: "train", "validation" or "test".
+        available: the official splits that there are.
+
+    Raises:
+        ConfigError: unknown name or split, or nothing available to draw it from.
+    """
+    if name not in SIZES:
+        raise ConfigError(f"data.name={name!r} has no splits: use one of {', '.join(SIZES)}.")
+    if split not in NAMES:
+        raise ConfigError(f"the split {split!r} is unknown: use one of {', '.join(NAMES)}.")
+    source = _source(split, available)
+    if source is not None:
+        return source
+    raise ConfigError(
+        f"data.name={name!r}: the {split} split is drawn from the official "
+        f"{' or '.join(_SOURCES[split])} file, but data.manual_dir has only "
+        f"{', '.join(available)}: add the file."
+    )
+
+
+def draw(name: str, split: str, ids: Sequence[str], available: Sequence[str]) -> list[int]:
+    """Indices into `ids` that make up a split of the paper, in the order of the draw.
+
+    Args:
+        name, split, available: as in `official_split`.
+        ids: the ids of the official split that `official_split` names.
+
+    Raises:
+        ConfigError: as `official_split`; or too few records to give each split at least one.
+    """
+    source = official_split(name, split, available)
+    sharing = [s for s in NAMES if _source(s, available) == source]
+    sizes = [SIZES[name][s] for s in sharing]
+    if len(ids) < len(sharing):
+        raise ConfigError(
+            f"data.name={name!r}: the official {source} split has {len(ids)} records, too few for "
+            f"{' and '.join(sharing)}: add records."
+        )
+    if len(ids) < sum(sizes):
+        sizes = _shares(sizes, len(ids))
+    place = sharing.index(split)
+    start = sum(sizes[:place])
+    order = sorted(range(len(ids)), key=lambda index: _rank(name, source, ids[index]))
+    return order[start : start + sizes[place]]
+
+
+def open_split(
+    name: str,
+    split: str,
+    *,
+    manual_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike | None = None,
+) -> Split:
+    """Opens a split of the paper: "train", "validation" or "test" of finqa, hotpotqa or musique.
+
+    Args and raises: as `builders.open_records` and `draw`.
+    """
+    available = builders.official_splits(name, manual_dir)
+    official = official_split(name, split, available)
+    records = builders.open_records(name, official, manual_dir=manual_dir, data_dir=data_dir)
+    return Split(records, draw(name, split, records.ids, available), official)
+
+
+def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -> None:
+    """Writes the ids of a run's splits as JSON, or checks them against what is already there.
+
+    Args:
+        path: the file, in the run's folder.
+        name: the dataset.
+        splits: the opened splits by name, for instance {"train": ..., "validation": ...}.
+
+    Raises:
+        ConfigError: the file exists and its ids of one of the splits are others: the data changed
+            since the run began.
+    """
+    path = pathlib.Path(path)
+    content = {"dataset": name, "rule": RULE, "splits": {}}
+    if path.exists():
+        content = json.loads(path.read_text())
+        for split, records in splits.items():
+            written = content["splits"].get(split)
+            if written is not None and written["ids"] != records.ids:
+                raise ConfigError(
+                    f"{path} lists other ids for the {split} split than {name} has now "
+                    f"({len(written['ids'])} and {len(records.ids)}): restore the data that the "
+                    "run began with, or start a new run."
+                )
+    for split, records in splits.items():
+        content["splits"][split] = {
+            "official_split": records.official,
+            "paper_size": SIZES[name][split],
+            "ids": list(records.ids),
+        }
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
+
+
+def _source(split: str, available: Sequence[str]) -> str | None:
+    return next((source for source in _SOURCES[split] if source in available), None)
+
+
+def _rank(name: str, official: str, record_id: str) -> str:
+    return hashlib.sha256(f"{RULE}/{name}/{official}/{record_id}".encode()).hexdigest()
+
+
+def _shares(sizes: Sequence[int], available: int) -> list[int]:
+    """Shares of `available` records in proportion to one or two sizes, at least one each."""
+    if len(sizes) == 1:
+        return [available]
+    first = min(max(round(available * sizes[0] / sum(sizes)), 1), available - 1)
+    return [first, available - first]
