@@ -1,9 +1,9 @@
 """The decoder, its presets, and weights in and out."""
 
-from qlog.models.config import PRESETS, DecoderConfig
+from qlog.models.config import PRESETS, DecoderConfig, RopeScaling
 from qlog.models.decoder import Params, Prefix, Suffix, apply, empty_suffix, init, prefill, unembedding
 
 __all__ = [
-    "PRESETS", "DecoderConfig", "Params", "Prefix", "Suffix", "apply", "empty_suffix", "init", "prefill",
-    "unembedding",
+    "PRESETS", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply",
+    "empty_suffix", "init", "prefill", "unembedding",
 ]  # fmt: skip

@@ -21,19 +21,23 @@ class Segment(NamedTuple):
 
     keys, values: [B, K, P, C] when all rollouts of a prompt share them, else [B, K, M, S, C].
     visible: bool, broadcastable to [B, 1, M, 1, R, P or S].
+    positions: int32, broadcastable to [B, 1, M, 1, 1, P or S]; read where there is a horizon.
     """
 
     keys: Array
     values: Array
     visible: Array
+    positions: Array | None = None
 
 
-def attend(queries: Array, segments: list[Segment]) -> Array:
+def attend(queries: Array, segments: list[Segment], horizon: Array | None = None) -> Array:
     """Softmax attention over the union of `segments`.
 
     Args:
       queries: [B, K, M, G, R, C], already scaled.
       segments: what the queries may see; at least one.
+      horizon: int32 [B, 1, M, 1, R, 1], the first position inside each query's sliding window;
+        None when the layer has no window.
 
     Returns:
       [B, K, M, G, R, C] in the dtype of `queries`; the softmax runs in float32.
@@ -45,7 +49,7 @@ def attend(queries: Array, segments: list[Segment]) -> Array:
     while block > 64 and block % 2 == 0 and rows // length * block * num_slots > _MAX_SCORES:
         block //= 2
     if block == length:
-        return _attend_block(queries, segments)
+        return _attend_block(queries, segments, horizon)
 
     @jax.checkpoint
     def one_block(index):
@@ -57,15 +61,19 @@ def attend(queries: Array, segments: list[Segment]) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, start, block, axis)
 
         local = [s._replace(visible=take(s.visible, 4)) for s in segments]
-        return _attend_block(take(queries, 4), local)
+        return _attend_block(
+            take(queries, 4), local, None if horizon is None else take(horizon, 4)
+        )
 
     blocks = jax.lax.map(one_block, jnp.arange(length // block))
     return jnp.moveaxis(blocks, 0, 4).reshape(queries.shape)
 
 
-def _attend_block(queries: Array, segments: list[Segment]) -> Array:
+def _attend_block(queries: Array, segments: list[Segment], horizon: Array | None) -> Array:
     scores = []
-    for keys, _, visible in segments:
+    for keys, _, visible, positions in segments:
+        if horizon is not None:
+            visible = visible & (positions >= horizon)
         equation = "bkmgrc,bkpc->bkmgrp" if keys.ndim == 4 else "bkmgrc,bkmpc->bkmgrp"
         score = jnp.einsum(equation, queries, keys, preferred_element_type=jnp.float32)
         scores.append(jnp.where(visible, score, _MASKED))
@@ -75,7 +83,8 @@ def _attend_block(queries: Array, segments: list[Segment]) -> Array:
         top = jnp.maximum(top, score.max(-1, keepdims=True))
     top = jax.lax.stop_gradient(top)
     total, out = 0.0, 0.0
-    for score, (_, values, _) in zip(scores, segments):
+    for score, segment in zip(scores, segments):
+        values = segment.values
         weights = jnp.exp(score - top)
         total += weights.sum(-1, keepdims=True)
         equation = "bkmgrp,bkpc->bkmgrc" if values.ndim == 4 else "bkmgrp,bkmpc->bkmgrc"

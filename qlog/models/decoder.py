@@ -1,7 +1,8 @@
-"""A Qwen3-architecture decoder behind one pure function.
+"""One decoder for all families (Qwen, Llama, Gemma) behind one pure function.
 
 Flax Linen holds the layer's parameters and arithmetic; everything else is plain JAX: the stack is
-a `lax.scan` over stacked layer parameters, the KV caches are explicit pytrees.
+a `lax.scan` over stacked layer parameters, the KV caches are explicit pytrees. What differs between
+families is a field of DecoderConfig; what differs between layers is their sliding window.
 """
 
 import functools
@@ -14,14 +15,18 @@ from jax import Array
 
 from qlog.models.attention import Segment, attend
 from qlog.models.config import DecoderConfig
+from qlog.models.rope import rotate, rotation
 
 Params = Any
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+_NO_WINDOW = 1 << 30  # longer than any context
 
 
 class Prefix(NamedTuple):
     """The prompt's keys and values, one copy per prompt, all layers stacked.
 
-    keys, values: [L, B, K, P, C]; lengths: int32 [B], the slots that hold tokens.
+    keys, values: [L, B, K, P, C]; lengths: int32 [B], the slots that hold tokens. Slot p holds the
+    token at position p.
     """
 
     keys: Array
@@ -32,7 +37,8 @@ class Prefix(NamedTuple):
 class Suffix(NamedTuple):
     """The rollouts' own keys and values: per layer a pair of [B, K, M, S, C].
 
-    Layers are separate buffers, so that the decode loop updates each in place.
+    Layers are separate buffers, so that the decode loop updates each in place. Slot s holds the
+    token at position prefix.lengths + s.
     lengths: int32, scalar or [B, M]: the slots that may be seen.
     """
 
@@ -41,52 +47,61 @@ class Suffix(NamedTuple):
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * scale, or * (1 + scale) with `offset`; float32 inside, x's dtype outside."""
+
     eps: float
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        initializer = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", initializer, (x.shape[-1],)).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+        return (x32 * (1 + scale if self.offset else scale)).astype(x.dtype)
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: attention, then a SwiGLU."""
+    """One pre-norm decoder layer: attention, then a gated MLP."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, rotation, segments_of):
+    def __call__(self, x, turn, horizon, segments_of):
         """x: [B, M, R, D] -> ([B, M, R, D], (keys, values) of the new tokens [B, K, M, R, C])."""
         cfg = self.config
         dense = functools.partial(nn.Dense, use_bias=False, dtype=x.dtype)
-        normed = RMSNorm(cfg.norm_eps, name="attention_norm")(x)
-        queries = self._heads(dense, "q_proj", normed, cfg.num_heads)
-        keys = self._heads(dense, "k_proj", normed, cfg.num_kv_heads)
-        values = self._heads(dense, "v_proj", normed, cfg.num_kv_heads)
+        norm = functools.partial(RMSNorm, cfg.norm_eps, cfg.norm_offset)
+        normed = norm(name="attention_norm")(x)
+        queries = self._heads("q_proj", normed, cfg.num_heads)
+        keys = self._heads("k_proj", normed, cfg.num_kv_heads)
+        values = self._heads("v_proj", normed, cfg.num_kv_heads)
         if cfg.qk_norm:
-            queries = RMSNorm(cfg.norm_eps, name="q_norm")(queries)
-            keys = RMSNorm(cfg.norm_eps, name="k_norm")(keys)
-        queries = _rotate(queries, rotation) * cfg.head_dim**-0.5
-        keys = _rotate(keys, rotation)
+            queries = norm(name="q_norm")(queries)
+            keys = norm(name="k_norm")(keys)
+        queries = rotate(queries, turn, (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5)
+        keys = rotate(keys, turn)
         batch, rollouts, length = x.shape[:3]
         queries = queries.reshape(batch, rollouts, length, cfg.num_kv_heads, -1, cfg.head_dim)
         queries = queries.transpose(0, 3, 1, 4, 2, 5)  # [B, K, M, G, R, C]
         keys, values = (t.transpose(0, 3, 1, 2, 4) for t in (keys, values))  # [B, K, M, R, C]
         segments, stored = segments_of(keys, values)
-        mixed = attend(queries, segments)
+        mixed = attend(queries, segments, horizon)
         mixed = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rollouts, length, -1)
-        x = x + dense(cfg.width, name="o_proj")(mixed)
-        normed = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
-        gate = dense(cfg.mlp_width, name="gate_proj")(normed)
+        mixed = dense(cfg.width, name="o_proj")(mixed)
+        x = x + (norm(name="post_attention_norm")(mixed) if cfg.post_norms else mixed)
+        normed = norm(name="mlp_norm")(x)
+        gate = _ACTIVATIONS[cfg.activation](dense(cfg.mlp_width, name="gate_proj")(normed))
         up = dense(cfg.mlp_width, name="up_proj")(normed)
-        return x + dense(cfg.width, name="down_proj")(nn.silu(gate) * up), stored
+        mixed = dense(cfg.width, name="down_proj")(gate * up)
+        return x + (norm(name="post_mlp_norm")(mixed) if cfg.post_norms else mixed), stored
 
-    def _heads(self, dense, name, x, num_heads):
+    def _heads(self, name, x, num_heads):
         """Project to [B, M, R, heads, C]."""
-        flat = dense(num_heads * self.config.head_dim, name=name)(x)
-        return flat.reshape(*x.shape[:-1], num_heads, self.config.head_dim)
+        cfg = self.config
+        width = num_heads * cfg.head_dim
+        flat = nn.Dense(width, use_bias=cfg.qkv_bias, dtype=x.dtype, name=name)(x)
+        return flat.reshape(*x.shape[:-1], num_heads, cfg.head_dim)
 
 
 def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
@@ -94,18 +109,20 @@ def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     and "unembed" [V, D] when the embeddings are not tied."""
     embed_key, unembed_key, layers_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, 1, config.width), dtype)
-    rotation = _rotation(config, jnp.zeros((1, 1, 1), jnp.int32))
+    turn = rotation(jnp.zeros((1, 1, 1), jnp.int32), config.head_dim, config.rope_theta)
 
     def init_layer(layer_key):
-        segments_of = functools.partial(_own_segment, visible=jnp.ones((), bool))
-        return Block(config).init(layer_key, x, rotation, segments_of)["params"]
+        def segments_of(keys, values):
+            return [Segment(keys, values, jnp.ones((), bool))], None
+
+        return Block(config).init(layer_key, x, turn, None, segments_of)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
     table = (config.vocab_size, config.width)
     params = {
         "embed": 0.02 * jax.random.normal(embed_key, table),
         "layers": layers,
-        "final_norm": jnp.ones((config.width,)),
+        "final_norm": jnp.full((config.width,), 0.0 if config.norm_offset else 1.0),
     }
     if not config.tied_embeddings:
         params["unembed"] = 0.02 * jax.random.normal(unembed_key, table)
@@ -152,50 +169,63 @@ def apply(
       The final hidden states [B, M, R, D], normalised, ready for the output head; and the state.
     """
     hidden = params["embed"].astype(dtype)[tokens]
-    rotation = _rotation(config, positions)
+    if config.scale_embeddings:
+        hidden = hidden * jnp.asarray(config.width**0.5, dtype)
+    layer_facts = _layer_facts(config, positions)
     length = tokens.shape[-1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None, None]
+    own_positions = positions[:, None, :, None, None, :]
+    first_own = 0
     if prefix is not None:
+        first_own = _column(prefix.lengths)
         prefix_slots = jnp.arange(prefix.keys.shape[-2])
-        in_prefix = prefix_slots < prefix.lengths[:, None, None, None, None, None]
+        in_prefix = prefix_slots < first_own
+    if suffix is not None:
+        past = jnp.arange(suffix.layers[0][0].shape[-2])
+        seen = jnp.broadcast_to(suffix.lengths, tokens.shape[:2])[:, None, :, None, None, None]
+        in_past = past < seen if slot is None else (past <= slot)[(None,) * 5]
     block = Block(config)
 
-    def layer(x, weights, shared, own):
+    def layer(x, weights, shared, own, window):
+        turn, horizon = layer_facts(window)
+
         def segments_of(keys, values):
             segments = []
             if shared is not None:
-                segments.append(Segment(shared[0].astype(dtype), shared[1].astype(dtype), in_prefix))
+                its_keys, its_values = (t.astype(dtype) for t in shared)
+                segments.append(Segment(its_keys, its_values, in_prefix, prefix_slots))
+            new = Segment(keys, values, causal, own_positions)
             if own is None:
-                own_segment, stored = _own_segment(keys, values, causal)
-                return segments + own_segment, stored
-            past_keys, past_values = own
-            past = jnp.arange(past_keys.shape[-2])
+                return segments + [new], (keys, values)
             if slot is None:
-                visible = past < jnp.reshape(suffix.lengths, (-1, 1, suffix.lengths.shape[-1], 1, 1, 1))
-                own_segment, _ = _own_segment(keys, values, causal)
-                return segments + [Segment(past_keys, past_values, visible)] + own_segment, own
+                return segments + [Segment(*own, in_past, first_own + past), new], own
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
-            past_keys = write(past_keys, keys.astype(past_keys.dtype))
-            past_values = write(past_values, values.astype(past_values.dtype))
-            segments.append(Segment(past_keys, past_values, past <= slot))
-            return segments, (past_keys, past_values)
+            own_now = tuple(write(old, t.astype(old.dtype)) for old, t in zip(own, (keys, values)))
+            return segments + [Segment(*own_now, in_past, first_own + past)], own_now
 
-        return block.apply({"params": weights}, x, rotation, segments_of)
+        return block.apply({"params": weights}, x, turn, horizon, segments_of)
 
     shared = None if prefix is None else (prefix.keys, prefix.values)
+    windows = config.windows
     if suffix is None:
-        step = lambda x, inputs: layer(x, *inputs, None)  # noqa: E731
+        # Equal layers keep their window static, so that the masks of plain ones cost nothing.
+        scanned = None if len(set(windows)) == 1 else jnp.array(windows)
+
+        def step(x, inputs):
+            weights, its_prefix, window = inputs
+            return layer(x, weights, its_prefix, None, windows[0] if window is None else window)
+
         step = jax.checkpoint(step) if remat else step
-        hidden, state = jax.lax.scan(step, hidden, (params["layers"], shared))
+        hidden, state = jax.lax.scan(step, hidden, (params["layers"], shared, scanned))
     else:
         layers = []
         for index, own in enumerate(suffix.layers):
             weights, its_prefix = jax.tree.map(lambda a: a[index], (params["layers"], shared))
-            hidden, stored = layer(hidden, weights, its_prefix, own)
+            hidden, stored = layer(hidden, weights, its_prefix, own, windows[index])
             layers.append(stored)
         state = suffix._replace(layers=tuple(layers))
     final_norm = {"params": {"scale": params["final_norm"]}}
-    return RMSNorm(config.norm_eps).apply(final_norm, hidden), state
+    return RMSNorm(config.norm_eps, config.norm_offset).apply(final_norm, hidden), state
 
 
 def prefill(params: Params, config: DecoderConfig, tokens: Array, lengths: Array, **options) -> Prefix:
@@ -214,21 +244,28 @@ def empty_suffix(config: DecoderConfig, batch: int, rollouts: int, slots: int, d
     return Suffix(layers, jnp.zeros((), jnp.int32))
 
 
-def _own_segment(keys, values, visible):
-    """The new tokens seeing each other; their keys and values are what the layer gives back."""
-    return [Segment(keys, values, visible)], (keys, values)
+def _column(per_prompt: Array) -> Array:
+    """[B] -> [B, 1, 1, 1, 1, 1], beside attention's axes."""
+    return per_prompt[:, None, None, None, None, None]
 
 
-def _rotation(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
-    """cos and sin of RoPE's angles, float32 [B, M, R, 1, C / 2]."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None, None].astype(jnp.float32) * config.rope_theta**-exponents
-    return jnp.cos(angles), jnp.sin(angles)
+def _layer_facts(config: DecoderConfig, positions: Array):
+    """window -> (RoPE's rotation, first visible position) of a layer; None where all is visible.
 
+    The window may be an int, or a traced int32 inside a scan over unequal layers.
+    """
+    angles = functools.partial(rotation, positions, config.head_dim)
+    everywhere = angles(config.rope_theta, config.rope_scaling)
+    local = everywhere
+    if config.local_rope_theta is not None and any(config.windows):
+        local = angles(config.local_rope_theta)
+    queries_at = positions[:, None, :, None, :, None]
 
-def _rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
-    """RoPE in the half-split convention of Qwen and Llama: x [B, M, R, heads, C]."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    def facts(window):
+        if isinstance(window, int):
+            return (local, queries_at - window + 1) if window else (everywhere, None)
+        choose = functools.partial(jnp.where, window > 0)
+        turn = everywhere if local is everywhere else jax.tree.map(choose, local, everywhere)
+        return turn, queries_at - choose(window, _NO_WINDOW) + 1
+
+    return facts

@@ -1,0 +1,182 @@
+"""The four uses of `models.apply` agree with a plain forward pass over separate sequences."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlog import models
+from qlog.models import attention
+from qlog.models.config import TRAITS
+
+_TINY = dict(
+    vocab_size=40, num_layers=3, width=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=24
+)
+CONFIGS = {
+    "qwen3": models.DecoderConfig(**_TINY, **TRAITS["qwen3"]),
+    # Unequal layers: windows of 4 and 6 beside full attention, two RoPEs, one of them scaled.
+    "gemma3": models.DecoderConfig(
+        **_TINY, **TRAITS["gemma3"], layer_windows=(4, 0, 6), local_rope_theta=1e4,
+        rope_scaling=models.RopeScaling(2.0), query_pre_attn_scalar=20.0,
+    ),
+    # Equal layers with a window, which keep it static.
+    "windowed": models.DecoderConfig(**_TINY, **TRAITS["llama"], layer_windows=(5,)),
+}  # fmt: skip
+B, M, P, R, A = 2, 3, 9, 7, 4
+LENGTHS = np.array([9, 5])
+families = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def random_params(config):
+    """Every leaf random, so that norms and biases are not at their neutral values."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda key: models.init(config, key), jax.random.key(0))
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
+
+
+def random_tokens():
+    rng = np.random.default_rng(0)
+    return (rng.integers(0, _TINY["vocab_size"], shape) for shape in ((B, P), (B, M, R), (B, M, A)))
+
+
+def separate(params, config, tokens, remat=False):
+    """The reference: [N, 1, T] right-padded sequences from position 0, no cache of any kind."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+    return models.apply(params, config, tokens, positions, remat=remat)[0]
+
+
+def as_sequences(prompts, continuations, lengths):
+    """Prompt, `lengths` tokens of each part of `continuations`, padding: [B * M, 1, T] and starts."""
+    total = P + sum(part.shape[-1] for part in continuations)
+    tokens, starts = np.zeros((B * M, 1, total), np.int32), np.zeros((B, M), np.int32)
+    for b in range(B):
+        for m in range(M):
+            row = list(prompts[b, : LENGTHS[b]])
+            for part, size in zip(continuations, lengths):
+                starts[b, m] = len(row)  # of the last part, in the end
+                row += list(part[b, m, : size[b, m]])
+            tokens[b * M + m, 0, : len(row)] = row
+    return tokens, starts
+
+
+def continuation_of(hidden, starts, size):
+    """[B * M, 1, T, D] -> [B, M, size, D], from each sequence's start on."""
+    index = starts[..., None] + np.arange(size)
+    return jnp.take_along_axis(hidden.reshape(B, M, *hidden.shape[-2:]), index[..., None], axis=2)
+
+
+@pytest.mark.parametrize("config", [CONFIGS["qwen3"], CONFIGS["gemma3"]], ids=["qwen3", "gemma3"])
+def test_group_is_m_separate_sequences_in_values_and_gradients(config):
+    params = random_params(config)
+    prompts, rollouts, _ = random_tokens()
+    cotangent = np.random.default_rng(2).normal(size=(B, M, R, config.width))
+    tokens, starts = as_sequences(prompts, [rollouts], [np.full((B, M), R)])
+
+    @jax.value_and_grad
+    def group(params):
+        prefix = models.prefill(params, config, jnp.asarray(prompts), jnp.asarray(LENGTHS))
+        positions = jnp.broadcast_to(LENGTHS[:, None, None] + jnp.arange(R), (B, M, R))
+        hidden, _ = models.apply(params, config, rollouts, positions, prefix=prefix)
+        return (hidden * cotangent).sum()
+
+    @jax.value_and_grad
+    def one_by_one(params):
+        hidden = separate(params, config, tokens, remat=True)
+        return (continuation_of(hidden, starts, R) * cotangent).sum()
+
+    value, gradient = jax.jit(group)(params)
+    expected, expected_gradient = jax.jit(one_by_one)(params)
+    np.testing.assert_allclose(value, expected, atol=1e-4)
+    scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected_gradient))
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        other = expected_gradient
+        for key in path:
+            other = other[key.key]
+        np.testing.assert_allclose(leaf, other, atol=1e-5 * scale, err_msg=str(path))
+
+
+@families
+def test_cached_decode_and_score_equal_the_full_forward(config):
+    params = random_params(config)
+    prompts, rollouts, answers = random_tokens()
+    prefill = jax.jit(models.prefill, static_argnums=1)
+    prefix = prefill(params, config, jnp.asarray(prompts), jnp.asarray(LENGTHS))
+
+    @jax.jit
+    def decode(suffix, slot, tokens):
+        positions = jnp.broadcast_to(LENGTHS[:, None, None] + slot, (B, M, 1))
+        return models.apply(
+            params, config, tokens, positions, prefix=prefix, suffix=suffix, slot=slot
+        )
+
+    suffix, decoded = models.empty_suffix(config, B, M, R + 2, jnp.float32), []
+    for slot in range(R):
+        hidden, suffix = decode(suffix, slot, rollouts[..., slot, None])
+        decoded.append(hidden)
+    # Answers follow rationales of unequal lengths, the shortest of no token at all.
+    kept = np.array([[R, 3, 1], [0, 5, 6]])
+    positions = (LENGTHS[:, None] + kept)[..., None] + np.arange(A)
+    scored, _ = jax.jit(models.apply, static_argnums=1)(
+        params, config, answers, positions, prefix=prefix,
+        suffix=suffix._replace(lengths=jnp.asarray(kept)),
+    )  # fmt: skip
+
+    full = jax.jit(separate, static_argnums=1)
+    parts, sizes = [rollouts, answers], [np.full((B, M), R), np.zeros((B, M), int)]
+    tokens, starts = as_sequences(prompts, parts, sizes)
+    expected = continuation_of(full(params, config, tokens), starts - R, R)
+    np.testing.assert_allclose(jnp.concatenate(decoded, 2), expected, atol=1e-4)
+    tokens, starts = as_sequences(prompts, parts, [kept, np.full((B, M), A)])
+    expected = continuation_of(full(params, config, tokens), starts, A)
+    np.testing.assert_allclose(scored, expected, atol=1e-4)
+
+
+def test_a_window_of_w_sees_w_tokens_its_own_included():
+    config = dataclasses.replace(CONFIGS["windowed"], num_layers=1)
+    params = random_params(config)
+    tokens = np.arange(12)[None, None].repeat(12, axis=0)
+    tokens[np.arange(12), 0, np.arange(12)] += 20  # sequence i differs in token i
+    last = jax.jit(separate, static_argnums=1)(params, config, tokens)[:, 0, -1]
+    changed = np.abs(last - last[0]).max(-1) > 1e-6
+    assert changed.tolist() == [False] * 7 + [True] * 5
+
+
+@pytest.mark.parametrize("with_window", [False, True])
+def test_attention_in_blocks_of_queries_equals_attention_at_once(with_window, monkeypatch):
+    length, rng = 128, np.random.default_rng(0)
+    queries = rng.normal(size=(1, 2, 2, 2, length, 4)).astype(np.float32)
+    shared = rng.normal(size=(2, 1, 2, 6, 4)).astype(np.float32)
+    own = rng.normal(size=(2, 1, 2, 2, length, 4)).astype(np.float32)
+    at = np.arange(length)
+    causal = (at[:, None] >= at)[None, None, None, None]
+    in_prefix = (np.arange(6) < 4)[None, None, None, None, None]
+    horizon = (4 + at - 9)[None, None, None, None, :, None] if with_window else None
+
+    def attend(queries, shared, own):
+        segments = [
+            attention.Segment(*shared, in_prefix, jnp.arange(6)),
+            attention.Segment(*own, causal, 4 + at),
+        ]
+        return (attention.attend(queries, segments, horizon) ** 2).sum()
+
+    at_once = jax.jit(jax.value_and_grad(attend, (0, 1, 2)))(queries, shared, own)
+    monkeypatch.setattr(attention, "_MAX_SCORES", 1)
+    lowered = jax.jit(jax.value_and_grad(attend, (0, 1, 2))).lower(queries, shared, own)
+    assert "while" in lowered.as_text()
+    in_blocks = lowered.compile()(queries, shared, own)
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_blocks)):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5)
+
+
+def test_bfloat16_activations_keep_float32_parameters_and_stay_close():
+    config = CONFIGS["gemma3"]
+    params = random_params(config)
+    tokens = next(random_tokens())[:, None]
+    positions = np.broadcast_to(np.arange(P), tokens.shape)
+    forward = jax.jit(models.apply, static_argnums=1, static_argnames="dtype")
+    hidden, (keys, _) = forward(params, config, tokens, positions, dtype=jnp.bfloat16)
+    assert hidden.dtype == keys.dtype == jnp.bfloat16
+    exact, _ = forward(params, config, tokens, positions, dtype=jnp.float32)
+    assert np.abs(hidden.astype(jnp.float32) - exact).mean() < 0.05 * np.abs(exact).mean()
