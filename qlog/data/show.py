@@ -1,0 +1,100 @@
+"""What the model will see: `python -m qlog.data.show configs/hotpotqa.py:warm`.
+
+Prints the lengths of a split's prompts, gold answers and annotated rationales beside their limits,
+and some examples token for token as training gets them. Control tokens stand in ⟦ ⟧, so that they
+differ from text that only looks like them. Config fields are set as in training:
+
+    python -m qlog.data.show configs/hotpotqa.py:cold --split=validation --examples=2 \\
+        --config.data.manual_dir=~/hotpotqa --config.tokenizer.path=~/qwen3
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from qlog.data import pipeline, tasks, tokenizers
+from qlog.data.examples import Example
+from qlog.data.formatting import Formatter
+from qlog.errors import ConfigError
+
+
+def report(source: pipeline.Source, formatter: Formatter, limits: pipeline.Limits,
+           examples: Sequence[int]) -> Iterator[str]:
+    """Lines about a source: a table of lengths in tokens, then the examples with these indices."""
+    lengths = pipeline.measure_lengths(source, formatter)
+    yield f"{'tokens':<12}{'shortest':>9}{'median':>9}{'95%':>9}{'longest':>9}{'limit':>9}{'over':>9}"
+    for name, limit, column in zip(("prompt", "gold answer", "rationale"), limits, lengths.T):
+        quantiles = np.quantile(column, (0, 0.5, 0.95, 1), method="nearest")
+        over = "-" if limit is None else f"{(column > limit).sum():,}"
+        limit = "-" if limit is None else f"{limit:,}"
+        yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{limit:>9}{over:>9}"
+    if limits.prompt is not None:
+        over = (lengths[:, 0] > limits.prompt).sum()
+        yield f"{over:,} of {len(lengths):,} prompts exceed data.max_prompt_tokens={limits.prompt:,}"
+    for index in examples:
+        yield from _example(source[index], formatter, f"example {index} of {len(source):,}")
+
+
+def marked(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> str:
+    """Text of the ids with every control token in ⟦ ⟧."""
+    text, plain = "", []
+    names = {id_: name for name, id_ in tokenizer.control.items()}
+    for id_ in ids:
+        if id_ not in names:
+            plain.append(id_)
+            continue
+        text += tokenizer.decode(plain) + f"⟦{names[id_]}⟧"
+        plain = []
+    return text + tokenizer.decode(plain)
+
+
+def _example(example: Example, formatter: Formatter, title: str) -> Iterator[str]:
+    tokenizer = formatter.tokenizer
+    yield f"\n=== {title}, id {example.id}"
+    for name, ids in (("prompt", formatter.prompt(example)),
+                      ("annotated rationale", formatter.rationale(example)),
+                      ("gold answer", formatter.gold(example))):
+        yield f"--- {name}: {len(ids):,} tokens"
+        yield marked(tokenizer, ids)
+    yield "    " + " ".join(f"{i}:{tokenizer.token(i)!r}" for i in formatter.gold(example))
+    if example.aliases:
+        yield f"--- aliases: {', '.join(example.aliases)}"
+
+
+def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, pipeline.Limits]:
+    data, tokens = config.data, config.tokenizer
+    tokenizer = tokenizers.load(tokens.path, think_start=tokens.think_start,
+                                think_end=tokens.think_end)
+    source = tasks.open_examples(data.name, split, manual_dir=data.manual_dir,
+                                 data_dir=data.data_dir)
+    formatter = Formatter(tokenizer, tasks.TASKS[data.name], data.style,
+                          config.rollout.closing_text)
+    return source, formatter, pipeline.Limits(data.max_prompt_tokens, data.max_answer_tokens, None)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit status."""
+    if len(argv) < 2 or argv[1].startswith("-"):
+        print("name a config first, as in configs/hotpotqa.py:warm", file=sys.stderr)
+        return 2
+    argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    split = flags.DEFINE_string("split", "train", "train, validation or test", flag_values=values)
+    count = flags.DEFINE_integer("examples", 1, "how many examples to print", flag_values=values)
+    try:
+        values(argv)
+        source, formatter, limits = _open(config.value, split.value)
+        for line in report(source, formatter, limits, range(min(count.value, len(source)))):
+            print(line)
+    except (ConfigError, flags.Error) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,184 @@
+"""Tokenizers: ids, control tokens out of reach of text, round trips, clear errors."""
+
+import json
+import unicodedata
+
+import data_fixtures
+import pytest
+import tokenizers as hf_tokenizers
+from hypothesis import given, settings, strategies as st
+
+from qlog.data import tokenizers
+from qlog.errors import ConfigError
+
+TEXTS = (
+    "Hello, world! It's 34.7% of $ 103.7 million (2009-2010).",
+    "def f(x):\n\treturn x  # two  spaces\r\n\r\n\n   end   ",
+    "Ça va très bien, Ærøskøbing — naïve façade; Straße, İstanbul, ﬁn",
+    "今天天气很好，我们去公园散步吧。日本語のテキスト、한국어 문장.",
+    "Привет, мир! שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดีชาวโลก",
+    "e\u0301 and \u00e9, a\u200bzero width, 🙂👩‍👩‍👧 family, \u00a0nbsp",
+    "don't WE'LL they'VE I'd x'S 'tis o'clock_under_score",
+)
+
+
+@pytest.fixture(scope="module")
+def qwen(shared):
+    return tokenizers.load(shared / "tokenizers" / "qwen3")
+
+
+@pytest.fixture(scope="module")
+def t5(shared):
+    return tokenizers.load(shared / "tokenizers" / "t5_32k", think_start="<extra_id_0>",
+                           think_end="<extra_id_1>")
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes")
+    return tokenizers.load(data_fixtures.write_spec(folder, data_fixtures.byte_level_spec()))
+
+
+def test_qwen_control_tokens_have_their_published_ids(qwen):
+    assert qwen.vocab_size == 151_669
+    assert (qwen.think_start_id, qwen.think_end_id) == (151_667, 151_668)
+    assert qwen.eos_ids == (151_645, 151_643)
+    assert qwen.pad_id == 151_643
+    assert qwen.bos_id is None
+
+
+def test_qwen_ids_are_those_of_an_independent_bpe(qwen, shared):
+    reference = data_fixtures.ReferenceBPE(shared / "tokenizers" / "qwen3" / "tokenizer.json")
+    for text in TEXTS:
+        assert qwen.encode(text) == reference.encode(text), text
+    assert qwen.encode("Hello world") == [9707, 1879]
+
+
+def test_qwen_decodes_what_it_encoded(qwen):
+    for text in TEXTS:
+        assert qwen.decode(qwen.encode(text)) == unicodedata.normalize("NFC", text)
+    assert qwen.encode_batch(TEXTS) == [qwen.encode(text) for text in TEXTS]
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_survives_and_never_becomes_a_control_token(byte_level, text):
+    ids = byte_level.encode(text)
+    assert byte_level.decode(ids) == text
+    assert not set(ids) & set(byte_level.control.values())
+
+
+@pytest.mark.parametrize("which", ["byte_level", "qwen", "t5"])
+def test_markup_inside_text_stays_text(which, request):
+    tokenizer = request.getfixturevalue(which)
+    for name in tokenizer.control:
+        text = f"before {name}{name} after"
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(tokenizer.control.values()), name
+        if which != "t5":  # which has no piece for every character
+            assert tokenizer.decode(ids) == text
+
+
+def test_decode_drops_control_tokens_or_names_them(byte_level):
+    ids = [*byte_level.encode("a"), byte_level.think_end_id, byte_level.think_end_id,
+           *byte_level.encode("b"), byte_level.eos_ids[0]]
+    assert byte_level.decode(ids) == "ab"
+    assert byte_level.decode(ids, show_control=True) == "a</think></think>b<|im_end|>"
+    assert byte_level.token(byte_level.think_end_id) == "</think>"
+    padding_row = byte_level.vocab_size + 7
+    assert byte_level.decode([padding_row]) == ""
+    assert str(padding_row) in byte_level.token(padding_row)
+
+
+def test_sentencepiece_model(t5):
+    assert t5.vocab_size == 32_101
+    assert (t5.eos_ids, t5.pad_id, t5.bos_id) == ((1,), 0, None)
+    assert t5.token(t5.think_end_id) == "<extra_id_1>"
+    text = "The answer is 34.7% of the total."
+    assert t5.decode(t5.encode(text)) == text
+    assert t5.decode([t5.think_start_id, *t5.encode("Paris"), 1]) == "Paris"
+
+
+def test_word_level():
+    tokenizer = tokenizers.word_level("the cat sat the".split())
+    assert tokenizer.vocab_size == 8
+    assert tokenizer.encode("the cat\n sat dog </think>") == [5, 6, 7, 4, 4]
+    ids = [5, 6, tokenizer.think_end_id, 7, tokenizer.eos_ids[0]]
+    assert tokenizer.decode(ids) == "the cat sat"
+    for bad in ("two words", "", "</think>"):
+        with pytest.raises(ValueError, match="not a single plain word"):
+            tokenizers.word_level([bad])
+
+
+def test_saved_tokenizer_loads_equal(tmp_path, t5):
+    words = tokenizers.word_level(["one", "two"])
+    again = tokenizers.load(words.save(tmp_path))
+    assert again.control == words.control and again.encode("two one") == words.encode("two one")
+    assert t5.save(tmp_path).read_bytes() == t5.path.read_bytes()
+
+
+def test_control_tokens_inside_the_vocabulary_stay_out_of_reach(tmp_path):
+    # Gemma's layout: control tokens are vocabulary entries that merges can build, and runs of
+    # newlines are added tokens that are text.
+    vocab = {"<unk>": 0, "<eos>": 1, "<": 2, "e": 3, "o": 4, "s": 5, ">": 6, "<e": 7, "<eo": 8,
+             "<eos": 9, "\n": 10, "\n\n": 11, "<unused0>": 12, "<unused1>": 13}
+    merges = ["< e", "<e o", "<eo s", "<eos >"]
+    spec = {"version": "1.0", "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+            "decoder": None,
+            "added_tokens": [data_fixtures.added_token(0, "<unk>"),
+                             data_fixtures.added_token(1, "<eos>"),
+                             data_fixtures.added_token(11, "\n\n", special=False),
+                             data_fixtures.added_token(12, "<unused0>", special=False),
+                             data_fixtures.added_token(13, "<unused1>", special=False)],
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": "<unk>"}}
+    path = data_fixtures.write_spec(tmp_path, spec)
+    whole = hf_tokenizers.Tokenizer.from_file(str(path))
+    assert whole.encode("<eos>").ids == [1]  # what must not happen
+    tokenizer = tokenizers.load(path, think_start="<unused0>", think_end="<unused1>")
+    assert tokenizer.encode("<eos>\n\n\n") == [9, 6, 11, 10]
+    assert tokenizer.vocab_size == 14
+
+
+def test_vocabulary_that_leaks_control_tokens_is_refused(tmp_path):
+    pieces = [["<unk>", 0.0], ["</s>", 0.0], ["<think>", -1.0], ["</think>", -1.0], ["a", -2.0]]
+    spec = {**data_fixtures.byte_level_spec(),
+            "pre_tokenizer": None, "decoder": None,
+            "added_tokens": [data_fixtures.added_token(i, pieces[i][0]) for i in (1, 2, 3)],
+            "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}}
+    with pytest.raises(ConfigError, match="</s>.* into a control token"):
+        tokenizers.load(data_fixtures.write_spec(tmp_path, spec))
+
+
+def test_errors_say_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer.path=.*nowhere does not exist"):
+        tokenizers.load(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="neither tokenizer.json nor"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a tokenizer.json"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "broken.model").write_bytes(b"\xff\xff\xff")
+    with pytest.raises(ConfigError, match="not a SentencePiece model"):
+        tokenizers.load(tmp_path / "broken.model")
+    spec = data_fixtures.byte_level_spec(("<think>", "</think>"))
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        tokenizers.load(data_fixtures.write_spec(tmp_path, spec))
+
+
+def test_vocabulary_without_thinking_tokens_wants_two_named(shared):
+    with pytest.raises(ConfigError, match="tokenizer.think_start='<think>'.*<extra_id_"):
+        tokenizers.load(shared / "tokenizers" / "t5_32k")
+
+
+def test_same_token_for_both_ends_of_a_rationale_is_refused(tmp_path):
+    path = data_fixtures.write_spec(tmp_path, data_fixtures.byte_level_spec())
+    with pytest.raises(ConfigError, match="two different control tokens"):
+        tokenizers.load(path, think_start="<think>", think_end="<think>")
+
+
+def test_shifted_qwen_ids_are_refused(tmp_path, shared):
+    spec = json.loads((shared / "tokenizers" / "qwen3" / "tokenizer.json").read_text("utf-8"))
+    for token in spec["added_tokens"]:
+        token["id"] += token["id"] > 151_660  # as if one more token had been added before
+    with pytest.raises(ConfigError, match="<think> at id 151668 where Qwen has 151667"):
+        tokenizers.load(data_fixtures.write_spec(tmp_path, spec))
