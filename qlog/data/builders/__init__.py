@@ -70,8 +70,8 @@ def open_records(
 
     Args:
         name: "finqa", "hotpotqa" or "musique".
-        split: "train", "dev" (or "validation"), for FinQA also "test": the official files. The
-            paper's own splits are in `qlog.data.splits`.
+        split: "train", "dev", for FinQA also "test": the official files. The paper's splits, drawn
+            from these, are opened by `qlog.data.splits.open_split`.
         manual_dir: folder with the official raw files; None or "" downloads them, and checks their
             digests and sizes. Only the splits whose files are there can be opened.
         data_dir: where to prepare; None or "" means qlog/datasets in the user's cache folder.
@@ -81,10 +81,9 @@ def open_records(
             that cannot be written.
     """
     builder = _builder_class(name)
-    split = "dev" if split == "validation" else split
     if split not in builder.FILES:
         raise ConfigError(
-            f"data.name={name!r} has no labelled split {split!r}: use one of "
+            f"data.name={name!r} has no labelled official split {split!r}: use one of "
             f"{', '.join(builder.FILES)}."
         )
     paths = raw.find(manual_dir, builder.FILES, name) if manual_dir else {}

@@ -82,7 +82,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(
         self, split: str, path: pathlib.Path, member: str = ""
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        ids = self.ids[split] = []
+        ids, seen = self.ids.setdefault(split, []), set()
         for record in raw.read(path, member):
             try:
                 example = encode(record, self.FIELDS)
@@ -90,8 +90,12 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 raise ConfigError(
                     f"{path}: record {len(ids)} is not one of {self.name}: {error}."
                 ) from error
-            ids.append(record[self.KEY])
-            yield ids[-1], example
+            record_id = record[self.KEY]
+            if record_id in seen:
+                raise ConfigError(f"{path}: two records have the id {record_id!r}.")
+            seen.add(record_id)
+            ids.append(record_id)
+            yield record_id, example
 
 
 def encode(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:

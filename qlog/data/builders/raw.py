@@ -1,7 +1,6 @@
 """The datasets' official raw files: where they come from, how they are found, checked and read."""
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -67,15 +66,11 @@ def fingerprint(paths: Mapping[str, pathlib.Path]) -> str:
     """16 hexadecimal digits that change with the content of any of the files."""
     digest = hashlib.sha256()
     for split, path in sorted(paths.items()):
-        stat = path.stat()
-        digest.update(f"{split}:{_digest(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
+        digest.update(f"{split}:{_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=32)
-def _digest(path: pathlib.Path, size: int, mtime_ns: int) -> str:
-    """sha256 of a file; size and time only tell when to read it again within this process."""
-    del size, mtime_ns
+def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -87,7 +82,7 @@ def verify(file: RawFile, path: pathlib.Path) -> None:
         ConfigError: another digest, as of a truncated or an intercepted download.
     """
     if file.sha256:
-        expected, actual = file.sha256, _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+        expected, actual = file.sha256, _sha256(path)
     elif file.git_blob:
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
         digest.update(path.read_bytes())
