@@ -110,8 +110,11 @@ class Formatter:
         """What must follow the thinking-end token: separator, gold answer, end of sequence.
 
         Equal to what the tokenizer makes of the text "</think>\\n\\nANSWER<|im_end|>", which is
-        how the model would emit it. Raises ConfigError for an empty answer.
+        how the model would emit it. Nothing for a task without answers; ConfigError for an empty
+        answer.
         """
+        if not self.task.has_answer:
+            return []
         answer = example.answer.strip()
         if not answer:
             raise ConfigError(f"example {example.id!r} has an empty gold answer: leave it out.")

@@ -1,0 +1,53 @@
+"""The whole method in five minutes on two CPU cores: who escapes a cold start?
+
+    python -m qlog.main --config=configs/quickstart.py
+
+A small decoder first learns the plain text of a synthetic world (facts, and walks along them). It
+knows neither that questions exist nor how answers are written: P, its chance to answer right, is
+tiny. From there each estimator of the family trains alone, GRPO beside them. See README.md for
+what came out, with seeds.
+"""
+
+from qlog import config as qconfig
+
+Q = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def get_config(arg: str = ""):
+    config = qconfig.default()
+    config.dtype = "float32"
+    config.architecture = {
+        "vocab_size": 48, "num_layers": 2, "width": 64, "num_heads": 4, "num_kv_heads": 4,
+        "head_dim": 16, "mlp_width": 128, "rope_theta": 1e4,
+    }  # fmt: skip
+    config.data.name = "multihop"
+    config.data.max_prompt_tokens = 24
+    config.data.world = {"names": 24, "people": 6, "hops": 3, "walk": 8}
+    config.rollout.rollouts_per_prompt = 16
+    config.rollout.rationale_budget = 8
+    config.rollout.answer_reserve = 8
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 5
+    config.train.steps = 150
+    config.train.prompts_per_step = 16
+    config.train.remat = False
+    config.train.rollouts_every = 50
+    config.evaluation.every = 1000
+    config.evaluation.prompts = 128
+    config.evaluation.prompts_per_batch = 128
+    config.evaluation.without_rationale = True
+    config.checkpoint.every = 1000
+    base = {
+        "data": {"name": "multihop_text"},
+        "loss": qconfig.loss("sft"),
+        "rollout": {"rollouts_per_prompt": 1},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 50, "schedule": "cosine"},
+        "train": {"steps": 1500, "prompts_per_step": 64},
+        "evaluation": {"every": 0},
+    }
+    runs = {"base": base, "grpo": {"init_from": "base", "loss": qconfig.loss("grpo")}}
+    for q in Q:
+        runs[f"garl_q{100 * q:03.0f}"] = {"init_from": "base", "loss": qconfig.loss("garl", q=q)}
+    runs["paft_q075"] = {"init_from": "garl_q075", "loss": qconfig.loss("paft", q=0.75)}
+    config.runs = runs
+    return qconfig.parse_variants(arg, {}, config)

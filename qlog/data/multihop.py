@@ -1,0 +1,118 @@
+"""A synthetic multi-hop task: who is reached from a person in so many steps of a chain of facts?
+
+A world is a ring of people, each of whom follows another, told in any order:
+
+    amy dan . eve bob . ...            "amy is followed by dan, eve by bob"
+    ask amy                            the question: who comes `hops` steps after amy?
+    <think> amy dan bob kim </think>   a rationale that helps: the walk itself
+    so the answer is [ kim ]           the fixed format, which the model must discover
+
+Two tasks share the vocabulary. `multihop_text` is the world's plain text, facts and then a walk
+that starts anywhere and ends anywhere, without questions and without answers: a base model knows
+how to walk, but not that it is being asked, nor how to answer. `multihop` asks. Example i of a
+split is a pure function of (split, i): nothing is stored.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from qlog.data.examples import Example, Task
+from qlog.data.tokenizers import Tokenizer, word_level
+from qlog.errors import ConfigError
+
+_NAMES = (
+    "amy ann art bea ben bob cal cat dan deb eli eve fay gus hal ida ian ivy jay jim joe kay ken "
+    "kim lea leo liz lou mae max meg mia ned nan oli pam pat pia ray rex rob ron roy sal sam sue "
+    "ted tim tom una val vic viv wes zoe"
+).split()
+_FORMAT = "so the answer is [ {} ]"
+_WORDS = [".", "ask", *_FORMAT.replace("{} ", "").split()]
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The arguments of both tasks.
+
+    Attributes:
+      names: how many names exist.
+      people: how many of them live in one example's ring.
+      hops: steps that the question asks for.
+      walk: longest walk of the plain text, in people.
+    """
+
+    names: int = 24
+    people: int = 6
+    hops: int = 3
+    walk: int = 8
+
+    def __post_init__(self):
+        for field, low, high in (("names", 3, len(_NAMES)), ("people", 3, self.names),
+                                 ("hops", 1, self.people - 1), ("walk", 1, 10**6)):  # fmt: skip
+            value = getattr(self, field)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(
+                    f"config.data.world.{field} = {value!r} must be from {low} to {high}."
+                )
+
+    def tokenizer(self) -> Tokenizer:
+        """One token per word; every name and every word of the format, whichever task is read."""
+        return word_level(_NAMES[: self.names] + _WORDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Worlds(Sequence[Example]):
+    """Examples 0 .. size - 1 of a split, made when asked for.
+
+    Attributes:
+      task: 'multihop' or 'multihop_text'.
+      world: sizes.
+      split: one of SPLITS; no two splits share an example's random numbers.
+      size: how many examples there are.
+    """
+
+    task: str
+    world: World
+    split: str
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        split = SPLITS.index(self.split)
+        rng = np.random.default_rng([split, index, self.task == "multihop_text"])
+        ring = [_NAMES[i] for i in rng.permutation(self.world.names)[: self.world.people]]
+        facts = " ".join(f"{ring[i - 1]} {ring[i]} ." for i in rng.permutation(len(ring)))
+        start = int(rng.integers(len(ring)))
+        identity = f"{self.task}/{self.split}/{index}"
+        if self.task == "multihop_text":
+            length = int(rng.integers(1, self.world.walk + 1))
+            return Example(identity, facts, "", rationale=_walk(ring, start, length))
+        answer = ring[(start + self.world.hops) % len(ring)]
+        return Example(
+            identity, f"{facts} ask {ring[start]}", _FORMAT.format(answer),
+            rationale=_walk(ring, start, self.world.hops + 1),
+        )  # fmt: skip
+
+
+def _walk(ring: Sequence[str], start: int, length: int) -> str:
+    return " ".join(ring[(start + i) % len(ring)] for i in range(length))
+
+
+TASKS = {
+    "multihop": Task("multihop", "Who is reached from the person asked about?"),
+    "multihop_text": Task("multihop_text", "", has_answer=False),
+}
+_SIZES = {"train": 1 << 20, "validation": 256, "test": 256}
+
+
+def open_examples(name: str, split: str, world: World) -> Worlds:
+    """The examples of a synthetic task; ConfigError for a split that does not exist."""
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}.")
+    return Worlds(name, world, split, _SIZES[split])

@@ -1,0 +1,55 @@
+"""The command line: `python -m qlog.main --config=configs/quickstart.py`."""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
+    from qlog import commands  # after the flags: a wrong one is reported at once
+
+    workdir = pathlib.Path(_WORKDIR.value or default_workdir(sys.argv))
+    return commands.COMMANDS[_MODE.value](_CONFIG.value, workdir)
+
+
+def default_workdir(argv: list[str]) -> str:
+    """runs/hotpotqa-cold,garl for --config=configs/hotpotqa.py:cold,garl."""
+    value = next(a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config=")))
+    path, _, variant = value.partition(":")
+    return f"runs/{pathlib.Path(path).stem}" + (f"-{variant}" if variant else "")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing, but a mistake is one sentence and status 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        # config_flags folds the traceback of a config file into its message.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        sentence = lines[-1] if "Traceback" in str(error) else lines[0]
+        print(f"qlog: {sentence.removeprefix('qlog.errors.ConfigError: ')}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run() -> None:
+    """Runs `main`; a ConfigError is one sentence and status 2."""
+    from qlog.errors import ConfigError
+
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except ConfigError as error:
+        print(f"qlog: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

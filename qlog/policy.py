@@ -1,0 +1,26 @@
+"""The static half of a policy; its parameters are the other half."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from qlog.models import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What compiled programs need to know of a model; hashable, so jit-static.
+
+    Attributes:
+      config: the decoder's shape.
+      valid_vocab: rows of the vocabulary that the tokenizer knows; the padding rows after them
+        get probability 0, in sampling and in scoring alike.
+      dtype: of activations and KV caches. Parameters, log-probabilities and losses are float32.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    config: DecoderConfig
+    valid_vocab: int
+    dtype: Any = jnp.float32
+    remat: bool = False

@@ -1,0 +1,115 @@
+"""Log-probabilities without [.., T, V] arrays, and gold answers scored on the rollouts' caches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qlog import models
+from qlog.policy import Policy
+
+_CHUNK = 1024  # tokens whose logits exist at a time
+
+
+def token_log_probs(
+    hidden: Array,
+    table: Array,
+    targets: Array,
+    *,
+    valid_vocab: int,
+    temperature: Array | float = 1.0,
+    chunk: int = _CHUNK,
+) -> Array:
+    """log softmax(hidden @ table.T / temperature)[targets], a chunk of tokens at a time.
+
+    The backward pass recomputes each chunk's logits, so no [N, V] array is ever stored.
+
+    Args:
+      hidden: [..., D] final hidden states.
+      table: [V, D] output head; rows from `valid_vocab` on are padding and get probability 0.
+      targets: int32 [...], below `valid_vocab`.
+      valid_vocab: rows of the vocabulary that exist.
+      temperature: scalar, or broadcastable to `targets`.
+      chunk: tokens per chunk.
+
+    Returns:
+      float32 [...], each at most 0.
+    """
+    shape = targets.shape
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    targets = targets.reshape(-1)
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape).reshape(-1)
+    table = table.astype(hidden.dtype)
+
+    @jax.checkpoint
+    def one_chunk(inputs):
+        states, wanted, scale = inputs
+        logits = masked_logits(states, table, valid_vocab) / scale[:, None]
+        picked = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    count = targets.size
+    if count <= chunk:
+        return one_chunk((hidden, targets, temperature)).reshape(shape)
+    padding = -count % chunk
+    padded = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), mode="edge").reshape(
+            -1, chunk, *x.shape[1:]
+        ),
+        (hidden, targets, temperature),
+    )
+    return jax.lax.map(one_chunk, padded).reshape(-1)[:count].reshape(shape)
+
+
+def masked_logits(hidden: Array, table: Array, valid_vocab: int) -> Array:
+    """float32 logits [..., V] of hidden [..., D]; padding rows of the vocabulary get -inf."""
+    logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    if valid_vocab == table.shape[0]:
+        return logits
+    return jnp.where(jnp.arange(table.shape[0]) < valid_vocab, logits, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def score_answers(
+    params: models.Params,
+    policy: Policy,
+    prefix: models.Prefix,
+    suffix: models.Suffix,
+    tokens: Array,
+    rationale_lengths: Array,
+    gold: Array,
+    gold_lengths: Array,
+) -> Array:
+    """log w_m = log p(y* | x*, z_m), read off the caches that sampling left behind.
+
+    Only the thinking-end token and the gold answer pass through the model; what a rollout sampled
+    after its thinking-end token lies in later slots of its cache and is not seen.
+
+    Args:
+      prefix: of the prompts' tokens but the last, [.., B, .., P, ..].
+      suffix: slot i holds the keys of the token before `tokens[..., i]`.
+      tokens: int32 [B, M, R], the rollouts.
+      rationale_lengths: int32 [B, M], thinking-end token included.
+      gold: int32 [B, A] right-padded gold answers, end of sequence included.
+      gold_lengths: int32 [B]; 0 gives log w = 0.
+
+    Returns:
+      float32 [B, M], summed over the gold answer's tokens, at temperature 1.
+    """
+    batch, rollouts, _ = tokens.shape
+    last = jnp.take_along_axis(tokens, rationale_lengths[..., None] - 1, axis=-1)
+    gold_m = jnp.broadcast_to(gold[:, None], (batch, rollouts, gold.shape[-1]))
+    inputs = jnp.concatenate([last, gold_m[..., :-1]], axis=-1)
+    # The prefix lacks the prompt's last token, which suffix slot 0 holds: see sampling.py.
+    start = prefix.lengths[:, None] + rationale_lengths
+    positions = start[..., None] + jnp.arange(gold.shape[-1])
+    hidden, _ = models.apply(
+        params, policy.config, inputs, positions,
+        prefix=prefix, suffix=suffix._replace(lengths=rationale_lengths), dtype=policy.dtype,
+    )  # fmt: skip
+    log_probs = token_log_probs(
+        hidden, models.unembedding(params), gold_m, valid_vocab=policy.valid_vocab
+    )
+    is_gold = jnp.arange(gold.shape[-1]) < gold_lengths[:, None, None]
+    return jnp.where(is_gold, log_probs, 0.0).sum(-1)
