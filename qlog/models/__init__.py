@@ -1,9 +1,20 @@
-"""The decoder, its presets, and weights in and out."""
+"""The decoder, its presets, and weights in and out (`models.huggingface`)."""
 
+from qlog.models import huggingface
 from qlog.models.config import PRESETS, DecoderConfig, RopeScaling
-from qlog.models.decoder import Params, Prefix, Suffix, apply, empty_suffix, init, prefill, unembedding
+from qlog.models.decoder import (
+    Params,
+    Prefix,
+    Suffix,
+    apply,
+    empty_suffix,
+    init,
+    prefill,
+    unembedding,
+)
+from qlog.models.families import from_hf_config
 
 __all__ = [
     "PRESETS", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply",
-    "empty_suffix", "init", "prefill", "unembedding",
+    "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "unembedding",
 ]  # fmt: skip

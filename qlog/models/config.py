@@ -122,15 +122,16 @@ def _llama3(num_layers, width, num_heads, mlp_width, tied, rope_factor):
     )  # fmt: skip
 
 
-def _gemma3(num_layers, width, num_heads, num_kv_heads, mlp_width, head_dim=256, window=1024):
-    text_only = window == 512
-    return DecoderConfig(
-        vocab_size=262_144 if text_only else 262_208, num_layers=num_layers, width=width,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, mlp_width=mlp_width,
-        query_pre_attn_scalar=width / num_heads if head_dim == 128 else 256.0,
-        layer_windows=(window,) * 5 + (0,), local_rope_theta=1e4,
+def _gemma3(num_layers, width, num_heads, num_kv_heads, mlp_width, *, text_only=False, **others):
+    fields = dict(
+        vocab_size=262_144 if text_only else 262_208, head_dim=256, local_rope_theta=1e4,
+        layer_windows=(512 if text_only else 1024,) * 5 + (0,),
         rope_scaling=None if text_only else RopeScaling(8.0),
         max_positions=32_768 if text_only else 131_072, **TRAITS["gemma3"],
+    )  # fmt: skip
+    return DecoderConfig(
+        num_layers=num_layers, width=width, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        mlp_width=mlp_width, **fields | others,
     )  # fmt: skip
 
 
@@ -152,9 +153,9 @@ PRESETS = {
     "llama3p1_70b": _llama3(80, 8192, 64, 28672, False, 8.0),
     "llama3p2_1b": _llama3(16, 2048, 32, 8192, True, 32.0),
     "llama3p2_3b": _llama3(28, 3072, 24, 8192, True, 32.0),
-    "gemma3_270m": _gemma3(18, 640, 4, 1, 2048, window=512),
-    "gemma3_1b": _gemma3(26, 1152, 4, 1, 6912, window=512),
+    "gemma3_270m": _gemma3(18, 640, 4, 1, 2048, text_only=True),
+    "gemma3_1b": _gemma3(26, 1152, 4, 1, 6912, text_only=True),
     "gemma3_4b": _gemma3(34, 2560, 8, 4, 10240),
     "gemma3_12b": _gemma3(48, 3840, 16, 8, 15360),
-    "gemma3_27b": _gemma3(62, 5376, 32, 16, 21504, head_dim=128),
+    "gemma3_27b": _gemma3(62, 5376, 32, 16, 21504, head_dim=128, query_pre_attn_scalar=168.0),
 }
