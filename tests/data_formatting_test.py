@@ -257,11 +257,11 @@ def test_answer_text_ends_at_the_first_end_of_sequence(byte_level):
 
 
 def test_errors(byte_level):
-    with pytest.raises(ConfigError, match="data.style='hot' is unknown: use one of warm, cold"):
+    with pytest.raises(ConfigError, match="config.data.style = 'hot' is unknown: use one of warm, cold"):
         data.Formatter(byte_level, tasks.TASKS["finqa"], "hot")
     with pytest.raises(ConfigError, match="'7' has an empty gold answer"):
         data.Formatter(byte_level, tasks.TASKS["finqa"]).gold(data.Example("7", "q", " "))
-    with pytest.raises(ConfigError, match="data.name='squad' is unknown: use one of finqa"):
+    with pytest.raises(ConfigError, match="config.data.name = 'squad' is unknown: use one of finqa"):
         data.open_examples("squad", "train")
     with pytest.raises(ValueError, match="makes its own examples"):
         data.Converted([], data.Task("made", ""))
@@ -274,9 +274,10 @@ def test_report_counts_what_exceeds_the_limits(byte_level):
     source = [data.Example(str(n), "x" * n + HOSTILE, "y", rationale="z") for n in (1, 5, 9, 90)]
     overhead = len(formatter.prompt(data.Example("", HOSTILE, "y")))
     lines = list(show.report(source, formatter, pipeline.Limits(overhead + 6, 10, None), [1]))
-    assert lines[1].split() == ["prompt", *map(str, (overhead + 1, overhead + 9, overhead + 90,
+    assert lines[0] == "words, cold: 4 examples"
+    assert lines[2].split() == ["prompt", *map(str, (overhead + 1, overhead + 9, overhead + 90,
                                                      overhead + 90, overhead + 6, 2))]
-    assert any(line.startswith("2 of 4 prompts exceed data.max_prompt_tokens=") for line in lines)
+    assert any(line.startswith("2 of 4 prompts exceed config.data.max_prompt_tokens") for line in lines)
     prompt = "\n".join(lines)
     assert "\n" + "x" * 5 + HOSTILE + "\n⟦<think>⟧\n" in prompt
     assert "\n\ny⟦<|im_end|>⟧" in prompt
@@ -290,19 +291,18 @@ from ml_collections import config_dict
 def get_config(style):
     return config_dict.create(
         data=dict(name="musique", style=style, manual_dir={str(shared / "data" / "musique")!r},
-                  data_dir={str(tmp_path / "prepared")!r}, max_prompt_tokens=2000,
-                  max_answer_tokens=128),
+                  data_dir={str(tmp_path / "prepared")!r}, max_prompt_tokens=2000),
         tokenizer=dict(path={str(shared / "tokenizers" / "qwen3")!r}, think_start="<think>",
                        think_end="</think>"),
-        rollout=dict(closing_text=""))
+        rollout=dict(closing_text="", answer_reserve=128, rationale_budget=1920))
 """)
     command = ["show", f"{config}:cold", "--examples=2", "--config.data.max_prompt_tokens=2100"]
     assert show.main(command) == 0
     out = capsys.readouterr().out
     assert "example 1 of 100" in out and "⟦<think>⟧" in out and "<|im_start|>" not in out
-    assert "of 100 prompts exceed data.max_prompt_tokens=2,100" in out
+    assert "of 100 prompts exceed config.data.max_prompt_tokens = 2,100" in out
     assert show.main(["show", f"{config}:hot"]) == 2
-    assert "data.style='hot' is unknown" in capsys.readouterr().err
+    assert "config.data.style = 'hot' is unknown" in capsys.readouterr().err
     assert show.main(["show"]) == 2
 
 

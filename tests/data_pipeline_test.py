@@ -165,46 +165,55 @@ def test_evaluation_sees_every_example_once_in_order(dataset):
                                       whole.is_prompt)
 
 
+def test_plain_text_has_no_gold_answer(formatter):
+    text = data.Formatter(formatter.tokenizer, data.Task("text", "", has_answer=False), "cold")
+    dataset = data.open_dataset(Numbers(), text, max_prompt_tokens=40, max_answer_tokens=8,
+                                max_rationale_tokens=6)
+    (_, batch), = take(dataset, 1)
+    assert not batch.gold_lengths.any() and batch.rationale_lengths.all()
+
+
 def test_empty_dataset(formatter):
-    with pytest.raises(ConfigError, match="data.name=numbers, split train has no examples"):
+    with pytest.raises(ConfigError, match="config.data.name = numbers has no examples"):
         data.open_dataset([], formatter, max_prompt_tokens=40, max_answer_tokens=8,
-                          name="data.name=numbers, split train")
+                          name="config.data.name = numbers")
 
 
 def test_overlong_examples_stop_the_run_or_are_dropped_and_counted(formatter):
     limits = dict(max_prompt_tokens=12, max_answer_tokens=8)  # a prompt of n words has n + 1 tokens
-    with pytest.raises(ConfigError, match=r"data.max_prompt_tokens=12 is too small for 12 of 23 "
-                       r".*the longest with 24 tokens: raise it to 24, or set data.overlong='skip'"):
+    with pytest.raises(ConfigError, match="config.data.max_prompt_tokens = 12 is too small for 12 of 23 "
+                       ".*the longest with 24 tokens: raise it to 24, or set config.data.overlong"):
         data.open_dataset(Numbers(), formatter, **limits)
-    with pytest.raises(ConfigError, match="data.max_answer_tokens=1 is too small for 23 of 23"):
+    with pytest.raises(ConfigError, match="config.rollout.answer_reserve = 1 is too small for 23"):
         data.open_dataset(Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=1)
-    with pytest.raises(ConfigError, match="data.max_rationale_tokens=1 is too small for 15 of 23"):
+    with pytest.raises(ConfigError, match="config.rollout.rationale_budget = 1 is too small for 7 of "
+                       "23 examples.*the longest with 2 tokens: raise it to 2"):
         data.open_dataset(Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=8,
-                          max_rationale_tokens=1)
+                          max_rationale_tokens=2)
     kept = data.open_dataset(Numbers(), formatter, overlong="skip", **limits)
-    assert len(kept) == 11 and kept.skipped == {"data.max_prompt_tokens": 12}
+    assert len(kept) == 11 and kept.skipped == {"config.data.max_prompt_tokens": 12}
     assert sorted(ids(take(kept, 11, prompts_per_step=1))) == sorted(f"id-{i}" for i in range(11))
-    with pytest.raises(ConfigError, match="drops all 23 .*shortest need data.max_prompt_tokens=2"):
+    with pytest.raises(ConfigError, match="drops all 23 .*shortest need config.data.max_prompt_tokens = 2"):
         data.open_dataset(Numbers(), formatter, max_prompt_tokens=1, max_answer_tokens=8,
                           overlong="skip")
-    with pytest.raises(ConfigError, match="data.overlong='cut' is unknown: use one of error, skip"):
+    with pytest.raises(ConfigError, match="config.data.overlong = 'cut' is unknown: use one of error"):
         data.open_dataset(Numbers(), formatter, overlong="cut", **limits)
 
 
 def test_overlong_example_met_later_stops_the_run_too(formatter):
     dataset = data.open_dataset(Numbers(), formatter, max_prompt_tokens=12, max_answer_tokens=8,
                                 measure=5)
-    with pytest.raises(ConfigError, match="data.max_prompt_tokens=12 is too small for 1 of 1"):
+    with pytest.raises(ConfigError, match="config.data.max_prompt_tokens = 12 is too small for 1 of 1"):
         take(dataset, SIZE, prompts_per_step=1)
     assert dataset.gold_width == 8  # the limit, since not every answer has been seen
-    with pytest.raises(ConfigError, match="leave measure unset"):
+    with pytest.raises(ConfigError, match="has to measure every example"):
         data.open_dataset(Numbers(), formatter, max_prompt_tokens=12, max_answer_tokens=8,
                           measure=5, overlong="skip")
 
 
 @pytest.mark.parametrize("prompts,processes", [(0, 1), (6, 4), (-4, 2)])
 def test_batches_that_processes_cannot_share(dataset, prompts, processes):
-    with pytest.raises(ConfigError, match=f"train.prompts_per_step={prompts} is not a positive"):
+    with pytest.raises(ConfigError, match=f"config.train.prompts_per_step = {prompts} is not"):
         data.train_batches(dataset, seed=0, prompts_per_step=prompts, process_count=processes)
-    with pytest.raises(ConfigError, match=f"evaluation.batch_size={prompts} is not a positive"):
+    with pytest.raises(ConfigError, match=f"config.evaluation.prompts_per_batch = {prompts} is"):
         data.evaluation_batches(dataset, batch_size=prompts, process_count=processes)

@@ -150,7 +150,7 @@ def test_vocabulary_that_leaks_control_tokens_is_refused(tmp_path):
 
 
 def test_errors_say_what_is_missing(tmp_path):
-    with pytest.raises(ConfigError, match="tokenizer.path=.*nowhere does not exist"):
+    with pytest.raises(ConfigError, match="config.tokenizer.path = .*nowhere does not exist"):
         tokenizers.load(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="neither tokenizer.json nor"):
         tokenizers.load(tmp_path)
@@ -166,7 +166,7 @@ def test_errors_say_what_is_missing(tmp_path):
 
 
 def test_vocabulary_without_thinking_tokens_wants_two_named(shared):
-    with pytest.raises(ConfigError, match="tokenizer.think_start='<think>'.*<extra_id_"):
+    with pytest.raises(ConfigError, match="config.tokenizer.think_start = '<think>'.*<extra_id_"):
         tokenizers.load(shared / "tokenizers" / "t5_32k")
 
 

@@ -46,16 +46,20 @@ class Task:
 
 
 class Converted(Sequence[Example]):
-    """Records seen as examples, converted one by one when asked for."""
+    """Records seen as examples, converted one by one when asked for.
+
+    Attributes:
+        records: the records, as given.
+    """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], task: Task):
         if task.to_example is None:
             raise ValueError(f"task {task.name!r} makes its own examples and reads no records")
-        self._records = records
+        self.records = records
         self._convert = task.to_example
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        return self._convert(self._records[index])
+        return self._convert(self.records[index])

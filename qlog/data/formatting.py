@@ -91,7 +91,8 @@ class Formatter:
     def __init__(self, tokenizer: Tokenizer, task: Task, style: str = "warm",
                  closing_text: str = ""):
         if style not in STYLES:
-            raise ConfigError(f"data.style={style!r} is unknown: use one of {', '.join(STYLES)}.")
+            raise ConfigError(f"config.data.style = {style!r} is unknown: use one of "
+                              f"{', '.join(STYLES)}.")
         self.tokenizer = tokenizer
         self.task = task
         self.style = style
@@ -110,8 +111,8 @@ class Formatter:
         """What must follow the thinking-end token: separator, gold answer, end of sequence.
 
         Equal to what the tokenizer makes of the text "</think>\\n\\nANSWER<|im_end|>", which is
-        how the model would emit it. Nothing for a task without answers; ConfigError for an empty
-        answer.
+        how the model would emit it. A task of plain text has no answer: no ids. Raises ConfigError
+        for an empty answer.
         """
         if not self.task.has_answer:
             return []

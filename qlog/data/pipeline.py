@@ -75,8 +75,10 @@ class Limits(NamedTuple):
     rationale: int | None
 
 
-# The config fields behind `Limits`, for messages.
-_FIELDS = Limits("data.max_prompt_tokens", "data.max_answer_tokens", "data.max_rationale_tokens")
+# The config fields behind `Limits`, and the tokens that each does not count (the thinking-end).
+_FIELDS = Limits("config.data.max_prompt_tokens", "config.rollout.answer_reserve",
+                 "config.rollout.rationale_budget")
+_UNCOUNTED = Limits(0, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Dataset:
 def open_dataset(source: Source, formatter: Formatter, *, max_prompt_tokens: int,
                  max_answer_tokens: int, max_rationale_tokens: int | None = None,
                  overlong: str = "error", measure: int | None = None,
-                 name: str = "data.name") -> Dataset:
+                 name: str = "config.data.name") -> Dataset:
     """Checks that examples exist and fit, before anything compiles.
 
     Args:
@@ -123,23 +125,25 @@ def open_dataset(source: Source, formatter: Formatter, *, max_prompt_tokens: int
         formatter: makes the token ids that are measured.
         max_prompt_tokens: longest prompt.
         max_answer_tokens: longest gold answer, separator and end of sequence included.
-        max_rationale_tokens: longest annotated rationale; None leaves rationales out of batches.
+        max_rationale_tokens: longest annotated rationale, its thinking-end token included; None
+            leaves rationales out of batches.
         overlong: 'error' stops at longer examples, 'skip' drops and counts them.
         measure: how many examples to measure now, None for all; the rest are checked when they
             are met. For tasks that make any number of examples on the fly.
-        name: where the examples came from, for messages ("data.name=hotpotqa, split train").
+        name: where the examples came from, for messages ("config.data.name = 'hotpotqa', split 'train'").
 
     Raises:
         ConfigError: no examples, examples over a limit, unknown `overlong`.
     """
     if overlong not in OVERLONG:
-        raise ConfigError(f"data.overlong={overlong!r} is unknown: use one of "
+        raise ConfigError(f"config.data.overlong = {overlong!r} is unknown: use one of "
                           f"{', '.join(OVERLONG)}.")
     if overlong == "skip" and measure is not None:
-        raise ConfigError("data.overlong='skip' has to measure every example: leave measure unset.")
+        raise ConfigError("config.data.overlong = 'skip' has to measure every example, which a "
+                          "task that makes them on the fly cannot: use 'error'.")
     size = len(source)
     if not size:
-        raise ConfigError(f"{name} has no examples: check the split and data.manual_dir.")
+        raise ConfigError(f"{name} has no examples: check the split and config.data.manual_dir.")
     limits = Limits(max_prompt_tokens, max_answer_tokens, max_rationale_tokens)
     lengths = measure_lengths(source, formatter, count=measure,
                               rationales=max_rationale_tokens is not None)
@@ -149,9 +153,10 @@ def open_dataset(source: Source, formatter: Formatter, *, max_prompt_tokens: int
         _check_lengths(lengths, limits, name)
     fits = ~over.any(axis=1)
     if measured and not fits.any():
-        needs = ", ".join(f"{field}={n}" for field, n in zip(_FIELDS, lengths.min(axis=0)))
-        raise ConfigError(f"data.overlong='skip' drops all {size} examples of {name}: the "
-                          f"shortest need {needs}.")
+        needs = ", ".join(f"{field} = {n - uncounted}" for field, n, uncounted in
+                          zip(_FIELDS, lengths.min(axis=0), _UNCOUNTED) if n)
+        raise ConfigError(f"config.data.overlong = 'skip' drops all {size} examples of {name}: "
+                          f"the shortest need {needs}.")
     kept = range(size) if fits.all() else np.flatnonzero(fits).tolist()
     longest_gold = int(lengths[fits, 1].max()) if measured == size else max_answer_tokens
     skipped = {field: int(n) for field, n in zip(_FIELDS, over.sum(axis=0)) if n}
@@ -196,7 +201,7 @@ def train_batches(dataset: Dataset, *, seed: int, prompts_per_step: int, start_s
         ConfigError: prompts_per_step that is not a positive multiple of process_count.
     """
     if prompts_per_step < 1 or prompts_per_step % process_count:
-        raise ConfigError(f"train.prompts_per_step={prompts_per_step} is not a positive multiple "
+        raise ConfigError(f"config.train.prompts_per_step = {prompts_per_step} is not a positive multiple "
                           f"of the {process_count} processes: give each the same number.")
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
     share = prompts_per_step // process_count
@@ -226,7 +231,7 @@ def evaluation_batches(dataset: Dataset, *, batch_size: int, limit: int | None =
         ConfigError: batch_size that is not a positive multiple of process_count.
     """
     if batch_size < 1 or batch_size % process_count:
-        raise ConfigError(f"evaluation.batch_size={batch_size} is not a positive multiple of the "
+        raise ConfigError(f"config.evaluation.prompts_per_batch = {batch_size} is not a positive multiple of the "
                           f"{process_count} processes: give each the same number.")
     size = len(dataset) if limit is None else min(limit, len(dataset))
     share = batch_size // process_count
@@ -279,11 +284,11 @@ def _check_lengths(lengths: Sequence, limits: Limits, name: str = "the dataset")
     lengths = np.asarray(lengths)
     for k, over in enumerate(_over(lengths, limits).T):
         if over.any():
-            longest = lengths[:, k].max()
+            longest = lengths[:, k].max() - _UNCOUNTED[k]
             raise ConfigError(
-                f"{_FIELDS[k]}={limits[k]} is too small for {over.sum()} of {len(over)} examples "
-                f"of {name}, the longest with {longest} tokens: raise it to {longest}, or set "
-                "data.overlong='skip' to drop them.")
+                f"{_FIELDS[k]} = {limits[k] - _UNCOUNTED[k]} is too small for {over.sum()} of "
+                f"{len(over)} examples of {name}, the longest with {longest} tokens: raise it to "
+                f"{longest}, or set config.data.overlong to 'skip' to drop them.")
 
 
 def _over(lengths: np.ndarray, limits: Limits) -> np.ndarray:

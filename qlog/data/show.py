@@ -15,25 +15,29 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qlog.data import pipeline, tasks, tokenizers
+from qlog.data import multihop, pipeline, tasks, tokenizers
 from qlog.data.examples import Example
 from qlog.data.formatting import Formatter
 from qlog.errors import ConfigError
 
 
+_MEASURED = 20_000  # a synthetic task has no end of examples
+
+
 def report(source: pipeline.Source, formatter: Formatter, limits: pipeline.Limits,
            examples: Sequence[int]) -> Iterator[str]:
     """Lines about a source: a table of lengths in tokens, then the examples with these indices."""
-    lengths = pipeline.measure_lengths(source, formatter)
+    lengths = pipeline.measure_lengths(source, formatter, count=_MEASURED)
+    yield f"{formatter.task.name}, {formatter.style}: {len(source):,} examples"
     yield f"{'tokens':<12}{'shortest':>9}{'median':>9}{'95%':>9}{'longest':>9}{'limit':>9}{'over':>9}"
     for name, limit, column in zip(("prompt", "gold answer", "rationale"), limits, lengths.T):
         quantiles = np.quantile(column, (0, 0.5, 0.95, 1), method="nearest")
         over = "-" if limit is None else f"{(column > limit).sum():,}"
         limit = "-" if limit is None else f"{limit:,}"
         yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{limit:>9}{over:>9}"
-    if limits.prompt is not None:
-        over = (lengths[:, 0] > limits.prompt).sum()
-        yield f"{over:,} of {len(lengths):,} prompts exceed data.max_prompt_tokens={limits.prompt:,}"
+    over = (lengths[:, 0] > limits.prompt).sum()
+    yield (f"{over:,} of {len(lengths):,} prompts exceed config.data.max_prompt_tokens = "
+           f"{limits.prompt:,}")
     for index in examples:
         yield from _example(source[index], formatter, f"example {index} of {len(source):,}")
 
@@ -65,14 +69,21 @@ def _example(example: Example, formatter: Formatter, title: str) -> Iterator[str
 
 
 def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, pipeline.Limits]:
-    data, tokens = config.data, config.tokenizer
-    tokenizer = tokenizers.load(tokens.path, think_start=tokens.think_start,
-                                think_end=tokens.think_end)
-    source = tasks.open_examples(data.name, split, manual_dir=data.manual_dir,
-                                 data_dir=data.data_dir)
-    formatter = Formatter(tokenizer, tasks.TASKS[data.name], data.style,
-                          config.rollout.closing_text)
-    return source, formatter, pipeline.Limits(data.max_prompt_tokens, data.max_answer_tokens, None)
+    section, tokens, rollout = config.data, config.tokenizer, config.rollout
+    if section.name in multihop.TASKS:
+        world = multihop.World(**section.world)
+        task, tokenizer = multihop.TASKS[section.name], world.tokenizer()
+        source = multihop.open_examples(section.name, split, world)
+    else:
+        source = tasks.open_examples(section.name, split, manual_dir=section.manual_dir or None,
+                                     data_dir=section.data_dir or None)
+        task = tasks.TASKS[section.name]
+        path = tokens.path or (config.model if config.weights == "random" else config.weights)
+        tokenizer = tokenizers.load(path, think_start=tokens.think_start,
+                                    think_end=tokens.think_end)
+    formatter = Formatter(tokenizer, task, section.style, rollout.closing_text)
+    return source, formatter, pipeline.Limits(section.max_prompt_tokens, rollout.answer_reserve,
+                                              rollout.rationale_budget + 1)
 
 
 def main(argv: Sequence[str]) -> int:

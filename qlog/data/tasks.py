@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlog.data import finqa_program
+from qlog.data import finqa_program, splits
 from qlog.data.examples import Converted, Example, Task
 from qlog.errors import ConfigError
 
@@ -83,23 +83,22 @@ TASKS = {
 
 
 def open_examples(name: str, split: str, *, manual_dir: str | None = None,
-                  data_dir: str | None = None) -> Sequence[Example]:
-    """The examples of a split ('train', 'validation', 'test'), read when asked for.
+                  data_dir: str | None = None) -> Converted:
+    """The examples of one of the paper's splits, read when asked for.
 
     Args:
         name: a key of TASKS.
-        split: which of the paper's three splits.
+        split: 'train', 'validation' or 'test'; `qlog.data.splits` says how they are drawn.
         manual_dir: folder with the official files, None to download them.
         data_dir: where prepared datasets are kept, None for TFDS's own default.
 
     Raises:
-        ConfigError: unknown name, or what the builders cannot read.
+        ConfigError: unknown name or split, or records that cannot be read.
     """
-    from qlog.data import builders  # here, since importing TFDS takes seconds
-
     if name not in TASKS:
-        raise ConfigError(f"data.name={name!r} is unknown: use one of {', '.join(TASKS)}.")
-    records = builders.open_records(name, split, manual_dir=manual_dir, data_dir=data_dir)
+        raise ConfigError(f"config.data.name = {name!r} is unknown: use one of "
+                          f"{', '.join(TASKS)}.")
+    records = splits.open_split(name, split, manual_dir=manual_dir, data_dir=data_dir)
     return Converted(records, TASKS[name])
 
 

@@ -49,14 +49,14 @@ class Tokenizer:
             if name not in control:
                 unused = [n for n in control if re.search("unused|reserved|extra", n)]
                 hint = f", for example {unused[0]!r}" if unused else ""
-                raise ConfigError(f"tokenizer.{field}={name!r} is not a control token of {where}: "
+                raise ConfigError(f"config.tokenizer.{field} = {name!r} is not a control token of {where}: "
                                   f"name one of its {len(control)} control tokens{hint}.")
         if think_start == think_end:
-            raise ConfigError(f"tokenizer.think_start and tokenizer.think_end are both "
-                              f"{think_end!r}: name two different control tokens.")
+            raise ConfigError("config.tokenizer.think_start and config.tokenizer.think_end are "
+                              f"both {think_end!r}: name two different control tokens.")
         if not eos_names:
             raise ConfigError(f"{where} has no end-of-sequence token that qlog knows "
-                              f"({', '.join(_EOS_NAMES)}): add one of them to tokenizer.path.")
+                              f"({', '.join(_EOS_NAMES)}): add one of them to config.tokenizer.path.")
         self.control = dict(control)
         self.vocab_size = vocab_size
         self.eos_ids = tuple(control[name] for name in eos_names)
@@ -72,7 +72,7 @@ class Tokenizer:
         if leaks:
             raise ConfigError(f"{where} turns the plain text {leaks[0]!r} into a control token "
                               "and cannot be used safely; name a tokenizer.json of type BPE or "
-                              "WordLevel, or a SentencePiece .model file, in tokenizer.path.")
+                              "WordLevel, or a SentencePiece .model file, in config.tokenizer.path.")
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; markup inside it becomes ordinary pieces, never a control token."""
@@ -161,7 +161,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             model.ParseFromString(path.read_bytes())
         except Exception as error:
-            raise ConfigError(f"tokenizer.path={path} is not a SentencePiece model "
+            raise ConfigError(f"config.tokenizer.path = {path} is not a SentencePiece model "
                               f"({type(error).__name__}).") from error
         kinds = schema.ModelProto.SentencePiece
         control = {}
@@ -204,11 +204,11 @@ def load(path: str | pathlib.Path, *, think_start: str = "<think>",
         found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
         found += sorted(path.glob("*.model"))
         if not found:
-            raise ConfigError(f"tokenizer.path={path} holds neither tokenizer.json nor a "
+            raise ConfigError(f"config.tokenizer.path = {path} holds neither tokenizer.json nor a "
                               "SentencePiece *.model: copy one of them from the model's folder.")
         path = found[0]
     if not path.is_file():
-        raise ConfigError(f"tokenizer.path={path} does not exist: give a folder or a file with "
+        raise ConfigError(f"config.tokenizer.path = {path} does not exist: give a folder or a file with "
                           "tokenizer.json or a SentencePiece *.model.")
     if path.suffix == ".model":
         return SentencePieceTokenizer(path, think_start=think_start, think_end=think_end)
@@ -216,7 +216,7 @@ def load(path: str | pathlib.Path, *, think_start: str = "<think>",
         spec = json.loads(path.read_text(encoding="utf-8"))
         spec["model"]["vocab"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"tokenizer.path={path} is not a tokenizer.json of the Hugging Face "
+        raise ConfigError(f"config.tokenizer.path = {path} is not a tokenizer.json of the Hugging Face "
                           f"tokenizers library ({error}).") from error
     return JsonTokenizer(spec, think_start=think_start, think_end=think_end, path=path)
 
