@@ -43,6 +43,7 @@ from qlog.losses.recipes import RECIPES, Recipe, arguments, build
 from qlog.losses.reduce import log_likelihood, log_reward
 from qlog.losses.surrogates import add_kl, clipped, kl_estimate, linear, token_measurements
 from qlog.losses.transforms import (
+    RESAMPLING,
     amplify,
     attenuate,
     center,

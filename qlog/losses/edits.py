@@ -62,6 +62,8 @@ def aggregate(mode: str = "sum", max_tokens: int | None = None) -> LossTransform
         if max_tokens is None:
             raise ValueError("aggregation='constant' needs max_tokens, an integer of at least 1")
         check_count("max_tokens", max_tokens)
+    elif max_tokens is not None:
+        raise ValueError(f"max_tokens={max_tokens!r} is not read with aggregation={mode!r}")
 
     def function(coefficients, scores, *, axis_name, **_):
         length = jnp.where(scores.valid, scores.num_tokens, 0).astype(jnp.float32)

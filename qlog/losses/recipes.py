@@ -14,6 +14,13 @@ from qlog.losses.compose import chain
 from qlog.losses.types import Estimator, LossTransform, Surrogate, check_choice, check_number
 
 SCHEDULE = {"q_schedule": "constant", "q_end": 0.0, "q_steps": 0, "q_pace": 0.25}
+_SCHEDULE_READS = {
+    "constant": (),
+    "linear": ("q_end", "q_steps"),
+    "cosine": ("q_end", "q_steps"),
+    "step": ("q_end", "q_steps"),
+    "adaptive": ("q_end", "q_pace"),
+}
 EDITS = {"pathwise": True, "max_coefficient": None, "aggregation": "sum", "max_tokens": None}
 
 
@@ -100,7 +107,14 @@ def _over_steps(factory: Callable[..., LossTransform], arguments: dict) -> LossT
     """`factory(q)` for a constant, a schedule given as a function, or one described by arguments."""
     q, kind = arguments["q"], arguments["q_schedule"]
     check_choice("q_schedule", kind, control.SCHEDULES)
+    for name, default in SCHEDULE.items():
+        unread = name != "q_schedule" and name not in _SCHEDULE_READS[kind]
+        if unread and arguments[name] != default:
+            raise ValueError(
+                f"{name}={arguments[name]!r} is not read with q_schedule={kind!r}; leave it {default}"
+            )
     if callable(q):
+        check_choice("q_schedule, beside q as a function of the step,", kind, ("constant",))
         return control.scheduled(factory, q)
     check_number("q", q, 0, 1)
     if kind == "constant":
@@ -180,6 +194,6 @@ def build(name: str, *, num_rollouts: int | None = None, **given) -> Estimator:
     if num_rollouts is not None and num_rollouts < estimator.min_rollouts:
         raise ValueError(
             f"{name} needs at least {estimator.min_rollouts} rollouts per prompt for its "
-            f"leave-one-out baseline, got {num_rollouts}"
+            f"leave-one-out statistics, got {num_rollouts}"
         )
     return estimator

@@ -49,14 +49,17 @@ def normalized(log_weights: jax.Array) -> jax.Array:
 def logsumexp_others(log_weights: jax.Array) -> jax.Array:
     """[B, M] logsumexp over the other members of the group, -inf where they are all -inf.
 
-    From running sums before and after m, so nothing is subtracted and memory is linear in M.
+    Of the largest member, over the rest as such, where subtraction from the total would cancel. Of
+    any other, the total less its own weight: the largest stays, so nothing cancels.
     """
-    none = jnp.full_like(log_weights[:, :1], -jnp.inf)
-    before = jax.lax.associative_scan(jnp.logaddexp, log_weights, axis=1)
-    after = jax.lax.associative_scan(jnp.logaddexp, log_weights, axis=1, reverse=True)
-    before = jnp.concatenate([none, before[:, :-1]], 1)
-    after = jnp.concatenate([after[:, 1:], none], 1)
-    return jnp.logaddexp(before, after)
+    size = log_weights.shape[1]
+    is_top = jnp.argmax(log_weights, 1, keepdims=True) == jnp.arange(size)
+    peak = jnp.max(log_weights, 1, keepdims=True)
+    rest = jnp.where(is_top, -jnp.inf, log_weights)
+    relative = jnp.exp(rest - finite(peak))
+    without = jnp.maximum(jnp.sum(relative, 1, keepdims=True) - relative, 0.0)
+    others = peak + jnp.log1p(without)
+    return jnp.where(is_top, jax.nn.logsumexp(rest, 1, keepdims=True), others)
 
 
 def log_mean_others(log_weights: jax.Array, scores: Scores) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 LossTransform = optax.GradientTransformationExtraArgs
@@ -91,12 +92,13 @@ def check_scores(scores: Scores) -> None:
 
 
 def check_number(name: str, value, low: float, high: float) -> None:
-    """Raises unless `value` is an array, possibly traced, or a number in [low, high]."""
-    if isinstance(value, jax.Array):
+    """Raises unless `value` is traced, or a real number or array with all of it in [low, high]."""
+    if isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    numbers = np.asarray(value)
+    if numbers.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be a number in [{low}, {high}], got {value!r}")
-    if not low <= float(value) <= high:
+    if not np.all((low <= numbers) & (numbers <= high)):
         raise ValueError(f"{name} must be in [{low}, {high}], got {value!r}")
 
 
