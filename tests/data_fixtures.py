@@ -18,20 +18,40 @@ def byte_alphabet() -> dict[int, str]:
 
 
 def added_token(id_: int, content: str, special: bool = True) -> dict:
-    return {"id": id_, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": special}
+    return {
+        "id": id_,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    }
 
 
 def byte_level_spec(control=CHATML) -> dict:
     """A tokenizer.json: one id per byte, then the control tokens; `<think>` is not 'special'."""
     vocab = {char: i for i, char in enumerate(byte_alphabet().values())}
     added = [added_token(256 + i, name, "think" not in name) for i, name in enumerate(control)]
-    return {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
-                              "trim_offsets": True, "use_regex": False},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                        "use_regex": False},
-            "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "post_processor": None,
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        },
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        },
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
 
 
 def write_spec(folder, spec) -> str:
@@ -55,7 +75,8 @@ class ReferenceBPE:
 
     _SPLIT = re.compile(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
 
     def __init__(self, path):
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
@@ -73,7 +94,7 @@ class ReferenceBPE:
             if best not in self._ranks:
                 break
             i = pairs.index(best)
-            pieces[i:i + 2] = ["".join(best)]
+            pieces[i : i + 2] = ["".join(best)]
         return [self._vocab[piece] for piece in pieces]
 
     def encode(self, text: str) -> list[int]:
@@ -85,11 +106,18 @@ FINQA = {
     "id": "ABC/2009/page_1.pdf-1",
     "pre_text": ["sales rose in 2009 .", "the table is in millions . ."],
     "post_text": ["."],
-    "table": [["", "2009", "2008"], ["net sales", "$ 120", "$ 100"],
-              ["cost ( gross , of tax )", "-30 ( 30 )", "-20 ( 20 )"]],
-    "qa": {"question": "what was the  growth of net sales?", "answer": "20.0%\\n",
-           "program": "subtract(120, 100), divide(#0, 100)", "exe_ans": 0.2,
-           "gold_inds": {"table_1": "the net sales of 2009 is $ 120 ;"}},
+    "table": [
+        ["", "2009", "2008"],
+        ["net sales", "$ 120", "$ 100"],
+        ["cost ( gross , of tax )", "-30 ( 30 )", "-20 ( 20 )"],
+    ],
+    "qa": {
+        "question": "what was the  growth of net sales?",
+        "answer": "20.0%\\n",
+        "program": "subtract(120, 100), divide(#0, 100)",
+        "exe_ans": 0.2,
+        "gold_inds": {"table_1": "the net sales of 2009 is $ 120 ;"},
+    },
 }
 HOTPOTQA = {
     "_id": "5a7a06935542990198eaf050",
@@ -98,22 +126,42 @@ HOTPOTQA = {
     "type": "bridge",
     "level": "easy",
     "supporting_facts": [["Dune (film)", 1], ["Dune (novel)", 0], ["Dune (novel)", 9]],
-    "context": [["Dune (film)", ["Dune is a film.", " It follows the novel Dune."]],
-                ["Dune (novel)", ["Dune is by Frank Herbert."]]],
+    "context": [
+        ["Dune (film)", ["Dune is a film.", " It follows the novel Dune."]],
+        ["Dune (novel)", ["Dune is by Frank Herbert."]],
+    ],
 }
 MUSIQUE = {
     "id": "2hop__1_2",
     "question": "Where was the writer of Dune born?",
     "question_decomposition": [
-        {"id": 1, "question": "Dune >> author", "answer": "Frank Herbert",
-         "paragraph_support_idx": 1},
-        {"id": 2, "question": "Where was #1 born ?", "answer": "Tacoma",
-         "paragraph_support_idx": 0}],
+        {
+            "id": 1,
+            "question": "Dune >> author",
+            "answer": "Frank Herbert",
+            "paragraph_support_idx": 1,
+        },
+        {
+            "id": 2,
+            "question": "Where was #1 born ?",
+            "answer": "Tacoma",
+            "paragraph_support_idx": 0,
+        },
+    ],
     "paragraphs": [
-        {"idx": 0, "title": "Frank Herbert", "paragraph_text": "He was born in Tacoma.",
-         "is_supporting": True},
-        {"idx": 1, "title": "Dune", "paragraph_text": "A novel by Frank Herbert.",
-         "is_supporting": True}],
+        {
+            "idx": 0,
+            "title": "Frank Herbert",
+            "paragraph_text": "He was born in Tacoma.",
+            "is_supporting": True,
+        },
+        {
+            "idx": 1,
+            "title": "Dune",
+            "paragraph_text": "A novel by Frank Herbert.",
+            "is_supporting": True,
+        },
+    ],
     "answer": "Tacoma",
     "answer_aliases": ["Tacoma, Washington", "Tacoma"],
     "answerable": True,

@@ -25,8 +25,12 @@ class Numbers:
     def __getitem__(self, index):
         if not 0 <= index < self.size:
             raise IndexError(index)
-        return data.Example(f"id-{index}", " ".join(["w"] * (index + 1)), f"n{index % 10}",
-                            rationale="w " * (index % 3))
+        return data.Example(
+            f"id-{index}",
+            " ".join(["w"] * (index + 1)),
+            f"n{index % 10}",
+            rationale="w " * (index % 3),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +54,28 @@ def ids(batches):
 
 
 def assert_equal(one, other):
-    for field in ("tokens", "lengths", "gold", "gold_lengths", "rationale", "rationale_lengths",
-                  "uids", "is_prompt"):
+    for field in (
+        "tokens",
+        "lengths",
+        "gold",
+        "gold_lengths",
+        "rationale",
+        "rationale_lengths",
+        "uids",
+        "is_prompt",
+    ):
         np.testing.assert_array_equal(getattr(one, field), getattr(other, field), field)
     assert one.examples == other.examples
 
 
 def test_batch_holds_what_the_formatter_says(dataset, formatter):
-    (step, batch), = take(dataset, 1)
+    ((step, batch),) = take(dataset, 1)
     assert step == 0 and len(batch.examples) == 4
     for row, example in enumerate(batch.examples):
         prompt, gold = formatter.prompt(example), formatter.gold(example)
-        assert batch.tokens[row, :batch.lengths[row]].tolist() == prompt
-        assert set(batch.tokens[row, batch.lengths[row]:]) <= {formatter.tokenizer.pad_id}
-        assert batch.gold[row, :batch.gold_lengths[row]].tolist() == gold
+        assert batch.tokens[row, : batch.lengths[row]].tolist() == prompt
+        assert set(batch.tokens[row, batch.lengths[row] :]) <= {formatter.tokenizer.pad_id}
+        assert batch.gold[row, : batch.gold_lengths[row]].tolist() == gold
         assert batch.uids[row] == zlib.crc32(example.id.encode())
     assert batch.tokens.shape[1] == pipeline.bucket(batch.lengths.max(), 40)
     assert [batch.tokens.dtype, batch.lengths.dtype, batch.gold.dtype] == [np.int32] * 3
@@ -73,7 +85,7 @@ def test_batch_holds_what_the_formatter_says(dataset, formatter):
 
 def test_every_epoch_has_every_example_in_a_new_order(dataset):
     order = ids(take(dataset, 3 * SIZE, prompts_per_step=1))
-    epochs = [order[i * SIZE:(i + 1) * SIZE] for i in range(3)]
+    epochs = [order[i * SIZE : (i + 1) * SIZE] for i in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(example.id for example in Numbers())
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -109,14 +121,18 @@ def test_resuming_continues_the_same_steps(dataset, start):
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_a_batch_in_slices_of_one_shape(dataset, process_count):
     whole = take(dataset, 5)
-    parts = [take(dataset, 5, process_index=i, process_count=process_count)
-             for i in range(process_count)]
+    parts = [
+        take(dataset, 5, process_index=i, process_count=process_count) for i in range(process_count)
+    ]
     for step, (index, batch) in enumerate(whole):
         slices = [part[step][1] for part in parts]
         assert {part[step][0] for part in parts} == {index}
         assert len({s.tokens.shape for s in slices}) == 1
-        fields = {f: np.concatenate([getattr(s, f) for s in slices])
-                  for f in vars(batch) if f != "examples"}
+        fields = {
+            f: np.concatenate([getattr(s, f) for s in slices])
+            for f in vars(batch)
+            if f != "examples"
+        }
         examples = tuple(itertools.chain.from_iterable(s.examples for s in slices))
         assert_equal(pipeline.PromptBatch(**fields, examples=examples), batch)
 
@@ -124,7 +140,7 @@ def test_processes_share_a_batch_in_slices_of_one_shape(dataset, process_count):
 def test_a_dataset_smaller_than_a_batch_repeats(formatter):
     small = data.open_dataset(Numbers(3), formatter, max_prompt_tokens=40, max_answer_tokens=8)
     order = ids(take(small, 2, prompts_per_step=6))
-    assert [sorted(order[i:i + 3]) for i in range(0, 12, 3)] == [["id-0", "id-1", "id-2"]] * 4
+    assert [sorted(order[i : i + 3]) for i in range(0, 12, 3)] == [["id-0", "id-1", "id-2"]] * 4
 
 
 def test_padded_lengths_are_few(dataset):
@@ -133,16 +149,35 @@ def test_padded_lengths_are_few(dataset):
     assert {batch.tokens.shape[1] for _, batch in steps} <= {16, 24, 32, 40}
     lengths = [pipeline.bucket(n, 5000) for n in range(1, 5001)]
     assert all(length >= n for n, length in zip(range(1, 5001), lengths))
-    assert sorted(set(lengths)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
-                                    1536, 2048, 3072, 4096, 5000]
+    assert sorted(set(lengths)) == [
+        16,
+        24,
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+        768,
+        1024,
+        1536,
+        2048,
+        3072,
+        4096,
+        5000,
+    ]
 
 
 def test_annotated_rationales_come_when_wanted(formatter):
-    dataset = data.open_dataset(Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=8,
-                                max_rationale_tokens=6)
-    (_, batch), = take(dataset, 1, prompts_per_step=8)
+    dataset = data.open_dataset(
+        Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=8, max_rationale_tokens=6
+    )
+    ((_, batch),) = take(dataset, 1, prompts_per_step=8)
     for row, example in enumerate(batch.examples):
-        rationale = batch.rationale[row, :batch.rationale_lengths[row]].tolist()
+        rationale = batch.rationale[row, : batch.rationale_lengths[row]].tolist()
         assert rationale == formatter.rationale(example)
         assert rationale[-1] == formatter.tokenizer.think_end_id
     assert batch.rationale.shape == (8, 6)
@@ -157,58 +192,80 @@ def test_evaluation_sees_every_example_once_in_order(dataset):
     np.testing.assert_array_equal(batches[-1].tokens[3:], batches[-1].tokens[[0] * 7])
     limited = list(data.evaluation_batches(dataset, batch_size=10, limit=11))
     assert sum(int(batch.is_prompt.sum()) for batch in limited) == 11
-    halves = [list(data.evaluation_batches(dataset, batch_size=10, process_index=i,
-                                           process_count=2)) for i in range(2)]
+    halves = [
+        list(data.evaluation_batches(dataset, batch_size=10, process_index=i, process_count=2))
+        for i in range(2)
+    ]
     for whole, *parts in zip(batches, *halves):
         np.testing.assert_array_equal(np.concatenate([p.tokens for p in parts]), whole.tokens)
-        np.testing.assert_array_equal(np.concatenate([p.is_prompt for p in parts]),
-                                      whole.is_prompt)
+        np.testing.assert_array_equal(np.concatenate([p.is_prompt for p in parts]), whole.is_prompt)
 
 
 def test_plain_text_has_no_gold_answer(formatter):
     text = data.Formatter(formatter.tokenizer, data.Task("text", "", has_answer=False), "cold")
-    dataset = data.open_dataset(Numbers(), text, max_prompt_tokens=40, max_answer_tokens=8,
-                                max_rationale_tokens=6)
-    (_, batch), = take(dataset, 1)
+    dataset = data.open_dataset(
+        Numbers(), text, max_prompt_tokens=40, max_answer_tokens=8, max_rationale_tokens=6
+    )
+    ((_, batch),) = take(dataset, 1)
     assert not batch.gold_lengths.any() and batch.rationale_lengths.all()
 
 
 def test_empty_dataset(formatter):
     with pytest.raises(ConfigError, match="config.data.name = numbers has no examples"):
-        data.open_dataset([], formatter, max_prompt_tokens=40, max_answer_tokens=8,
-                          name="config.data.name = numbers")
+        data.open_dataset(
+            [],
+            formatter,
+            max_prompt_tokens=40,
+            max_answer_tokens=8,
+            name="config.data.name = numbers",
+        )
 
 
 def test_overlong_examples_stop_the_run_or_are_dropped_and_counted(formatter):
     limits = dict(max_prompt_tokens=12, max_answer_tokens=8)  # a prompt of n words has n + 1 tokens
-    with pytest.raises(ConfigError, match="config.data.max_prompt_tokens = 12 is too small for 12 of 23 "
-                       ".*the longest with 24 tokens: raise it to 24, or set config.data.overlong"):
+    with pytest.raises(
+        ConfigError,
+        match="data.max_prompt_tokens = 12 is too small for 12 of 23 "
+        ".*the longest with 24 tokens: raise it to 24, or set config.data.overlong",
+    ):
         data.open_dataset(Numbers(), formatter, **limits)
     with pytest.raises(ConfigError, match="config.rollout.answer_reserve = 1 is too small for 23"):
         data.open_dataset(Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=1)
-    with pytest.raises(ConfigError, match="config.rollout.rationale_budget = 1 is too small for 7 of "
-                       "23 examples.*the longest with 2 tokens: raise it to 2"):
-        data.open_dataset(Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=8,
-                          max_rationale_tokens=2)
+    with pytest.raises(
+        ConfigError,
+        match="rollout.rationale_budget = 1 is too small for 7 of "
+        "23 examples.*the longest with 2 tokens: raise it to 2",
+    ):
+        data.open_dataset(
+            Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=8, max_rationale_tokens=2
+        )
     kept = data.open_dataset(Numbers(), formatter, overlong="skip", **limits)
     assert len(kept) == 11 and kept.skipped == {"config.data.max_prompt_tokens": 12}
     assert sorted(ids(take(kept, 11, prompts_per_step=1))) == sorted(f"id-{i}" for i in range(11))
-    with pytest.raises(ConfigError, match="drops all 23 .*shortest need config.data.max_prompt_tokens = 2"):
-        data.open_dataset(Numbers(), formatter, max_prompt_tokens=1, max_answer_tokens=8,
-                          overlong="skip")
-    with pytest.raises(ConfigError, match="config.data.overlong = 'cut' is unknown: use one of error"):
+    with pytest.raises(ConfigError, match="drops all 23 .*shortest need .*max_prompt_tokens = 2"):
+        data.open_dataset(
+            Numbers(), formatter, max_prompt_tokens=1, max_answer_tokens=8, overlong="skip"
+        )
+    with pytest.raises(ConfigError, match="data.overlong = 'cut' is unknown: use one"):
         data.open_dataset(Numbers(), formatter, overlong="cut", **limits)
 
 
 def test_overlong_example_met_later_stops_the_run_too(formatter):
-    dataset = data.open_dataset(Numbers(), formatter, max_prompt_tokens=12, max_answer_tokens=8,
-                                measure=5)
-    with pytest.raises(ConfigError, match="config.data.max_prompt_tokens = 12 is too small for 1 of 1"):
+    dataset = data.open_dataset(
+        Numbers(), formatter, max_prompt_tokens=12, max_answer_tokens=8, measure=5
+    )
+    with pytest.raises(ConfigError, match="data.max_prompt_tokens = 12 is too small for 1 of 1"):
         take(dataset, SIZE, prompts_per_step=1)
     assert dataset.gold_width == 8  # the limit, since not every answer has been seen
     with pytest.raises(ConfigError, match="has to measure every example"):
-        data.open_dataset(Numbers(), formatter, max_prompt_tokens=12, max_answer_tokens=8,
-                          measure=5, overlong="skip")
+        data.open_dataset(
+            Numbers(),
+            formatter,
+            max_prompt_tokens=12,
+            max_answer_tokens=8,
+            measure=5,
+            overlong="skip",
+        )
 
 
 @pytest.mark.parametrize("prompts,processes", [(0, 1), (6, 4), (-4, 2)])

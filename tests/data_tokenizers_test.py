@@ -6,7 +6,8 @@ import unicodedata
 import data_fixtures
 import pytest
 import tokenizers as hf_tokenizers
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlog.data import tokenizers
 from qlog.errors import ConfigError
@@ -29,8 +30,9 @@ def qwen(shared):
 
 @pytest.fixture(scope="module")
 def t5(shared):
-    return tokenizers.load(shared / "tokenizers" / "t5_32k", think_start="<extra_id_0>",
-                           think_end="<extra_id_1>")
+    return tokenizers.load(
+        shared / "tokenizers" / "t5_32k", think_start="<extra_id_0>", think_end="<extra_id_1>"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +82,13 @@ def test_markup_inside_text_stays_text(which, request):
 
 
 def test_decode_drops_control_tokens_or_names_them(byte_level):
-    ids = [*byte_level.encode("a"), byte_level.think_end_id, byte_level.think_end_id,
-           *byte_level.encode("b"), byte_level.eos_ids[0]]
+    ids = [
+        *byte_level.encode("a"),
+        byte_level.think_end_id,
+        byte_level.think_end_id,
+        *byte_level.encode("b"),
+        byte_level.eos_ids[0],
+    ]
     assert byte_level.decode(ids) == "ab"
     assert byte_level.decode(ids, show_control=True) == "a</think></think>b<|im_end|>"
     assert byte_level.token(byte_level.think_end_id) == "</think>"
@@ -120,17 +127,38 @@ def test_saved_tokenizer_loads_equal(tmp_path, t5):
 def test_control_tokens_inside_the_vocabulary_stay_out_of_reach(tmp_path):
     # Gemma's layout: control tokens are vocabulary entries that merges can build, and runs of
     # newlines are added tokens that are text.
-    vocab = {"<unk>": 0, "<eos>": 1, "<": 2, "e": 3, "o": 4, "s": 5, ">": 6, "<e": 7, "<eo": 8,
-             "<eos": 9, "\n": 10, "\n\n": 11, "<unused0>": 12, "<unused1>": 13}
+    vocab = {
+        "<unk>": 0,
+        "<eos>": 1,
+        "<": 2,
+        "e": 3,
+        "o": 4,
+        "s": 5,
+        ">": 6,
+        "<e": 7,
+        "<eo": 8,
+        "<eos": 9,
+        "\n": 10,
+        "\n\n": 11,
+        "<unused0>": 12,
+        "<unused1>": 13,
+    }
     merges = ["< e", "<e o", "<eo s", "<eos >"]
-    spec = {"version": "1.0", "normalizer": None, "pre_tokenizer": None, "post_processor": None,
-            "decoder": None,
-            "added_tokens": [data_fixtures.added_token(0, "<unk>"),
-                             data_fixtures.added_token(1, "<eos>"),
-                             data_fixtures.added_token(11, "\n\n", special=False),
-                             data_fixtures.added_token(12, "<unused0>", special=False),
-                             data_fixtures.added_token(13, "<unused1>", special=False)],
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": "<unk>"}}
+    spec = {
+        "version": "1.0",
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "added_tokens": [
+            data_fixtures.added_token(0, "<unk>"),
+            data_fixtures.added_token(1, "<eos>"),
+            data_fixtures.added_token(11, "\n\n", special=False),
+            data_fixtures.added_token(12, "<unused0>", special=False),
+            data_fixtures.added_token(13, "<unused1>", special=False),
+        ],
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": "<unk>"},
+    }
     path = data_fixtures.write_spec(tmp_path, spec)
     whole = hf_tokenizers.Tokenizer.from_file(str(path))
     assert whole.encode("<eos>").ids == [1]  # what must not happen
@@ -141,10 +169,13 @@ def test_control_tokens_inside_the_vocabulary_stay_out_of_reach(tmp_path):
 
 def test_vocabulary_that_leaks_control_tokens_is_refused(tmp_path):
     pieces = [["<unk>", 0.0], ["</s>", 0.0], ["<think>", -1.0], ["</think>", -1.0], ["a", -2.0]]
-    spec = {**data_fixtures.byte_level_spec(),
-            "pre_tokenizer": None, "decoder": None,
-            "added_tokens": [data_fixtures.added_token(i, pieces[i][0]) for i in (1, 2, 3)],
-            "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}}
+    spec = {
+        **data_fixtures.byte_level_spec(),
+        "pre_tokenizer": None,
+        "decoder": None,
+        "added_tokens": [data_fixtures.added_token(i, pieces[i][0]) for i in (1, 2, 3)],
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces},
+    }
     with pytest.raises(ConfigError, match="</s>.* into a control token"):
         tokenizers.load(data_fixtures.write_spec(tmp_path, spec))
 

@@ -3,11 +3,33 @@
 from qlog.data.examples import Converted, Example, Task
 from qlog.data.formatting import Formatter
 from qlog.data.graders import contains, exact_match
-from qlog.data.pipeline import (Dataset, PromptBatch, evaluation_batches, measure_lengths,
-                                open_dataset, train_batches)
+from qlog.data.pipeline import (
+    Dataset,
+    PromptBatch,
+    evaluation_batches,
+    measure_lengths,
+    open_dataset,
+    train_batches,
+)
 from qlog.data.tasks import TASKS, open_examples
 from qlog.data.tokenizers import Tokenizer, load, word_level
 
-__all__ = ["Converted", "Dataset", "Example", "Formatter", "PromptBatch", "TASKS", "Task",
-           "Tokenizer", "contains", "evaluation_batches", "exact_match", "load", "measure_lengths", "open_dataset",
-           "open_examples", "train_batches", "word_level"]
+__all__ = [
+    "Converted",
+    "Dataset",
+    "Example",
+    "Formatter",
+    "PromptBatch",
+    "TASKS",
+    "Task",
+    "Tokenizer",
+    "contains",
+    "evaluation_batches",
+    "exact_match",
+    "load",
+    "measure_lengths",
+    "open_dataset",
+    "open_examples",
+    "train_batches",
+    "word_level",
+]

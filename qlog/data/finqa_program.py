@@ -14,7 +14,7 @@ _ARITHMETIC: dict[str, Callable[[float, float], float]] = {
     "subtract": lambda a, b: a - b,
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
-    "exp": lambda a, b: a ** b,
+    "exp": lambda a, b: a**b,
 }
 _ROWS: dict[str, Callable[[list[float]], float]] = {
     "table_max": max,

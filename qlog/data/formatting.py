@@ -24,15 +24,27 @@ class ChatTemplate(NamedTuple):
 CHAT_TEMPLATES = {
     "<|im_start|>": ChatTemplate(
         ((True, "<|im_start|>"), (False, "user\n")),
-        ((True, "<|im_end|>"), (False, "\n"), (True, "<|im_start|>"), (False, "assistant\n"))),
+        ((True, "<|im_end|>"), (False, "\n"), (True, "<|im_start|>"), (False, "assistant\n")),
+    ),
     "<|start_header_id|>": ChatTemplate(
-        ((True, "<|start_header_id|>"), (False, "user"), (True, "<|end_header_id|>"),
-         (False, "\n\n")),
-        ((True, "<|eot_id|>"), (True, "<|start_header_id|>"), (False, "assistant"),
-         (True, "<|end_header_id|>"), (False, "\n\n"))),
+        (
+            (True, "<|start_header_id|>"),
+            (False, "user"),
+            (True, "<|end_header_id|>"),
+            (False, "\n\n"),
+        ),
+        (
+            (True, "<|eot_id|>"),
+            (True, "<|start_header_id|>"),
+            (False, "assistant"),
+            (True, "<|end_header_id|>"),
+            (False, "\n\n"),
+        ),
+    ),
     "<start_of_turn>": ChatTemplate(
         ((True, "<start_of_turn>"), (False, "user\n")),
-        ((True, "<end_of_turn>"), (False, "\n"), (True, "<start_of_turn>"), (False, "model\n"))),
+        ((True, "<end_of_turn>"), (False, "\n"), (True, "<start_of_turn>"), (False, "model\n")),
+    ),
 }
 
 
@@ -62,8 +74,10 @@ def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) ->
     first sampled token belongs to the answer (Qwen3's enable_thinking=False). A vocabulary without
     a known chat template gets the content and a newline instead of a turn.
     """
-    template = next((t for opening, t in CHAT_TEMPLATES.items() if opening in tokenizer.control),
-                    ChatTemplate((), ((False, "\n"),)))
+    template = next(
+        (t for opening, t in CHAT_TEMPLATES.items() if opening in tokenizer.control),
+        ChatTemplate((), ((False, "\n"),)),
+    )
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids += compose(tokenizer, (*template.before, (False, content), *template.after))
     ids.append(tokenizer.think_start_id)
@@ -88,11 +102,13 @@ class Formatter:
         ConfigError: unknown style.
     """
 
-    def __init__(self, tokenizer: Tokenizer, task: Task, style: str = "warm",
-                 closing_text: str = ""):
+    def __init__(
+        self, tokenizer: Tokenizer, task: Task, style: str = "warm", closing_text: str = ""
+    ):
         if style not in STYLES:
-            raise ConfigError(f"config.data.style = {style!r} is unknown: use one of "
-                              f"{', '.join(STYLES)}.")
+            raise ConfigError(
+                f"config.data.style = {style!r} is unknown: use one of {', '.join(STYLES)}."
+            )
         self.tokenizer = tokenizer
         self.task = task
         self.style = style

@@ -76,8 +76,11 @@ class Limits(NamedTuple):
 
 
 # The config fields behind `Limits`, and the tokens that each does not count (the thinking-end).
-_FIELDS = Limits("config.data.max_prompt_tokens", "config.rollout.answer_reserve",
-                 "config.rollout.rationale_budget")
+_FIELDS = Limits(
+    "config.data.max_prompt_tokens",
+    "config.rollout.answer_reserve",
+    "config.rollout.rationale_budget",
+)
 _UNCOUNTED = Limits(0, 0, 1)
 
 
@@ -114,10 +117,17 @@ class Dataset:
         return encoded
 
 
-def open_dataset(source: Source, formatter: Formatter, *, max_prompt_tokens: int,
-                 max_answer_tokens: int, max_rationale_tokens: int | None = None,
-                 overlong: str = "error", measure: int | None = None,
-                 name: str = "config.data.name") -> Dataset:
+def open_dataset(
+    source: Source,
+    formatter: Formatter,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+    max_rationale_tokens: int | None = None,
+    overlong: str = "error",
+    measure: int | None = None,
+    name: str = "config.data.name",
+) -> Dataset:
     """Checks that examples exist and fit, before anything compiles.
 
     Args:
@@ -130,42 +140,53 @@ def open_dataset(source: Source, formatter: Formatter, *, max_prompt_tokens: int
         overlong: 'error' stops at longer examples, 'skip' drops and counts them.
         measure: how many examples to measure now, None for all; the rest are checked when they
             are met. For tasks that make any number of examples on the fly.
-        name: where the examples came from, for messages ("config.data.name = 'hotpotqa', split 'train'").
+        name: where the examples came from, for messages.
 
     Raises:
         ConfigError: no examples, examples over a limit, unknown `overlong`.
     """
     if overlong not in OVERLONG:
-        raise ConfigError(f"config.data.overlong = {overlong!r} is unknown: use one of "
-                          f"{', '.join(OVERLONG)}.")
+        raise ConfigError(
+            f"config.data.overlong = {overlong!r} is unknown: use one of {', '.join(OVERLONG)}."
+        )
     if overlong == "skip" and measure is not None:
-        raise ConfigError("config.data.overlong = 'skip' has to measure every example, which a "
-                          "task that makes them on the fly cannot: use 'error'.")
+        raise ConfigError(
+            "config.data.overlong = 'skip' has to measure every example, which a "
+            "task that makes them on the fly cannot: use 'error'."
+        )
     size = len(source)
     if not size:
         raise ConfigError(f"{name} has no examples: check the split and config.data.manual_dir.")
     limits = Limits(max_prompt_tokens, max_answer_tokens, max_rationale_tokens)
-    lengths = measure_lengths(source, formatter, count=measure,
-                              rationales=max_rationale_tokens is not None)
+    lengths = measure_lengths(
+        source, formatter, count=measure, rationales=max_rationale_tokens is not None
+    )
     measured = len(lengths)
     over = _over(lengths, limits)
     if overlong == "error":
         _check_lengths(lengths, limits, name)
     fits = ~over.any(axis=1)
     if measured and not fits.any():
-        needs = ", ".join(f"{field} = {n - uncounted}" for field, n, uncounted in
-                          zip(_FIELDS, lengths.min(axis=0), _UNCOUNTED) if n)
-        raise ConfigError(f"config.data.overlong = 'skip' drops all {size} examples of {name}: "
-                          f"the shortest need {needs}.")
+        needs = ", ".join(
+            f"{field} = {n - uncounted}"
+            for field, n, uncounted in zip(_FIELDS, lengths.min(axis=0), _UNCOUNTED)
+            if n
+        )
+        raise ConfigError(
+            f"config.data.overlong = 'skip' drops all {size} examples of {name}: "
+            f"the shortest need {needs}."
+        )
     kept = range(size) if fits.all() else np.flatnonzero(fits).tolist()
     longest_gold = int(lengths[fits, 1].max()) if measured == size else max_answer_tokens
     skipped = {field: int(n) for field, n in zip(_FIELDS, over.sum(axis=0)) if n}
-    return Dataset(source, kept, formatter, limits, bucket(longest_gold, max_answer_tokens),
-                   skipped)
+    return Dataset(
+        source, kept, formatter, limits, bucket(longest_gold, max_answer_tokens), skipped
+    )
 
 
-def measure_lengths(source: Source, formatter: Formatter, *, count: int | None = None,
-                    rationales: bool = True) -> np.ndarray:
+def measure_lengths(
+    source: Source, formatter: Formatter, *, count: int | None = None, rationales: bool = True
+) -> np.ndarray:
     """Tokens of prompt, gold answer and annotated rationale, int32 [N, 3], of the first examples.
 
     Args:
@@ -179,9 +200,17 @@ def measure_lengths(source: Source, formatter: Formatter, *, count: int | None =
         return np.array(list(rows), np.int32).reshape(size, 3)
 
 
-def train_batches(dataset: Dataset, *, seed: int, prompts_per_step: int, start_step: int = 0,
-                  process_index: int = 0, process_count: int = 1, threads: int = 2,
-                  prefetch: int = 4) -> Iterator[tuple[int, PromptBatch]]:
+def train_batches(
+    dataset: Dataset,
+    *,
+    seed: int,
+    prompts_per_step: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> Iterator[tuple[int, PromptBatch]]:
     """Endless (step, batch) pairs from `start_step` on.
 
     Step s holds prompts s * B to (s + 1) * B - 1 of one global order: the dataset shuffled anew
@@ -200,12 +229,8 @@ def train_batches(dataset: Dataset, *, seed: int, prompts_per_step: int, start_s
     Raises:
         ConfigError: prompts_per_step that is not a positive multiple of process_count.
     """
-    if prompts_per_step < 1 or prompts_per_step % process_count:
-        raise ConfigError(f"config.train.prompts_per_step = {prompts_per_step} is not a positive multiple "
-                          f"of the {process_count} processes: give each the same number.")
+    mine = _rows(prompts_per_step, "config.train.prompts_per_step", process_index, process_count)
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
-    share = prompts_per_step // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
 
     def batch(step: int) -> tuple[int, PromptBatch]:
         rows = range(step * prompts_per_step, (step + 1) * prompts_per_step)
@@ -217,8 +242,14 @@ def train_batches(dataset: Dataset, *, seed: int, prompts_per_step: int, start_s
     return iter(steps.to_iter_dataset(options))
 
 
-def evaluation_batches(dataset: Dataset, *, batch_size: int, limit: int | None = None,
-                       process_index: int = 0, process_count: int = 1) -> Iterator[PromptBatch]:
+def evaluation_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[PromptBatch]:
     """The dataset once, in its own order; filling rows of the last batch are no prompts.
 
     Args:
@@ -230,12 +261,8 @@ def evaluation_batches(dataset: Dataset, *, batch_size: int, limit: int | None =
     Raises:
         ConfigError: batch_size that is not a positive multiple of process_count.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ConfigError(f"config.evaluation.prompts_per_batch = {batch_size} is not a positive multiple of the "
-                          f"{process_count} processes: give each the same number.")
+    mine = _rows(batch_size, "config.evaluation.prompts_per_batch", process_index, process_count)
     size = len(dataset) if limit is None else min(limit, len(dataset))
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
 
     def batches() -> Iterator[PromptBatch]:
         for start in range(0, size, batch_size):
@@ -245,19 +272,30 @@ def evaluation_batches(dataset: Dataset, *, batch_size: int, limit: int | None =
     return batches()
 
 
-def collate(dataset: Dataset, encoded: Sequence[Encoded],
-            batch_size: int | None = None) -> PromptBatch:
+def collate(
+    dataset: Dataset, encoded: Sequence[Encoded], batch_size: int | None = None
+) -> PromptBatch:
     """Pads encoded examples into one batch, filled up to `batch_size` with copies of the first."""
     is_prompt = np.arange(batch_size or len(encoded)) < len(encoded)
     encoded = [*encoded, *[encoded[0]] * (len(is_prompt) - len(encoded))]
     limits, pad_id = dataset.limits, dataset.formatter.tokenizer.pad_id
     tokens, lengths = _pad([e.prompt for e in encoded], pad_id, limits.prompt)
-    rationale, rationale_lengths = _pad([e.rationale for e in encoded], pad_id,
-                                        limits.rationale or 1)
+    rationale, rationale_lengths = _pad(
+        [e.rationale for e in encoded], pad_id, limits.rationale or 1
+    )
     gold, gold_lengths = _pad([e.gold for e in encoded], pad_id, limits.gold, dataset.gold_width)
     uids = np.array([zlib.crc32(e.example.id.encode()) for e in encoded], np.uint32)
-    return PromptBatch(tokens, lengths, gold, gold_lengths, rationale, rationale_lengths, uids,
-                       is_prompt, tuple(e.example for e in encoded))
+    return PromptBatch(
+        tokens,
+        lengths,
+        gold,
+        gold_lengths,
+        rationale,
+        rationale_lengths,
+        uids,
+        is_prompt,
+        tuple(e.example for e in encoded),
+    )
 
 
 def bucket(length: int, maximum: int) -> int:
@@ -271,9 +309,24 @@ def bucket(length: int, maximum: int) -> int:
     return max(length, min(size, maximum))
 
 
+def _rows(size: int, field: str, process_index: int, process_count: int) -> slice:
+    """This process's rows of a global batch."""
+    if size < 1 or size % process_count:
+        raise ConfigError(
+            f"{field} = {size} is not a positive multiple of the {process_count} "
+            "processes: give each of them the same number."
+        )
+    share = size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
 def _encode(formatter: Formatter, example: Example, rationales: bool) -> Encoded:
-    return Encoded(example, formatter.prompt(example), formatter.gold(example),
-                   formatter.rationale(example) if rationales else [])
+    return Encoded(
+        example,
+        formatter.prompt(example),
+        formatter.gold(example),
+        formatter.rationale(example) if rationales else [],
+    )
 
 
 def _lengths(encoded: Encoded) -> tuple[int, int, int]:
@@ -288,19 +341,21 @@ def _check_lengths(lengths: Sequence, limits: Limits, name: str = "the dataset")
             raise ConfigError(
                 f"{_FIELDS[k]} = {limits[k] - _UNCOUNTED[k]} is too small for {over.sum()} of "
                 f"{len(over)} examples of {name}, the longest with {longest} tokens: raise it to "
-                f"{longest}, or set config.data.overlong to 'skip' to drop them.")
+                f"{longest}, or set config.data.overlong to 'skip' to drop them."
+            )
 
 
 def _over(lengths: np.ndarray, limits: Limits) -> np.ndarray:
     return lengths > np.array([np.inf if limit is None else limit for limit in limits])
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, maximum: int,
-         width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _pad(
+    rows: Sequence[Sequence[int]], pad_id: int, maximum: int, width: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(row) for row in rows], np.int32)
     longest = int(lengths.max())
     width = width or (bucket(longest, maximum) if longest else 1)
     padded = np.full((len(rows), width), pad_id, np.int32)
     for i, row in enumerate(rows):
-        padded[i, :len(row)] = row
+        padded[i, : len(row)] = row
     return padded, lengths

@@ -8,6 +8,7 @@ differ from text that only looks like them. Config fields are set as in training
         --config.data.manual_dir=~/hotpotqa --config.tokenizer.path=~/qwen3
 """
 
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -20,24 +21,27 @@ from qlog.data.examples import Example
 from qlog.data.formatting import Formatter
 from qlog.errors import ConfigError
 
-
 _MEASURED = 20_000  # a synthetic task has no end of examples
 
 
-def report(source: pipeline.Source, formatter: Formatter, limits: pipeline.Limits,
-           examples: Sequence[int]) -> Iterator[str]:
+def report(
+    source: pipeline.Source, formatter: Formatter, limits: pipeline.Limits, examples: Sequence[int]
+) -> Iterator[str]:
     """Lines about a source: a table of lengths in tokens, then the examples with these indices."""
     lengths = pipeline.measure_lengths(source, formatter, count=_MEASURED)
     yield f"{formatter.task.name}, {formatter.style}: {len(source):,} examples"
-    yield f"{'tokens':<12}{'shortest':>9}{'median':>9}{'95%':>9}{'longest':>9}{'limit':>9}{'over':>9}"
+    head = ("shortest", "median", "95%", "longest", "limit", "over")
+    yield f"{'tokens':<12}" + "".join(f"{word:>9}" for word in head)
     for name, limit, column in zip(("prompt", "gold answer", "rationale"), limits, lengths.T):
         quantiles = np.quantile(column, (0, 0.5, 0.95, 1), method="nearest")
         over = "-" if limit is None else f"{(column > limit).sum():,}"
         limit = "-" if limit is None else f"{limit:,}"
         yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{limit:>9}{over:>9}"
     over = (lengths[:, 0] > limits.prompt).sum()
-    yield (f"{over:,} of {len(lengths):,} prompts exceed config.data.max_prompt_tokens = "
-           f"{limits.prompt:,}")
+    yield (
+        f"{over:,} of {len(lengths):,} prompts exceed config.data.max_prompt_tokens = "
+        f"{limits.prompt:,}"
+    )
     for index in examples:
         yield from _example(source[index], formatter, f"example {index} of {len(source):,}")
 
@@ -58,9 +62,11 @@ def marked(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> str:
 def _example(example: Example, formatter: Formatter, title: str) -> Iterator[str]:
     tokenizer = formatter.tokenizer
     yield f"\n=== {title}, id {example.id}"
-    for name, ids in (("prompt", formatter.prompt(example)),
-                      ("annotated rationale", formatter.rationale(example)),
-                      ("gold answer", formatter.gold(example))):
+    for name, ids in (
+        ("prompt", formatter.prompt(example)),
+        ("annotated rationale", formatter.rationale(example)),
+        ("gold answer", formatter.gold(example)),
+    ):
         yield f"--- {name}: {len(ids):,} tokens"
         yield marked(tokenizer, ids)
     yield "    " + " ".join(f"{i}:{tokenizer.token(i)!r}" for i in formatter.gold(example))
@@ -75,21 +81,31 @@ def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, p
         task, tokenizer = multihop.TASKS[section.name], world.tokenizer()
         source = multihop.open_examples(section.name, split, world)
     else:
-        source = tasks.open_examples(section.name, split, manual_dir=section.manual_dir or None,
-                                     data_dir=section.data_dir or None)
+        source = tasks.open_examples(
+            section.name,
+            split,
+            manual_dir=section.manual_dir or None,
+            data_dir=section.data_dir or None,
+        )
         task = tasks.TASKS[section.name]
         path = tokens.path or (config.model if config.weights == "random" else config.weights)
-        tokenizer = tokenizers.load(path, think_start=tokens.think_start,
-                                    think_end=tokens.think_end)
+        tokenizer = tokenizers.load(
+            path, think_start=tokens.think_start, think_end=tokens.think_end
+        )
     formatter = Formatter(tokenizer, task, section.style, rollout.closing_text)
-    return source, formatter, pipeline.Limits(section.max_prompt_tokens, rollout.answer_reserve,
-                                              rollout.rationale_budget + 1)
+    return (
+        source,
+        formatter,
+        pipeline.Limits(
+            section.max_prompt_tokens, rollout.answer_reserve, rollout.rationale_budget + 1
+        ),
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
-    if len(argv) < 2 or argv[1].startswith("-"):
-        print("name a config first, as in configs/hotpotqa.py:warm", file=sys.stderr)
+    if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
+        print("name a config file first, as in configs/hotpotqa.py:warm", file=sys.stderr)
         return 2
     argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
     values = flags.FlagValues()

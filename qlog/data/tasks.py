@@ -17,7 +17,7 @@ Record = Mapping[str, Any]  # one record with the dataset's official field names
 
 FINQA_DESCRIPTION = (
     "Answer the question about a page of a financial report. The page consists of text and a "
-    "table, whose cells are separated by \" | \". Find the numbers that the question needs, then "
+    'table, whose cells are separated by " | ". Find the numbers that the question needs, then '
     "calculate step by step.\n"
     "Reply with the answer alone, without words or units around it: a plain number such as 407 or "
     "-2.4, a percentage such as 34.7%, or yes or no."
@@ -48,21 +48,36 @@ def finqa_example(record: Record) -> Example:
     executed = finqa_program.number_text(qa["exe_ans"])
     answer = re.sub(r"(\\n|\s)+$", "", qa["answer"].strip())
     table = "\n".join(" | ".join(map(_line, row)) for row in record["table"])
-    parts = [_sentences(record["pre_text"]), f"Table:\n{table}", _sentences(record["post_text"]),
-             f"Question: {_line(qa['question'])}"]
-    return Example(id=record["id"], source="\n\n".join(filter(None, parts)),
-                   answer=answer or executed, rationale=_finqa_rationale(record),
-                   official_answer=executed)
+    parts = [
+        _sentences(record["pre_text"]),
+        f"Table:\n{table}",
+        _sentences(record["post_text"]),
+        f"Question: {_line(qa['question'])}",
+    ]
+    return Example(
+        id=record["id"],
+        source="\n\n".join(filter(None, parts)),
+        answer=answer or executed,
+        rationale=_finqa_rationale(record),
+        official_answer=executed,
+    )
 
 
 def hotpotqa_example(record: Record) -> Example:
     """A HotPotQA record (distractor setting) -> Example; the sentences carry their own spaces."""
     paragraphs = [(title, "".join(sentences)) for title, sentences in record["context"]]
     sentences = {title: sentences for title, sentences in record["context"]}
-    facts = [f"{title}: {sentences[title][i].strip()}"
-             for title, i in record["supporting_facts"] if i < len(sentences.get(title, ()))]
-    return Example(id=record["_id"], source=_passage(paragraphs, record["question"]),
-                   answer=record["answer"].strip(), rationale="\n".join(facts))
+    facts = [
+        f"{title}: {sentences[title][i].strip()}"
+        for title, i in record["supporting_facts"]
+        if i < len(sentences.get(title, ()))
+    ]
+    return Example(
+        id=record["_id"],
+        source=_passage(paragraphs, record["question"]),
+        answer=record["answer"].strip(),
+        rationale="\n".join(facts),
+    )
 
 
 def musique_example(record: Record) -> Example:
@@ -70,9 +85,13 @@ def musique_example(record: Record) -> Example:
     paragraphs = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
     answer = record["answer"].strip()
     aliases = dict.fromkeys(alias.strip() for alias in record["answer_aliases"])
-    return Example(id=record["id"], source=_passage(paragraphs, record["question"]), answer=answer,
-                   aliases=tuple(a for a in aliases if a and a != answer),
-                   rationale=_musique_rationale(record))
+    return Example(
+        id=record["id"],
+        source=_passage(paragraphs, record["question"]),
+        answer=answer,
+        aliases=tuple(a for a in aliases if a and a != answer),
+        rationale=_musique_rationale(record),
+    )
 
 
 TASKS = {
@@ -82,8 +101,9 @@ TASKS = {
 }
 
 
-def open_examples(name: str, split: str, *, manual_dir: str | None = None,
-                  data_dir: str | None = None) -> Converted:
+def open_examples(
+    name: str, split: str, *, manual_dir: str | None = None, data_dir: str | None = None
+) -> Converted:
     """The examples of one of the paper's splits, read when asked for.
 
     Args:
@@ -96,8 +116,7 @@ def open_examples(name: str, split: str, *, manual_dir: str | None = None,
         ConfigError: unknown name or split, or records that cannot be read.
     """
     if name not in TASKS:
-        raise ConfigError(f"config.data.name = {name!r} is unknown: use one of "
-                          f"{', '.join(TASKS)}.")
+        raise ConfigError(f"config.data.name = {name!r} is unknown: use one of {', '.join(TASKS)}.")
     records = splits.open_split(name, split, manual_dir=manual_dir, data_dir=data_dir)
     return Converted(records, TASKS[name])
 
@@ -112,8 +131,9 @@ def _sentences(sentences: Sequence[str]) -> str:
 
 
 def _passage(paragraphs: Sequence[tuple[str, str]], question: str) -> str:
-    blocks = [f"[{i}] {_line(title)}\n{_line(text)}"
-              for i, (title, text) in enumerate(paragraphs, 1)]
+    blocks = [
+        f"[{i}] {_line(title)}\n{_line(text)}" for i, (title, text) in enumerate(paragraphs, 1)
+    ]
     return "\n\n".join([*blocks, f"Question: {_line(question)}"])
 
 
@@ -122,8 +142,10 @@ def _finqa_rationale(record: Record) -> str:
     qa = record["qa"]
     evidence = [_line(text) for text in qa["gold_inds"].values()]
     try:
-        steps = [f"#{i} = {step.text} = {finqa_program.number_text(step.value)}"
-                 for i, step in enumerate(finqa_program.run(qa["program"], record["table"]))]
+        steps = [
+            f"#{i} = {step.text} = {finqa_program.number_text(step.value)}"
+            for i, step in enumerate(finqa_program.run(qa["program"], record["table"]))
+        ]
     except ValueError:  # a program beyond the rules still shows the way
         steps = [qa["program"]]
     return "\n".join([*evidence, *steps])
@@ -139,7 +161,13 @@ def _musique_rationale(record: Record) -> str:
         question = _line(question.replace(" >> ", ", "))
         support = step["paragraph_support_idx"]
         # The source numbers paragraphs from 1 in their order, the records from 0.
-        place = next((f"[{n}] " for n, p in enumerate(record["paragraphs"], 1)
-                      if support is not None and p["idx"] == support), "")
+        place = next(
+            (
+                f"[{n}] "
+                for n, p in enumerate(record["paragraphs"], 1)
+                if support is not None and p["idx"] == support
+            ),
+            "",
+        )
         lines.append(f"{i}. {place}{question} -> {step['answer']}")
     return "\n".join(lines)

@@ -18,12 +18,24 @@ import tokenizers as hf_tokenizers
 from qlog.errors import ConfigError
 
 # Names under which the known families keep their tokens, turn ends before ends of text.
-_EOS_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>",
-              "<eos>", "</s>")
+_EOS_NAMES = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<eos>",
+    "</s>",
+)
 _PAD_NAMES = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>")
 _BOS_NAMES = ("<|begin_of_text|>", "<bos>")
-_QWEN_IDS = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
-             "<think>": 151667, "</think>": 151668}
+_QWEN_IDS = {
+    "<|endoftext|>": 151643,
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    "<think>": 151667,
+    "</think>": 151668,
+}
 _QWEN_RANKS = 151643
 
 
@@ -42,21 +54,35 @@ class Tokenizer:
         path: file that this tokenizer was read from, None when made in memory.
     """
 
-    def __init__(self, control: Mapping[str, int], vocab_size: int, *, eos_names: Sequence[str],
-                 think_start: str, think_end: str, path: pathlib.Path | None = None):
+    def __init__(
+        self,
+        control: Mapping[str, int],
+        vocab_size: int,
+        *,
+        eos_names: Sequence[str],
+        think_start: str,
+        think_end: str,
+        path: pathlib.Path | None = None,
+    ):
         where = path or "the tokenizer"
         for field, name in (("think_start", think_start), ("think_end", think_end)):
             if name not in control:
                 unused = [n for n in control if re.search("unused|reserved|extra", n)]
                 hint = f", for example {unused[0]!r}" if unused else ""
-                raise ConfigError(f"config.tokenizer.{field} = {name!r} is not a control token of {where}: "
-                                  f"name one of its {len(control)} control tokens{hint}.")
+                raise ConfigError(
+                    f"config.tokenizer.{field} = {name!r} is not a control token of "
+                    f"{where}: name one of its {len(control)} control tokens{hint}."
+                )
         if think_start == think_end:
-            raise ConfigError("config.tokenizer.think_start and config.tokenizer.think_end are "
-                              f"both {think_end!r}: name two different control tokens.")
+            raise ConfigError(
+                "config.tokenizer.think_start and config.tokenizer.think_end are "
+                f"both {think_end!r}: name two different control tokens."
+            )
         if not eos_names:
-            raise ConfigError(f"{where} has no end-of-sequence token that qlog knows "
-                              f"({', '.join(_EOS_NAMES)}): add one of them to config.tokenizer.path.")
+            raise ConfigError(
+                f"{where} has no end-of-sequence token that qlog knows "
+                f"({', '.join(_EOS_NAMES)}): add one to its added_tokens."
+            )
         self.control = dict(control)
         self.vocab_size = vocab_size
         self.eos_ids = tuple(control[name] for name in eos_names)
@@ -67,12 +93,17 @@ class Tokenizer:
         self.path = path
         self._names = {id_: name for name, id_ in control.items()}
         _check_qwen(self.control, where)
-        leaks = [n for n, ids in zip(control, self.encode_batch(list(control)))
-                 if not self._names.keys().isdisjoint(ids)]
+        leaks = [
+            n
+            for n, ids in zip(control, self.encode_batch(list(control)))
+            if not self._names.keys().isdisjoint(ids)
+        ]
         if leaks:
-            raise ConfigError(f"{where} turns the plain text {leaks[0]!r} into a control token "
-                              "and cannot be used safely; name a tokenizer.json of type BPE or "
-                              "WordLevel, or a SentencePiece .model file, in config.tokenizer.path.")
+            raise ConfigError(
+                f"{where} turns the plain text {leaks[0]!r} into a control token "
+                "and cannot be used safely; name a tokenizer.json of type BPE or "
+                "WordLevel, or a SentencePiece .model file."
+            )
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; markup inside it becomes ordinary pieces, never a control token."""
@@ -91,8 +122,12 @@ class Tokenizer:
         if not show_control:
             kept = [i for name, run in runs if name is None for i in run if i < self.vocab_size]
             return self._decode(kept)
-        return "".join(self._decode([i for i in run if i < self.vocab_size]) if name is None
-                       else name * len(list(run)) for name, run in runs)
+        return "".join(
+            self._decode([i for i in run if i < self.vocab_size])
+            if name is None
+            else name * len(list(run))
+            for name, run in runs
+        )
 
     def token(self, id_: int) -> str:
         """One token as text, control tokens by name."""
@@ -116,8 +151,14 @@ class Tokenizer:
 class JsonTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json` (Qwen, Llama, Gemma), read without its control tokens."""
 
-    def __init__(self, spec: Mapping[str, Any], *, think_start: str, think_end: str,
-                 path: pathlib.Path | None = None):
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        think_start: str,
+        think_end: str,
+        path: pathlib.Path | None = None,
+    ):
         added = spec.get("added_tokens") or []
         unknown = spec["model"].get("unk_token")
         # Runs of spaces or newlines (Gemma) are text; every other added token is control.
@@ -126,17 +167,31 @@ class JsonTokenizer(Tokenizer):
         vocab = spec["model"]["vocab"]
         pieces = vocab.items() if isinstance(vocab, dict) else ()
         size = max([len(vocab) - 1, *control.values(), *(i for _, i in pieces)]) + 1
-        plain = {**spec, "added_tokens": kept, "post_processor": None, "padding": None,
-                 "truncation": None, "model": _without(spec["model"], control)}
+        plain = {
+            **spec,
+            "added_tokens": kept,
+            "post_processor": None,
+            "padding": None,
+            "truncation": None,
+            "model": _without(spec["model"], control),
+        }
         self._plain = hf_tokenizers.Tokenizer.from_str(json.dumps(plain))
         for t in kept:
             if self._plain.token_to_id(t["content"]) != t["id"]:
-                raise ConfigError(f"{path}: the added token {t['content']!r} has id {t['id']} but "
-                                  "is not in the vocabulary; this layout is not supported.")
+                raise ConfigError(
+                    f"{path}: the added token {t['content']!r} has id {t['id']} but "
+                    "is not in the vocabulary; this layout is not supported."
+                )
         self.spec = spec
         special = {t["content"] for t in added if t["special"]}
-        super().__init__(control, size, eos_names=[n for n in _EOS_NAMES if n in special],
-                         think_start=think_start, think_end=think_end, path=path)
+        super().__init__(
+            control,
+            size,
+            eos_names=[n for n in _EOS_NAMES if n in special],
+            think_start=think_start,
+            think_end=think_end,
+            path=path,
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -161,8 +216,10 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             model.ParseFromString(path.read_bytes())
         except Exception as error:
-            raise ConfigError(f"config.tokenizer.path = {path} is not a SentencePiece model "
-                              f"({type(error).__name__}).") from error
+            raise ConfigError(
+                f"config.tokenizer.path = {path} is not a SentencePiece model "
+                f"({type(error).__name__})."
+            ) from error
         kinds = schema.ModelProto.SentencePiece
         control = {}
         for id_, piece in enumerate(model.pieces):
@@ -171,12 +228,17 @@ class SentencePieceTokenizer(Tokenizer):
             elif piece.type == kinds.USER_DEFINED and _is_markup(piece.piece):
                 control[piece.piece.strip("▁")] = id_
                 piece.type = kinds.UNUSED
-        self._plain = sentencepiece.SentencePieceProcessor(
-            model_proto=model.SerializeToString())
+        self._plain = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         end = model.pieces[self._plain.eos_id()].piece if self._plain.eos_id() >= 0 else None
         eos = [n for n in _EOS_NAMES if n in control and (n == end or n == "<end_of_turn>")]
-        super().__init__(control, len(model.pieces), eos_names=eos, think_start=think_start,
-                         think_end=think_end, path=path)
+        super().__init__(
+            control,
+            len(model.pieces),
+            eos_names=eos,
+            think_start=think_start,
+            think_end=think_end,
+            path=path,
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._plain.encode(list(texts), out_type=int)
@@ -185,8 +247,9 @@ class SentencePieceTokenizer(Tokenizer):
         return self._plain.decode(ids)
 
 
-def load(path: str | pathlib.Path, *, think_start: str = "<think>",
-         think_end: str = "</think>") -> Tokenizer:
+def load(
+    path: str | pathlib.Path, *, think_start: str = "<think>", think_end: str = "</think>"
+) -> Tokenizer:
     """Reads a tokenizer from a file, or from a folder that holds one.
 
     Args:
@@ -204,20 +267,26 @@ def load(path: str | pathlib.Path, *, think_start: str = "<think>",
         found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
         found += sorted(path.glob("*.model"))
         if not found:
-            raise ConfigError(f"config.tokenizer.path = {path} holds neither tokenizer.json nor a "
-                              "SentencePiece *.model: copy one of them from the model's folder.")
+            raise ConfigError(
+                f"config.tokenizer.path = {path} holds neither tokenizer.json nor a "
+                "SentencePiece *.model: copy one of them from the model's folder."
+            )
         path = found[0]
     if not path.is_file():
-        raise ConfigError(f"config.tokenizer.path = {path} does not exist: give a folder or a file with "
-                          "tokenizer.json or a SentencePiece *.model.")
+        raise ConfigError(
+            f"config.tokenizer.path = {path} does not exist: give a folder or a "
+            "file with tokenizer.json or a SentencePiece *.model."
+        )
     if path.suffix == ".model":
         return SentencePieceTokenizer(path, think_start=think_start, think_end=think_end)
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         spec["model"]["vocab"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"config.tokenizer.path = {path} is not a tokenizer.json of the Hugging Face "
-                          f"tokenizers library ({error}).") from error
+        raise ConfigError(
+            f"config.tokenizer.path = {path} is not a tokenizer.json of the "
+            f"Hugging Face tokenizers library ({error})."
+        ) from error
     return JsonTokenizer(spec, think_start=think_start, think_end=think_end, path=path)
 
 
@@ -235,12 +304,29 @@ def word_level(words: Sequence[str]) -> Tokenizer:
         if word in names or word.split() != [word]:
             raise ValueError(f"words: {word!r} is not a single plain word")
     vocab = {word: i for i, word in enumerate(dict.fromkeys((*names, *words)))}
-    added = [{"id": vocab[n], "content": n, "single_word": False, "lstrip": False,
-              "rstrip": False, "normalized": False, "special": True} for n in names]
-    spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
-            "post_processor": None, "decoder": None,
-            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
+    added = [
+        {
+            "id": vocab[n],
+            "content": n,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for n in names
+    ]
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
     return JsonTokenizer(spec, think_start="<think>", think_end="</think>")
 
 
@@ -270,5 +356,7 @@ def _check_qwen(control: Mapping[str, int], where: object) -> None:
     wrong = {n: control[n] for n, i in _QWEN_IDS.items() if n in control and control[n] != i}
     if wrong and max(control.values()) < 152_000:
         name, id_ = next(iter(wrong.items()))
-        raise ConfigError(f"{where} has {name} at id {id_} where Qwen has {_QWEN_IDS[name]}: "
-                          "take tokenizer.json from the model's own folder.")
+        raise ConfigError(
+            f"{where} has {name} at id {id_} where Qwen has {_QWEN_IDS[name]}: "
+            "take tokenizer.json from the model's own folder."
+        )
