@@ -6,39 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models_fixtures import CONFIGS, random_params
 
 from qlog import models
 from qlog.models import attention
-from qlog.models.config import TRAITS
 
-_TINY = dict(
-    vocab_size=40, num_layers=3, width=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=24
-)
-CONFIGS = {
-    "qwen3": models.DecoderConfig(**_TINY, **TRAITS["qwen3"]),
-    # Unequal layers: windows of 4 and 6 beside full attention, two RoPEs, one of them scaled.
-    "gemma3": models.DecoderConfig(
-        **_TINY, **TRAITS["gemma3"], layer_windows=(4, 0, 6), local_rope_theta=1e4,
-        rope_scaling=models.RopeScaling(2.0), query_pre_attn_scalar=20.0,
-    ),
-    # Equal layers with a window, which keep it static.
-    "windowed": models.DecoderConfig(**_TINY, **TRAITS["llama"], layer_windows=(5,)),
-}  # fmt: skip
 B, M, P, R, A = 2, 3, 9, 7, 4
 LENGTHS = np.array([9, 5])
-families = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
-def random_params(config):
-    """Every leaf random, so that norms and biases are not at their neutral values."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(lambda key: models.init(config, key), jax.random.key(0))
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
+def families(*names):
+    return pytest.mark.parametrize("config", [CONFIGS[name] for name in names], ids=names)
 
 
 def random_tokens():
     rng = np.random.default_rng(0)
-    return (rng.integers(0, _TINY["vocab_size"], shape) for shape in ((B, P), (B, M, R), (B, M, A)))
+    return (rng.integers(0, 40, shape) for shape in ((B, P), (B, M, R), (B, M, A)))
 
 
 def separate(params, config, tokens, remat=False):
@@ -67,7 +50,7 @@ def continuation_of(hidden, starts, size):
     return jnp.take_along_axis(hidden.reshape(B, M, *hidden.shape[-2:]), index[..., None], axis=2)
 
 
-@pytest.mark.parametrize("config", [CONFIGS["qwen3"], CONFIGS["gemma3"]], ids=["qwen3", "gemma3"])
+@families("qwen3", "gemma3")
 def test_group_is_m_separate_sequences_in_values_and_gradients(config):
     params = random_params(config)
     prompts, rollouts, _ = random_tokens()
@@ -97,7 +80,7 @@ def test_group_is_m_separate_sequences_in_values_and_gradients(config):
         np.testing.assert_allclose(leaf, other, atol=1e-5 * scale, err_msg=str(path))
 
 
-@families
+@families("qwen3", "gemma3", "windowed")
 def test_cached_decode_and_score_equal_the_full_forward(config):
     params = random_params(config)
     prompts, rollouts, answers = random_tokens()

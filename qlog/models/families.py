@@ -52,7 +52,10 @@ _ONLY = {
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
 }
-_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+_ACTIVATIONS = {
+    family: {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[traits.get("activation", "silu")]
+    for family, traits in TRAITS.items()
+}
 
 # Leaf of params -> tensor; kernels are stored transposed. "{}" is the layer's number.
 _TENSORS = {
@@ -158,7 +161,7 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
             "low_freq_factor": scaling.low_frequency, "high_freq_factor": scaling.high_frequency,
             "original_max_position_embeddings": scaling.original_length,
         }  # fmt: skip
-    activation = _ACTIVATIONS[config.activation]
+    activation = _ACTIVATIONS[config.family]
     windows = config.windows
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
     if config.family == "gemma3":
@@ -199,7 +202,7 @@ def _with_defaults(fields, family):
 
 
 def _check_supported(fields, family):
-    activation = _ACTIVATIONS[TRAITS[family].get("activation", "silu")]
+    activation = _ACTIVATIONS[family]
     only = _ONLY | {"hidden_act": (None, activation), "hidden_activation": (None, activation)}
     for name, allowed in only.items():
         if fields.get(name) not in allowed:

@@ -1,0 +1,126 @@
+"""Presets against published sizes, config.json in and out."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from qlog import models
+from qlog.errors import ConfigError
+from qlog.models import families
+
+# Parameter counts as the models' pages give them.
+PUBLISHED = {
+    "qwen3_0p6b": 596_049_920,
+    "qwen3_1p7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
+    "qwen2p5_0p5b": 494_032_768,
+    "qwen2p5_7b": 7_615_616_512,
+    "llama3p1_8b": 8_030_261_248,
+    "llama3p2_1b": 1_235_814_400,
+    "gemma3_270m": 268_098_176,
+    "gemma3_1b": 999_885_952,
+}
+# As published with Llama 3.2 1B and the text half of Gemma 3 27B, fields without effect left out.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "head_dim": 64,
+    "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 8192,
+    "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    "rope_scaling": {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    },
+    "vocab_size": 128256,
+}  # fmt: skip
+GEMMA = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+    "text_config": {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504,
+        "model_type": "gemma3_text", "num_attention_heads": 32, "num_hidden_layers": 62,
+        "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+    "vision_config": {"model_type": "siglip_vision_model"},
+}  # fmt: skip
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896,
+    "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24,
+    "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name):
+    config = models.PRESETS[name]
+    shapes = jax.eval_shape(lambda key: models.init(config, key), jax.random.key(0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == PUBLISHED[name]
+
+
+def test_config_json_decides_and_agrees_with_the_presets():
+    assert models.from_hf_config(LLAMA) == models.PRESETS["llama3p2_1b"]
+    assert models.from_hf_config(GEMMA) == models.PRESETS["gemma3_27b"]
+    assert models.from_hf_config(QWEN) == models.PRESETS["qwen2p5_0p5b"]
+    for config in models.PRESETS.values():
+        assert models.from_hf_config(families.to_hf_config(config)) == config
+
+
+def test_layers_with_windows_by_threshold_and_by_name():
+    sliding = QWEN | {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 4}
+    late = models.from_hf_config(sliding | {"max_window_layers": 1})
+    assert late.windows == (0, 8, 8, 8)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    assert models.from_hf_config(sliding | {"layer_types": kinds}).layer_windows == (8, 0)
+    assert models.from_hf_config(families.to_hf_config(late)) == late
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (QWEN, {"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported.*qwen3, qwen2, llama"),
+        (QWEN, {"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForCausalLM"),
+        (QWEN, {"hidden_size": None}, "'hidden_size' is missing"),
+        (QWEN, {"hidden_act": "gelu"}, "hidden_act = 'gelu'.*knows 'silu'"),
+        (QWEN, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (QWEN, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn'.*'llama3'"),
+        (QWEN, {"layer_types": ["full_attention"]}, "layer_types.*24 layers"),
+        (LLAMA, {"attention_bias": True}, "attention_bias = True"),
+        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial RoPE"),
+        (GEMMA["text_config"], {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    ],
+)
+def test_what_the_decoder_cannot_express_is_refused(base, change, message):
+    models.from_hf_config(base)
+    with pytest.raises(ConfigError, match=message):
+        models.from_hf_config(base | change)
+
+
+def test_what_config_json_cannot_express_is_not_exported():
+    for change in (dict(layer_windows=(4, 6)), dict(qk_norm=False), dict(activation="gelu_tanh")):
+        config = dataclasses.replace(models.PRESETS["qwen3_0p6b"], **change)
+        with pytest.raises(ConfigError, match=f"DecoderConfig.{next(iter(change))} .* 'qwen3'"):
+            families.to_hf_config(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_heads=3), "multiple of num_kv_heads = 8"),
+        (dict(width=0), "width = 0"),
+        (dict(head_dim=7), "even"),
+        (dict(family="mamba"), "family = 'mamba'"),
+        (dict(activation="relu"), "activation = 'relu'"),
+        (dict(layer_windows=()), "layer_windows"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(models.PRESETS["qwen3_0p6b"], **change)
