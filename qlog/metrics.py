@@ -110,16 +110,17 @@ def summarise(
         p@1, p@k, m@k: single-sample accuracy, unbiased pass@k and majority vote under `grade`;
             where n > k, m@k is the mean over the n // k consecutive votes of k samples.
         p@1/low, p@1/high, ...: their bootstrap interval over questions.
-        exact_match: the training reward's mean; em, f1: SQuAD's, the mean over samples.
+        exact_match: the training reward's mean, without aliases; em, f1: SQuAD's, with them.
         numeric/p@1, numeric/p@k, numeric/m@k: `finqa_numeric` on official_answer, where given.
         answer/rejected_rate: empty, overlong or tagged answers; answer/empty_rate: the empty ones;
-        answer/words: mean length in words of the answers that are none of these.
+        answer/words: mean length in words of the answers that are none of these; answer/copy_rate:
+        those of over graders.MAX_COPIED_WORDS words copied from the source, where rows have it.
         questions, samples (per question), grader/errors.
 
     Args:
         rows: see the module's text; ids must be distinct, all rows have the same number of answers.
         dataset: "musique" drops HotPotQA's yes/no rule from f1, as MuSiQue's own script does.
-        grade: (answer, golds, *, source) -> [0, 1]; counted by `graders.Grader`.
+        grade: (answer, golds, *, source) -> [0, 1], right from 0.5 on; counted by `graders.Grader`.
 
     Raises:
         ValueError: no rows, a missing field, a repeated id, or unequal numbers of answers.
@@ -128,12 +129,12 @@ def summarise(
     num_samples = _check(rows)
     k = min(k, num_samples)
     counted = graders.Grader(grade)
-    closed = () if dataset == "musique" else ("yes", "no", "noanswer")
+    f1_rule = {"closed": ()} if dataset == "musique" else {}
     columns = {
         "": lambda row, answer: counted(answer, row["golds"], source=row.get("source", "")),
-        "exact_match": lambda row, answer: graders.exact_match(answer, row["golds"]),
+        "exact_match": lambda row, answer: graders.exact_match(answer, row["golds"][0]),
         "em": lambda row, answer: graders.squad_em(answer, row["golds"]),
-        "f1": lambda row, answer: graders.squad_f1(answer, row["golds"], closed=closed),
+        "f1": lambda row, answer: graders.squad_f1(answer, row["golds"], **f1_rule),
     }
     if any(row.get("official_answer") for row in rows):
         columns["numeric/"] = lambda row, answer: graders.finqa_numeric(
@@ -217,8 +218,12 @@ def _voted(is_right: np.ndarray, winners: list[list[int | None]]) -> np.ndarray:
 def _lengths(rows: Sequence[Mapping]) -> dict[str, float]:
     answers = [answer for row in rows for answer in row["answers"]]
     accepted = [answer for answer in answers if graders.is_answer(answer)]
-    return {
+    copies = [
+        graders.is_answer(answer) and graders.is_copy(answer, row["source"])
+        for row in rows if row.get("source") for answer in row["answers"]
+    ]
+    return ({"answer/copy_rate": float(np.mean(copies))} if copies else {}) | {
         "answer/empty_rate": sum(not answer.strip() for answer in answers) / len(answers),
-        "answer/rejected_rate": 1.0 - len(accepted) / len(answers),
+        "answer/rejected_rate": (len(answers) - len(accepted)) / len(answers),
         "answer/words": float(np.mean([len(a.split()) for a in accepted])) if accepted else 0.0,
     }

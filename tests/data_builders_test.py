@@ -210,7 +210,7 @@ def test_fields_that_the_schema_does_not_know_survive(manual_dir, tmp_path):
         (dict(name="hotpotqa", split="test"), "no labelled official split 'test'.*train, dev"),
         (dict(name="finqa", split="dev", manual_dir="/no/such"), "manual_dir='/no/such' is not a"),
         (dict(name="musique", split="dev", manual_dir=DUMMY / "finqa"), "none of musique's files"),
-        (dict(name="finqa", split="dev", manual_dir=DUMMY, data_dir="gs://b/c"), "data_dir.*remote"),
+        (dict(name="finqa", split="dev", manual_dir=DUMMY, data_dir="gs://b"), "data_dir.*remote"),
         (dict(name="finqa", split="dev", manual_dir=DUMMY, data_dir=__file__), "data_dir.*written"),
     ],
 )

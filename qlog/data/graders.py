@@ -2,8 +2,9 @@
 
 Every grader is `grader(answer, golds, ...) -> float` in [0, 1], where `answer` is the text after
 the thinking-end token and `golds` one gold string or several (the answer and its aliases; the best
-counts). What is no answer scores 0 everywhere: empty or blank text, more than `MAX_CHARS`
-characters, and text that carries control tags such as `</think>` or `<|im_end|>`.
+counts); `finqa_numeric` takes the executed answer instead. What is no answer scores 0 everywhere:
+empty or blank text, more than `MAX_CHARS` characters, and text that carries control tags such as
+`</think>` or `<|im_end|>`.
 
 | grader | use | rule |
 |---|---|---|
@@ -38,10 +39,13 @@ _DASHES = {ord(dash): "-" for dash in "\u2010\u2011\u2012\u2013\u2014\u2212\ufe6
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?!\w)"
 # A minus belongs to a number unless it joins two words ("2008-2010"); currency signs are not read.
 _TOKENS = re.compile(rf"(?:(?<![\w)%])-(?:\$\s?)?)?{_NUMBER}|%|\w+")
+_NUMBER_TOKEN = re.compile(rf"-?\$?\s?{_NUMBER}\Z")
 
 
-def _golds(golds: str | Sequence[str]) -> Sequence[str]:
-    return (golds,) if isinstance(golds, str) else golds
+def _golds(golds: str | Sequence[str]) -> list[str]:
+    """The gold strings that an answer can match: not blank, not longer than an answer may be."""
+    golds = (golds,) if isinstance(golds, str) else golds
+    return [gold for gold in golds if gold.strip() and len(gold) <= MAX_CHARS]
 
 
 def is_answer(text: str) -> bool:
@@ -53,7 +57,7 @@ def _best(score: Callable[[str, str], float], answer: str, golds: str | Sequence
     """The best score over the gold strings; 0 for what is no answer, and against empty golds."""
     if not is_answer(answer):
         return 0.0
-    return max((float(score(answer, gold)) for gold in _golds(golds) if gold.strip()), default=0.0)
+    return max((float(score(answer, gold)) for gold in _golds(golds)), default=0.0)
 
 
 def exact_match(answer: str, golds: str | Sequence[str]) -> float:
@@ -90,8 +94,8 @@ def words(text: str) -> list[str]:
     """
     text = unicodedata.normalize("NFKC", text.translate(_DASHES)).casefold()
     text = re.sub(r"\bper ?cent\b", "%", _without_escaped_newlines(text))
-    is_number = re.compile(rf"-?\$?\s?{_NUMBER}\Z").match
-    return [_number_token(t) if is_number(t) else t for t in _TOKENS.findall(text)]
+    tokens = _TOKENS.findall(text)
+    return [_number_token(t) if _NUMBER_TOKEN.match(t) else t for t in tokens]
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,16 +126,21 @@ def contains(answer: str, golds: str | Sequence[str], *, source: str = "") -> fl
     for gold in _golds(golds):
         gold_words = _without_article(words(gold))
         extra = len(answer_words) - len(gold_words)
-        if not gold_words:  # nothing but punctuation, or empty
-            found = bool(gold.strip()) and answer.strip() == gold.strip()
+        if not gold_words:  # nothing but punctuation
+            found = answer.strip() == gold.strip()
         elif gold_words in (["yes"], ["no"]):
             found = {"yes", "no"} & set(answer_words) == set(gold_words)
         else:
             found = " " + " ".join(gold_words) + " " in text
-        is_copy = bool(source) and extra > MAX_COPIED_WORDS and text in _joined(source)
-        if found and extra <= MAX_EXTRA_WORDS and not is_copy:
-            return 1.0
+        if found and extra <= MAX_EXTRA_WORDS:
+            return float(not is_copy(answer, source, MAX_COPIED_WORDS + len(gold_words)))
     return 0.0
+
+
+def is_copy(answer: str, source: str, allowed: int = MAX_COPIED_WORDS) -> bool:
+    """Whether the whole answer stands verbatim in `source` and has more than `allowed` words."""
+    answer_words = words(answer) if source else []
+    return len(answer_words) > allowed and f" {' '.join(answer_words)} " in _joined(source)
 
 
 def vote_key(answer: str) -> str:
@@ -179,9 +188,12 @@ def squad_f1(
 # ---- FinQA's numbers ----
 
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_YEAR = re.compile(r"\s*(?:19|20)\d\d\s*\Z")
 _QUANTITY = re.compile(
     r"(?P<open>\(\s?(?:\$\s?)?)?(?P<sign>(?<![\w)%])-(?:\$\s?)?)?"
-    r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\w]|[.,]\d)(?P<close>\s?%?\s?\))?"
+    r"(?<!\w)(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\w|[.,]\d)"
+    r"(?:\s?/\s?(?P<over>\d{1,20})(?![\w/]|[.,]\d))?"
+    r"(?P<close>\s?%?\s?\))?"
     rf"\s?(?P<percent>%)?\s?(?P<scale>(?:{'|'.join(_SCALES)})s?\b)?"
 )
 
@@ -192,8 +204,7 @@ def _quantity(text: str) -> re.Match | None:
     text = re.sub(r"\\(?=[%$])|\*\*", "", text)  # LaTeX's escapes, Markdown's bold
     text = re.sub(r"\bper ?cent\b", "%", text.rsplit("=", 1)[-1])
     found = [m for m in _QUANTITY.finditer(text) if len(m["number"]) <= 40]
-    is_year = re.compile(r"\s*(?:19|20)\d\d\s*\Z").match
-    return ([m for m in found if not is_year(m[0])] or found or [None])[-1]
+    return ([m for m in found if not _YEAR.match(m[0])] or found or [None])[-1]
 
 
 def _agrees(value: decimal.Decimal, unit: decimal.Decimal, target: decimal.Decimal) -> bool:
@@ -219,6 +230,7 @@ def finqa_numeric(answer: str, target: float | int | str, *, gold: str = "") -> 
       * n% is n/100. Where the annotator's answer `gold` shows that percent is meant (it has "%", or
         is 100 times the target), n and n% both mean n/100 or n, since FinQA's programs do both.
       * "n million" (thousand, billion, trillion) is n or n * 10^6: questions fix the unit in words.
+        "n/m" is a fraction, and must be equal to 5 decimals.
 
     Args:
         target: exe_ans, as a number or as its string.
@@ -230,10 +242,12 @@ def finqa_numeric(answer: str, target: float | int | str, *, gold: str = "") -> 
         return contains(answer, target)
     value = _target(target)
     match = _quantity(answer)
-    if value is None or match is None:
+    if value is None or match is None or not int(match["over"] or 1):
         return 0.0
     number = decimal.Decimal(match["number"].replace(",", ""))
     unit = decimal.Decimal(1).scaleb(number.as_tuple().exponent)
+    if match["over"]:  # a fraction is exact
+        number, unit = number / int(match["over"]), decimal.Decimal(0)
     if match["sign"] or (match["open"] and match["close"]):
         number = -number
     is_percent = bool(match["percent"] or "%" in (match["close"] or ""))
@@ -296,6 +310,8 @@ class Grader:
     def __call__(self, answer: str, golds: str | Sequence[str], **kwargs) -> float:
         try:
             score, error = float(self.grade(answer, golds, **kwargs)), None
+            if not 0.0 <= score <= 1.0:
+                raise ValueError(f"the score {score} is not in [0, 1]")
         except Exception as caught:  # a user's grader may raise anything
             score, error = 0.0, caught
         with self._lock:
@@ -318,5 +334,4 @@ GRADERS = {
     "contains": contains,
     "squad_em": squad_em,
     "squad_f1": squad_f1,
-    "finqa_numeric": finqa_numeric,
 }
