@@ -5,11 +5,12 @@ import unicodedata
 
 import data_fixtures
 import pytest
+import sentencepiece
 import tokenizers as hf_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlog.data import tokenizers
+from qlog.data import formatting, tokenizers
 from qlog.errors import ConfigError
 
 TEXTS = (
@@ -104,6 +105,45 @@ def test_sentencepiece_model(t5):
     text = "The answer is 34.7% of the total."
     assert t5.decode(t5.encode(text)) == text
     assert t5.decode([t5.think_start_id, *t5.encode("Paris"), 1]) == "Paris"
+
+
+def test_sentencepiece_bpe_with_bytes_and_turns(tmp_path):
+    # Gemma's layout: BPE with byte fallback, turns as user-defined pieces, text left as it is.
+    markup = ["<start_of_turn>", "<end_of_turn>", "<unused0>", "<unused1>"]
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the start of the turn is the end"] * 20 + list(TEXTS)),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=420,
+            byte_fallback=True,
+            user_defined_symbols=[*markup, "\n\n"],
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            pad_piece="<pad>",
+            eos_piece="<eos>",
+            bos_piece="<bos>",
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    tokenizer = tokenizers.load(tmp_path, think_start="<unused0>", think_end="<unused1>")
+    control = tokenizer.control
+    assert set(control) == {"<pad>", "<eos>", "<bos>", *markup}
+    assert tokenizer.eos_ids == (control["<end_of_turn>"], control["<eos>"])
+    assert (tokenizer.bos_id, tokenizer.pad_id) == (control["<bos>"], control["<pad>"])
+    for text in (*TEXTS, *(f"a {name}{name}\n\nb" for name in control)):
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(control.values())
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer.encode("\n\n")) == 1  # a user-defined piece that is text
+    turn = formatting.chat_prompt(tokenizer, "Why?")
+    assert tokenizer.decode(turn, show_control=True) == (
+        "<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n<unused0>\n"
+    )
 
 
 def test_word_level():
