@@ -206,9 +206,9 @@ def test_fields_that_the_schema_does_not_know_survive(manual_dir, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(name="squad", split="train"), "data.name='squad' has no builder: use one of finqa"),
+        (dict(name="squad", split="train"), "data.name = 'squad' has no builder: use one of finqa"),
         (dict(name="hotpotqa", split="test"), "no labelled official split 'test'.*train, dev"),
-        (dict(name="finqa", split="dev", manual_dir="/no/such"), "manual_dir='/no/such' is not a"),
+        (dict(name="finqa", split="dev", manual_dir="/no/such"), "dir = '/no/such' is not a"),
         (dict(name="musique", split="dev", manual_dir=DUMMY / "finqa"), "none of musique's files"),
         (dict(name="finqa", split="dev", manual_dir=DUMMY, data_dir="gs://b"), "data_dir.*remote"),
         (dict(name="finqa", split="dev", manual_dir=DUMMY, data_dir=__file__), "data_dir.*written"),
@@ -272,7 +272,7 @@ def test_downloads_are_checked(server, monkeypatch, tmp_path):
     data_dir = tmp_path / "data"
     for wrong in (dict(git_blob="0" * 40), dict(git_blob="", sha256="0" * 64)):
         serve_finqa(server, monkeypatch, **wrong)
-        with pytest.raises(ConfigError, match="dev.json served another file.*set data.manual_dir"):
+        with pytest.raises(ConfigError, match="dev.json served another file.*config.data.manual"):
             builders.open_records("finqa", "train", data_dir=data_dir)
     serve_finqa(server, monkeypatch, size=883)
     with pytest.raises(ConfigError, match="holds 12 records of dev.json, but the official .* 883"):
@@ -300,14 +300,14 @@ def test_downloads_from_an_archive(server, monkeypatch, tmp_path):
 def test_without_a_network_one_sentence_says_what_to_do(server, monkeypatch, tmp_path):
     serve_finqa(server, monkeypatch)
     (server[0] / "dev.json").unlink()  # 404
-    with pytest.raises(ConfigError, match="'finqa' cannot be downloaded.*set data.manual_dir"):
+    with pytest.raises(ConfigError, match="'finqa' cannot be downloaded.*config.data.manual_dir"):
         builders.open_records("finqa", "dev", data_dir=tmp_path / "data")
     unreachable = raw.RawFile("dev.json", "http://127.0.0.1:9/dev.json", size=1)
     monkeypatch.setattr(finqa_dataset_builder.Builder, "FILES", {"dev": unreachable})
     with pytest.raises(ConfigError) as caught:
         builders.open_records("finqa", "dev", data_dir=tmp_path / "data")
     url = "http://127.0.0.1:9/dev.json"
-    for part in ("data.name='finqa'", url, "put dev.json", "set data.manual_dir"):
+    for part in ("data.name = 'finqa'", url, "put dev.json", "set config.data.manual_dir"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 

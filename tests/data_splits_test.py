@@ -87,7 +87,7 @@ def test_fewer_records_are_shared_in_proportion(name, dev, sizes):
 
 
 def test_what_cannot_be_drawn_is_named():
-    with pytest.raises(ConfigError, match="data.name='squad' has no splits: use one of finqa"):
+    with pytest.raises(ConfigError, match="data.name = 'squad' has no splits: use one of finqa"):
         splits.official_split("squad", "train", ("train",))
     with pytest.raises(ConfigError, match="split 'dev' is unknown: use one of train, validation"):
         splits.official_split("finqa", "dev", ("train", "dev"))

@@ -74,15 +74,17 @@ def official_split(name: str, split: str, available: Sequence[str]) -> str:
         ConfigError: unknown name or split, or nothing available to draw it from.
     """
     if name not in SIZES:
-        raise ConfigError(f"data.name={name!r} has no splits: use one of {', '.join(SIZES)}.")
+        raise ConfigError(
+            f"config.data.name = {name!r} has no splits: use one of {', '.join(SIZES)}."
+        )
     if split not in NAMES:
         raise ConfigError(f"the split {split!r} is unknown: use one of {', '.join(NAMES)}.")
     source = _source(split, available)
     if source is not None:
         return source
     raise ConfigError(
-        f"data.name={name!r}: the {split} split is drawn from the official "
-        f"{' or '.join(_SOURCES[split])} file, but data.manual_dir has only "
+        f"config.data.name = {name!r}: the {split} split is drawn from the official "
+        f"{' or '.join(_SOURCES[split])} file, but config.data.manual_dir has only "
         f"{', '.join(available)}: add the file."
     )
 
@@ -102,8 +104,8 @@ def draw(name: str, split: str, ids: Sequence[str], available: Sequence[str]) ->
     sizes = [SIZES[name][s] for s in sharing]
     if len(ids) < len(sharing):
         raise ConfigError(
-            f"data.name={name!r}: the official {source} split has {len(ids)} records, too few for "
-            f"{' and '.join(sharing)}: add records."
+            f"config.data.name = {name!r}: the official {source} split has {len(ids)} records, too "
+            f"few for {' and '.join(sharing)}: add records."
         )
     if len(ids) < sum(sizes):
         sizes = _shares(sizes, len(ids))

@@ -83,14 +83,14 @@ def open_records(
     builder = _builder_class(name)
     if split not in builder.FILES:
         raise ConfigError(
-            f"data.name={name!r} has no labelled official split {split!r}: use one of "
+            f"config.data.name = {name!r} has no labelled official split {split!r}: use one of "
             f"{', '.join(builder.FILES)}."
         )
     paths = raw.find(manual_dir, builder.FILES, name) if manual_dir else {}
     if manual_dir and split not in paths:
         raise ConfigError(
-            f"data.manual_dir={str(manual_dir)!r} has no {builder.FILES[split].name}, the {split} "
-            f"split of {name}: put the file there."
+            f"config.data.manual_dir = {str(manual_dir)!r} has no {builder.FILES[split].name}, the "
+            f"{split} split of {name}: put the file there."
         )
     root = _root(data_dir)
     key = raw.fingerprint(paths) if paths else "official"
@@ -100,8 +100,8 @@ def open_records(
         if paths and raw.fingerprint(paths) != key:
             shutil.rmtree(folder)
             raise ConfigError(
-                f"data.manual_dir={str(manual_dir)!r}: files of {name} changed while they were "
-                "read: start again when they are complete."
+                f"config.data.manual_dir = {str(manual_dir)!r}: files of {name} changed while they "
+                "were read: start again when they are complete."
             )
     source, ids = _read(folder, folder / name / str(builder.VERSION), split)
     return Records(source, builder.FIELDS, ids)
@@ -119,7 +119,9 @@ def official_splits(name: str, manual_dir: str | os.PathLike | None = None) -> t
 
 def _builder_class(name: str):
     if name not in NAMES:
-        raise ConfigError(f"data.name={name!r} has no builder: use one of {', '.join(NAMES)}.")
+        raise ConfigError(
+            f"config.data.name = {name!r} has no builder: use one of {', '.join(NAMES)}."
+        )
     return importlib.import_module(f"qlog.data.builders.{name}.{name}_dataset_builder").Builder
 
 
@@ -127,7 +129,9 @@ def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = pathlib.Path(data_dir or pathlib.Path(cache) / "qlog" / "datasets").expanduser()
     if "://" in str(data_dir or ""):
-        raise ConfigError(f"data.data_dir={str(data_dir)!r} is remote: name a local folder.")
+        raise ConfigError(
+            f"config.data.data_dir = {str(data_dir)!r} is remote: name a local folder."
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,8 +141,8 @@ def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
 
 def _unwritable(root: pathlib.Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"data.data_dir={str(root)!r} cannot be written ({error.strerror or error}): set "
-        "data.data_dir to a local folder with room for the dataset."
+        f"config.data.data_dir = {str(root)!r} cannot be written ({error.strerror or error}): set "
+        "config.data.data_dir to a local folder with room for the dataset."
     )
 
 
@@ -196,10 +200,11 @@ def _check_reachable(builder_class) -> None:
 def _unreachable(builder_class, error: Exception) -> ConfigError:
     files = builder_class.FILES.values()
     urls = " and ".join(dict.fromkeys(file.url for file in files))
+    names = " and ".join(file.name for file in files)
     return ConfigError(
-        f"data.name={builder_class.name!r} cannot be downloaded ({type(error).__name__}): download "
-        f"{urls} where there is a network, put {' and '.join(file.name for file in files)}, "
-        "unpacked, into a folder, and set data.manual_dir to it."
+        f"config.data.name = {builder_class.name!r} cannot be downloaded "
+        f"({type(error).__name__}): download {urls} where there is a network, put {names}, unpacked, "
+        "into a folder, and set config.data.manual_dir to it."
     )
 
 
@@ -216,7 +221,7 @@ def _read(
         source[len(source) - 1]  # opens the files
     except Exception as error:  # TFDS and array_record raise many kinds
         raise ConfigError(
-            f"data.data_dir: the dataset prepared in {folder} is damaged ({error}): delete that "
-            "folder, and it will be prepared again."
+            f"config.data.data_dir: the dataset prepared in {folder} is damaged ({error}): delete "
+            "that folder, and it will be prepared again."
         ) from error
     return source, ids

@@ -76,7 +76,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if len(self.ids[split]) != file.size:
             raise ConfigError(
                 f"{path} holds {len(self.ids[split])} records of {file.name}, but the official "
-                f"file has {file.size}: delete it to download it again, or set data.manual_dir."
+                f"file has {file.size}: delete it to download it again, or set "
+                "config.data.manual_dir."
             )
 
     def _generate_examples(

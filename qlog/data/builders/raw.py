@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlog.errors import ConfigError
@@ -33,9 +33,9 @@ class RawFile:
     member: str = ""
 
 
-def find(manual_dir: str | os.PathLike, files: Mapping[str, RawFile], dataset: str) -> dict[
-    str, pathlib.Path
-]:
+def find(
+    manual_dir: str | os.PathLike, files: Mapping[str, RawFile], dataset: str
+) -> dict[str, pathlib.Path]:
     """Paths of the raw files in a manual download, by split; splits without a file are left out.
 
     They may lie in the folder itself, in a subfolder named as the dataset, or where the official
@@ -48,8 +48,8 @@ def find(manual_dir: str | os.PathLike, files: Mapping[str, RawFile], dataset: s
     names = [file.name for file in files.values()]
     if not folder.is_dir():
         raise ConfigError(
-            f"data.manual_dir={str(manual_dir)!r} is not a folder: put {_list(names)} of {dataset} "
-            "into it."
+            f"config.data.manual_dir = {str(manual_dir)!r} is not a folder: put {', '.join(names)} "
+            f"of {dataset} into it."
         )
     for place in (folder, folder / dataset, folder / "dataset", folder / "data"):
         found = {split: place / file.name for split, file in files.items()}
@@ -57,8 +57,8 @@ def find(manual_dir: str | os.PathLike, files: Mapping[str, RawFile], dataset: s
         if found:
             return found
     raise ConfigError(
-        f"data.manual_dir={str(manual_dir)!r} holds none of {dataset}'s files {_list(names)}: "
-        "put them there, or leave data.manual_dir empty to download them."
+        f"config.data.manual_dir = {str(manual_dir)!r} holds none of {dataset}'s files "
+        f"{', '.join(names)}: put them there, or leave config.data.manual_dir empty to download."
     )
 
 
@@ -93,7 +93,7 @@ def verify(file: RawFile, path: pathlib.Path) -> None:
         path.unlink()  # a cached download would fail for ever
         raise ConfigError(
             f"{file.url} served another file than the official one (digest {actual}, not "
-            f"{expected}): try again, or set data.manual_dir to a folder with {file.name}."
+            f"{expected}): try again, or set config.data.manual_dir to a folder with {file.name}."
         )
 
 
@@ -137,7 +137,3 @@ def _array(file: io.TextIOBase) -> Iterator[Any]:
 
 def _lines(file: io.TextIOBase) -> Iterator[Any]:
     return (json.loads(line) for line in file if line.strip())
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)
