@@ -14,6 +14,7 @@ import sys
 import threading
 import zipfile
 
+import grain
 import numpy as np
 import pytest
 
@@ -82,6 +83,14 @@ def test_random_access(data_dir):
     assert list(copy) == everything and copy.ids == records.ids
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(records.__getitem__, range(len(records)))) == everything
+
+
+def test_grain_reads_them_in_threads(data_dir):
+    records = builders.open_records("finqa", "train", manual_dir=DUMMY, data_dir=data_dir)
+    order = grain.MapDataset.source(records).seed(3).shuffle().map(lambda record: record["id"])
+    ids = list(order.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
+    assert ids == [order[i] for i in range(16)] and ids != records.ids
+    assert sorted(ids) == sorted(records.ids)
 
 
 def test_tfds_reads_what_was_prepared(data_dir):

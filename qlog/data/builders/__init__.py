@@ -203,8 +203,8 @@ def _unreachable(builder_class, error: Exception) -> ConfigError:
     names = " and ".join(file.name for file in files)
     return ConfigError(
         f"config.data.name = {builder_class.name!r} cannot be downloaded "
-        f"({type(error).__name__}): download {urls} where there is a network, put {names}, unpacked, "
-        "into a folder, and set config.data.manual_dir to it."
+        f"({type(error).__name__}): download {urls} where there is a network, put {names}, "
+        "unpacked, into a folder, and set config.data.manual_dir to it."
     )
 
 
