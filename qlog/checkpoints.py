@@ -15,18 +15,15 @@ _PRESERVE = ocp.training.preservation_policies
 class Checkpoints:
     """The checkpoints in `folder`, one per saved step, written asynchronously.
 
-    Kept: the `keep` latest, and the best one by the evaluation metric `best_metric`, if any was
-    given. The data position is the step itself (see data/pipeline.py).
+    Kept: the `keep` latest, and the one with the highest score, if any was saved with one. The
+    data position is the step itself (see data/pipeline.py).
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, best_metric: str = "m@k"):
-        policies = [
-            _PRESERVE.LatestN(keep),
-            _PRESERVE.BestN(
-                get_metric_fn=lambda metrics: metrics[best_metric], n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]  # fmt: skip
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+        best = _PRESERVE.BestN(
+            get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+        )
+        policies = [_PRESERVE.LatestN(keep), best]
         self._checkpointer = ocp.training.Checkpointer(
             pathlib.Path(folder).absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -39,13 +36,19 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, *, step: int, config: str, metrics: dict | None = None):
-        """Starts writing `state` as of `step`; `config` is the resolved config's JSON."""
+    def save(self, state: TrainState, *, step: int, config: str, score: float | None = None):
+        """Starts writing `state` as of `step`.
+
+        Args:
+          config: the resolved config's JSON.
+          score: by which the best checkpoint is kept; None when the step was not evaluated.
+        """
         if self.latest_step is not None and self.latest_step >= step:
             return
         parts = {"params": state.params, "training": state._replace(params=None)._asdict()}
         self._checkpointer.save_checkpointables_async(
-            step, parts, metrics=metrics, custom_metadata={"config": json.loads(config)}
+            step, parts, metrics=None if score is None else {"score": score},
+            custom_metadata={"config": json.loads(config)},
         )
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
@@ -86,15 +89,16 @@ def load_params(folder: str | pathlib.Path, abstract_params, field: str = "init_
 def find_checkpoint(folder: str | pathlib.Path, field: str) -> pathlib.Path:
     """The step's folder to read: the one with the best metric, else the latest; or ConfigError."""
     folder = pathlib.Path(folder).absolute()
-    if ocp.is_orbax_checkpoint(folder):
+    if (folder / "params").is_dir():
         return folder
     for candidate in (folder / "checkpoints", folder):
-        if not candidate.is_dir():
-            continue
-        with ocp.training.Checkpointer(candidate) as checkpointer:
-            found = checkpointer.latest
-            if found is not None:
-                return candidate / str(found.step)
+        if candidate.is_dir():
+            with ocp.training.Checkpointer(candidate) as checkpointer:
+                found = list(checkpointer.checkpoints)
+            if found:
+                scored = [checkpoint for checkpoint in found if checkpoint.metrics]
+                best = max(scored, key=lambda c: _score(c.metrics)) if scored else found[-1]
+                return candidate / str(best.step)
     raise ConfigError(
         f"{field}={str(folder)!r} has no checkpoint: name a run's workdir, or one step's folder."
     )
@@ -107,6 +111,10 @@ def abstract_like(tree, shardings=None):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
+
+
+def _score(metrics: dict) -> float:
+    return metrics["score"]
 
 
 def _first_line(error: Exception) -> str:

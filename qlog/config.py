@@ -15,6 +15,9 @@ from ml_collections import ConfigDict
 from qlog import losses
 from qlog.errors import ConfigError
 
+# Sections whose keys are the arguments of what was chosen there; who reads them checks them.
+_CHOICES = ("loss", "architecture", "world", "runs")
+
 
 def default() -> ConfigDict:
     """Every field of a run with its default. Lengths are in tokens."""
@@ -120,6 +123,9 @@ def estimator_variants() -> dict[str, Callable[[ConfigDict, str], None]]:
     def choose(name):
         def variant(config, value):
             config.loss = loss(name)
+            if losses.build(name).rationale == "annotated":
+                config.rollout.rollouts_per_prompt = 1
+                config.train.rollouts_per_microbatch = 0
         return variant
 
     def set_q(config, value):
@@ -134,12 +140,13 @@ def estimator_variants() -> dict[str, Callable[[ConfigDict, str], None]]:
 
 
 def merge(config: ConfigDict, changes: Mapping) -> ConfigDict:
-    """A copy of `config` with nested `changes`; `loss`, `architecture`, `world` are replaced whole."""
+    """A copy of `config` with nested `changes`; sections that hold a choice's arguments are
+    replaced whole."""
     merged = config.copy_and_resolve_references()
     with merged.unlocked():
         for key, value in changes.items():
             nested = isinstance(value, (Mapping, ConfigDict))
-            if nested and key not in ("loss", "architecture", "world"):
+            if nested and key not in _CHOICES:
                 merged[key] = merge(merged[key], value)
             else:
                 merged[key] = value
@@ -234,7 +241,7 @@ def _check_keys(config: ConfigDict, schema: ConfigDict, path: str) -> None:
         name = f"{path}.{key}"
         if key not in schema:
             raise ConfigError(f"{name} = {config[key]!r} is read by nothing{_closest(key, schema)}.")
-        if key in ("loss", "architecture", "world", "runs"):
+        if key in _CHOICES:
             continue  # checked by what was chosen there
         if isinstance(schema[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):

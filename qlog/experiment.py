@@ -137,21 +137,27 @@ def prepare(
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip; non-finite gradients are skipped and counted."""
-    section = config.optimizer
-    steps = config.train.steps * config.train.updates_per_batch
-    peak, warmup = section.learning_rate, section.warmup_steps
+    section = dict(config.optimizer)
+    del section["max_skipped_in_a_row"]  # the loop's
+    return _optimizer(config.train.steps * config.train.updates_per_batch, **section)
+
+
+@functools.cache  # one object per setting: jit treats optimizers as static
+def _optimizer(
+    steps, *, learning_rate, warmup_steps, schedule, max_grad_norm, **adamw
+) -> optax.GradientTransformation:
+    rest = max(1, steps - warmup_steps)
     after = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, max(1, steps - warmup)),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, max(1, steps - warmup)),
-    }[section.schedule]()
-    ramp = optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup))
-    schedule = optax.join_schedules([ramp, after], [warmup])
-    adamw = optax.adamw(
-        schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
+        "constant": optax.constant_schedule(learning_rate),
+        "cosine": optax.cosine_decay_schedule(learning_rate, rest),
+        "linear": optax.linear_schedule(learning_rate, 0.0, rest),
+    }[schedule]
+    ramp = optax.linear_schedule(
+        learning_rate / (warmup_steps + 1), learning_rate, max(1, warmup_steps)
     )
+    optimizer = optax.adamw(optax.join_schedules([ramp, after], [warmup_steps]), **adamw)
+    clipped = optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
     # Skipping is unlimited here; the loop stops at max_skipped_in_a_row and says so.
-    clipped = optax.chain(optax.clip_by_global_norm(section.max_grad_norm), adamw)
     return optax.apply_if_finite(clipped, max_consecutive_errors=2**30)
 
 

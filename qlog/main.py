@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
@@ -15,6 +15,7 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
     from qlog import commands  # after the flags: a wrong one is reported at once
 
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(sys.argv))

@@ -46,9 +46,7 @@ def run(
     workdir = pathlib.Path(workdir)
 
     # ---- State: new, or the latest checkpoint ----
-    saved = checkpoints.Checkpoints(
-        _writable(workdir) / "checkpoints", keep=config.checkpoint.keep, best_metric=best_metric(config)
-    )
+    saved = checkpoints.Checkpoints(_writable(workdir) / "checkpoints", keep=config.checkpoint.keep)
     start_step = saved.latest_step or 0
     if start_step:
         _check_same_run(saved.config(), config)
@@ -96,8 +94,8 @@ def run(
                 say(f"step {done}: {config.evaluation.split} " + brief(config, metrics))
             if ends or done % config.checkpoint.every == 0 or last_evaluated == done or stopping():
                 log.flush()
-                fresh = metrics if last_evaluated == done else None
-                saved.save(state, step=done, config=settings.to_json(config), metrics=fresh)
+                score = metrics[best_metric(config)] if last_evaluated == done else None
+                saved.save(state, step=done, config=settings.to_json(config), score=score)
     interrupted = int(state.step) < config.train.steps
     if interrupted:
         say(f"stopped at step {int(state.step)}, saved in {workdir}: the same command resumes.")
@@ -352,6 +350,9 @@ def describe(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> 
     count = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_params()))
     loss = dict(config.loss)
     name = loss.pop("name")
+    if isinstance(name, str):  # what differs from the recipe's defaults, and q always
+        usual = losses.arguments(name)
+        loss = {k: v for k, v in loss.items() if k == "q" or v != usual[k]}
     rows = config.train.prompts_per_step
     devices = experiment.mesh.devices
     return {
