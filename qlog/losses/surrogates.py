@@ -12,6 +12,8 @@ Args, float32 unless said otherwise, M rollouts of R tokens:
   rationale_mask, answer_mask: [b, M, R] bool, True for tokens of the rationale and of the answer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -50,6 +52,7 @@ def _total(values, mask) -> jax.Array:
     return jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32)
 
 
+@functools.cache  # one object per setting: jit treats surrogates as static
 def linear() -> Surrogate:
     """-sum (score * rationale_mask + path * answer_mask) * new: its gradient is the estimator."""
 
@@ -66,6 +69,7 @@ def linear() -> Surrogate:
     return surrogate
 
 
+@functools.cache  # one object per setting: jit treats surrogates as static
 def clipped(clip_low: float = 0.2, clip_high: float = 0.2) -> Surrogate:
     """PPO's clipped ratio: -sum min(ratio c, clip(ratio, 1 - clip_low, 1 + clip_high) c).
 
@@ -113,6 +117,7 @@ def kl_estimate(new: jax.Array, reference: jax.Array, kind: str = "k3") -> jax.A
     return jnp.expm1(difference) - difference
 
 
+@functools.cache  # one object per setting: jit treats surrogates as static
 def add_kl(surrogate: Surrogate, weight: float, kind: str = "k3") -> Surrogate:
     """Adds `weight` * KL to the reference, each token weighing its sequence's `token_weight`."""
     check_number("kl_weight", weight, 0, float("inf"))

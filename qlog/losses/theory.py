@@ -48,9 +48,7 @@ def sigmoid_escape_time(log_p0: ArrayLike, log_p1: ArrayLike, q: ArrayLike) -> j
 
 def escape_time_order(log_p0: ArrayLike, q: ArrayLike) -> jax.Array:
     """(p0^-(1-q) - 1) / (1-q), log(1/p0) at q = 1: the order of the escape time (Theorems 5.1, 5.2)."""
-    check_number("q", q, 0, 1)
-    log_p0, q = jnp.asarray(log_p0, jnp.float32), jnp.asarray(q, jnp.float32)
-    return tsallis.log_q(-log_p0, q)
+    return tsallis.log_q(-jnp.asarray(log_p0, jnp.float32), q)
 
 
 def escort(log_alpha: ArrayLike, q: ArrayLike) -> jax.Array:
@@ -146,17 +144,17 @@ def noise_flow(noise: float, q: float, eta0: float, num_steps: int) -> tuple[jax
 
     From eta0 above the equilibrium it decays: at q = 0 contamination never grows.
     """
-    check_number("eta0", eta0, 1e-12, 1 - 1e-6)
+    check_number("eta0", eta0, 1e-20, 1 - 1e-6)
     check_count("num_steps", num_steps)
 
     def advance(carry, _):
         time, eta = carry
-        rate = lambda e: noise_rate(jnp.clip(e, 1e-12, 1 - 1e-6), noise, q)
+        rate = lambda e: noise_rate(jnp.clip(e, 1e-20, 1 - 1e-6), noise, q)
         k1 = rate(eta)
         # eta moves by 2% of itself at most, and by 1/50 of the slowest time scale near rest.
         dt = jnp.minimum(0.02 * eta / jnp.maximum(jnp.abs(k1), 1e-30), 0.02 * eta ** (q + 1) / noise)
         k2 = rate(eta + dt / 2 * k1)
-        after = (time + dt, jnp.clip(eta + dt * k2, 1e-12, 1 - 1e-6))
+        after = (time + dt, jnp.clip(eta + dt * k2, 1e-20, 1 - 1e-6))
         return after, after
 
     first = (jnp.zeros(()), jnp.float32(eta0))

@@ -141,10 +141,16 @@ def jackknife(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
         mean = reduce.log_mean(log_weights, scores)
         log_weights = log_weights - reduce.finite(jnp.max(log_weights, 1, keepdims=True))
         share = reduce.normalized(log_weights)
+        n = reduce.num_valid(scores)
         others = jnp.maximum(reduce.log_mean_others(log_weights, scores), reduce.LEAST)
-        # c_m = share_m wbar^(1-q) (1 - sum_{j != m} expm1(x_j)), x_j = -q log(wbar_{-j} / wbar).
-        x = -q * (others - reduce.finite(reduce.log_mean(log_weights, scores)))
-        x = jnp.where(scores.valid & ~jnp.isneginf(mean), x, 0.0)
+        # c_m = share_m wbar^(1-q) (1 - sum_{j != m} expm1(x_j)), x_j = -q log(wbar_{-j} / wbar):
+        # a sum of n small numbers, so each is computed from share_j unless j dominates the group.
+        log_ratio = jnp.where(
+            share < 0.5,
+            jnp.log1p(-jnp.minimum(share, 0.5)) - jnp.log1p(-1 / jnp.maximum(n, 2)),
+            others - reduce.finite(reduce.log_mean(log_weights, scores)),
+        )
+        x = jnp.where(scores.valid & ~jnp.isneginf(mean), -q * log_ratio, 0.0)
         # x_j of a dominant rollout j may exceed float32's exp, share_m beside it fall below: in logs.
         large = x > 1.0
         small = jnp.where(large, 0.0, jnp.expm1(x))

@@ -1,0 +1,233 @@
+"""Estimators, aggregation and surrogates against formulas worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlog import losses
+
+LOG_W = jnp.log(jnp.array([[0.5, 0.1, 0.2], [0.02, 0.7, 1e-3]]))
+# One prompt with 2 of 4 right, one with 1 of 4, one with none, one with all.
+REWARD = jnp.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], jnp.float32)
+
+
+def scores_from(log_w=None, reward=None, valid=None, num_tokens=None):
+    shape = (log_w if log_w is not None else reward).shape
+    blank = losses.zero_scores(*shape)
+    given = dict(log_w=log_w, reward=reward, valid=valid, num_tokens=num_tokens)
+    return blank._replace(**{name: x for name, x in given.items() if x is not None})
+
+
+def run(transform, scores, **extra):
+    return losses.coefficients(transform, scores, transform.init(scores), **extra)[0]
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, np.asarray(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_iwae_is_autodiff_of_log_mean_exp():
+    bound = lambda a: jnp.sum(jax.nn.logsumexp(a, axis=1) - jnp.log(3))
+    got = run(losses.iwae(), scores_from(LOG_W))
+    assert_close(got.path, jax.grad(bound)(LOG_W))
+    assert_close(got.score, got.path)
+    assert_close(got.path[0], [5 / 8, 1 / 8, 2 / 8])
+
+
+@pytest.mark.parametrize("q", [0.0, 0.3, 1.0])
+def test_plug_in_path_is_autodiff_of_log_q_of_the_mean(q):
+    """path_m = d log_q(wbar) / d log w_m = w_m / wbar^q / M (eq 9, 20)."""
+    objective = lambda a: jnp.sum(losses.log_q(jax.nn.logsumexp(a, axis=1) - jnp.log(3), q))
+    got = run(losses.garl(q), scores_from(LOG_W))
+    assert_close(got.path, jax.grad(objective)(LOG_W))
+    w = np.exp(LOG_W)
+    others = (w.sum(1, keepdims=True) - w) / 2
+    assert_close(got.score, (w / w.mean(1, keepdims=True) ** q - others ** (1 - q)) / 3)
+
+
+def test_garl_at_q_1_is_centred():
+    """Identity 4: w_m / wbar - 1 sum to zero over the group."""
+    got = run(losses.garl(1.0), scores_from(LOG_W))
+    assert_close(got.score.sum(1), [0, 0])
+    w = np.exp(LOG_W)
+    assert_close(3 * got.score, w / w.mean(1, keepdims=True) - 1)
+
+
+def test_maxrl():
+    """(r_m - rbar) / rbar / M, zero where none is right."""
+    expected = [[0.25, -0.25, -0.25, 0.25], [-0.25, 0.75, -0.25, -0.25], [0] * 4, [0] * 4]
+    got = run(losses.maxrl(), scores_from(reward=REWARD))
+    assert_close(got.score, expected)
+    assert_close(got.path, expected)
+
+
+def test_grpo():
+    """(r_m - rbar) / std / M: std is 1/2, then sqrt(3)/4, then 0, where nothing is learnt."""
+    s = np.sqrt(3) / 4
+    rows = [[1, -1, -1, 1], [-0.25 / s, 0.75 / s, -0.25 / s, -0.25 / s], [0] * 4, [0] * 4]
+    got = run(losses.grpo(eps=0.0), scores_from(reward=REWARD))
+    assert_close(got.score, np.array(rows) / 4)
+    assert_close(got.path, got.score)
+    unscaled = run(losses.grpo(scale_by_std=False), scores_from(reward=REWARD))
+    assert_close(unscaled.score[0], np.array([0.5, -0.5, -0.5, 0.5]) / 4)
+
+
+def test_rloo():
+    """(r_m - rbar_{-m}) / M: against 1/3 for a right and 2/3 for a wrong rollout of the first."""
+    third = 1 / 3
+    rows = [[2 * third, -2 * third, -2 * third, 2 * third], [-third, 1, -third, -third], [0] * 4, [0] * 4]
+    assert_close(run(losses.rloo(), scores_from(reward=REWARD)).score, np.array(rows) / 4)
+
+
+def test_star_sft_and_the_endpoints():
+    star = run(losses.star(), scores_from(reward=REWARD))
+    assert_close(star.score, [[0.5, 0, 0, 0.5], [0, 1, 0, 0], [0] * 4, [0.25] * 4])
+    assert_close(run(losses.star(0.0), scores_from(reward=REWARD)).path, REWARD / 4)
+    assert_close(run(losses.sft(), scores_from(reward=REWARD)).score, np.full((4, 4), 0.25))
+    w = np.exp(LOG_W)
+    assert_close(run(losses.rb_reinforce(), scores_from(LOG_W)).score, w / 3)
+    rb_rloo = run(losses.rb_rloo(), scores_from(LOG_W))
+    assert_close(rb_rloo.score, (w - (w.sum(1, keepdims=True) - w) / 2) / 3)
+    assert_close(rb_rloo.path, w / 3)
+
+
+def test_normalisation_by_the_bound_and_the_ablation_and_clipping():
+    scores = scores_from(LOG_W)
+    plain = run(losses.garl(0.5), scores)
+    edited = losses.chain(losses.garl(0.5), losses.normalize_by_bound(0.5), losses.zero_pathwise())
+    assert_close(run(edited, scores).score, plain.score / np.sqrt(3))
+    assert_close(run(edited, scores).path, np.zeros((2, 3)))
+    clipped = run(losses.chain(losses.garl(0.5), losses.clip_coefficients(0.3)), scores)
+    assert_close(clipped.score, np.clip(plain.score, -0.1, 0.1))
+    assert_close(clipped.path, np.clip(plain.path, -0.1, 0.1))
+    assert np.any(np.abs(plain.score) > 0.1)
+
+
+LENGTHS = jnp.array([[2, 4, 1, 1], [10, 5, 5, 1], [3, 3, 3, 3], [1, 1, 1, 1]], jnp.int32)
+
+
+@pytest.mark.parametrize("mode, max_tokens", [("sum", None), ("sequence_mean", None), ("token_mean", None), ("constant", 16)])
+def test_aggregation(mode, max_tokens):
+    """Each mode as the average it is named for, of sum_t A_m log p_t over tokens."""
+    valid = jnp.ones((4, 4), bool).at[1, 3].set(False).at[3].set(False)
+    scores = scores_from(reward=REWARD, valid=valid, num_tokens=LENGTHS)
+    advantage = run(losses.chain(losses.from_reward(), losses.center()), scores).score
+    n = np.array([4, 3, 4, 1])[:, None]
+    a, length, keep = np.asarray(advantage) * n, np.asarray(LENGTHS, float), np.asarray(valid)
+    expected = {
+        "sum": a / n,
+        "sequence_mean": a / length / n,
+        "constant": a / 16 / n,
+        # The trainer divides by 3 prompts: so every one of the 8 + 20 + 12 tokens weighs 1/40.
+        "token_mean": a * 3 / np.sum(length * keep),
+    }[mode]
+    transform = losses.chain(
+        losses.from_reward(), losses.center(), losses.aggregate(mode, max_tokens)
+    )
+    got = run(transform, scores)
+    assert_close(got.score, np.where(keep, expected, 0))
+    assert_close(got.token_weight[0, 1], {"sum": 1 / 4, "sequence_mean": 1 / 16, "constant": 1 / 64, "token_mean": 3 / 40}[mode])
+    assert np.all(np.asarray(got.token_weight)[~keep] == 0)
+
+
+# --- Surrogates: two groups of two rollouts of three tokens --------------------------------------
+
+RATIONALE = jnp.array([[[1, 1, 0], [1, 0, 0]], [[1, 1, 0], [0, 0, 0]]], bool)
+ANSWER = jnp.array([[[0, 0, 1], [0, 1, 0]], [[0, 0, 1], [0, 0, 0]]], bool)
+SCORE, PATH = jnp.array([[0.5, -0.25], [1.0, 3.0]]), jnp.array([[0.3, -0.1], [2.0, 3.0]])
+WEIGHT = jnp.array([[0.5, 0.5], [1.0, 0.0]])
+OLD = -jnp.arange(1, 13, dtype=jnp.float32).reshape(2, 2, 3) / 5
+MOVE = jnp.array([[[0.5, -0.5, 0.1], [0.5, -0.5, 0.0]], [[0.05, 0.3, -0.3], [9.0, 9.0, 9.0]]])
+IS_TOKEN = np.asarray(RATIONALE | ANSWER)
+PER_TOKEN = np.asarray(SCORE[..., None] * RATIONALE + PATH[..., None] * ANSWER)
+
+
+def call(surrogate, new, old=OLD, reference=None, rows=slice(None)):
+    return surrogate(
+        SCORE[rows], PATH[rows], WEIGHT[rows], new[rows], old[rows],
+        None if reference is None else reference[rows], RATIONALE[rows], ANSWER[rows],
+    )
+
+
+def test_linear_surrogate_has_the_estimator_as_gradient():
+    slope = jax.grad(lambda new: call(losses.linear(), new).loss)(OLD + MOVE)
+    assert_close(slope, -PER_TOKEN)
+    assert call(losses.linear(), OLD).tokens == 8
+
+
+def test_clipped_surrogate_by_hand():
+    surrogate = losses.clipped(0.2, 0.28)
+    sums = call(surrogate, OLD + MOVE)
+    ratio = np.exp(np.asarray(MOVE, np.float64))
+    gain = np.minimum(ratio * PER_TOKEN, np.clip(ratio, 0.8, 1.28) * PER_TOKEN)
+    assert_close(sums.loss, -np.sum(gain[IS_TOKEN]))
+    slope = jax.grad(lambda new: call(surrogate, new).loss)(OLD + MOVE)
+    # Clipped: gains above 1.28 with positive, below 0.8 with negative coefficients.
+    stopped = ((ratio > 1.28) & (PER_TOKEN > 0)) | ((ratio < 0.8) & (PER_TOKEN < 0))
+    assert_close(slope, np.where(stopped | ~IS_TOKEN, 0, -ratio * PER_TOKEN))
+    assert sums.clipped == np.sum(stopped & IS_TOKEN) == 3
+    on_policy = jax.grad(lambda new: call(surrogate, new).loss)(OLD)
+    assert_close(on_policy, -PER_TOKEN)
+
+
+def test_kl_estimates():
+    new, reference = jnp.array([-1.0, -2.0, -0.5]), jnp.array([-1.5, -1.0, -0.5])
+    d = np.array([-0.5, 1.0, 0.0])
+    value = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - d - 1}
+    slope = {"k1": -d, "k2": -d, "k3": 1 - np.exp(d)}
+    for kind in value:
+        assert_close(losses.kl_estimate(new, reference, kind), value[kind])
+        total = lambda x: jnp.sum(losses.kl_estimate(x, reference, kind))
+        assert_close(jax.grad(total)(new), slope[kind])
+
+
+def test_kl_estimates_have_the_right_means_and_gradients():
+    """Over a 3-token law: k1 and k3 average to the KL; the gradient of k1 and k2 to the KL's."""
+    logits, reference = jnp.array([0.3, -0.2, 1.0]), jax.nn.log_softmax(jnp.array([1.0, 0.0, 0.5]))
+    kl = lambda x: jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - reference))
+    p = jax.nn.softmax(logits)
+    for kind in ("k1", "k3"):
+        assert_close(p @ losses.kl_estimate(jnp.log(p), reference, kind), kl(logits))
+    for kind in ("k1", "k2"):
+        mean = lambda x: p @ losses.kl_estimate(jax.nn.log_softmax(x), reference, kind)
+        assert_close(jax.grad(mean)(logits), jax.grad(kl)(logits))
+
+
+def test_kl_penalty_weighs_tokens_by_token_weight():
+    surrogate = losses.add_kl(losses.linear(), 0.1, "k2")
+    reference = OLD - 0.2
+    sums = call(surrogate, OLD, reference=reference)
+    plain = call(losses.linear(), OLD)
+    tokens = IS_TOKEN.sum(-1)
+    assert_close(sums.loss - plain.loss, 0.1 * 0.02 * np.sum(np.asarray(WEIGHT) * tokens))
+    assert_close(sums.kl, 0.02 * 8)
+    assert_close(losses.token_measurements(sums)["kl"], 0.02)
+    with pytest.raises(ValueError, match="reference must be log-probabilities"):
+        call(surrogate, OLD)
+
+
+@pytest.mark.parametrize("name", ["linear", "clipped", "kl"])
+def test_sums_add_over_microbatches_and_ignore_padding(name):
+    surrogate = {
+        "linear": losses.linear(),
+        "clipped": losses.clipped(),
+        "kl": losses.add_kl(losses.clipped(), 0.1),
+    }[name]
+    bad = jnp.where(IS_TOKEN, OLD + MOVE, jnp.nan)
+    old, reference = (jnp.where(IS_TOKEN, x, -jnp.inf) for x in (OLD, OLD - 0.1))
+    whole = call(surrogate, bad, old, reference)
+    halves = [call(surrogate, bad, old, reference, slice(i, i + 1)) for i in (0, 1)]
+    added = jax.tree.map(lambda *x: sum(x), *halves)
+    jax.tree.map(assert_close, added, whole)
+    slope = jax.grad(lambda new: call(surrogate, new, old, reference).loss)(bad)
+    assert np.all(np.isfinite(slope)) and np.all(np.asarray(slope)[~IS_TOKEN] == 0)
+
+
+def test_surrogates_check_shapes():
+    with pytest.raises(ValueError, match=r"new must have shape \[b, M, R\]"):
+        call(losses.linear(), OLD[:, :1])
+    with pytest.raises(ValueError, match="rationale_mask must be bool"):
+        losses.linear()(SCORE, PATH, WEIGHT, OLD, OLD, None, RATIONALE.astype(int), ANSWER)
+    with pytest.raises(ValueError, match="old must be log-probabilities"):
+        losses.clipped()(SCORE, PATH, WEIGHT, OLD, None, None, RATIONALE, ANSWER)
