@@ -1,0 +1,147 @@
+"""Imports run downwards only, and each package keeps to what it may know (no module is run here)."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# From the top down; a module imports only from lines below its own. Modules that are not named
+# here (or do not exist) are still held to every other rule of this file.
+LAYERS = """
+    main
+    commands
+    sweep
+    train
+    evaluation
+    experiment
+    checkpoints report
+    learner
+    sampling
+    scoring
+    policy
+    paper
+    config
+    metrics telemetry sharding
+    models data losses
+    errors
+"""
+# All that these packages may import from the rest of qlog.
+KNOWS = {"losses": set(), "models": {"errors"}, "data": {"errors"}, "errors": set()}
+# Who may import what from outside; everybody may import what is not named.
+ONLY_IN = {
+    "flax": {"models"},
+    "orbax": {"checkpoints", "models"},
+    "grain": {"data"},
+    "tensorflow_datasets": {"data"},
+    "tokenizers": {"data"},
+    "sentencepiece": {"data"},
+    "torch": set(),
+    "tensorflow": set(),
+    "transformers": set(),
+}
+NEVER_IN = {"data": {"jax", "flax", "optax", "orbax"}}
+
+
+def module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: pathlib.Path, modules: set[str]) -> set[str]:
+    """Every module imported anywhere in the file, inside functions too; relative ones resolved."""
+    name, found = module_name(path), set()
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                found.add(whole if whole in modules else base)
+    return found - {name}
+
+
+def unit(module: str) -> str:
+    """'losses' for qlog.losses.tsallis; '' for qlog itself."""
+    return (module.split(".") + [""])[1]
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """{module of qlog: all modules it imports}."""
+    paths = {module_name(p): p for p in sorted((ROOT / "qlog").glob("**/*.py"))}
+    return {name: imports(path, set(paths)) for name, path in paths.items()}
+
+
+def inside(graph):
+    """(importer, imported) within qlog, across its top-level modules and packages."""
+    for name, targets in graph.items():
+        for target in targets:
+            if target.split(".")[0] == "qlog" and unit(target) != unit(name):
+                yield name, target
+
+
+def test_imports_follow_the_layers(graph):
+    rank = {u: i for i, line in enumerate(LAYERS.split("\n")) for u in line.split()}
+    wrong = [
+        f"{name} imports {target}"
+        for name, target in inside(graph)
+        if unit(name) in rank and unit(target) in rank and rank[unit(name)] >= rank[unit(target)]
+    ]
+    assert not wrong, f"upwards or sideways: {wrong}"
+
+
+def test_packages_keep_to_what_they_may_know(graph):
+    wrong = [
+        f"{name} imports {target}"
+        for name, target in inside(graph)
+        if unit(target) and unit(target) not in KNOWS.get(unit(name), {unit(target)})
+    ]
+    assert not wrong, wrong
+
+
+def test_nothing_imports_main(graph):
+    assert not [name for name, target in inside(graph) if unit(target) == "main"]
+
+
+def test_no_cycle_among_modules(graph):
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name):], name])
+        if name in done or name not in graph:
+            return
+        path.append(name)
+        for target in graph[name]:
+            visit(target)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_libraries_stay_where_they_belong(graph):
+    wrong = []
+    for name, targets in graph.items():
+        for library in {target.split(".")[0] for target in targets}:
+            if unit(name) not in ONLY_IN.get(library, {unit(name)}):
+                wrong.append(f"{name} imports {library}")
+            if library in NEVER_IN.get(unit(name), set()):
+                wrong.append(f"{name} imports {library}")
+    assert not wrong, wrong
+
+
+def test_relative_imports_are_resolved(tmp_path, monkeypatch):
+    """The checker itself: a forbidden import is seen however it is written."""
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    package = tmp_path / "qlog" / "losses"
+    package.mkdir(parents=True)
+    file = package / "a.py"
+    file.write_text("from .. import data\nfrom ..models import decoder\ndef f():\n    import qlog.train")
+    modules = {"qlog.data", "qlog.models", "qlog.models.decoder", "qlog.train", "qlog.losses.a"}
+    assert imports(file, modules) == {"qlog.data", "qlog.models.decoder", "qlog.train"}

@@ -1,0 +1,267 @@
+"""The launch scripts as files, and what they would run: shellcheck, YAML, dry runs, mistakes."""
+
+import ast
+import configparser
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(p for p in LAUNCH.iterdir() if p.is_file() and p.stat().st_mode & 0o100)
+SHELL = [p for p in SCRIPTS if p.read_text().startswith("#!/usr/bin/env bash")]
+SOURCED = [LAUNCH / "lib.sh", LAUNCH / "env.sh", LAUNCH / "slurm.sbatch", ROOT / ".ci/run"]
+CLOUD = ["docker", "gcluster", "gke", "skypilot", "slurm", "stage", "sweep", "tpu_vm", "xpk"]
+
+WORKDIR = "gs://bucket/runs/cold_garl"
+# The last one breaks every careless quoting.
+FLAGS = [
+    "--config=configs/hotpotqa.py:cold,garl,q=0.75",
+    f"--workdir={WORKDIR}",
+    """--config.rollout.closing_text=it's "so" $HOME; *""",
+]
+
+
+def run(*command, code=0, env=None, **options):
+    """Runs a command and returns its output; the exit code has to be the expected one."""
+    result = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False,
+        env={**os.environ, **(env or {})}, timeout=120, stdin=subprocess.DEVNULL, **options,
+    )  # fmt: skip
+    assert result.returncode == code, f"{result.returncode}: {result.stdout}{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def printed(output):
+    """The commands that a dry run printed, as the words a shell would see."""
+    return [shlex.split(part) for part in re.split(r"^\+ ", output, flags=re.MULTILINE)[1:]]
+
+
+# The files themselves
+
+
+@pytest.mark.parametrize("script", SHELL + SOURCED, ids=lambda p: p.name)
+def test_bash_parses(script):
+    run("bash", "-n", script)
+
+
+def test_shellcheck():
+    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin")
+    if not shellcheck:
+        pytest.skip("no shellcheck for this machine")
+    run(shellcheck, "--external-sources", *SHELL, *SOURCED)
+
+
+@pytest.mark.parametrize("script", set(SCRIPTS) - set(SHELL), ids=lambda p: p.name)
+def test_python_scripts_parse(script):
+    ast.parse(script.read_text())
+
+
+@pytest.mark.parametrize("name", [*CLOUD, "local", "supervise"])
+def test_help_shows_how_to_call_it(name):
+    output = run(LAUNCH / name, "--help")
+    assert f"launch/{name} " in output and "shellcheck" not in output
+
+
+def test_readme_names_every_script():
+    readme = (LAUNCH / "README.md").read_text()
+    names = {path.name for path in LAUNCH.iterdir()} - {"README.md"}
+    assert not [name for name in names if name not in readme]
+
+
+@pytest.mark.parametrize("table", sorted((LAUNCH / "tables").glob("*.txt")), ids=lambda p: p.name)
+def test_tables_name_configs_and_variants_that_exist(table):
+    lines = [line.split() for line in table.read_text().splitlines() if not line.startswith("#")]
+    assert len({name for name, _ in lines}) == len(lines) > 0
+    for _, flag in lines:
+        path, _, variants = flag.removeprefix("--config=").partition(":")
+        if (ROOT / path).exists():
+            assert runpy.run_path(ROOT / path)["get_config"](variants).loss.name in variants
+
+
+@pytest.mark.parametrize("name", ["skypilot.yaml", "jobset.yaml"])
+def test_yaml_parses(name):
+    assert isinstance(yaml.safe_load((LAUNCH / name).read_text()), dict)
+
+
+def test_dockerfile_copies_what_is_there():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    sources = [w for line in lines if line.startswith("COPY") for w in line.split()[1:-1]]
+    assert sources and not [s for s in sources if not (ROOT / s).exists()]
+
+
+def test_constraints_pin_every_requirement():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    assert set(extras) == {"test", "tpu", "cuda", "parity"}
+    wanted = "\n".join([config["options"]["install_requires"], *extras.values()])
+    names = {re.split(r"[\[<>=; ]", line)[0] for line in wanted.splitlines() if line}
+    pins = [
+        line for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.lstrip().startswith("#")
+    ]  # fmt: skip
+    assert all(re.match(r"[a-z0-9-]+==\d", pin) for pin in pins)
+    pinned = {pin.partition("==")[0] for pin in pins}
+    assert {re.sub(r"[-_.]+", "-", name.lower()) for name in names} <= pinned
+
+
+# Dry runs: the printed command, read back as a shell would read it
+
+GOLDEN = {
+    "docker --image=I --push": [
+        "docker build --file=launch/Dockerfile --build-arg=EXTRA=tpu --tag=I .",
+        "docker push I",
+    ],
+    "tpu_vm create --name=n --zone=z --type=v5litepod-16 --spot": [
+        "gcloud compute tpus queued-resources create n --node-id=n --zone=z "
+        "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
+    ],
+    "tpu_vm delete --name=n --zone=z --project=p": [
+        "gcloud compute tpus queued-resources delete n --zone=z --project=p --force --quiet"
+    ],
+    "stage --to=gs://b/assets/ --model=Qwen/Qwen3-0.6B": [
+        f"{ROOT}/.venv/bin/hf download Qwen/Qwen3-0.6B '--include=*.safetensors*' "
+        "'--include=*.json' '--include=*.txt' '--include=*.model' "
+        f"--local-dir={ROOT}/.cache/models/Qwen3-0.6B",
+        f"rm -rf {ROOT}/.cache/models/Qwen3-0.6B/.cache",
+        f"gcloud storage rsync --recursive {ROOT}/.cache/models/Qwen3-0.6B "
+        "gs://b/assets/models/Qwen3-0.6B",
+    ],
+}
+
+
+@pytest.mark.parametrize("call", GOLDEN)
+def test_dry_run_prints_the_commands(call):
+    script, *options = call.split()
+    output = printed(run(LAUNCH / script, *options, "--dry-run"))
+    assert output == [shlex.split(line) for line in GOLDEN[call]]
+
+
+ON_HOST = ["launch/supervise", "--", "python", "-m", "qlog.main", "--distributed=on", *FLAGS]
+
+
+@pytest.mark.parametrize(
+    "call, start",
+    [
+        (
+            "gcluster --cluster=c --location=l --image=I --type=ct6e-standard-4t --topology=4x4",
+            "gcluster job submit --cluster=c --location=l --name=cold-garl --image=I "
+            "--compute-type=ct6e-standard-4t --topology=4x4 --num-slices=1 --restarts=20 "
+            "--grace-period=300s",
+        ),
+        (
+            "xpk --cluster=c --zone=z --image=I --type=v6e-16 --name=mine --grace=60",
+            "xpk workload create --cluster=c --zone=z --workload=mine --tpu-type=v6e-16 "
+            "--num-slices=1 --docker-image=I --max-restarts=20 --restart-on-user-code-failure "
+            "--termination-grace-period-seconds=60",
+        ),
+    ],
+)
+def test_gcluster_and_xpk_hand_over_one_command(call, start):
+    script, *options = call.split()
+    ((*command, last),) = printed(run(LAUNCH / script, *options, "--dry-run", "--", *FLAGS))
+    assert command == start.split()
+    assert shlex.split(last.removeprefix("--command=")) == ON_HOST
+
+
+def test_slurm_submits_the_flags_as_they_are():
+    call = "--nodes=2 --gpus-per-node=8 --partition=p --grace=90 --dry-run --".split()
+    (command,) = printed(run(LAUNCH / "slurm", *call, *FLAGS))
+    at = command.index("launch/slurm.sbatch")
+    assert command[at + 1 :] == FLAGS
+    assert {"--nodes=2", "--ntasks-per-node=8", "--signal=B:USR1@90"} <= set(command[:at])
+
+
+def test_skypilot_passes_the_flags_through_the_environment():
+    call = ["--gpus=tpu-v6e-16", "--spot", "--managed", "--dry-run", "--"]
+    (command,) = printed(run(LAUNCH / "skypilot", *call, *FLAGS))
+    assert command[:4] == ["sky", "jobs", "launch", "--name=cold-garl"]
+    assert {"--gpus=tpu-v6e-16", "--use-spot", "launch/skypilot.yaml"} <= set(command)
+    (value,) = [word for word in command if word.startswith("--env=QLOG_FLAGS=")]
+    script = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"].splitlines()[0]
+    output = run("bash", "-c", f'{script}\nprintf "%s\\0" "$@"',
+                 env={"QLOG_FLAGS": value.removeprefix("--env=QLOG_FLAGS=")})  # fmt: skip
+    assert output.split("\0")[:-1] == FLAGS
+
+
+def gke(*options):
+    call = ["--image=I", "--type=v6e", "--dry-run", *options, "--", *FLAGS]
+    job = yaml.safe_load(run(LAUNCH / "gke", *call))
+    return job, job["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def test_gke_fills_in_the_jobset():
+    job, slice_ = gke("--topology=4x8", "--slices=2", "--grace=120")
+    pod = slice_["template"]["spec"]
+    container = pod["containers"][0]
+    assert job["metadata"]["name"] == "cold-garl"
+    assert job["spec"]["replicatedJobs"][0]["replicas"] == 2
+    assert slice_["completions"] == slice_["parallelism"] == 8 and slice_["backoffLimit"] == 0
+    assert pod["terminationGracePeriodSeconds"] == 120
+    assert container["command"] + container["args"] == ON_HOST
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+        "cloud.google.com/gke-tpu-topology": "4x8",
+    }
+    assert "kueue.x-k8s.io/queue-name" not in job["metadata"]["labels"]
+    assert [volume["name"] for volume in pod["volumes"]] == ["secrets"]
+
+
+def test_gke_options_add_their_lines():
+    options = ["--queue=q", "--spot", "--service-account=s", "--assets=gs://b/some/assets"]
+    job, slice_ = gke("--topology=2x2", *options)
+    pod = slice_["template"]["spec"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
+    assert pod["serviceAccountName"] == "s" and slice_["completions"] == 1
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    attributes = pod["volumes"][1]["csi"]["volumeAttributes"]
+    assert attributes == {"bucketName": "b", "mountOptions": "only-dir=some/assets"}
+    assert pod["containers"][0]["volumeMounts"][1]["mountPath"] == "/assets"
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ("gcluster --clustr=c", "unknown option --clustr=c"),
+        ("gcluster --cluster=c", "--location is needed"),
+        ("xpk --cluster=c --zone=z --image=I --type=v6e-16 -- --config=x", "--workdir=gs://"),
+        ("slurm --gpus-per-node=8 -- --config=x", "--workdir="),
+        ("stage --to=gs://b", "give a --model"),
+        ("stage --to=s3://b --data=tests", "a gs:// bucket or a folder"),
+        ("tpu_vm create --name=n --zone=z --type=tpu7x-8", "use launch/gke"),
+        ("tpu_vm run --name=n --zone=z -- --workdir=runs/x", "--workdir=gs://"),
+        ("skypilot --gpus=H100:8 -- --workdir=runs/x", "a bucket is needed"),
+        ("supervise", "give the command to run"),
+        ("install gpu", "there is no extra 'gpu'"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(call, message):
+    script, *options = call.split()
+    output = run(LAUNCH / script, *options, code=1)
+    assert message in output and len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        ("gke --image=I --type=v6e --topology=4by4 -- --workdir=gs://b/r", "--topology=4by4"),
+        ("gke --image=I --type=v6e --topology=4x4 -- --workdir=runs/r", "--workdir=gs://"),
+        ("local --processes=0 --config=x", "--processes=0"),
+        ("local", "nothing to run"),
+        ("local --proceses=2 -- x.py", "--proceses=2: unknown option"),
+        ("sweep --runs=none --workdir=w", "--runs=none: no such file"),
+    ],
+)
+def test_mistakes_of_python_scripts(call, message):
+    script, *options = call.split()
+    assert message in run(LAUNCH / script, *options, code=2)
