@@ -68,9 +68,10 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
             except Exception as error:
                 reason = f"this process does not see the download of process 0: {error}"
     if found is None:
+        which = f"{name} --revision {revision}" if revision else name
         raise ConfigError(
             f"Cannot get {name!r} from the Hugging Face Hub ({reason}): where there is a network, "
-            f"run `hf download {name} --local-dir FOLDER` (config.json, the tokenizer's files and "
+            f"run `hf download {which} --local-dir FOLDER` (config.json, the tokenizer's files and "
             "all *.safetensors), put FOLDER where every host of this run can read it, and give its "
             f"path instead of {name!r}."
         )

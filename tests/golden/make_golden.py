@@ -59,7 +59,8 @@ def random_model(config, seed):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean = parameter if "norm" in name else 0.0
-            spread = 0.5 if "proj" in name else 0.25  # enough for greedy continuations to vary
+            # Large enough for greedy continuations to vary, small enough for float32 to suffice.
+            spread = 1.5 / parameter.shape[-1] ** 0.5 if "proj.weight" in name else 0.25
             parameter.copy_((mean + spread * torch.randn_like(parameter)).bfloat16())
     return model
 
