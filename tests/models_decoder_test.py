@@ -1,12 +1,13 @@
 """The four uses of `models.apply` agree with a plain forward pass over separate sequences."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models_fixtures import CONFIGS, random_params
+from models_fixtures import CONFIGS, jit, random_params
 
 from qlog import models
 from qlog.models import attention
@@ -31,14 +32,14 @@ def separate(params, config, tokens, remat=False):
 
 
 def as_sequences(prompts, continuations, lengths):
-    """Prompt, `lengths` tokens of each part of `continuations`, padding: [B * M, 1, T] and starts."""
+    """Prompt, then `lengths` tokens of each part: [B * M, 1, T], and where the last part starts."""
     total = P + sum(part.shape[-1] for part in continuations)
     tokens, starts = np.zeros((B * M, 1, total), np.int32), np.zeros((B, M), np.int32)
     for b in range(B):
         for m in range(M):
             row = list(prompts[b, : LENGTHS[b]])
             for part, size in zip(continuations, lengths):
-                starts[b, m] = len(row)  # of the last part, in the end
+                starts[b, m] = len(row)
                 row += list(part[b, m, : size[b, m]])
             tokens[b * M + m, 0, : len(row)] = row
     return tokens, starts
@@ -69,25 +70,23 @@ def test_group_is_m_separate_sequences_in_values_and_gradients(config):
         hidden = separate(params, config, tokens, remat=True)
         return (continuation_of(hidden, starts, R) * cotangent).sum()
 
-    value, gradient = jax.jit(group)(params)
-    expected, expected_gradient = jax.jit(one_by_one)(params)
+    value, gradient = jit(group)(params)
+    expected, expected_gradient = jit(one_by_one)(params)
     np.testing.assert_allclose(value, expected, atol=1e-4)
-    scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected_gradient))
-    for path, leaf in jax.tree.leaves_with_path(gradient):
-        other = expected_gradient
-        for key in path:
-            other = other[key.key]
-        np.testing.assert_allclose(leaf, other, atol=1e-5 * scale, err_msg=str(path))
+    gradient, expected_gradient = jax.device_get((gradient, expected_gradient))
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_gradient))
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5 * scale)
+    jax.tree.map(close, gradient, expected_gradient)
 
 
 @families("qwen3", "gemma3", "windowed")
 def test_cached_decode_and_score_equal_the_full_forward(config):
     params = random_params(config)
     prompts, rollouts, answers = random_tokens()
-    prefill = jax.jit(models.prefill, static_argnums=1)
+    prefill = jit(models.prefill, static_argnums=1)
     prefix = prefill(params, config, jnp.asarray(prompts), jnp.asarray(LENGTHS))
 
-    @jax.jit
+    @jit
     def decode(suffix, slot, tokens):
         positions = jnp.broadcast_to(LENGTHS[:, None, None] + slot, (B, M, 1))
         return models.apply(
@@ -101,12 +100,12 @@ def test_cached_decode_and_score_equal_the_full_forward(config):
     # Answers follow rationales of unequal lengths, the shortest of no token at all.
     kept = np.array([[R, 3, 1], [0, 5, 6]])
     positions = (LENGTHS[:, None] + kept)[..., None] + np.arange(A)
-    scored, _ = jax.jit(models.apply, static_argnums=1)(
+    scored, _ = jit(models.apply, static_argnums=1)(
         params, config, answers, positions, prefix=prefix,
         suffix=suffix._replace(lengths=jnp.asarray(kept)),
     )  # fmt: skip
 
-    full = jax.jit(separate, static_argnums=1)
+    full = jit(separate, static_argnums=1)
     parts, sizes = [rollouts, answers], [np.full((B, M), R), np.zeros((B, M), int)]
     tokens, starts = as_sequences(prompts, parts, sizes)
     expected = continuation_of(full(params, config, tokens), starts - R, R)
@@ -121,7 +120,7 @@ def test_a_window_of_w_sees_w_tokens_its_own_included():
     params = random_params(config)
     tokens = np.arange(12)[None, None].repeat(12, axis=0)
     tokens[np.arange(12), 0, np.arange(12)] += 20  # sequence i differs in token i
-    last = jax.jit(separate, static_argnums=1)(params, config, tokens)[:, 0, -1]
+    last = jit(separate, static_argnums=1)(params, config, tokens)[:, 0, -1]
     changed = np.abs(last - last[0]).max(-1) > 1e-6
     assert changed.tolist() == [False] * 7 + [True] * 5
 
@@ -144,9 +143,9 @@ def test_attention_in_blocks_of_queries_equals_attention_at_once(with_window, mo
         ]
         return (attention.attend(queries, segments, horizon) ** 2).sum()
 
-    at_once = jax.jit(jax.value_and_grad(attend, (0, 1, 2)))(queries, shared, own)
+    at_once = jit(jax.value_and_grad(attend, (0, 1, 2)))(queries, shared, own)
     monkeypatch.setattr(attention, "_MAX_SCORES", 1)
-    lowered = jax.jit(jax.value_and_grad(attend, (0, 1, 2))).lower(queries, shared, own)
+    lowered = jit(jax.value_and_grad(attend, (0, 1, 2))).lower(queries, shared, own)
     assert "while" in lowered.as_text()
     in_blocks = lowered.compile()(queries, shared, own)
     for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_blocks)):
@@ -158,7 +157,7 @@ def test_bfloat16_activations_keep_float32_parameters_and_stay_close():
     params = random_params(config)
     tokens = next(random_tokens())[:, None]
     positions = np.broadcast_to(np.arange(P), tokens.shape)
-    forward = jax.jit(models.apply, static_argnums=1, static_argnames="dtype")
+    forward = jit(models.apply, static_argnums=1, static_argnames="dtype")
     hidden, (keys, _) = forward(params, config, tokens, positions, dtype=jnp.bfloat16)
     assert hidden.dtype == keys.dtype == jnp.bfloat16
     exact, _ = forward(params, config, tokens, positions, dtype=jnp.float32)

@@ -1,5 +1,7 @@
 """Tiny decoders of every family, with random parameters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import numpy as np
 from qlog import models
 from qlog.models.config import TRAITS
 
+# These programs are compiled once and run once, so the compiler's own time is what counts.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 _TINY = dict(
     vocab_size=40, num_layers=3, width=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=24
 )
@@ -29,5 +33,5 @@ CONFIGS = {
 def random_params(config, dtype=jnp.float32):
     """Every leaf random, so that norms and biases are not at their neutral values."""
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(lambda key: models.init(config, key, dtype), jax.random.key(0))
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), shapes)
+    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)  # noqa: E731
+    return jax.tree.map(draw, models.shapes(config, dtype))

@@ -1,4 +1,4 @@
-"""Hugging Face folders: reference logits, round trips, the mesh, and every way a folder is wrong."""
+"""Hugging Face folders: reference logits, round trips, the mesh, and all that can be wrong."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from models_fixtures import CONFIGS, random_params
+from models_fixtures import CONFIGS, jit, random_params
 from safetensors.numpy import load_file, save_file
 
 from qlog import models
@@ -17,7 +17,7 @@ from qlog.errors import ConfigError
 from qlog.models import huggingface
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-forward = jax.jit(models.apply, static_argnums=1)
+forward = jit(models.apply, static_argnums=1)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "gemma3"])
@@ -89,7 +89,8 @@ def test_export_and_load_are_bit_equal(name, dtype, tmp_path):
         assert len(files) > 2 and max(file.stat().st_size for file in files) < 10_000
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert index["weight_map"] == tensors
-        assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        assert index["metadata"]["total_size"] == total
     with pytest.raises(ConfigError, match="holds safetensors already"):
         huggingface.export(params, config, folder)
 
@@ -101,7 +102,8 @@ def test_weights_land_on_the_mesh_and_leave_it_whole(tmp_path):
     def spec(path, leaf):
         if path[-1].key == "kernel":
             return NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
-        return NamedSharding(mesh, PartitionSpec("fsdp") if leaf.shape[0] == 40 else PartitionSpec())
+        is_table = leaf.shape[0] == 40
+        return NamedSharding(mesh, PartitionSpec("fsdp") if is_table else PartitionSpec())
 
     params = random_params(config)
     shardings = jax.tree.map_with_path(spec, params)
@@ -144,14 +146,14 @@ def replaced(name, change):
         (without("model.norm.weight"), "lacks 1 tensors, first 'model.norm.weight'"),
         (without("lm_head.weight"), r"'lm_head.weight' \(is tied_embeddings right\?\)"),
         (
-            lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": np.zeros((24, 16))}),
-            "beyond what the config describes, 1 tensors, first 'model.layers.3.mlp.up_proj.weight'",
+            lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": np.zeros(3)}),
+            "beyond what the config describes, 1 tensors, first 'model.layers.3.mlp.up_proj",
         ),
         (
             replaced("model.layers.1.self_attn.q_proj.weight", lambda x: x[:-8]),
             r"'model.layers.1.self_attn.q_proj.weight' has shape \(24, 16\).*asks for \(32, 16\)",
         ),
-        (replaced("model.norm.weight", lambda x: x.astype(np.int8)), "is of type I8.*not quantised"),
+        (replaced("model.norm.weight", lambda x: x.astype("i1")), "is of type I8.*not quantised"),
     ],
 )
 def test_wrong_tensors_are_named_before_anything_is_read(damage, message, tmp_path):

@@ -1,4 +1,4 @@
-"""The decoder against transformers on random weights: needs the extra `parity` (torch, transformers)."""
+"""The decoder against transformers on random weights; needs the extra `parity`."""
 
 import jax
 import jax.numpy as jnp

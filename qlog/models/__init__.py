@@ -10,11 +10,13 @@ from qlog.models.decoder import (
     empty_suffix,
     init,
     prefill,
+    shapes,
     unembedding,
 )
 from qlog.models.families import from_hf_config
 
 __all__ = [
     "PRESETS", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply",
-    "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "unembedding",
+    "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "shapes",
+    "unembedding",
 ]  # fmt: skip

@@ -129,6 +129,11 @@ def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
+def shapes(config: DecoderConfig, dtype=jnp.float32) -> Params:
+    """What `init` would give, as jax.ShapeDtypeStruct: to decide shardings by."""
+    return jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
+
+
 def unembedding(params: Params) -> Array:
     """The output head's table [V, D]: the embedding itself when tied."""
     return params.get("unembed", params["embed"])
@@ -228,7 +233,9 @@ def apply(
     return RMSNorm(config.norm_eps, config.norm_offset).apply(final_norm, hidden), state
 
 
-def prefill(params: Params, config: DecoderConfig, tokens: Array, lengths: Array, **options) -> Prefix:
+def prefill(
+    params: Params, config: DecoderConfig, tokens: Array, lengths: Array, **options
+) -> Prefix:
     """Keys and values of right-padded prompts: tokens int32 [B, P], lengths int32 [B]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     _, (keys, values) = apply(params, config, tokens[:, None], positions[:, None], **options)

@@ -110,8 +110,8 @@ def from_hf_config(fields: Mapping[str, Any]) -> DecoderConfig:
     """
     if fields.get("model_type") in _TEXT_PART_OF:
         text = {"model_type": _TEXT_PART_OF[fields["model_type"]], **fields["text_config"]}
-        outer = {k: fields[k] for k in ("tie_word_embeddings", "quantization_config") if k in fields}
-        fields = text | outer
+        outer = ("tie_word_embeddings", "quantization_config")
+        fields = text | {name: fields[name] for name in outer if name in fields}
     model_type = fields.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ConfigError(

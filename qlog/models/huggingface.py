@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from qlog.errors import ConfigError
 from qlog.models import families
 from qlog.models.config import DecoderConfig
-from qlog.models.decoder import Params, init
+from qlog.models.decoder import Params, shapes
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -101,19 +101,19 @@ def load(
       ConfigError: for missing, surplus or misshapen tensors, before anything is read.
     """
     folder = pathlib.Path(folder)
-    shapes = jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
+    leaves = shapes(config, dtype)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
+        shardings = jax.tree.map(lambda _: device, leaves)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, config, stack)
-        _check_tensors(folder, tensors, _expected_shapes(config, shapes))
+        _check_tensors(folder, tensors, _expected_shapes(config, leaves))
 
         def place(path, leaf, sharding):
             read = functools.partial(_read, tensors, config, _leaf_name(path), leaf)
             return jax.make_array_from_callback(leaf.shape, sharding, _once_per_index(read))
 
-        return jax.tree.map_with_path(place, shapes, shardings)
+        return jax.tree.map_with_path(place, leaves, shardings)
 
 
 def export(
@@ -176,10 +176,10 @@ def _tensors_of(config: DecoderConfig, leaf: str) -> list[str]:
     return [name.format(i) for i in range(config.num_layers)] if "{}" in name else [name]
 
 
-def _expected_shapes(config, shapes):
+def _expected_shapes(config, leaves):
     """{tensor: its shape in the file}: stacked leaves split up, kernels transposed."""
     expected = {}
-    for path, leaf in jax.tree.leaves_with_path(shapes):
+    for path, leaf in jax.tree.leaves_with_path(leaves):
         name = _leaf_name(path)
         shape = leaf.shape[1:] if name.startswith("layers/") else leaf.shape
         shape = shape[::-1] if name.endswith("/kernel") else shape
@@ -203,7 +203,8 @@ def _open_tensors(folder, config, stack):
         try:
             file = stack.enter_context(safe_open(folder / name, framework="np"))
         except SafetensorError as error:
-            raise ConfigError(f"{folder / name} is damaged ({error}): download it again.") from error
+            message = f"{folder / name} is damaged ({error}): download it again."
+            raise ConfigError(message) from error
         for key in file.keys():
             canonical = families.canonical_name(key, config)
             if canonical is not None:
