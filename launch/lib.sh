@@ -35,7 +35,7 @@ parse() {
                 _option=${_option#--}
                 case "$1 $_known" in
                     --*" ${_option//-/_} "*) ;;
-                    *) fail "unknown option $1; qlog's own flags follow -- (see launch/${0##*/} --help)" ;;
+                    *) fail "unknown option $1; qlog's flags follow -- (launch/${0##*/} --help)" ;;
                 esac
                 if [ "$1" = "--$_option" ]; then
                     printf -v "${_option//-/_}" %s true
@@ -74,7 +74,7 @@ run() {
     [ -n "$dry_run" ] || "$@"
 }
 
-# workdir_of_flags [PREFIX]: the --workdir among qlog.main's flags, which has to start with PREFIX.
+# workdir_of_flags [PREFIX]: the --workdir in qlog.main's flags, which has to start with PREFIX.
 workdir_of_flags() {
     local flag
     for flag in ${flags[@]+"${flags[@]}"}; do
@@ -85,7 +85,7 @@ workdir_of_flags() {
                 ;;
         esac
     done
-    fail "give qlog.main's flags after --, with a --workdir=${1-}... that every host sees and that" \
+    fail "give qlog.main's flags after --, with a --workdir=${1-}... that all hosts see and that" \
         "outlives them: a restarted run resumes from it"
 }
 

@@ -224,6 +224,14 @@ def test_tpu_vm_keep_makes_a_preempted_slice_again_and_stops_when_finished(tpu):
     assert verbs == ["delete", "create", "scp", "install", "supervise"]
 
 
+def test_tpu_vm_keep_starts_the_run_of_a_restarted_host(tpu):
+    tpu.state.write_text("ACTIVE\n")
+    (tpu.home / "qlog-cold-garl.status").write_text("running 99999999\n")  # A process long gone.
+    write_program(tpu.home / "qlog/.venv/bin/python", "#!/bin/sh\nexit 0\n")
+    assert "finished" in tpu("keep", *FLAGS)
+    assert "launch/supervise" in tpu.calls.read_text()
+
+
 def test_tpu_vm_keep_gives_up_on_wrong_settings(tpu):
     tpu.state.write_text("ACTIVE\n")
     write_program(tpu.home / "qlog/.venv/bin/python", "#!/bin/sh\nexit 2\n")
