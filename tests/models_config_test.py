@@ -1,6 +1,7 @@
 """Presets against published sizes, config.json in and out."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -121,5 +122,11 @@ def test_what_config_json_cannot_express_is_not_exported():
     ],
 )
 def test_impossible_shapes_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         dataclasses.replace(models.PRESETS["qwen3_0p6b"], **change)
+
+
+def test_fields_read_back_from_json_stay_hashable():
+    config = models.PRESETS["gemma3_4b"]
+    again = models.DecoderConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config and hash(again) == hash(config)

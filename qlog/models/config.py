@@ -1,6 +1,9 @@
 """The decoder's shape, what sets the families apart, and the named presets."""
 
 import dataclasses
+from collections.abc import Mapping
+
+from qlog.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +58,28 @@ class DecoderConfig:
     max_positions: int = 40_960  # trained context; only written to config.json on export
 
     def __post_init__(self):
+        # A config file spells tuples as lists and a RopeScaling as a dictionary.
+        object.__setattr__(self, "layer_windows", tuple(self.layer_windows))
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"DecoderConfig.{field.name} = {value}: must be at least 1")
+                raise ConfigError(f"DecoderConfig.{field.name} = {value}: must be at least 1")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"DecoderConfig.num_heads = {self.num_heads} must be a multiple of "
                 f"num_kv_heads = {self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"DecoderConfig.head_dim = {self.head_dim}: RoPE needs an even size")
-        if self.family not in TRAITS:
-            raise ValueError(f"DecoderConfig.family = {self.family!r}: one of {sorted(TRAITS)}")
-        if self.activation not in ("silu", "gelu_tanh"):
-            raise ValueError(
-                f"DecoderConfig.activation = {self.activation!r}: 'silu' or 'gelu_tanh'"
-            )
+            raise ConfigError(f"DecoderConfig.head_dim = {self.head_dim}: RoPE needs an even size")
+        for name, known in (("family", tuple(TRAITS)), ("activation", ("silu", "gelu_tanh"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"DecoderConfig.{name} = {getattr(self, name)!r}: one of {', '.join(known)}"
+                )
         if not self.layer_windows or min(self.layer_windows) < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"DecoderConfig.layer_windows = {self.layer_windows}: one or more lengths, "
                 "0 for a layer that sees everything"
             )
