@@ -66,7 +66,7 @@ def q_for_pace(log_p: jax.Array, pace: float) -> jax.Array:
 
 def adaptive_q(
     factory: Callable[[jax.Array], LossTransform],
-    pace: float = 0.25,
+    pace: float = 0.8,
     low: float = 0.0,
     high: float = 1.0,
     decay: float = 0.9,

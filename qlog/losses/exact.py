@@ -49,13 +49,21 @@ def flat(model: LatentModel) -> np.ndarray:
 
 def exact_gradient(model: LatentModel, q: float) -> np.ndarray:
     """[2Z] gradient of l_q = -log_q P (eq 3) by automatic differentiation of the marginal."""
-    return flat(jax.grad(lambda m: tsallis.loss(log_p(m), q))(model))
+    return flat(_loss_gradient(model, q))
+
+
+@jax.jit
+def _loss_gradient(model, q):
+    return jax.grad(lambda model: tsallis.loss(log_p(model), q))(model)
 
 
 def jacobians(model: LatentModel) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of log p(z) and of log p(y*|z), each [Z, 2Z]: row z is the gradient for rationale z."""
-    rows = jax.jacobian(log_probs)(model)
+    rows = _jacobians(model)
     return tuple(np.concatenate([np.asarray(x, np.float64) for x in row], 1) for row in rows)
+
+
+_jacobians = jax.jit(jax.jacobian(log_probs))
 
 
 def scores_of(model: LatentModel, rationales: np.ndarray) -> Scores:

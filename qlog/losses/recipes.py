@@ -13,7 +13,7 @@ from qlog.losses import control, edits, estimators, gauges, reduce, surrogates
 from qlog.losses.compose import chain
 from qlog.losses.types import Estimator, LossTransform, Surrogate, check_choice, check_number
 
-SCHEDULE = {"q_schedule": "constant", "q_end": 0.0, "q_steps": 0, "q_pace": 0.25}
+SCHEDULE = {"q_schedule": "constant", "q_end": 0.0, "q_steps": 0, "q_pace": 0.8}
 _SCHEDULE_READS = {
     "constant": (),
     "linear": ("q_end", "q_steps"),
