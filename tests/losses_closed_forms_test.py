@@ -76,7 +76,12 @@ def test_grpo():
 def test_rloo():
     """(r_m - rbar_{-m}) / M: against 1/3 for a right and 2/3 for a wrong rollout of the first."""
     third = 1 / 3
-    rows = [[2 * third, -2 * third, -2 * third, 2 * third], [-third, 1, -third, -third], [0] * 4, [0] * 4]
+    rows = [
+        [2 * third, -2 * third, -2 * third, 2 * third],
+        [-third, 1, -third, -third],
+        [0] * 4,
+        [0] * 4,
+    ]
     assert_close(run(losses.rloo(), scores_from(reward=REWARD)).score, np.array(rows) / 4)
 
 
@@ -107,7 +112,10 @@ def test_normalisation_by_the_bound_and_the_ablation_and_clipping():
 LENGTHS = jnp.array([[2, 4, 1, 1], [10, 5, 5, 1], [3, 3, 3, 3], [1, 1, 1, 1]], jnp.int32)
 
 
-@pytest.mark.parametrize("mode, max_tokens", [("sum", None), ("sequence_mean", None), ("token_mean", None), ("constant", 16)])
+@pytest.mark.parametrize(
+    "mode, max_tokens",
+    [("sum", None), ("sequence_mean", None), ("token_mean", None), ("constant", 16)],
+)
 def test_aggregation(mode, max_tokens):
     """Each mode as the average it is named for, of sum_t A_m log p_t over tokens."""
     valid = jnp.ones((4, 4), bool).at[1, 3].set(False).at[3].set(False)
@@ -127,7 +135,10 @@ def test_aggregation(mode, max_tokens):
     )
     got = run(transform, scores)
     assert_close(got.score, np.where(keep, expected, 0))
-    assert_close(got.token_weight[0, 1], {"sum": 1 / 4, "sequence_mean": 1 / 16, "constant": 1 / 64, "token_mean": 3 / 40}[mode])
+    assert_close(
+        got.token_weight[0, 1],
+        {"sum": 1 / 4, "sequence_mean": 1 / 16, "constant": 1 / 64, "token_mean": 3 / 40}[mode],
+    )
     assert np.all(np.asarray(got.token_weight)[~keep] == 0)
 
 
@@ -145,8 +156,14 @@ PER_TOKEN = np.asarray(SCORE[..., None] * RATIONALE + PATH[..., None] * ANSWER)
 
 def call(surrogate, new, old=OLD, reference=None, rows=slice(None)):
     return surrogate(
-        SCORE[rows], PATH[rows], WEIGHT[rows], new[rows], old[rows],
-        None if reference is None else reference[rows], RATIONALE[rows], ANSWER[rows],
+        SCORE[rows],
+        PATH[rows],
+        WEIGHT[rows],
+        new[rows],
+        old[rows],
+        None if reference is None else reference[rows],
+        RATIONALE[rows],
+        ANSWER[rows],
     )
 
 

@@ -84,16 +84,15 @@ def test_the_study_of_bias_measures_less_bias_with_the_jackknife():
 
 
 def test_the_study_of_control_trains():
-    """From p = 1e-4, q = 1 escapes within 60 steps, q = 0 does not, and the controller does."""
+    """From p = 1e-4 at the least, the controller escapes within 60 steps, and q = 0 does not."""
     final = {}
-    for name in ("fixed q = 0.0", "fixed q = 1.0", "adaptive, pace 0.8"):
+    for name in ("fixed q = 0.0", "adaptive, pace 0.8"):
         transform = losses.build("garl", normalize=False, **study.methods(60)[name]).transform
         run = jax.jit(lambda key: study.train(transform, key, 1.0, 0.0, 60, 16, -4.0))
         right, wrong = run(jax.random.key(0))
         assert np.all(right + wrong <= 1.001)
         final[name] = right[-1]
-    assert final["fixed q = 0.0"] < 0.5 < 0.9 < final["fixed q = 1.0"]
-    assert final["adaptive, pace 0.8"] > 0.9
+    assert final["fixed q = 0.0"] < 0.5 < 0.9 < final["adaptive, pace 0.8"]
     table = study.show([{"a": 1.23456, "b": "x"}])
     assert table == "| a | b |\n|---|---|\n| 1.23 | x |"
 

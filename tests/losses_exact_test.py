@@ -42,7 +42,11 @@ def test_exact_gradient_is_that_of_the_marginal():
 @pytest.mark.parametrize("num_rollouts", [2, 3, 8])
 def test_q_0_is_unbiased_for_every_m(num_rollouts):
     gradient = exact.exact_gradient(MODEL, 0.0)
-    for transform in (losses.rb_reinforce(), losses.rb_rloo(), losses.garl(0.0, correction="jackknife")):
+    for transform in (
+        losses.rb_reinforce(),
+        losses.rb_rloo(),
+        losses.garl(0.0, correction="jackknife"),
+    ):
         mean = exact.moments(MODEL, transform, num_rollouts).mean
         assert size(mean - gradient) < 2e-6 * size(gradient)
 
@@ -174,7 +178,13 @@ LIMITS = [
     ("garl", losses.garl(0.5), 0.5, 1.0, True),
     ("garl_plug_in", losses.garl(0.75, "none"), 0.75, 1.0, True),
     ("garl_jackknife", losses.garl(0.75, correction="jackknife"), 0.75, 1.0, False),
-    ("garl_normalized", losses.chain(losses.garl(0.5), losses.normalize_by_bound(0.5)), 0.5, 1 / 16, True),
+    (
+        "garl_normalized",
+        losses.chain(losses.garl(0.5), losses.normalize_by_bound(0.5)),
+        0.5,
+        1 / 16,
+        True,
+    ),
     ("paft", losses.paft(0.5), 0.5, 1.0, True),
     ("paft_systematic", losses.paft(0.75, resampling="systematic"), 0.75, 1.0, True),
     ("rb_rloo", losses.rb_rloo(), 0.0, 1.0, True),
@@ -208,7 +218,7 @@ def test_mean_over_groups_converges_to_the_exact_gradient(name, transform, q, fa
     ],
 )
 def test_self_normalised_estimators_converge_within_two_per_cent(name, transform, q, factor):
-    """Their bias at M = 256 is O(1/(M P)), about 1%: STaR and MaxRL give grad l_1, GRPO a multiple."""
+    """Their bias at M = 256 is O(1/(M P)), about 1%. STaR, MaxRL: grad l_1; GRPO: of grad l_0."""
     estimates = estimate_groups(transform, 2048, 256, sampled=name != "star")
     expected = factor * exact.exact_gradient(MODEL, q)
     error = estimates.std(0) / math.sqrt(len(estimates))

@@ -82,7 +82,7 @@ def test_finite_bounded_and_of_the_right_sign(name, group, q):
     score, path = (np.asarray(x, np.float64) * num_rollouts for x in (got.score, got.path))
     bound = num_rollouts**q
     if name == "jackknife":
-        assert np.all(np.abs(path) <= 2 * num_rollouts * bound * 1.001)
+        assert np.all(-2.001 * bound <= path) and np.all(path <= (1 + q) * bound * 1.001)
         return
     assert np.all(path >= 0)
     if name in ("paft", "systematic"):
@@ -136,7 +136,9 @@ def test_tiny_weights_keep_their_signal():
     """log w of -800 and below: exact where float32 can hold the result."""
     scores = losses.zero_scores(1, 3)._replace(log_w=jnp.array([[-800.0, -805.0, -900.0]]))
     softmax = np.exp([0, -5, -100]) / np.sum(np.exp([0, -5, -100]))
-    np.testing.assert_allclose(run(losses.garl(1.0), scores).path[0], softmax, rtol=1e-4, atol=1e-30)
+    np.testing.assert_allclose(
+        run(losses.garl(1.0), scores).path[0], softmax, rtol=1e-4, atol=1e-30
+    )
     got = run(losses.garl(0.9), scores).path[0, 0]
     log_mean = -800 + np.log1p(np.exp(-5)) - np.log(3)
     np.testing.assert_allclose(np.log(got), -800 - 0.9 * log_mean - np.log(3), rtol=1e-5)
@@ -238,7 +240,7 @@ def test_shard_map_over_eight_devices_is_the_global_result(layouts, sizes, axis_
         functools.partial(step, axis_name=axis_name),
         mesh=mesh_of(*sizes),
         in_specs=(rows, all_of_it),
-        out_specs={name: (rows, all_of_it) for name in states},
+        out_specs=dict.fromkeys(states, (rows, all_of_it)),
     )
     assert_same(expected, jax.jit(mapped)(scores, states))
 
@@ -266,7 +268,7 @@ def test_vmap_over_an_axis_name_is_the_global_result(layouts):
 
 def test_vmap_over_batches_is_each_batch_alone(layouts):
     scores, states, _ = layouts
-    states = only(FEW, states)
+    states = only(FEW[1:3], states)
     split = jax.tree.map(lambda x: x.reshape(2, 8, 5), scores)
     together = jax.jit(jax.vmap(step, (0, None)))(split, states)
     alone = jax.jit(step)(jax.tree.map(lambda x: x[1], split), states)

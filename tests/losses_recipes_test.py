@@ -58,7 +58,11 @@ def test_what_an_estimator_needs_of_the_trainer():
         ("garl", {"q": 1.5}, r"garl: q must be in \[0, 1\], got 1.5"),
         ("garl", {"q": "high"}, r"garl: q must be a number in \[0, 1\], got 'high'"),
         ("garl", {"q": float("nan")}, r"garl: q must be in \[0, 1\], got nan"),
-        ("garl", {"baseline": "mean"}, "baseline must be one of 'leave_one_out', 'none', got 'mean'"),
+        (
+            "garl",
+            {"baseline": "mean"},
+            "baseline must be one of 'leave_one_out', 'none', got 'mean'",
+        ),
         ("garl", {"correction": "bootstrap"}, "correction must be one of 'none', 'jackknife'"),
         ("garl", {"num_rollouts": 1}, "garl needs at least 2 rollouts per prompt .* got 1"),
         ("garl", {"q_schedule": "linear"}, "q_steps must be at least 1, got 0"),
@@ -92,7 +96,9 @@ def test_errors_of_parts_and_scores():
         losses.coefficients(losses.paft(0.5), SCORES, losses.paft(0.5).init(SCORES))
     with pytest.raises(ValueError, match=r"scores.log_w must have shape \[B, M\], got \(3,\)"):
         losses.seed(SCORES._replace(log_w=LOG_W[0]))
-    with pytest.raises(ValueError, match=r"scores.reward must have log_w's shape \(2, 3\), got \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"scores.reward must have log_w's shape \(2, 3\), got \(2,\)"
+    ):
         losses.seed(SCORES._replace(reward=jnp.zeros(2)))
     with pytest.raises(TypeError, match="scores.log_w must be float32, got bfloat16"):
         losses.seed(SCORES._replace(log_w=LOG_W.astype(jnp.bfloat16)))
@@ -117,7 +123,9 @@ def test_q_follows_a_schedule_described_by_arguments(kind):
         result, state = losses.coefficients(estimator.transform, SCORES, state)
         return state, (losses.measurements(state)["q"], result.path)
 
-    _, (q, path) = jax.jit(lambda s: jax.lax.scan(step, s, length=6))(estimator.transform.init(SCORES))
+    _, (q, path) = jax.jit(lambda s: jax.lax.scan(step, s, length=6))(
+        estimator.transform.init(SCORES)
+    )
     np.testing.assert_allclose(q, SCHEDULES[kind], atol=1e-6)
     w = np.exp(LOG_W)
     for t in (0, 2, 5):
@@ -142,7 +150,9 @@ def test_the_controller_lowers_q_as_p_grows():
     transform = losses.adaptive_q(losses.garl, pace=pace, decay=decay)
     assert losses.q_for_pace(-jnp.inf, pace) == 1.0
     np.testing.assert_allclose(losses.q_for_pace(jnp.log(1 / 16), pace), 0.5, rtol=1e-6)
-    np.testing.assert_array_equal(losses.q_for_pace(jnp.log(jnp.array([0.25, 0.6, 1.0])), pace), 0.0)
+    np.testing.assert_array_equal(
+        losses.q_for_pace(jnp.log(jnp.array([0.25, 0.6, 1.0])), pace), 0.0
+    )
 
     recipe = losses.build("garl", q=1.0, q_schedule="adaptive", q_pace=pace).transform
     state, seen = recipe.init(SCORES), []
@@ -154,7 +164,10 @@ def test_the_controller_lowers_q_as_p_grows():
         seen.append(float(losses.measurements(state)["q"]))
     wanted = np.clip(1 - np.log(pace) / np.log(p), 0, 1)
     weights = decay ** np.arange(6)
-    expected = [np.sum(weights[: t + 1][::-1] * wanted[: t + 1]) / np.sum(weights[: t + 1]) for t in range(6)]
+    expected = [
+        np.sum(weights[: t + 1][::-1] * wanted[: t + 1]) / np.sum(weights[: t + 1])
+        for t in range(6)
+    ]
     np.testing.assert_allclose(seen, expected, rtol=1e-5)
     assert np.all(np.diff(seen) < 0)
     # The coefficients are those of GARL at that q.
@@ -241,7 +254,9 @@ def test_the_missing_ablation_is_one_argument():
     np.testing.assert_array_equal(without.path, 0)
     np.testing.assert_array_equal(without.score, with_path.score)
     clipped, _ = run(losses.build("garl", q=0.25, max_coefficient=0.1).transform, SCORES)
-    np.testing.assert_allclose(clipped.score, np.clip(with_path.score, -0.1 / 3, 0.1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(
+        clipped.score, np.clip(with_path.score, -0.1 / 3, 0.1 / 3), rtol=1e-6
+    )
 
 
 def test_no_gradient_flows_through_coefficients():

@@ -90,7 +90,7 @@ def test_dispersion_bound_and_its_second_order():
 
 @pytest.mark.parametrize("q", [0.25, 0.5, 1.0])
 def test_noise_fitting_exponents(q):
-    """Proposition C.2: time eta^(q+1) / ((q+1) eps) far below an equilibrium that it then reaches."""
+    """Proposition C.2: time eta^(q+1) / ((q+1) eps) far below equilibrium, then rest."""
     noise = 0.3
     rest = float(theory.noise_equilibrium(noise, q))
     odds = (noise / (1 - noise)) ** (1 / q)
@@ -115,7 +115,9 @@ def test_noise_is_never_fitted_at_q_0():
 
 def test_noise_rate_is_the_gradient_of_the_mixed_loss():
     for q in QS:
-        loss = lambda eta: -0.9 * losses.log_q(jnp.log1p(-eta), q) - 0.1 * losses.log_q(jnp.log(eta), q)
+        loss = lambda eta: (
+            -0.9 * losses.log_q(jnp.log1p(-eta), q) - 0.1 * losses.log_q(jnp.log(eta), q)
+        )
         slope = jax.grad(loss)(jnp.float32(0.05))
         np.testing.assert_allclose(theory.noise_rate(0.05, 0.1, q), -slope, rtol=1e-4)
 

@@ -26,7 +26,9 @@ def test_log_q_matches_float64_from_0_to_minus_1e4():
 def test_log_q_limits_are_exact():
     np.testing.assert_array_equal(losses.log_q(LOG_P, 1.0), LOG_P)
     np.testing.assert_array_equal(losses.log_q(LOG_P, 0.0), jnp.expm1(LOG_P))
-    np.testing.assert_array_equal(losses.log_q(-jnp.inf, jnp.array([0.0, 0.5, 1.0])), [-1, -2, -np.inf])
+    np.testing.assert_array_equal(
+        losses.log_q(-jnp.inf, jnp.array([0.0, 0.5, 1.0])), [-1, -2, -np.inf]
+    )
 
 
 def test_gradients_of_log_q():

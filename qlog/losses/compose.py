@@ -52,7 +52,7 @@ def coefficients(
 def stateless(function: Callable[..., Coefficients], min_rollouts: int = 1) -> LossTransform:
     """A transform without state from `function(coefficients, scores, key=, axis_name=)`.
 
-    This is all that a new part needs. `min_rollouts` refuses smaller M, with a ValueError from init.
+    This is all that a new part needs. Smaller M than `min_rollouts` is a ValueError from init.
     """
 
     def init(scores):
@@ -76,8 +76,8 @@ def where_groups(
 ) -> LossTransform:
     """`then` for the groups where `predicate(scores)`, bool [B], is True, `otherwise` elsewhere.
 
-    Both run on the whole batch and keep their own state. Example: PAFT where P is above a threshold,
-    GARL elsewhere: `where_groups(p_hat_above(0.1), paft(0.75), garl(0.75))`.
+    Both run on the whole batch and keep their own state. PAFT where P is above a threshold, GARL
+    elsewhere: `where_groups(p_hat_above(0.1), paft(0.75), garl(0.75))`.
     """
 
     def init(scores):

@@ -1,4 +1,4 @@
-"""How q moves over steps: schedules that a config can carry, and a controller driven by P itself."""
+"""How q moves over steps: schedules that a config can carry, and a controller driven by P."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -57,8 +57,8 @@ def scheduled(
 def q_for_pace(log_p: jax.Array, pace: float) -> jax.Array:
     """The q at which the attenuation P^(1-q) equals `pace`: q = 1 - log(pace) / log P, in [0, 1].
 
-    By eq 6, dp/dt = p^(2-q) ||s||^2 = pace p ||s||^2: escape in time O(log(1/p0) / pace) as at q = 1,
-    yet q falls to 0, RL, once P reaches `pace`. It is 1 at P = 0.
+    By eq 6, dp/dt = p^(2-q) ||s||^2 = pace p ||s||^2: escape in time O(log(1/p0) / pace), as at
+    q = 1, yet q falls to 0, RL, once P reaches `pace`. It is 1 at P = 0.
     """
     # At P = 1 the ratio is 0/0; any P above `pace` asks for q = 0.
     return jnp.clip(1 - jnp.log(pace) / jnp.minimum(log_p, jnp.log(pace)), 0.0, 1.0)

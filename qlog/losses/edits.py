@@ -1,4 +1,4 @@
-"""Parts that edit coefficients whatever the estimator: normalise, zero, clip, average over tokens."""
+"""Parts that edit any estimator's coefficients: normalise, zero, clip, average over tokens."""
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,9 +1,9 @@
 """A latent-variable model small enough to enumerate: exact gradients, exact means and variances.
 
-Z rationales with probabilities softmax(logits), and p(y* | z) = sigmoid(answer_logits_z). The gradient
-of every loss of the family is automatic differentiation of the exact marginal, and an estimator's
-mean and variance are sums over all multisets of M rationales: no sampling error. Used by tests,
-plots and `qlog.losses.study`; for Z and M of which C(M + Z - 1, M) groups are still few.
+Z rationales with probabilities softmax(logits), and p(y* | z) = sigmoid(answer_logits_z). The
+gradient of every loss of the family is automatic differentiation of the exact marginal, and an
+estimator's mean and variance are sums over all multisets of M rationales: no sampling error. Used
+by tests, plots and `qlog.losses.study`; for Z and M of which C(M + Z - 1, M) groups are still few.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from qlog.losses.types import Coefficients, LossTransform, Scores, check_count
 
 
 class LatentModel(NamedTuple):
-    """Parameters, float32: `logits` [Z] of the rationales, `answer_logits` [Z] of the gold answer."""
+    """Float32 parameters: `logits` [Z] of rationales, `answer_logits` [Z] of the gold answer."""
 
     logits: jax.Array
     answer_logits: jax.Array
@@ -58,7 +58,7 @@ def _loss_gradient(model, q):
 
 
 def jacobians(model: LatentModel) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of log p(z) and of log p(y*|z), each [Z, 2Z]: row z is the gradient for rationale z."""
+    """Gradients of log p(z) and of log p(y*|z), each [Z, 2Z]: row z is that of rationale z."""
     rows = _jacobians(model)
     return tuple(np.concatenate([np.asarray(x, np.float64) for x in row], 1) for row in rows)
 

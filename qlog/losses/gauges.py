@@ -56,12 +56,12 @@ def measure_groups(
 ) -> LossTransform:
     """The standard measurements of an estimator, over the batch's valid groups.
 
-      q: the commitment of this step, when the estimator has one.
-      p_hat, log_p_hat: means over groups of wbar and of log wbar (the latter where wbar > 0).
-      ess: mean effective sample size of the weights, (sum w)^2 / sum w^2, in [1, M].
-      no_signal: share of groups all of whose coefficients are zero in float32.
-      effective_reward, effective_reward_max: mean and maximum over groups of max_m c_m / M^q, with
-        c_m = M times the score coefficient, the centred weight of GARL (the paper's Figure 3).
+    q: the commitment of this step, when the estimator has one.
+    p_hat, log_p_hat: means over groups of wbar and of log wbar (the latter where wbar > 0).
+    ess: mean effective sample size of the weights, (sum w)^2 / sum w^2, in [1, M].
+    no_signal: share of groups all of whose coefficients are zero in float32.
+    effective_reward, effective_reward_max: mean and maximum over groups of max_m c_m / M^q, with
+      c_m = M times the score coefficient, the centred weight of GARL (the paper's Figure 3).
     """
 
     def function(coefficients, scores, axis_name):

@@ -1,7 +1,7 @@
 """Draws the theory of the family: `python -m qlog.losses.plots --out=DIR`.
 
-Four figures, PNG: escape time against p0, escort distributions, contamination by noise against time,
-and the bias of GARL against M, each from the functions of `theory` and `exact`.
+Four figures, PNG: escape time against p0, escort distributions, contamination by noise against
+time, and the bias of GARL against M, each from the functions of `theory` and `exact`.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Named estimators that a config can build: `build('garl', q=0.75)`.
 
-A `Recipe` joins a function that gives a loss transform, a surrogate, and what a trainer must provide.
-Its arguments are those of both functions, plus, where the transform takes `q`, a schedule for it,
-plus edits that every recipe understands.
+A `Recipe` joins a function that gives a loss transform, one that gives a surrogate, and what a
+trainer must provide. Its arguments are those of both functions, plus, where the transform takes
+`q`, a schedule for it, plus edits that every recipe understands.
 """
 
 import inspect
@@ -89,9 +89,7 @@ class Recipe:
             transform = _over_steps(factory, arguments)
         else:
             transform = complete(self.q, self.transform(**own), False)
-        surrogate = self.surrogate(
-            **{name: arguments[name] for name in _defaults(self.surrogate)}
-        )
+        surrogate = self.surrogate(**{name: arguments[name] for name in _defaults(self.surrogate)})
         return Estimator(
             transform=transform,
             surrogate=surrogate,
@@ -104,14 +102,15 @@ class Recipe:
 
 
 def _over_steps(factory: Callable[..., LossTransform], arguments: dict) -> LossTransform:
-    """`factory(q)` for a constant, a schedule given as a function, or one described by arguments."""
+    """`factory(q)`, q a constant, a schedule as a function, or one described by arguments."""
     q, kind = arguments["q"], arguments["q_schedule"]
     check_choice("q_schedule", kind, control.SCHEDULES)
     for name, default in SCHEDULE.items():
         unread = name != "q_schedule" and name not in _SCHEDULE_READS[kind]
         if unread and arguments[name] != default:
             raise ValueError(
-                f"{name}={arguments[name]!r} is not read with q_schedule={kind!r}; leave it {default}"
+                f"{name}={arguments[name]!r} is not read with q_schedule={kind!r}; "
+                f"leave it {default}"
             )
     if callable(q):
         check_choice("q_schedule, beside q as a function of the step,", kind, ("constant",))

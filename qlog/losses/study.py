@@ -1,6 +1,6 @@
 """Measures the parts that go beyond the paper, against the paper's: `python -m qlog.losses.study`.
 
-Prints two tables. Bias: plain and jackknifed GARL at equal rollouts, exactly, on models whose groups
+Prints tables. Bias: plain and jackknifed GARL at equal rollouts, exactly, on models whose groups
 can all be enumerated. Control of q: `adaptive_q` against fixed q and schedules, on a population of
 tabular examples trained with noisy labels, each method at its best learning rate of the given ones.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from qlog import losses
 from qlog.losses import exact
 
-# --- Bias ------------------------------------------------------------------------------------------
+# --- Bias -----------------------------------------------------------------------------------------
 
 MODELS = {
     "smooth, P = 0.28": ([0.30, 0.55, 0.15], [-3.0, -1.0, 1.0]),
@@ -27,8 +27,10 @@ MODELS = {
 
 
 def bias_table(num_rollouts: Sequence[int] = (8, 32), prompts: int = 64) -> list[dict]:
-    """Rows of relative errors of GARL + RLOO: |bias| / |gradient|, the standard deviation of one group,
-    and the root mean square error of a batch of `prompts` such groups; plain and jackknifed."""
+    """Rows of errors of GARL + RLOO, plain and jackknifed, relative to the gradient's length.
+
+    Bias; standard deviation of one group; root mean square error of `prompts` such groups.
+    """
     rows = []
     for name, (prior, answer_logits) in MODELS.items():
         model = exact.LatentModel(jnp.log(jnp.array(prior)), jnp.array(answer_logits))
@@ -48,7 +50,7 @@ def bias_table(num_rollouts: Sequence[int] = (8, 32), prompts: int = 64) -> list
     return rows
 
 
-# --- Control of q ----------------------------------------------------------------------------------
+# --- Control of q ---------------------------------------------------------------------------------
 
 
 class Population(NamedTuple):
@@ -178,14 +180,16 @@ def show(rows: list[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=8, help="runs of every method, seeds 0, 1, ...")
+    parser.add_argument(
+        "--seeds", type=int, default=8, help="runs of every method, seeds 0, 1, ..."
+    )
     parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args(argv)
     print("Bias of GARL + RLOO, relative to the exact gradient (exact; rmse of 64 prompts)")
     print(show(bias_table()))
     for noise, rows in control_tables(arguments.seeds, arguments.steps).items():
         print(
-            f"\nControl of q: GARL + RLOO, M = {ROLLOUTS}, 64 examples of first p from 1e-6 to 0.1, "
+            f"\nControl of q: GARL + RLOO, M = {ROLLOUTS}, 64 examples of first p 1e-6 to 0.1, "
             f"{noise:.0%} wrong labels, {arguments.steps} steps of SGD at the best of the rates "
             f"0.5, 2, 8, 32, seeds 0 to {arguments.seeds - 1}"
         )

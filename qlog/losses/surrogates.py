@@ -30,7 +30,8 @@ def _check_tokens(score, new, rationale_mask, answer_mask) -> None:
     for name, mask in (("rationale_mask", rationale_mask), ("answer_mask", answer_mask)):
         if jnp.shape(mask) != jnp.shape(new) or jnp.result_type(mask) != jnp.bool_:
             raise ValueError(
-                f"{name} must be bool {jnp.shape(new)}, got {jnp.result_type(mask)} {jnp.shape(mask)}"
+                f"{name} must be bool {jnp.shape(new)}, "
+                f"got {jnp.result_type(mask)} {jnp.shape(mask)}"
             )
 
 
@@ -92,9 +93,7 @@ def clipped(clip_low: float = 0.2, clip_high: float = 0.2) -> Surrogate:
         gain = jnp.minimum(ratio * coefficient, inside * coefficient)
         was_clipped = inside * coefficient < ratio * coefficient
         zero = jnp.zeros((), jnp.float32)
-        return Sums(
-            -_total(gain, is_token), _total(1.0, is_token), _total(1.0, was_clipped), zero
-        )
+        return Sums(-_total(gain, is_token), _total(1.0, is_token), _total(1.0, was_clipped), zero)
 
     return surrogate
 
@@ -102,10 +101,10 @@ def clipped(clip_low: float = 0.2, clip_high: float = 0.2) -> Surrogate:
 def kl_estimate(new: jax.Array, reference: jax.Array, kind: str = "k3") -> jax.Array:
     """Per-token estimate of KL(new || reference) on tokens sampled from `new`, in nats.
 
-    With d = reference - new: k1 = -d (unbiased, may be negative), k2 = d^2 / 2 (biased, its gradient
-    is that of the KL), k3 = e^d - d - 1 (unbiased, never negative). The derivative of k1 itself has
-    mean zero and would regularise nothing, so k1 differentiates as the score-function estimate
-    k1 * grad new, which is also the gradient of k2.
+    With d = reference - new: k1 = -d (unbiased, may be negative), k2 = d^2 / 2 (biased, but its
+    gradient is that of the KL), k3 = e^d - d - 1 (unbiased, never negative). The derivative of k1
+    itself has mean zero and would regularise nothing, so k1 differentiates as the score-function
+    estimate k1 * grad new, which is also the gradient of k2.
     """
     check_choice("kl_kind", kind, KL_KINDS)
     difference = reference - new

@@ -23,9 +23,9 @@ def escape_rate(log_p: ArrayLike, q: ArrayLike, score_norm: ArrayLike = 1.0) -> 
 
 
 def sigmoid_escape_time(log_p0: ArrayLike, log_p1: ArrayLike, q: ArrayLike) -> jax.Array:
-    """Time for p = sigmoid(theta) to flow from p0 to p1 on l_q: integral of du/(u^(2-q)(1-u)^2) (eq 15).
+    """Time for p = sigmoid(theta) to flow from p0 to p1: integral of du/(u^(2-q)(1-u)^2) (eq 15).
 
-    Gauss-Legendre in log u over 256 panels, relative error below 1e-4 for p1 <= 0.999 and p0 >= 1e-30.
+    Gauss-Legendre in logit u, 256 panels: relative error below 1e-4 for 1e-30 <= p0, p1 <= 0.999.
     Raises ValueError unless p0 <= p1 < 1 where these are concrete.
     """
     check_number("q", q, 0, 1)
@@ -47,7 +47,7 @@ def sigmoid_escape_time(log_p0: ArrayLike, log_p1: ArrayLike, q: ArrayLike) -> j
 
 
 def escape_time_order(log_p0: ArrayLike, q: ArrayLike) -> jax.Array:
-    """(p0^-(1-q) - 1) / (1-q), log(1/p0) at q = 1: the order of the escape time (Theorems 5.1, 5.2)."""
+    """(p0^-(1-q) - 1) / (1-q), log(1/p0) at q = 1: order of the escape time (Theorems 5.1, 5.2)."""
     return tsallis.log_q(-jnp.asarray(log_p0, jnp.float32), q)
 
 
@@ -94,7 +94,7 @@ def noise_rate(eta: ArrayLike, noise: ArrayLike, q: ArrayLike) -> jax.Array:
 
 
 def noise_fitting_time(eta: ArrayLike, noise: ArrayLike, q: ArrayLike) -> jax.Array:
-    """eta^(q+1) / ((q+1) eps): time from 0 to contamination eta, far below equilibrium (Prop C.2)."""
+    """eta^(q+1) / ((q+1) eps): time from 0 to eta, far below equilibrium (Prop C.2)."""
     check_number("q", q, 0, 1)
     return jnp.asarray(eta, jnp.float32) ** (q + 1) / ((q + 1) * noise)
 
@@ -152,7 +152,9 @@ def noise_flow(noise: float, q: float, eta0: float, num_steps: int) -> tuple[jax
         rate = lambda e: noise_rate(jnp.clip(e, 1e-20, 1 - 1e-6), noise, q)
         k1 = rate(eta)
         # eta moves by 2% of itself at most, and by 1/50 of the slowest time scale near rest.
-        dt = jnp.minimum(0.02 * eta / jnp.maximum(jnp.abs(k1), 1e-30), 0.02 * eta ** (q + 1) / noise)
+        dt = jnp.minimum(
+            0.02 * eta / jnp.maximum(jnp.abs(k1), 1e-30), 0.02 * eta ** (q + 1) / noise
+        )
         k2 = rate(eta + dt / 2 * k1)
         after = (time + dt, jnp.clip(eta + dt * k2, 1e-20, 1 - 1e-6))
         return after, after

@@ -1,7 +1,8 @@
 """Parts of estimators: transforms of coefficients, to be chained as optax transforms are.
 
 Each part is an `optax.GradientTransformationExtraArgs` whose updates are `Coefficients` and whose
-params are `Scores`: `init(scores) -> state`, `update(coefficients, state, scores, *, key, axis_name)`.
+params are `Scores`: `init(scores) -> state` and
+`update(coefficients, state, scores, *, key, axis_name) -> (coefficients, state)`.
 Notation: a_m = log w_m, A = log of the group's mean weight wbar (an unbiased estimate of P), A_{-m}
 the same over the other rollouts, n the group's valid rollouts (M unless some are padding).
 `weight` maps scores to log-weights [B, M]: the gold answer's likelihood unless said otherwise.
@@ -23,7 +24,7 @@ RESAMPLING = ("multinomial", "systematic")
 
 
 def rao_blackwell(weight=reduce.log_likelihood) -> LossTransform:
-    """score = path = w_m / M: the gradient of l_0 = 1 - P, with the answer summed out (eq 9, q = 0).
+    """score = path = w_m / M: the gradient of l_0 = 1 - P, the answer summed out (eq 9, q = 0).
 
     Kept as w_m / sum w with log_scale A.
     """
@@ -45,7 +46,7 @@ def resample_posterior(
     salt: int = 0,
     weight=reduce.log_likelihood,
 ) -> LossTransform:
-    """score = path = n_m / K, n the counts of K draws from Categorical(w / sum w): grad l_1 (eq 14).
+    """score = path = n_m / K, n counts of K draws from Categorical(w / sum w): grad l_1 (eq 14).
 
     Args:
       k: draws per group; None draws as many as the group has valid rollouts.
@@ -131,8 +132,8 @@ def jackknife(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
 
     T is the plug-in estimate, T_{-j} the same without rollout j, so that for both coefficients
         c_m = w_m (wbar^(-q) - 1/n sum_{j != m} wbar_{-j}^(-q)),
-    w_m / M at q = 0. The bias left is O(1/M^2); c_m can be negative, |c_m| M <= 2 M^(1+q). Replaces
-    `rao_blackwell` and `amplify` in a chain. M = 1 is a ValueError.
+    w_m / M at q = 0. The bias left is O(1/M^2); c_m can be negative: c_m M lies in
+    [-2 M^q, (1+q) M^q]. Stands for `rao_blackwell` and `amplify` in a chain. M = 1 is a ValueError.
     """
     check_number("q", q, 0, 1)
 
@@ -151,7 +152,7 @@ def jackknife(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
             others - reduce.finite(reduce.log_mean(log_weights, scores)),
         )
         x = jnp.where(scores.valid & ~jnp.isneginf(mean), -q * log_ratio, 0.0)
-        # x_j of a dominant rollout j may exceed float32's exp, share_m beside it fall below: in logs.
+        # A dominant rollout's x_j may exceed float32's exp where share_m falls below it: in logs.
         large = x > 1.0
         small = jnp.where(large, 0.0, jnp.expm1(x))
         small = jnp.sum(small, 1, keepdims=True) - small
@@ -165,7 +166,7 @@ def jackknife(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
     return stateless(function, min_rollouts=2)
 
 
-# --- Baselines and normalisation within a group ----------------------------------------------------
+# --- Baselines and normalisation within a group ---------------------------------------------------
 
 
 def leave_one_out_baseline(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
@@ -181,7 +182,7 @@ def leave_one_out_baseline(q: ArrayLike, weight=reduce.log_likelihood) -> LossTr
         mean = reduce.log_mean(log_weights, scores)
         scale = reduce.finite(mean)
         others = jnp.maximum(reduce.log_mean_others(log_weights, scores), reduce.LEAST)
-        # wbar_{-m}^(1-q) as (wbar_{-m}/wbar)^(1-q) times wbar^(1-q): both close to the coefficients.
+        # wbar_{-m}^(1-q) as (wbar_{-m}/wbar)^(1-q) times wbar^(1-q), which is the usual log_scale.
         log_baseline = (1 - q) * (others - scale) + (scale - q * scale - coefficients.log_scale)
         baseline = jnp.exp(log_baseline) / reduce.num_valid(scores)
         alive = scores.valid & ~jnp.isneginf(mean)
@@ -195,9 +196,7 @@ def center() -> LossTransform:
 
     def function(coefficients, scores, **_):
         shift = lambda x: jnp.where(scores.valid, x - reduce.group_mean(x, scores), 0.0)
-        return coefficients._replace(
-            score=shift(coefficients.score), path=shift(coefficients.path)
-        )
+        return coefficients._replace(score=shift(coefficients.score), path=shift(coefficients.path))
 
     return stateless(function)
 

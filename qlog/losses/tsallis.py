@@ -1,8 +1,8 @@
 """The q-logarithm and what it does to a gradient, from log-probabilities.
 
-Every function takes log-probabilities (0 down to -1e4 and -inf) rather than probabilities, works in
-float32, and is exact at q = 0 and q = 1. `q` is the commitment, a number or array in [0, 1] which may
-be traced. All arguments broadcast against each other.
+Every function takes log-probabilities (0 down to -1e4 and -inf) rather than probabilities, works
+in float32, and is exact at q = 0 and q = 1. `q` is the commitment, a number or array in [0, 1],
+possibly traced. All arguments broadcast against each other.
 """
 
 import jax
@@ -28,7 +28,16 @@ def _psi(x: jax.Array) -> jax.Array:
     far = jnp.where(near, 1.0, x)
     x = jnp.where(near, x, 0.0)
     series = jnp.zeros_like(x)
-    for k, factorial in ((7, 362880), (6, 40320), (5, 5040), (4, 720), (3, 120), (2, 24), (1, 6), (0, 2)):
+    for k, factorial in (
+        (7, 362880),
+        (6, 40320),
+        (5, 5040),
+        (4, 720),
+        (3, 120),
+        (2, 24),
+        (1, 6),
+        (0, 2),
+    ):
         series = series * x + (k + 1) / factorial
     return jnp.where(near, series, (far * jnp.exp(far) - jnp.expm1(far)) / far / far)
 

@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
     """Multipliers of log-probabilities, constants for differentiation.
 
     The true multipliers are `score * exp(log_scale)` and `path * exp(log_scale)`: weights are kept
-    self-normalised and powers of P in logs, so that log w of -1e4 neither overflows nor becomes NaN.
+    self-normalised and powers of P in logs, so that log w of -1e4 gives neither inf nor NaN.
     """
 
     score: jax.Array  # [B, M] float32, multiplies log p(z_m | x*), the score-function term
@@ -84,11 +84,11 @@ def check_scores(scores: Scores) -> None:
     for name, dtype in kinds.items():
         value = getattr(scores, name)
         if jnp.shape(value) != shape:
-            raise ValueError(f"scores.{name} must have log_w's shape {shape}, got {jnp.shape(value)}")
-        if jnp.result_type(value) != dtype:
-            raise TypeError(
-                f"scores.{name} must be {dtype.__name__}, got {jnp.result_type(value)}"
+            raise ValueError(
+                f"scores.{name} must have log_w's shape {shape}, got {jnp.shape(value)}"
             )
+        if jnp.result_type(value) != dtype:
+            raise TypeError(f"scores.{name} must be {dtype.__name__}, got {jnp.result_type(value)}")
 
 
 def check_number(name: str, value, low: float, high: float) -> None:
@@ -109,7 +109,7 @@ def check_choice(name: str, value, choices) -> None:
 
 
 def check_count(name: str, value, low: int = 1) -> None:
-    """Raises unless `value` is a Python integer of at least `low` (it fixes a shape or a length)."""
+    """Raises unless `value` is a Python integer of at least `low`: it fixes a shape or a length."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least {low}, got {value!r}")
     if value < low:
