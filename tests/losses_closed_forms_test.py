@@ -244,6 +244,8 @@ def test_sums_add_over_microbatches_and_ignore_padding(name):
 def test_surrogates_check_shapes():
     with pytest.raises(ValueError, match=r"new must have shape \[b, M, R\]"):
         call(losses.linear(), OLD[:, :1])
+    with pytest.raises(ValueError, match=r"score and path must have one shape \[b, M\]"):
+        losses.linear()(SCORE, PATH[:1], WEIGHT, OLD, OLD, None, RATIONALE, ANSWER)
     with pytest.raises(ValueError, match="rationale_mask must be bool"):
         losses.linear()(SCORE, PATH, WEIGHT, OLD, OLD, None, RATIONALE.astype(int), ANSWER)
     with pytest.raises(ValueError, match="old must be log-probabilities"):

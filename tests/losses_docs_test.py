@@ -52,7 +52,7 @@ def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
     run = qconfig.merge(qconfig.merge(config, config.runs.hard), short)
     train.run(run, tmp_path, jax.devices()[:1])
     assert "hard_garl" in (tmp_path / "config.json").read_text()
-    assert '"q": 0.5' in (tmp_path / "metrics.jsonl").read_text()
+    assert '"q": 0.75' in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_the_table_has_every_recipe_and_the_page_every_shared_argument():

@@ -90,6 +90,8 @@ def test_errors_name_the_argument_the_value_and_the_range(name, given, message):
 
 
 def test_errors_of_parts_and_scores():
+    with pytest.raises(ValueError, match="amplify: argument q needs a default"):
+        losses.Recipe(losses.amplify)
     with pytest.raises(ValueError, match="M, the rollouts per prompt, must be at least 2 .* got 1"):
         losses.garl(0.5).init(losses.zero_scores(4, 1))
     with pytest.raises(TypeError, match="pass key="):
@@ -204,6 +206,14 @@ def test_where_groups_composes_by_a_mask_of_the_data():
     wrong = losses.where_groups(lambda s: s.valid, losses.garl(0.5), losses.garl(0.5))
     with pytest.raises(ValueError, match=r"predicate must give bool \[B\] = \(2,\)"):
         losses.coefficients(wrong, SCORES, wrong.init(SCORES))
+
+
+def test_named_chain_is_chain():
+    parts = ("rb", losses.rao_blackwell()), ("amplify", losses.amplify(0.5))
+    named, state = run(losses.named_chain(*parts), SCORES)
+    plain, _ = run(losses.garl(0.5, "none"), SCORES)
+    np.testing.assert_allclose(named.score, plain.score, rtol=1e-6)
+    assert list(state) == ["rb", "amplify"]
 
 
 def test_measurements_by_hand():

@@ -59,8 +59,8 @@ def stateless(function: Callable[..., Coefficients], min_rollouts: int = 1) -> L
         check_scores(scores)
         if scores.log_w.shape[1] < min_rollouts:
             raise ValueError(
-                f"M, the rollouts per prompt, must be at least {min_rollouts} for a leave-one-out "
-                f"baseline, got {scores.log_w.shape[1]}"
+                f"M, the rollouts per prompt, must be at least {min_rollouts} for leave-one-out "
+                f"statistics, got {scores.log_w.shape[1]}"
             )
         return optax.EmptyState()
 

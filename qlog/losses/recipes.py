@@ -53,6 +53,12 @@ class Recipe:
     baselined: Callable[[dict], bool] = lambda arguments: False
     overrides: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        for function in (self.transform, self.surrogate):
+            for name, default in _defaults(function).items():
+                if default is inspect.Parameter.empty:
+                    raise ValueError(f"{function.__name__}: argument {name} needs a default")
+
     @property
     def arguments(self) -> dict[str, object]:
         """Every argument with its default."""

@@ -22,7 +22,11 @@ from qlog.losses.types import Sums, Surrogate, check_choice, check_number
 KL_KINDS = ("k1", "k2", "k3")
 
 
-def _check_tokens(score, new, rationale_mask, answer_mask) -> None:
+def _check_tokens(score, path, new, rationale_mask, answer_mask) -> None:
+    if jnp.ndim(score) != 2 or jnp.shape(path) != jnp.shape(score):
+        raise ValueError(
+            f"score and path must have one shape [b, M], got {jnp.shape(score)}, {jnp.shape(path)}"
+        )
     if jnp.ndim(new) != 3 or jnp.shape(new)[:2] != jnp.shape(score):
         raise ValueError(
             f"new must have shape [b, M, R] with [b, M] = {jnp.shape(score)}, got {jnp.shape(new)}"
@@ -60,7 +64,7 @@ def linear() -> Surrogate:
     def surrogate(
         score, path, token_weight, new, old, reference, rationale_mask, answer_mask
     ) -> Sums:
-        _check_tokens(score, new, rationale_mask, answer_mask)
+        _check_tokens(score, path, new, rationale_mask, answer_mask)
         coefficient = _per_token(score, path, rationale_mask, answer_mask)
         is_token = rationale_mask | answer_mask
         zero = jnp.zeros((), jnp.float32)
@@ -83,7 +87,7 @@ def clipped(clip_low: float = 0.2, clip_high: float = 0.2) -> Surrogate:
     def surrogate(
         score, path, token_weight, new, old, reference, rationale_mask, answer_mask
     ) -> Sums:
-        _check_tokens(score, new, rationale_mask, answer_mask)
+        _check_tokens(score, path, new, rationale_mask, answer_mask)
         is_token = rationale_mask | answer_mask
         coefficient = _per_token(score, path, rationale_mask, answer_mask)
         # Padding's log-probabilities are arbitrary: a ratio of inf there would make NaN gradients.
@@ -128,6 +132,11 @@ def add_kl(surrogate: Surrogate, weight: float, kind: str = "k3") -> Surrogate:
         sums = surrogate(
             score, path, token_weight, new, old, reference, rationale_mask, answer_mask
         )
+        if jnp.shape(token_weight) != jnp.shape(score):
+            raise ValueError(
+                f"token_weight must have score's shape {jnp.shape(score)}, "
+                f"got {jnp.shape(token_weight)}"
+            )
         is_token = rationale_mask | answer_mask
         current = jnp.where(is_token, new.astype(jnp.float32), 0.0)
         target = jnp.where(is_token, _need("reference", reference, new), 0.0)

@@ -96,6 +96,8 @@ def noise_rate(eta: ArrayLike, noise: ArrayLike, q: ArrayLike) -> jax.Array:
 def noise_fitting_time(eta: ArrayLike, noise: ArrayLike, q: ArrayLike) -> jax.Array:
     """eta^(q+1) / ((q+1) eps): time from 0 to eta, far below equilibrium (Prop C.2)."""
     check_number("q", q, 0, 1)
+    check_number("eta", eta, 0, 1)
+    check_number("noise", noise, 1e-30, 0.5)
     return jnp.asarray(eta, jnp.float32) ** (q + 1) / ((q + 1) * noise)
 
 
