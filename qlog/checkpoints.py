@@ -82,13 +82,13 @@ def load_params(folder: str | pathlib.Path, abstract_params, field: str = "init_
         return ocp.load_checkpointables(path, {"params": abstract_params})["params"]
     except (ValueError, KeyError) as error:
         raise ConfigError(
-            f"{field}={str(folder)!r} holds parameters of another model: {_first_line(error)}"
+            f"{field} = {str(folder)!r} holds parameters of another model: {_first_line(error)}"
         ) from error
 
 
 def find_checkpoint(folder: str | pathlib.Path, field: str) -> pathlib.Path:
     """The step's folder to read: the one with the best metric, else the latest; or ConfigError."""
-    folder = pathlib.Path(folder).absolute()
+    named, folder = str(folder), pathlib.Path(folder).absolute()
     if (folder / "params").is_dir():
         return folder
     for candidate in (folder / "checkpoints", folder):
@@ -100,7 +100,7 @@ def find_checkpoint(folder: str | pathlib.Path, field: str) -> pathlib.Path:
                 best = max(scored, key=lambda c: _score(c.metrics)) if scored else found[-1]
                 return candidate / str(best.step)
     raise ConfigError(
-        f"{field}={str(folder)!r} has no checkpoint: name a run's workdir, or one step's folder."
+        f"{field} = {named!r} has no checkpoint: name a run's workdir, or one step's folder."
     )
 
 

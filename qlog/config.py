@@ -142,15 +142,14 @@ def estimator_variants() -> dict[str, Callable[[ConfigDict, str], None]]:
 def merge(config: ConfigDict, changes: Mapping) -> ConfigDict:
     """A copy of `config` with nested `changes`; sections that hold a choice's arguments are
     replaced whole."""
-    merged = config.copy_and_resolve_references()
-    with merged.unlocked():
-        for key, value in changes.items():
-            nested = isinstance(value, (Mapping, ConfigDict))
-            if nested and key not in _CHOICES:
-                merged[key] = merge(merged[key], value)
-            else:
-                merged[key] = value
-    return merged
+    merged = config.to_dict()
+    for key, value in changes.items():
+        is_section = isinstance(value, (Mapping, ConfigDict)) and key in config
+        if is_section and key not in _CHOICES:
+            merged[key] = merge(config[key], value)
+        else:
+            merged[key] = value
+    return ConfigDict(merged)
 
 
 def check(config: ConfigDict) -> None:
@@ -240,7 +239,8 @@ def _check_keys(config: ConfigDict, schema: ConfigDict, path: str) -> None:
     for key in config:
         name = f"{path}.{key}"
         if key not in schema:
-            raise ConfigError(f"{name} = {config[key]!r} is read by nothing{_closest(key, schema)}.")
+            value = "" if isinstance(config[key], ConfigDict) else f" = {config[key]!r}"
+            raise ConfigError(f"{name}{value} is read by nothing{_closest(key, schema)}.")
         if key in _CHOICES:
             continue  # checked by what was chosen there
         if isinstance(schema[key], ConfigDict):

@@ -30,6 +30,7 @@ class Experiment:
       policy: the model's static half.
       sampling: how training rollouts are drawn. evaluation_sampling: how evaluation's are.
       formatter: examples to tokens and back.
+      grader: exact match for the training reward; counts its failures.
       train_data: None when only an evaluation is wanted; evaluation_data: None without one.
     """
 
@@ -41,12 +42,27 @@ class Experiment:
     sampling: Sampling
     evaluation_sampling: Sampling
     formatter: data.Formatter
+    grader: data.Grader
     train_data: data.Dataset | None
     evaluation_data: data.Dataset | None
 
     @property
     def rollouts_per_prompt(self) -> int:
         return self.config.rollout.rollouts_per_prompt
+
+    def write_split_ids(self, path: pathlib.Path) -> None:
+        """Writes which records each split holds, or checks them against an earlier run's.
+
+        Raises:
+          ConfigError: the data changed since the run began. Synthetic tasks have nothing to write.
+        """
+        names = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
+        drawn = {
+            name: dataset.source.records for name, dataset in names.items()
+            if dataset is not None and isinstance(dataset.source, data.Converted)
+        }  # fmt: skip
+        if drawn and jax.process_index() == 0:
+            data.write_ids(path, self.config.data.name, drawn)
 
     def abstract_params(self) -> models.Params:
         """ShapeDtypeStructs of the parameters, with their places on the mesh."""
@@ -128,6 +144,7 @@ def prepare(
             sampling, temperature=float(evaluation.temperature), with_answer=True
         ),
         formatter=formatter,
+        grader=data.Grader(data.exact_match),
         train_data=open_split("train", estimator.rationale == "annotated") if train else None,
         evaluation_data=(
             open_split(evaluation.split, False) if evaluation.every or not train else None

@@ -33,10 +33,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, but a mistake is one sentence and status 2."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        # config_flags folds the traceback of a config file into its message.
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        # config_flags folds the traceback of a config file into its message; an override of a key
+        # that does not exist arrives as ml_collections' AttributeError.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        sentence = lines[-1] if "Traceback" in str(error) else lines[0]
+        sentence = lines[-1] if "Traceback" in str(error) else " ".join(lines)
         print(f"qlog: {sentence.removeprefix('qlog.errors.ConfigError: ')}", file=sys.stderr)
         sys.exit(2)
 

@@ -46,8 +46,9 @@ def token_log_probs(
     def one_chunk(inputs):
         states, wanted, scale = inputs
         logits = masked_logits(states, table, valid_vocab) / scale[:, None]
-        picked = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
+        # A masked sum, not a gather: the gather's backward pass is a scatter, row by row on CPUs.
+        is_wanted = jnp.arange(table.shape[0]) == wanted[:, None]
+        return jnp.where(is_wanted, logits, 0.0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
 
     count = targets.size
     if count <= chunk:

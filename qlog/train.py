@@ -50,6 +50,7 @@ def run(
     start_step = saved.latest_step or 0
     if start_step:
         _check_same_run(saved.config(), config)
+    experiment.write_split_ids(workdir / "splits.json")
     show_table("run", describe(experiment, workdir, start_step))
     state = experiment.init_state(experiment.init_params())
     reference = state.params if experiment.estimator.reference else None
@@ -225,7 +226,7 @@ def _rewards(experiment: Experiment, rollouts: sampling.Rollouts, batch: data.Pr
     for row, example in enumerate(batch.examples):
         golds = (example.answer, *example.aliases)
         for column, (_, answer) in enumerate(evaluation.rollout_texts(experiment.formatter, local, row)):
-            reward[row, column] = data.exact_match(answer, golds)
+            reward[row, column] = experiment.grader(answer, golds)
     return reward
 
 

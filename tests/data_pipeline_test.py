@@ -201,15 +201,6 @@ def test_evaluation_sees_every_example_once_in_order(dataset):
         np.testing.assert_array_equal(np.concatenate([p.is_prompt for p in parts]), whole.is_prompt)
 
 
-def test_plain_text_has_no_gold_answer(formatter):
-    text = data.Formatter(formatter.tokenizer, data.Task("text", "", has_answer=False), "cold")
-    dataset = data.open_dataset(
-        Numbers(), text, max_prompt_tokens=40, max_answer_tokens=8, max_rationale_tokens=6
-    )
-    ((_, batch),) = take(dataset, 1)
-    assert not batch.gold_lengths.any() and batch.rationale_lengths.all()
-
-
 def test_empty_dataset(formatter):
     with pytest.raises(ConfigError, match="config.data.name = numbers has no examples"):
         data.open_dataset(

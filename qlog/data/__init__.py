@@ -2,7 +2,7 @@
 
 from qlog.data.examples import Converted, Example, Task
 from qlog.data.formatting import Formatter
-from qlog.data.graders import contains, exact_match
+from qlog.data.graders import Grader, contains, exact_match
 from qlog.data.pipeline import (
     Dataset,
     PromptBatch,
@@ -11,6 +11,7 @@ from qlog.data.pipeline import (
     open_dataset,
     train_batches,
 )
+from qlog.data.splits import write_ids
 from qlog.data.tasks import TASKS, open_examples
 from qlog.data.tokenizers import Tokenizer, load, word_level
 
@@ -19,6 +20,7 @@ __all__ = [
     "Dataset",
     "Example",
     "Formatter",
+    "Grader",
     "PromptBatch",
     "TASKS",
     "Task",
@@ -32,4 +34,5 @@ __all__ = [
     "open_examples",
     "train_batches",
     "word_level",
+    "write_ids",
 ]

@@ -36,13 +36,11 @@ class Task:
         description: what the task is and how to write the answer; the warm style opens with it.
         to_example: one record with the official field names -> Example; None for a task that
             makes its examples itself.
-        has_answer: False for plain text, whose gold answer is no tokens at all.
     """
 
     name: str
     description: str
     to_example: Callable[[Mapping[str, Any]], Example] | None = None
-    has_answer: bool = True
 
 
 class Converted(Sequence[Example]):

@@ -130,8 +130,6 @@ class Formatter:
         how the model would emit it. A task of plain text has no answer: no ids. Raises ConfigError
         for an empty answer.
         """
-        if not self.task.has_answer:
-            return []
         answer = example.answer.strip()
         if not answer:
             raise ConfigError(f"example {example.id!r} has an empty gold answer: leave it out.")

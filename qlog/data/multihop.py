@@ -5,12 +5,13 @@ A world is a ring of people, each of whom follows another, told in any order:
     amy dan . eve bob . ...            "amy is followed by dan, eve by bob"
     ask amy                            the question: who comes `hops` steps after amy?
     <think> amy dan bob kim </think>   a rationale that helps: the walk itself
-    so the answer is [ kim ]           the fixed format, which the model must discover
+    answer [ kim ]                     the fixed format, which the model must discover
 
-Two tasks share the vocabulary. `multihop_text` is the world's plain text, facts and then a walk
-that starts anywhere and ends anywhere, without questions and without answers: a base model knows
-how to walk, but not that it is being asked, nor how to answer. `multihop` asks. Example i of a
-split is a pure function of (split, i): nothing is stored.
+Two tasks share the vocabulary. `multihop_text` is the world's plain text, without questions and
+without answers: facts, a name, a walk that often starts there and ends anywhere, and who was met
+at its end ("met kim ."). A base model trained on it can walk and tell, but does not know that it is
+being asked, how far to go, nor how to answer. `multihop` asks. Example i of a split is a pure
+function of (split, i): nothing is stored.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ _NAMES = (
     "kim lea leo liz lou mae max meg mia ned nan oli pam pat pia ray rex rob ron roy sal sam sue "
     "ted tim tom una val vic viv wes zoe"
 ).split()
-_FORMAT = "so the answer is [ {} ]"
-_WORDS = [".", "ask", *_FORMAT.replace("{} ", "").split()]
+_FORMAT = "answer [ {} ]"
+_WORDS = [".", "met", "ask", *_FORMAT.replace("{} ", "").split()]
 SPLITS = ("train", "validation", "test")
 
 
@@ -41,12 +42,15 @@ class World:
       people: how many of them live in one example's ring.
       hops: steps that the question asks for.
       walk: longest walk of the plain text, in people.
+      heed: how often the plain text's walk starts at the person named before it, instead of
+        anywhere.
     """
 
     names: int = 24
     people: int = 6
     hops: int = 3
     walk: int = 8
+    heed: float = 0.5
 
     def __post_init__(self):
         for field, low, high in (("names", 3, len(_NAMES)), ("people", 3, self.names),
@@ -56,6 +60,9 @@ class World:
                 raise ConfigError(
                     f"config.data.world.{field} = {value!r} must be from {low} to {high}."
                 )
+
+        if not 0 <= self.heed <= 1:
+            raise ConfigError(f"config.data.world.heed = {self.heed!r} must be from 0 to 1.")
 
     def tokenizer(self) -> Tokenizer:
         """One token per word; every name and every word of the format, whichever task is read."""
@@ -92,7 +99,10 @@ class Worlds(Sequence[Example]):
         identity = f"{self.task}/{self.split}/{index}"
         if self.task == "multihop_text":
             length = int(rng.integers(1, self.world.walk + 1))
-            return Example(identity, facts, "", rationale=_walk(ring, start, length))
+            named = start if rng.random() < self.world.heed else int(rng.integers(len(ring)))
+            source = f"{facts} {ring[named]}"
+            told = f"met {ring[(start + length - 1) % len(ring)]} ."
+            return Example(identity, source, told, rationale=_walk(ring, start, length))
         answer = ring[(start + self.world.hops) % len(ring)]
         return Example(
             identity, f"{facts} ask {ring[start]}", _FORMAT.format(answer),
@@ -106,7 +116,7 @@ def _walk(ring: Sequence[str], start: int, length: int) -> str:
 
 TASKS = {
     "multihop": Task("multihop", "Who is reached from the person asked about?"),
-    "multihop_text": Task("multihop_text", "", has_answer=False),
+    "multihop_text": Task("multihop_text", "Walk, and tell who was met."),
 }
 _SIZES = {"train": 1 << 20, "validation": 256, "test": 256}
 

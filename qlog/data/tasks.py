@@ -46,7 +46,7 @@ def finqa_example(record: Record) -> Example:
     """
     qa = record["qa"]
     executed = finqa_program.number_text(qa["exe_ans"])
-    answer = re.sub(r"(\\n|\s)+$", "", qa["answer"].strip())
+    answer = re.sub(r"(\\+n|\s)+$", "", qa["answer"].strip())
     table = "\n".join(" | ".join(map(_line, row)) for row in record["table"])
     parts = [
         _sentences(record["pre_text"]),

@@ -71,6 +71,7 @@ class Block(nn.Module):
         """x: [B, M, R, D] -> ([B, M, R, D], (keys, values) of the new tokens [B, K, M, R, C])."""
         cfg = self.config
         dense = functools.partial(nn.Dense, use_bias=False, dtype=x.dtype)
+        scaled_down = nn.initializers.variance_scaling(0.5 / cfg.num_layers, "fan_in", "normal")
         norm = functools.partial(RMSNorm, cfg.norm_eps, cfg.norm_offset)
         normed = norm(name="attention_norm")(x)
         queries = self._heads("q_proj", normed, cfg.num_heads)
@@ -88,12 +89,12 @@ class Block(nn.Module):
         segments, stored = segments_of(keys, values)
         mixed = attend(queries, segments, horizon)
         mixed = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rollouts, length, -1)
-        mixed = dense(cfg.width, name="o_proj")(mixed)
+        mixed = dense(cfg.width, name="o_proj", kernel_init=scaled_down)(mixed)
         x = x + (norm(name="post_attention_norm")(mixed) if cfg.post_norms else mixed)
         normed = norm(name="mlp_norm")(x)
         gate = _ACTIVATIONS[cfg.activation](dense(cfg.mlp_width, name="gate_proj")(normed))
         up = dense(cfg.mlp_width, name="up_proj")(normed)
-        mixed = dense(cfg.width, name="down_proj")(gate * up)
+        mixed = dense(cfg.width, name="down_proj", kernel_init=scaled_down)(gate * up)
         return x + (norm(name="post_mlp_norm")(mixed) if cfg.post_norms else mixed), stored
 
     def _heads(self, name, x, num_heads):
@@ -106,7 +107,11 @@ class Block(nn.Module):
 
 def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     """Random parameters: {"embed" [V, D], "layers" (leaves stacked [L, ...]), "final_norm" [D]},
-    and "unembed" [V, D] when the embeddings are not tied."""
+    and "unembed" [V, D] when the embeddings are not tied.
+
+    Logits start with a deviation of 1, and the layers' outputs are scaled down with the depth, so
+    that at first the residual stream carries the tokens themselves.
+    """
     embed_key, unembed_key, layers_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, 1, config.width), dtype)
     turn = rotation(jnp.zeros((1, 1, 1), jnp.int32), config.head_dim, config.rope_theta)
@@ -120,12 +125,12 @@ def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
     table = (config.vocab_size, config.width)
     params = {
-        "embed": 0.02 * jax.random.normal(embed_key, table),
+        "embed": config.width**-0.5 * jax.random.normal(embed_key, table),
         "layers": layers,
         "final_norm": jnp.full((config.width,), 0.0 if config.norm_offset else 1.0),
     }
     if not config.tied_embeddings:
-        params["unembed"] = 0.02 * jax.random.normal(unembed_key, table)
+        params["unembed"] = config.width**-0.5 * jax.random.normal(unembed_key, table)
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 

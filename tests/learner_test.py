@@ -1,0 +1,130 @@
+"""The group's gradient: against separate sequences, across microbatches, and its update."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from qlog import learner, losses
+from qlog.sampling import Rollouts
+
+B, M, R = 4, 4, 7
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    prompts = tiny.prompts(lengths=(5, 3, 4, 6))
+    tokens = jnp.asarray(rng.integers(5, tiny.VALID_VOCAB, (B, M, R)), jnp.int32)
+    slots = np.arange(R)
+    ends = rng.integers(1, 5, (B, M, 1))
+    lengths = ends + rng.integers(1, 3, (B, M, 1))
+    rationale = jnp.asarray((slots < ends) & (slots != 1))  # token 1 was forced
+    trajectories = learner.Trajectories(
+        tokens, rationale, jnp.asarray((slots >= ends) & (slots < lengths)),
+        jnp.asarray(rng.normal(size=(B, M, R)), jnp.float32), rationale,
+    )  # fmt: skip
+    score, path = jnp.asarray(rng.normal(size=(2, B, M)), jnp.float32)
+    coefficients = losses.Coefficients(score, path, jnp.zeros((B, M)), jnp.ones((B, M)))
+    return tiny.params(), prompts, trajectories, coefficients
+
+
+def _gradient(batch, microbatch, policy=tiny.POLICY, temperature=1.0):
+    params, prompts, trajectories, coefficients = batch
+    return learner.gradient(
+        params, policy, prompts, trajectories, coefficients, None,
+        surrogate=losses.linear(), temperature=temperature, microbatch=microbatch,
+    )  # fmt: skip
+
+
+def _assert_trees_close(got, wanted, tolerance=2e-5):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted)):
+        scale = np.abs(b).max() + 1e-6
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=str(path))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temperature):
+    params, prompts, trajectories, coefficients = batch
+
+    def separate(params):
+        total = 0.0
+        for b, m in np.ndindex(B, M):
+            prompt = prompts.tokens[b, : prompts.lengths[b]]
+            cold = tiny.full_log_probs(params, prompt, trajectories.tokens[b, m])
+            tempered = tiny.full_log_probs(params, prompt, trajectories.tokens[b, m], temperature)
+            rationale = (tempered * trajectories.rationale_mask[b, m]).sum()
+            answer = (cold * trajectories.answer_mask[b, m]).sum()
+            total -= coefficients.score[b, m] * rationale + coefficients.path[b, m] * answer
+        return total
+
+    loss, wanted = jax.value_and_grad(separate)(params)
+    got, sums, gauges = _gradient(batch, (B, M), temperature=temperature)
+    np.testing.assert_allclose(sums.loss, loss, rtol=1e-4)
+    assert float(sums.tokens) == (trajectories.rationale_mask | trajectories.answer_mask).sum()
+    assert float(gauges.sampled) == trajectories.was_sampled.sum()
+    _assert_trees_close(got, wanted)
+
+
+@pytest.mark.parametrize("microbatch", [(1, 4), (4, 1), (2, 2)])
+def test_results_do_not_depend_on_the_microbatch(batch, microbatch):
+    whole, sums, gauges = _gradient(batch, (B, M))
+    got, other_sums, other_gauges = _gradient(batch, microbatch)
+    _assert_trees_close(got, whole)
+    np.testing.assert_allclose(jnp.stack(other_sums), jnp.stack(sums), rtol=1e-5)
+    np.testing.assert_allclose(jnp.stack(other_gauges), jnp.stack(gauges), rtol=1e-5)
+
+
+def test_rematerialisation_changes_nothing(batch):
+    remat = learner.Policy(tiny.SHAPE, tiny.VALID_VOCAB, remat=True)
+    _assert_trees_close(_gradient(batch, (B, M), remat)[0], _gradient(batch, (B, M))[0])
+
+
+def test_the_gauge_measures_sampler_against_learner(batch):
+    params, prompts, trajectories, _ = batch
+    prefix, last = learner._prefix(params, tiny.POLICY, prompts)
+    new = learner.log_probs(params, tiny.POLICY, prefix, last, trajectories, 1.0)
+    difference = np.abs(new - trajectories.old_log_probs)[np.array(trajectories.was_sampled)]
+    gauges = _gradient(batch, (2, 2))[2]
+    np.testing.assert_allclose(gauges.mismatch, difference.sum(), rtol=1e-4)
+    np.testing.assert_allclose(gauges.mismatch_max, difference.max(), rtol=1e-4)
+    np.testing.assert_allclose(gauges.mismatch_exp, np.exp(difference).sum(), rtol=1e-4)
+
+
+def test_gold_answers_are_spliced_after_each_rationale():
+    tokens = jnp.array([[[11, 12, 3, 21, 22, 0], [13, 3, 23, 0, 0, 0]]], jnp.int32)
+    ends = jnp.array([[3, 2]], jnp.int32)
+    sampled = jnp.array([[[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]]], bool)
+    no = jnp.zeros((1, 2), bool)
+    rollouts = Rollouts(tokens, tokens * -0.1, sampled, ends, ends + 2, no, no, no)
+    gold, lengths = jnp.array([[31, 32, 33, 0]], jnp.int32), jnp.array([3], jnp.int32)
+    out = learner.with_gold_answer(rollouts, gold, lengths, 7)
+    np.testing.assert_array_equal(out.tokens[0, 0, :6], [11, 12, 3, 31, 32, 33])
+    np.testing.assert_array_equal(out.tokens[0, 1, :5], [13, 3, 31, 32, 33])
+    np.testing.assert_array_equal(out.answer_mask[0], [[0, 0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(out.rationale_mask[0], [[1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(out.was_sampled, out.rationale_mask)
+    out = learner.with_sampled_answer(rollouts, 5)
+    np.testing.assert_array_equal(out.tokens, tokens[..., :5])
+    np.testing.assert_array_equal(out.answer_mask[0], [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]])
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted():
+    optimizer = optax.apply_if_finite(optax.adam(0.1), 2**30)
+    params = {"w": jnp.ones(3)}
+
+    def fresh():
+        copy = jax.tree.map(jnp.copy, params)
+        return learner.TrainState(jnp.zeros((), jnp.int32), copy, optimizer.init(copy), ())
+
+    bad = {"w": jnp.array([1.0, jnp.nan, 1.0])}
+    state, metrics = learner.update(fresh(), (), bad, jnp.int32(2), optimizer=optimizer)
+    np.testing.assert_array_equal(state.params["w"], params["w"])
+    assert metrics["skipped_updates"] == 1 and metrics["skipped_in_a_row"] == 1
+    good = {"w": jnp.array([2.0, 2.0, 2.0])}
+    state, metrics = learner.update(state, (), good, jnp.int32(2), optimizer=optimizer)
+    assert (state.params["w"] < params["w"]).all()
+    assert metrics["skipped_updates"] == 1 and metrics["skipped_in_a_row"] == 0
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(3.0), rtol=1e-6)

@@ -1,0 +1,176 @@
+"""Rollouts: caches against plain forward passes, budgets, keys, and the law that is sampled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from qlog import sampling, scoring
+
+END, EOS, PAD = 3, (1, 2), 0
+SETTINGS = sampling.Sampling(
+    rationale_budget=9, answer_reserve=4, closing=(4, END), eos=EOS, pad=PAD, with_answer=True
+)
+M = 8
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    tree, prompts = tiny.params(), tiny.prompts()
+    keys = sampling.rollout_keys(jax.random.key(1), jnp.array([7, 8, 9], jnp.uint32), M)
+    rollouts, prefix, suffix = sampling.sample(
+        tree, tiny.POLICY, prompts.tokens, prompts.lengths, keys, SETTINGS
+    )
+    return tree, prompts, keys, rollouts, prefix, suffix
+
+
+def _each(drawn):
+    tree, prompts, _, rollouts, *_ = drawn
+    for b, m in np.ndindex(rollouts.lengths.shape):
+        yield tree, prompts.tokens[b, : prompts.lengths[b]], jax.tree.map(lambda x: x[b, m], rollouts)
+
+
+def test_decode_with_caches_equals_the_full_forward(drawn):
+    compared = 0
+    for tree, prompt, one in _each(drawn):
+        n = int(one.lengths)
+        expected = tiny.full_log_probs(tree, prompt, one.tokens[:n])
+        mask = np.array(one.is_sampled[:n])
+        np.testing.assert_allclose(np.array(one.log_probs[:n])[mask], np.array(expected)[mask], atol=1e-4)
+        assert not np.array(one.log_probs[:n])[~mask].any()
+        compared += mask.sum()
+    assert compared > 100
+
+
+def test_every_rollout_follows_the_table_of_cases(drawn):
+    seen = set()
+    for _, _, one in _each(drawn):
+        tokens, sampled = np.array(one.tokens).tolist(), np.array(one.is_sampled).tolist()
+        end, n = int(one.rationale_lengths), int(one.lengths)
+        rationale, answer = tokens[:end], tokens[end:n]
+        assert rationale[-1] == END and END not in rationale[:-1]
+        assert all(t == PAD for t in tokens[n:]) and not any(sampled[n:])
+        assert all(sampled[end:n]) and 1 <= len(answer) <= SETTINGS.answer_reserve
+        assert bool(one.complete) == (answer[-1] in EOS)
+        assert not any(t in EOS for t in answer[:-1])
+        assert bool(one.complete) or len(answer) == SETTINGS.answer_reserve
+        if one.forced or one.ended_early:
+            assert rationale[-2:] == list(SETTINGS.closing)
+            assert sampled[: end - 2] == [True] * (end - 2) and not any(sampled[end - 2 : end])
+        if one.forced:
+            assert end == SETTINGS.rationale_budget + 2
+            seen.add("forced")
+        elif one.ended_early:
+            assert rationale[-3] in EOS and not any(t in EOS for t in rationale[:-3])
+            seen.add("ended early")
+        else:
+            assert all(sampled[:end]) and end <= SETTINGS.rationale_budget
+            seen.add("natural")
+        seen.add("complete" if one.complete else "truncated")
+    assert seen == {"forced", "ended early", "natural", "complete", "truncated"}
+
+
+def test_gold_answers_scored_on_the_caches_equal_the_full_forward(drawn):
+    tree, _, _, rollouts, prefix, suffix = drawn
+    gold = jnp.array([[5, 6, 1], [7, 1, 0], [8, 9, 1]], jnp.int32)
+    lengths = jnp.array([3, 2, 3], jnp.int32)
+    log_w = scoring.score_answers(
+        tree, tiny.POLICY, prefix, suffix, rollouts.tokens, rollouts.rationale_lengths, gold, lengths
+    )
+    for (b, m), (_, prompt, one) in zip(np.ndindex(log_w.shape), _each(drawn)):
+        answer = gold[b, : lengths[b]]
+        context = jnp.concatenate([prompt, one.tokens[: one.rationale_lengths]])
+        expected = tiny.full_log_probs(tree, context, answer).sum()
+        np.testing.assert_allclose(log_w[b, m], expected, rtol=1e-4)
+
+
+def test_stopping_at_the_thinking_end_gives_the_same_rationales(drawn):
+    tree, prompts, keys, whole, *_ = drawn
+    settings = dataclasses.replace(SETTINGS, with_answer=False)
+    rollouts, *_ = sampling.sample(tree, tiny.POLICY, prompts.tokens, prompts.lengths, keys, settings)
+    np.testing.assert_array_equal(rollouts.lengths, rollouts.rationale_lengths)
+    np.testing.assert_array_equal(rollouts.rationale_lengths, whole.rationale_lengths)
+    for b, m in np.ndindex(rollouts.lengths.shape):
+        n = int(rollouts.lengths[b, m])
+        np.testing.assert_array_equal(rollouts.tokens[b, m, :n], whole.tokens[b, m, :n])
+
+
+def test_samples_do_not_depend_on_the_batch_or_on_how_buffers_grow(drawn, monkeypatch):
+    tree, prompts, keys, whole, *_ = drawn
+    monkeypatch.setattr(sampling, "_FIRST_SLOTS", 4)
+    order = jnp.array([2, 0])
+    alone, *_ = sampling.sample(
+        tree, tiny.POLICY, prompts.tokens[order], prompts.lengths[order], keys[order], SETTINGS
+    )
+    np.testing.assert_array_equal(alone.tokens, whole.tokens[order])
+    np.testing.assert_array_equal(alone.lengths, whole.lengths[order])
+    np.testing.assert_allclose(alone.log_probs, whole.log_probs[order], atol=1e-5)
+
+
+def test_keys_depend_on_prompt_and_rollout_alone():
+    key = jax.random.key(3)
+    uids = jnp.array([5, 6, 5], jnp.uint32)
+    keys = jax.random.key_data(sampling.rollout_keys(key, uids, 4))
+    np.testing.assert_array_equal(keys[0], keys[2])
+    np.testing.assert_array_equal(keys[:, :2], jax.random.key_data(sampling.rollout_keys(key, uids, 2)))
+    assert len(np.unique(keys[:2].reshape(8, -1), axis=0)) == 8
+
+
+def test_a_budget_of_zero_means_no_rationale(drawn):
+    tree, prompts, keys, *_ = drawn
+    settings = dataclasses.replace(SETTINGS, rationale_budget=0, closing=(END,))
+    rollouts, *_ = sampling.sample(tree, tiny.POLICY, prompts.tokens, prompts.lengths, keys, settings)
+    assert (rollouts.tokens[..., 0] == END).all() and rollouts.forced.all()
+    assert (rollouts.rationale_lengths == 1).all() and rollouts.is_sampled[..., 1].all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_draws_follow_the_softmax(temperature):
+    count, vocab = 40_000, 50
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=vocab) * 2, jnp.float32)
+    logits = logits.at[40:].set(-jnp.inf)
+    keys = jax.random.split(jax.random.key(0), (count, 1))
+    tokens, log_probs = jax.jit(sampling.draw, static_argnums=2)(
+        jnp.broadcast_to(logits, (count, 1, vocab)), keys, temperature
+    )
+    law = np.array(jax.nn.softmax(logits / temperature))
+    counts = np.bincount(np.array(tokens).ravel(), minlength=vocab)
+    assert not counts[40:].any()
+    chi_square = ((counts[:40] - count * law[:40]) ** 2 / (count * law[:40])).sum()
+    assert chi_square < 39 + 5 * np.sqrt(2 * 39)  # five standard deviations
+    np.testing.assert_allclose(log_probs[:, 0], np.log(law)[tokens[:, 0]], atol=1e-5)
+
+
+def test_greedy_takes_the_most_likely_token():
+    logits = jnp.array([[[0.0, 3.0, 1.0]]])
+    token, log_prob = sampling.draw(logits, jax.random.split(jax.random.key(0), (1, 1)), 0.0)
+    assert token[0, 0] == 1
+    np.testing.assert_allclose(log_prob[0, 0], jax.nn.log_softmax(logits)[0, 0, 1])
+
+
+def test_log_probs_in_chunks_equal_the_plain_ones_in_value_and_gradient():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 11, 16)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(32, 16)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 29, (2, 11)), jnp.int32)
+    temperature = jnp.asarray(rng.uniform(0.5, 2, (2, 11)), jnp.float32)
+
+    def plain(hidden, table):
+        logits = (hidden @ table[:29].T) / temperature[..., None]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+
+    def chunked(hidden, table):
+        return scoring.token_log_probs(
+            hidden, table, targets, valid_vocab=29, temperature=temperature, chunk=4
+        )
+
+    np.testing.assert_allclose(chunked(hidden, table), plain(hidden, table), atol=1e-5)
+    weight = jnp.asarray(rng.normal(size=(2, 11)), jnp.float32)
+    for wanted, got in zip(
+        jax.grad(lambda *a: (weight * plain(*a)).sum(), (0, 1))(hidden, table),
+        jax.grad(lambda *a: (weight * chunked(*a)).sum(), (0, 1))(hidden, table),
+    ):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)

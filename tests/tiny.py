@@ -1,0 +1,67 @@
+"""A tiny policy, prompts and a config that many tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlog import config as qconfig
+from qlog import models
+from qlog.learner import Prompts
+from qlog.policy import Policy
+
+VALID_VOCAB = 29
+SHAPE = models.DecoderConfig(
+    vocab_size=32, num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=24
+)
+POLICY = Policy(SHAPE, VALID_VOCAB)
+
+
+def params(seed: int = 0):
+    """Random parameters, spread widely enough that tokens differ in probability."""
+    tree = models.init(SHAPE, jax.random.key(seed))
+    return tree | {"embed": 10 * tree["embed"]}
+
+
+def prompts(lengths=(5, 3, 4), width: int = 6, seed: int = 0) -> Prompts:
+    """Right-padded random prompts."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(5, VALID_VOCAB, (len(lengths), width)).astype(np.int32)
+    return Prompts(jnp.array(tokens), jnp.array(lengths, jnp.int32), jnp.ones(len(lengths), bool))
+
+
+def full_log_probs(tree, prompt, tokens, temperature: float = 1.0):
+    """log p of `tokens` after `prompt` from one plain forward pass, no caches: float32 [R]."""
+    sequence = jnp.concatenate([jnp.asarray(prompt), jnp.asarray(tokens)])[None, None]
+    positions = jnp.arange(sequence.shape[-1])[None, None]
+    hidden, _ = models.apply(tree, SHAPE, sequence, positions)
+    logits = hidden[0, 0] @ models.unembedding(tree)[:VALID_VOCAB].T / temperature
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))[:-1]
+    picked = jnp.take_along_axis(log_probs, sequence[0, 0, 1:, None], axis=-1)[:, 0]
+    return picked[len(prompt) - 1 :]
+
+
+def config(**changes):
+    """A run of the synthetic task that trains in seconds; `changes` are nested."""
+    tree = qconfig.default()
+    tree.dtype = "float32"
+    tree.architecture = dict(
+        vocab_size=48, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24
+    )
+    tree.data.name = "multihop"
+    tree.data.max_prompt_tokens = 24
+    tree.data.world = {"people": 4, "walk": 4}
+    tree.rollout.rollouts_per_prompt = 4
+    tree.rollout.rationale_budget = 4
+    tree.rollout.answer_reserve = 8
+    tree.loss = qconfig.loss("garl", q=0.75)
+    tree.optimizer.learning_rate = 1e-2
+    tree.train.steps = 3
+    tree.train.prompts_per_step = 4
+    tree.train.remat = False
+    tree.train.rollouts_every = 1
+    tree.evaluation.every = 0
+    tree.evaluation.prompts = 6
+    tree.evaluation.prompts_per_batch = 4
+    tree.evaluation.rollouts_per_prompt = 4
+    tree.checkpoint.every = 100
+    return qconfig.merge(tree, changes)

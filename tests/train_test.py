@@ -1,0 +1,200 @@
+"""End to end on a tiny model: what a run leaves behind, exact resume, every estimator, signals."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from qlog import checkpoints, losses, train
+from qlog import config as qconfig
+from qlog.errors import ConfigError
+from qlog.experiment import prepare
+from qlog.telemetry import read_jsonl
+
+ONE = jax.devices()[:1]
+
+
+def _params(config, workdir):
+    abstract = prepare(config, ONE).abstract_params()
+    return checkpoints.load_params(workdir, abstract)
+
+
+def _assert_bit_equal(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+        np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    config = tiny.config(train={"steps": 6}, evaluation={"every": 3})
+    workdir = tmp_path_factory.mktemp("six")
+    return config, workdir, train.run(config, workdir, ONE)
+
+
+def test_a_run_leaves_everything_behind(six_steps):
+    config, workdir, outcome = six_steps
+    assert json.loads((workdir / "config.json").read_text())["loss"]["q"] == 0.75
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    trained = [row for row in rows if row["phase"] == "train"]
+    assert [row["step"] for row in trained] == list(range(6))
+    gauges = {
+        "loss", "log_p", "effective_reward", "q", "ess", "no_signal", "budget_hits", "ended_early",
+        "mismatch", "mismatch_max", "mult_prob_error", "skipped_updates", "grad_norm",
+        "tokens_per_s/decode", "tokens_per_s/score", "tokens_per_s/train", "seconds/train",
+    }  # fmt: skip
+    assert gauges <= set(trained[0])
+    assert all(row["mismatch_max"] < 1e-4 for row in trained)
+    assert [row["step"] for row in rows if row["phase"] == "validation"] == [2, 5]
+    rollouts = read_jsonl(workdir / "rollouts.jsonl")
+    assert {"prompt", "rationale", "answer", "log_w", "forced", "gold"} <= set(rollouts[0])
+    assert len(rollouts) == 6 * 2 * 4
+    assert list(workdir.glob("events.out.tfevents.*"))
+    samples = read_jsonl(workdir / "samples" / "step_000006.jsonl")
+    assert len(samples) == 6 and all(len(row["answers"]) == 4 for row in samples)
+    assert json.loads((workdir / "results.json").read_text()) == outcome.metrics
+    assert not outcome.interrupted
+
+
+def test_three_and_three_steps_equal_six_bit_for_bit(six_steps, tmp_path):
+    config, whole, _ = six_steps
+    train.run(qconfig.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
+    train.run(config, tmp_path, ONE)
+    _assert_bit_equal(_params(config, tmp_path), _params(config, whole))
+    ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
+    assert ids[0] == ids[1] and len(set(ids[0])) == 12
+    losses_ = [
+        [row["loss"] for row in read_jsonl(d / "metrics.jsonl") if row["phase"] == "train"]
+        for d in (tmp_path, whole)
+    ]
+    assert losses_[0] == losses_[1]
+
+
+def test_a_run_does_not_resume_under_another_config(six_steps):
+    config, workdir, _ = six_steps
+    for changes in ({"loss": qconfig.loss("garl", q=0.5)}, {"seed": 1}, {"train": {"prompts_per_step": 2}}):
+        with pytest.raises(ConfigError, match="differs from the run in --workdir"):
+            train.run(qconfig.merge(config, changes), workdir, ONE)
+
+
+def test_a_finished_run_started_again_does_nothing(six_steps):
+    config, workdir, outcome = six_steps
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train.run(config, workdir, ONE).metrics == outcome.metrics
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+_KILLED = """
+import sys, jax
+sys.path.insert(0, sys.argv[1])
+import tiny
+from qlog import train
+train.run(tiny.config(train={"steps": 100_000}, checkpoint={"every": 100_000}), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly_and_the_run_resumes(number, tmp_path, compilation_cache):
+    here = pathlib.Path(__file__).parent
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": compilation_cache,
+        "PYTHONPATH": str(here.parent),
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(here), str(tmp_path)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while process.poll() is None and len(read_jsonl(tmp_path / "metrics.jsonl")) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        if (tmp_path / "checkpoints").exists() and "step 1/" in _peek(process):
+            break
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "saved in" in output and "Traceback" not in output
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    done = len(rows)
+    assert done >= 1
+    config = tiny.config(train={"steps": done + 1}, checkpoint={"every": 100_000})
+    train.run(config, tmp_path, ONE)
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(done + 1))
+
+
+def _peek(process) -> str:
+    """Waits for one line of output."""
+    return process.stdout.readline()
+
+
+SETTINGS = {
+    "garl": {}, "paft": {}, "grpo": {"kl_weight": 0.1}, "rloo": {}, "star": {}, "maxrl": {},
+    "sft": {}, "iwae": {}, "trice": {}, "rb_rloo": {}, "rb_reinforce": {},
+}  # fmt: skip
+
+
+def test_every_recipe_has_a_run():
+    assert set(SETTINGS) == set(losses.RECIPES)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_estimator_trains(name, tmp_path):
+    changes = {"train": {"steps": 1}, "loss": qconfig.loss(name, **SETTINGS[name])}
+    if name == "sft":
+        changes["rollout"] = {"rollouts_per_prompt": 1, "rationale_budget": 6}
+    train.run(tiny.config(**changes), tmp_path, ONE)
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert np.isfinite(row["loss"]) and row["skipped_updates"] == 0
+    if name in ("garl", "paft", "iwae", "trice", "sft"):
+        assert row["grad_norm"] > 0
+    if name in ("grpo", "rloo", "maxrl", "star"):
+        assert row["reward"] == 0 and row["no_signal"] == 1  # nothing is ever right at first
+        assert "truncated_answers" in row
+
+
+def test_several_updates_from_one_batch_train_on_every_prompt(tmp_path):
+    loss = qconfig.loss("garl", q=1.0, normalize=False)
+    once = tiny.config(train={"steps": 1}, loss=loss)
+    twice = qconfig.merge(once, {"train": {"updates_per_batch": 2}})
+    train.run(once, tmp_path / "once", ONE)
+    train.run(twice, tmp_path / "twice", ONE)
+    rows = [read_jsonl(tmp_path / d / "metrics.jsonl")[0] for d in ("once", "twice")]
+    assert rows[0]["log_p"] == rows[1]["log_p"]
+    different = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), _params(once, tmp_path / "once"), _params(twice, tmp_path / "twice")
+    )
+    assert max(jax.tree.leaves(different)) > 1e-3
+
+
+def test_a_loss_composed_by_the_user_trains(tmp_path):
+    config = tiny.config(train={"steps": 1}, loss=qconfig.loss(_composed, scale=2.0))
+    train.run(config, tmp_path, ONE)
+    assert read_jsonl(tmp_path / "metrics.jsonl")[0]["grad_norm"] > 0
+    assert json.loads((tmp_path / "config.json").read_text())["loss"]["name"].endswith("_composed")
+
+
+def _composed(scale):
+    transform = losses.chain(
+        losses.garl(0.75), losses.normalize_by_bound(0.75), losses.clip_coefficients(scale),
+        losses.zero_pathwise(),
+    )  # fmt: skip
+    return losses.Estimator(transform=transform, surrogate=losses.linear())
+
+
+def test_base_checkpoint_seeds_another_run(six_steps, tmp_path):
+    _, workdir, _ = six_steps
+    config = tiny.config(train={"steps": 1}, init_from=str(workdir))
+    start = prepare(config, ONE).init_params()
+    _assert_bit_equal(start, _params(config, workdir))
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        prepare(tiny.config(init_from=str(tmp_path / "nowhere")), ONE)
+    other = qconfig.merge(config, {"architecture": dict(config.architecture, width=24)})
+    with pytest.raises(ConfigError, match="another model"):
+        prepare(other, ONE).init_params()
