@@ -5,7 +5,7 @@
     state = transform.init(scores)
     coefficients, state = losses.coefficients(transform, scores, state, key=key)
 
-Needs JAX and optax only. `docs/losses.md` has the picture and the table of recipes.
+Needs JAX and optax only. README.md beside this file has the picture and the recipes.
 """
 
 from qlog.losses.compose import (
