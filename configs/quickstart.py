@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
         "loss": qconfig.loss("sft"),
         "rollout": {"rollouts_per_prompt": 1},
         "optimizer": {"learning_rate": 5e-3, "warmup_steps": 50, "schedule": "cosine"},
-        "train": {"steps": 800, "prompts_per_step": 32},
+        "train": {"steps": 1200, "prompts_per_step": 32},
         "evaluation": {"every": 0},
     }
     runs = {"base": base, "grpo": {"init_from": "base", "loss": qconfig.loss("grpo")}}

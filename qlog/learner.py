@@ -191,35 +191,46 @@ def gradient(
         )  # fmt: skip
         return sums.loss, (sums, _gauges(jax.lax.stop_gradient(new), chunk_trajectories))
 
-    def prompts_chunk(total, chunk):
+    def prompts_chunk(chunk):
         chunk_prompts, chunk_rollouts = chunk
         (prefix, last), pull = _prefix_vjp(params, policy, chunk_prompts)
 
-        def rollouts_chunk(total, chunk):
-            grads, sums, gauges = total
+        def rollouts_chunk(chunk):
             value_and_grad = jax.value_and_grad(rollouts_loss, argnums=(0, 1, 2), has_aux=True)
-            (_, (new_sums, new_gauges)), new_grads = value_and_grad(
+            (_, (sums, gauges)), grads = value_and_grad(
                 params, prefix.keys, prefix.values, prefix.lengths, last, chunk
             )
-            add = functools.partial(jax.tree.map, jnp.add)
-            return (add(grads, new_grads), add(sums, new_sums), gauges.merge(new_gauges)), None
+            return grads, sums, gauges
 
-        param_grads, sums, gauges = total
-        cache_grads = jax.tree.map(jnp.zeros_like, (prefix.keys, prefix.values))
-        total = ((param_grads, *cache_grads), sums, gauges)
-        chunks = _split(chunk_rollouts, num_rollouts // columns, axis=1)
-        ((param_grads, *cache_grads), sums, gauges), _ = jax.lax.scan(rollouts_chunk, total, chunks)
-        param_grads = jax.tree.map(jnp.add, param_grads, pull(tuple(cache_grads)))
-        return (param_grads, sums, gauges), None
+        (param_grads, *cache_grads), sums, gauges = _sum_over(
+            rollouts_chunk, chunk_rollouts, num_rollouts // columns, axis=1
+        )
+        return jax.tree.map(jnp.add, param_grads, pull(tuple(cache_grads))), sums, gauges
 
-    zero = jnp.zeros((), jnp.float32)
-    total = (
-        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
-        losses.Sums(*[zero] * len(losses.Sums._fields)),
-        Gauges(*[zero] * len(Gauges._fields)),
-    )
-    chunks = _split((prompts, per_rollout), num_prompts // rows, axis=0)
-    return jax.lax.scan(prompts_chunk, total, chunks)[0]
+    return _sum_over(prompts_chunk, (prompts, per_rollout), num_prompts // rows, axis=0)
+
+
+def _sum_over(function, tree, chunks: int, axis: int):
+    """The sum of `function`, which returns (grads, Sums, Gauges), over equal chunks of `tree`.
+
+    Every chunk takes rows from all over `axis`, so that on a mesh each device keeps its share.
+    """
+    if chunks == 1:
+        return function(tree)
+
+    def split(x):
+        x = x.reshape(*x.shape[:axis], x.shape[axis] // chunks, chunks, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis + 1, 0)
+
+    def add(total, chunk):
+        (grads, sums, gauges), (more_grads, more_sums, more_gauges) = total, function(chunk)
+        plus = functools.partial(jax.tree.map, jnp.add)
+        return (plus(grads, more_grads), plus(sums, more_sums), gauges.merge(more_gauges)), None
+
+    parts = jax.tree.map(split, tree)
+    one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Array]:
@@ -250,17 +261,6 @@ def _gauges(new: Array, trajectories: Trajectories) -> Gauges:
         sampled=mask.sum(dtype=jnp.float32), mismatch=difference.sum(),
         mismatch_max=difference.max(), mismatch_exp=jnp.where(mask, jnp.exp(difference), 0.0).sum(),
     )  # fmt: skip
-
-
-def _split(tree, chunks: int, axis: int):
-    """Leading axis `chunks`. Every chunk takes rows from all over `axis`, so that on a mesh each
-    device keeps its share of every chunk."""
-
-    def split(x):
-        x = x.reshape(*x.shape[:axis], x.shape[axis] // chunks, chunks, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis + 1, 0)
-
-    return jax.tree.map(split, tree)
 
 
 def _fit(x: Array, length: int) -> Array:

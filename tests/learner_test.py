@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from qlog import learner, losses
+from qlog import learner, losses, models
 from qlog.sampling import Rollouts
 
 B, M, R = 4, 4, 7
@@ -49,16 +49,28 @@ def _assert_trees_close(got, wanted, tolerance=2e-5):
 def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temperature):
     params, prompts, trajectories, coefficients = batch
 
+    # One sequence per rollout: prompt, then rollout, then padding; no group, no caches.
+    width = prompts.tokens.shape[1] + R
+    sequences = np.zeros((B * M, 1, width), np.int32)
+    masks = np.zeros((2, B * M, width), np.float32)
+    weights = np.stack([coefficients.score, coefficients.path]).reshape(2, B * M, 1)
+    for row, (b, m) in enumerate(np.ndindex(B, M)):
+        start = int(prompts.lengths[b])
+        sequences[row, 0, :start] = prompts.tokens[b, :start]
+        sequences[row, 0, start : start + R] = trajectories.tokens[b, m]
+        masks[0, row, start : start + R] = trajectories.rationale_mask[b, m]
+        masks[1, row, start : start + R] = trajectories.answer_mask[b, m]
+
+    @jax.jit
     def separate(params):
-        total = 0.0
-        for b, m in np.ndindex(B, M):
-            prompt = prompts.tokens[b, : prompts.lengths[b]]
-            cold = tiny.full_log_probs(params, prompt, trajectories.tokens[b, m])
-            tempered = tiny.full_log_probs(params, prompt, trajectories.tokens[b, m], temperature)
-            rationale = (tempered * trajectories.rationale_mask[b, m]).sum()
-            answer = (cold * trajectories.answer_mask[b, m]).sum()
-            total -= coefficients.score[b, m] * rationale + coefficients.path[b, m] * answer
-        return total
+        positions = jnp.broadcast_to(jnp.arange(width), sequences.shape)
+        hidden, _ = models.apply(params, tiny.SHAPE, jnp.asarray(sequences), positions)
+        logits = (hidden @ models.unembedding(params).T)[:, 0, :-1, : tiny.VALID_VOCAB]
+        picked = [
+            jnp.take_along_axis(jax.nn.log_softmax(logits / t), sequences[:, 0, 1:, None], -1)[..., 0]
+            for t in (temperature, 1.0)
+        ]
+        return -sum((w * mask[:, 1:] * p).sum() for w, mask, p in zip(weights, masks, picked))
 
     loss, wanted = jax.value_and_grad(separate)(params)
     got, sums, gauges = _gradient(batch, (B, M), temperature=temperature)

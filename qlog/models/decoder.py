@@ -18,6 +18,8 @@ from qlog.models.config import DecoderConfig
 from qlog.models.rope import rotate, rotation
 
 Params = Any
+# Up to so many layers the stack is laid out flat: a loop stacks and copies what it keeps.
+_UNROLLED_LAYERS = 4
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 _NO_WINDOW = 1 << 30  # longer than any context
 
@@ -226,7 +228,9 @@ def apply(
             return layer(x, weights, its_prefix, None, windows[0] if window is None else window)
 
         step = jax.checkpoint(step) if remat else step
-        hidden, state = jax.lax.scan(step, hidden, (params["layers"], shared, scanned))
+        unroll = config.num_layers <= _UNROLLED_LAYERS
+        inputs = (params["layers"], shared, scanned)
+        hidden, state = jax.lax.scan(step, hidden, inputs, unroll=unroll)
     else:
         layers = []
         for index, own in enumerate(suffix.layers):
