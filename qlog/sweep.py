@@ -3,7 +3,9 @@
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from qlog import config as settings
@@ -12,7 +14,9 @@ from qlog.errors import ConfigError
 from qlog.telemetry import say
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(
+    config: ConfigDict, workdir: pathlib.Path, devices: Sequence[jax.Device] | None = None
+) -> None:
     """Runs every entry of `config.runs` in workdir/NAME, then writes the report into workdir.
 
     An entry holds what differs from `config`; an `init_from` that names an earlier entry means
@@ -35,7 +39,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
             continue
         say(f"run {index}/{len(children)} {name}")
         start = time.monotonic()
-        outcome = train.run(child, folder)
+        outcome = train.run(child, folder, devices)
         if outcome.interrupted:
             return
         (folder / "seconds.json").write_text(json.dumps(time.monotonic() - start))

@@ -28,7 +28,7 @@ class RunLog:
     def __init__(self, workdir: pathlib.Path, start_step: int, total_steps: int):
         self._active = jax.process_index() == 0
         self._total, self._first = total_steps, start_step
-        self._started = self._printed = time.monotonic()
+        self._started = self._printed = None  # when the first step was done: it compiles
         if not self._active:
             return
         from tensorboardX import SummaryWriter  # slow to import; only the first process writes
@@ -58,14 +58,17 @@ class RunLog:
         """One line: rewritten in place on a terminal, else printed every `every` seconds."""
         if not self._active:
             return
-        done = step + 1 - self._first
-        left = (time.monotonic() - self._started) / done * (self._total - step - 1)
-        line = f"step {step + 1}/{self._total}  {text}  {_clock(left)} left"
+        now, done = time.monotonic(), step + 1 - self._first
+        self._started = self._started or now
+        line = f"step {step + 1}/{self._total}  {text}"
+        if done > 1:
+            left = (now - self._started) / (done - 1) * (self._total - step - 1)
+            line += f"  {_clock(left)} left"
         last = step + 1 == self._total
         if sys.stdout.isatty():
             print(f"\r\x1b[2K{line}", end="\n" if last else "", flush=True)
-        elif last or done == 1 or time.monotonic() - self._printed >= every:
-            self._printed = time.monotonic()
+        elif last or done == 1 or now - self._printed >= every:
+            self._printed = now
             print(line, flush=True)
 
     def flush(self):

@@ -127,6 +127,11 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_resumes(number, tmp_path, 
     config = tiny.config(train={"steps": done + 1}, checkpoint={"every": 100_000})
     train.run(config, tmp_path, ONE)
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(done + 1))
+    whole = tmp_path / "uninterrupted"
+    train.run(config, whole, ONE)
+    _assert_bit_equal(_params(config, tmp_path), _params(config, whole))
+    ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
+    assert ids[0] == ids[1]
 
 
 def _peek(process) -> str:
