@@ -7,9 +7,14 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from qlog import data, metrics, models, sampling, scoring, sharding
+from qlog.errors import ConfigError
 from qlog.experiment import Experiment
+
+_BARE = "no_rationale/"  # before the names of metrics without a rationale
+_FIELDS = {"id", "golds", "answers", "log_p", "forced", "complete"}  # that a row must have
 
 
 def evaluate(
@@ -20,24 +25,54 @@ def evaluate(
     With evaluation.without_rationale also `no_rationale/...`: the same with a budget of 0.
 
     Args:
-      samples: JSON-lines file for all samples, from which every number can be computed again.
+      samples: JSON-lines file for all samples, from which `recompute` gets every number again.
     """
-    rows = list(sample_answers(experiment, params, experiment.evaluation_sampling))
-    if samples is not None and jax.process_index() == 0:
-        samples.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        samples.write_text("".join(lines), encoding="utf-8")
-    summary = summarise(experiment, rows)
+    passes = {"": experiment.evaluation_sampling}
     if experiment.config.evaluation.without_rationale:
-        bare = dataclasses.replace(experiment.evaluation_sampling, rationale_budget=0)
-        bare_summary = summarise(experiment, list(sample_answers(experiment, params, bare)))
-        summary |= {f"no_rationale/{name}": value for name, value in bare_summary.items()}
+        passes[_BARE] = dataclasses.replace(experiment.evaluation_sampling, rationale_budget=0)
+    summary = {}
+    for prefix, settings in passes.items():
+        rows = list(sample_answers(experiment, params, settings))
+        if samples is not None and jax.process_index() == 0:
+            samples.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            _samples_file(samples, prefix).write_text("".join(lines), encoding="utf-8")
+        summary |= _prefixed(prefix, summarise(experiment.config, rows))
     return summary
 
 
-def summarise(experiment: Experiment, rows: list[dict]) -> dict[str, float]:
+def recompute(config: ConfigDict, samples: pathlib.Path) -> dict[str, float]:
+    """What `evaluate` returned when it wrote `samples`, from the file alone.
+
+    Raises:
+      ConfigError: no such file, or one that holds no samples.
+    """
+    summary = summarise(config, _read_samples(samples))
+    bare = _samples_file(samples, _BARE)
+    if bare.is_file():
+        summary |= _prefixed(_BARE, summarise(config, _read_samples(bare)))
+    return summary
+
+
+def _read_samples(file: pathlib.Path) -> list[dict]:
+    try:
+        with file.open(encoding="utf-8") as lines:  # splitlines() would break rows at U+2028
+            rows = [json.loads(line) for line in lines]
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} holds no samples: {error}.") from None
+    for number, row in enumerate(rows, 1):
+        missing = _FIELDS - set(row if isinstance(row, dict) else ())
+        if missing:
+            raise ConfigError(f"{file}, line {number}: samples need {', '.join(sorted(missing))}.")
+    if not rows:
+        raise ConfigError(f"{file} is empty.")
+    return rows
+
+
+def summarise(config: ConfigDict, rows: list[dict]) -> dict[str, float]:
     """`metrics.summarise`, and the means of what only the sampler knows."""
-    config = experiment.config
     count = config.evaluation.rollouts_per_prompt
     summary = metrics.summarise(rows, k=count, dataset=config.data.name, seed=config.seed)
     numbers = np.array([[row["log_p"], np.mean(row["forced"]), np.mean(row["complete"])] for row in rows])
@@ -45,6 +80,15 @@ def summarise(experiment: Experiment, rows: list[dict]) -> dict[str, float]:
     return summary | {
         "log_p": float(log_p), "budget_hits": float(forced), "truncated_answers": float(1 - complete),
     }  # fmt: skip
+
+
+def _samples_file(samples: pathlib.Path, prefix: str) -> pathlib.Path:
+    """STEM.jsonl, and STEM.no_rationale.jsonl beside it."""
+    return samples.with_suffix(f".{_BARE[:-1]}{samples.suffix}") if prefix else samples
+
+
+def _prefixed(prefix: str, summary: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in summary.items()}
 
 
 def sample_answers(

@@ -101,9 +101,16 @@ class Experiment:
 
 
 def prepare(
-    config: ConfigDict, devices: Sequence[jax.Device] | None = None, train: bool = True
+    config: ConfigDict,
+    devices: Sequence[jax.Device] | None = None,
+    train: bool = True,
+    evaluate: bool | None = None,
 ) -> Experiment:
     """Builds every part of a run; takes seconds and compiles nothing.
+
+    Args:
+      train: whether train_data is wanted.
+      evaluate: whether evaluation_data is; None: if the config evaluates, or nothing is trained.
 
     Raises:
       ConfigError: whatever is wrong, in one sentence with the field, the value and the remedy.
@@ -132,6 +139,8 @@ def prepare(
         with_answer=estimator.reward is not None,
     )  # fmt: skip
     evaluation = config.evaluation
+    if evaluate is None:
+        evaluate = evaluation.every > 0 or not train
     open_split = functools.partial(_open_split, config, formatter, world)
     return Experiment(
         config=config, estimator=estimator, optimizer=make_optimizer(config), mesh=mesh,
@@ -146,9 +155,7 @@ def prepare(
         formatter=formatter,
         grader=data.Grader(data.exact_match),
         train_data=open_split("train", estimator.rationale == "annotated") if train else None,
-        evaluation_data=(
-            open_split(evaluation.split, False) if evaluation.every or not train else None
-        ),
+        evaluation_data=open_split(evaluation.split, False) if evaluate else None,
     )  # fmt: skip
 
 
@@ -246,12 +253,13 @@ def _model_shape(config: ConfigDict) -> models.DecoderConfig:
             f"config.model = {config.model!r} is unknown: use one of {', '.join(models.PRESETS)}, "
             "a Hugging Face folder, or a Hub id such as Qwen/Qwen3-0.6B."
         )
-    if config.weights != "random" and "/" not in config.weights:
-        if not pathlib.Path(config.weights).is_dir():
+    if config.weights != "random":
+        if "/" not in config.weights and not pathlib.Path(config.weights).is_dir():
             raise ConfigError(
                 f"config.weights = {config.weights!r} is no folder: give a folder with "
                 "*.safetensors, a Hub id, or 'random'."
             )
+        models.huggingface.resolve(config.weights)  # missing ones are named before data are read
     fields = {field.name for field in dataclasses.fields(models.DecoderConfig)}
     for key in config.architecture:
         if key not in fields:

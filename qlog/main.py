@@ -8,7 +8,10 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export"], "What to do.")
+_FROM_SAMPLES = flags.DEFINE_string(
+    "from_samples", "", "With --mode=evaluate: compute the metrics of this file of samples again."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -19,7 +22,7 @@ def main(argv: list[str]) -> int:
     from qlog import commands  # after the flags: a wrong one is reported at once
 
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(sys.argv))
-    return commands.COMMANDS[_MODE.value](_CONFIG.value, workdir)
+    return commands.run(_MODE.value, _CONFIG.value, workdir, _FROM_SAMPLES.value)
 
 
 def default_workdir(argv: list[str]) -> str:

@@ -4,10 +4,15 @@ import importlib.util
 import json
 import pathlib
 
+import data_fixtures
 import jax
+import numpy as np
 import pytest
+import tiny
 
+from qlog import checkpoints, commands, models, train
 from qlog import config as qconfig
+from qlog.errors import ConfigError
 from qlog.experiment import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,3 +64,141 @@ def test_tiny_configs_prepare_on_real_records(name, shared, tmp_path_factory):
     assert len(experiment.evaluation_data) > 40
     encoded = experiment.train_data.encode(0)
     assert 1 < len(encoded.rationale) <= 385 and encoded.rationale[-1] == 151_668
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One step of training from a Hugging Face folder, on records in HotPotQA's own format."""
+    root = tmp_path_factory.mktemp("commands")
+    model = root / "model"
+    shape = models.DecoderConfig(
+        vocab_size=272, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8,
+        mlp_width=24, family="llama", qk_norm=False, tied_embeddings=False,
+    )  # fmt: skip
+    models.huggingface.export(models.init(shape, jax.random.key(5)), shape, model)
+    data_fixtures.write_spec(model, data_fixtures.byte_level_spec())
+    (model / "generation_config.json").write_text('{"top_k": 20, "eos_token_id": 7}')
+    (model / "tokenizer_config.json").write_text('{"chat_template": "as it was"}')
+    records = root / "records"
+    records.mkdir()
+    for file, count in (("hotpot_train_v1.1.json", 9), ("hotpot_dev_distractor_v1.json", 8)):
+        rows = [data_fixtures.HOTPOTQA | {"_id": f"{file}{i}"} for i in range(count)]
+        (records / file).write_text(json.dumps(rows))
+    config = tiny.config(
+        model=str(model), weights=str(model), architecture={},
+        data={
+            "name": "hotpotqa", "world": {}, "manual_dir": str(records), "max_prompt_tokens": 256,
+            "data_dir": str(root / "prepared"),
+        },
+        rollout={"answer_reserve": 24},
+        train={"steps": 1, "prompts_per_step": 8},
+        evaluation={"every": 1, "prompts_per_batch": 8, "without_rationale": True},
+    )  # fmt: skip
+    train.run(config, root / "run")
+    return config, root / "run", shape
+
+
+def test_a_folder_is_trained_exported_and_read_again(trained):
+    config, workdir, shape = trained
+    experiment = prepare(config, train=False, evaluate=False)
+    assert experiment.policy.config == shape
+    assert experiment.evaluation_data is None and experiment.train_data is None
+    best = checkpoints.load_params(workdir, experiment.abstract_params())
+    before = experiment.init_params()
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), best, before)
+    assert all(jax.tree.leaves(changed))
+
+    assert commands.run("export", config, workdir) == 0
+    exported = workdir / "export"
+    again = qconfig.merge(config, {"model": str(exported), "weights": str(exported)})
+    reread = prepare(again, train=False, evaluate=False)
+    assert reread.policy == experiment.policy
+    jax.tree.map(np.testing.assert_array_equal, reread.init_params(), best)
+    tokenizers = [e.formatter.tokenizer for e in (experiment, reread)]
+    assert tokenizers[0].encode("Dune (novel)") == tokenizers[1].encode("Dune (novel)")
+    generation = json.loads((exported / "generation_config.json").read_text())
+    ends = list(tokenizers[0].eos_ids)
+    assert generation["top_k"] == 20 and generation["eos_token_id"] == ends
+    assert json.loads((exported / "config.json").read_text())["eos_token_id"] == ends
+    assert "as it was" in (exported / "tokenizer_config.json").read_text()
+    with pytest.raises(ConfigError, match="export needs a folder of its own"):
+        commands.run("export", config, workdir)
+
+
+def test_what_is_exported_is_what_the_config_names(trained, tmp_path):
+    config, workdir, _ = trained
+    with pytest.raises(ConfigError, match=r"--workdir=.* holds no checkpoints to export"):
+        commands.run("export", qconfig.merge(config, {"weights": "random"}), tmp_path)
+
+    def exported(changes, into):
+        commands.run("export", qconfig.merge(config, changes), into)
+        return (into / "export" / "model.safetensors").read_bytes()
+
+    weights = exported({}, tmp_path / "weights")
+    of_another_run = exported({"init_from": str(workdir)}, tmp_path / "another")
+    original = pathlib.Path(config.weights) / "model.safetensors"
+    assert weights == original.read_bytes() != of_another_run
+    # A synthetic task's vocabulary exists in memory alone; it is written out.
+    task = tiny.config(init_from="", model=str(workdir / "export"), architecture={})
+    task.weights = str(pathlib.Path(config.weights))
+    commands.run("export", qconfig.merge(task, {"train": {"prompts_per_step": 8}, "evaluation": {
+        "prompts_per_batch": 8}}), tmp_path / "task")  # fmt: skip
+    assert (tmp_path / "task" / "export" / "tokenizer.json").is_file()
+
+
+def test_metrics_are_computed_again_from_saved_samples(trained, tmp_path, capsys):
+    config, workdir, _ = trained
+    samples = workdir / "samples" / "step_000001.jsonl"
+    assert commands.run("evaluate", config, tmp_path, str(samples)) == 0
+    again = json.loads((tmp_path / "evaluation_step_000001.json").read_text())
+    assert again == json.loads((workdir / "results.json").read_text())
+    assert "no_rationale/m@4" in again and again == json.loads(capsys.readouterr().out)
+
+    # A command evaluates the checkpoint as training did, sample for sample.
+    assert commands.run("evaluate", config, workdir) == 0
+    assert (workdir / "samples" / "validation.jsonl").read_text() == samples.read_text()
+    assert json.loads((workdir / "evaluation_validation.json").read_text()) == again
+
+    # No model and no data are needed; other numbers come from the same samples.
+    elsewhere = qconfig.merge(config, {"data": {"manual_dir": "/nowhere"}, "model": "gone",
+                                       "evaluation": {"rollouts_per_prompt": 2}})  # fmt: skip
+    row = json.loads(samples.read_text().splitlines()[0])
+    right = row | {"answers": [row["golds"][0] + "\u2028", "x", "x", "x"]}
+    file = tmp_path / "right.jsonl"
+    file.write_text(json.dumps(right, ensure_ascii=False) + "\n", encoding="utf-8")
+    commands.run("evaluate", elsewhere, tmp_path, str(file))
+    numbers = json.loads((tmp_path / "evaluation_right.json").read_text())
+    assert numbers["p@1"] == 0.25 and numbers["p@2"] == 0.5 and numbers["m@2"] == 0.5
+
+
+def test_samples_that_cannot_be_read_are_named(tmp_path):
+    config, file = tiny.config(), tmp_path / "samples.jsonl"
+    for text, message in (
+        (None, "samples.jsonl cannot be read: No such file"),
+        ("", "is empty"),
+        ('{"id": "a"', "holds no samples"),
+        ('{"id": "a", "golds": ["b"], "answers": ["b"]}', "line 1: samples need complete, forced"),
+    ):
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            commands.run("evaluate", config, tmp_path, str(file))
+    with pytest.raises(ConfigError, match="is not read by --mode=train: add --mode=evaluate"):
+        commands.run("train", config, tmp_path, str(file))
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "qwen3_0p6b"])
+def test_weights_out_of_reach_are_one_sentence(model, tmp_path, monkeypatch):
+    # A port where nothing listens stands for a machine without a network.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = get_config("hotpotqa")
+    config.model = model
+    config.data.manual_dir = str(tmp_path / "never_read")
+    config.tokenizer.path = str(
+        data_fixtures.write_spec(tmp_path, data_fixtures.byte_level_spec())
+    )
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, ONE)
+    message = str(caught.value)
+    assert "\n" not in message and "hf download Qwen/Qwen3-0.6B --local-dir FOLDER" in message
