@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qlog import data, metrics, models, sampling, scoring, sharding
+from qlog import data, distributed, metrics, models, sampling, scoring, sharding
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment
 
@@ -96,8 +96,9 @@ def sample_answers(
 ) -> Iterator[dict]:
     """One row per question of the evaluation split: id, golds, answers, log_w, log_p, flags.
 
-    The keys depend on (seed, question, sample) alone, so runs and checkpoints are compared on
-    the same random numbers.
+    Each process samples its share of every batch, and all of them yield all rows. The keys depend
+    on (seed, question, sample) alone, so runs and checkpoints are compared on the same random
+    numbers.
     """
     config, formatter = experiment.config, experiment.formatter
     count = config.evaluation.rollouts_per_prompt
@@ -105,6 +106,7 @@ def sample_answers(
     batches = data.evaluation_batches(
         experiment.evaluation_data, batch_size=config.evaluation.prompts_per_batch,
         limit=config.evaluation.prompts or None,
+        process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     for batch in batches:
         tokens, lengths, gold, gold_lengths, uids = sharding.put_batch(
@@ -119,22 +121,29 @@ def sample_answers(
             params, experiment.policy, prefix, suffix, rollouts.tokens,
             rollouts.rationale_lengths, gold, gold_lengths,
         )  # fmt: skip
-        rollouts, log_w = jax.device_get((rollouts, log_w))
-        for row, example in enumerate(batch.examples):
-            if batch.is_prompt[row]:
-                texts = rollout_texts(formatter, rollouts, row)
-                yield {
-                    "id": example.id,
-                    "golds": [example.answer, *example.aliases],
-                    "official_answer": example.official_answer,
-                    "source": example.source,
-                    "answers": [answer for _, answer in texts],
-                    "rationales": [rationale for rationale, _ in texts],
-                    "log_w": log_w[row].tolist(),
-                    "log_p": float(np.logaddexp.reduce(log_w[row]) - np.log(count)),
-                    "forced": rollouts.forced[row].tolist(),
-                    "complete": rollouts.complete[row].tolist(),
-                }
+        rollouts, log_w = sharding.local_rows(experiment.mesh, (rollouts, log_w))
+        yield from distributed.gather(_rows(formatter, batch, rollouts, log_w))
+
+
+def _rows(formatter, batch: data.PromptBatch, rollouts: sampling.Rollouts, log_w) -> list[dict]:
+    """A batch's rows of `sample_answers`; arrays on the host."""
+    rows = []
+    for row, example in enumerate(batch.examples):
+        if batch.is_prompt[row]:
+            texts = rollout_texts(formatter, rollouts, row)
+            rows.append({
+                "id": example.id,
+                "golds": [example.answer, *example.aliases],
+                "official_answer": example.official_answer,
+                "source": example.source,
+                "answers": [answer for _, answer in texts],
+                "rationales": [rationale for rationale, _ in texts],
+                "log_w": log_w[row].tolist(),
+                "log_p": float(np.logaddexp.reduce(log_w[row]) - np.log(log_w.shape[1])),
+                "forced": rollouts.forced[row].tolist(),
+                "complete": rollouts.complete[row].tolist(),
+            })  # fmt: skip
+    return rows
 
 
 def rollout_texts(

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
-from qlog import losses, models, scoring
+from qlog import losses, models, scoring, sharding
 from qlog.policy import Policy
 from qlog.sampling import Rollouts
 
@@ -151,7 +152,7 @@ def reference_log_probs(params, policy, prompts: Prompts, trajectories, temperat
 
 
 @functools.partial(
-    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch")
+    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch", "mesh")
 )
 def gradient(
     params: models.Params,
@@ -164,6 +165,7 @@ def gradient(
     surrogate: losses.Surrogate,
     temperature: float = 1.0,
     microbatch: tuple[int, int],
+    mesh: Mesh | None = None,
 ) -> tuple[models.Params, losses.Sums, Gauges]:
     """Gradient of the surrogate, summed over the batch's prompts, in microbatches.
 
@@ -172,6 +174,7 @@ def gradient(
       reference: log-probabilities of reference parameters [B, M, R], or None.
       surrogate: token-level loss of `qlog.losses`, which adds over microbatches.
       microbatch: prompts and rollouts per prompt that are in memory at a time; divisors of B, M.
+      mesh: keeps the gradients where the parameters are; None leaves that to the compiler.
 
     Returns:
       float32 gradients like `params`, the surrogate's sums, and the gauges.
@@ -200,12 +203,13 @@ def gradient(
             (_, (sums, gauges)), grads = value_and_grad(
                 params, prefix.keys, prefix.values, prefix.lengths, last, chunk
             )
-            return grads, sums, gauges
+            return (sharding.keep(mesh, grads[0]), *grads[1:]), sums, gauges
 
         (param_grads, *cache_grads), sums, gauges = _sum_over(
             rollouts_chunk, chunk_rollouts, num_rollouts // columns, axis=1
         )
-        return jax.tree.map(jnp.add, param_grads, pull(tuple(cache_grads))), sums, gauges
+        grads = jax.tree.map(jnp.add, param_grads, pull(tuple(cache_grads)))
+        return sharding.keep(mesh, grads), sums, gauges
 
     return _sum_over(prompts_chunk, (prompts, per_rollout), num_prompts // rows, axis=0)
 
@@ -269,12 +273,15 @@ def _fit(x: Array, length: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1])))
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("optimizer", "mesh"), donate_argnames=("state",))
 def update(
     state: TrainState, loss_state: Any, grads: models.Params, num_prompts: Array, *,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
-    """One optax update from gradients summed over `num_prompts` prompts; and its norms."""
+    """One optax update from gradients summed over `num_prompts` prompts; and its norms.
+
+    With a mesh the new state lies where the old one did, so that the next step compiles nothing.
+    """
     grads = jax.tree.map(lambda g: g / num_prompts, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -285,4 +292,4 @@ def update(
         "skipped_updates": optax.tree.get(opt_state, "total_notfinite"),
         "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
     }
-    return TrainState(state.step, params, opt_state, loss_state), metrics
+    return sharding.keep(mesh, TrainState(state.step, params, opt_state, loss_state)), metrics

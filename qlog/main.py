@@ -12,6 +12,10 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "expo
 _FROM_SAMPLES = flags.DEFINE_string(
     "from_samples", "", "With --mode=evaluate: compute the metrics of this file of samples again."
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "auto", ["auto", "on", "off"],
+    "Connect to the other processes of this run: on, off, or auto, where the environment names them.",
+)  # fmt: skip
 flags.mark_flag_as_required("config")
 
 
@@ -19,10 +23,13 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
-    from qlog import commands  # after the flags: a wrong one is reported at once
+    from qlog import distributed  # after the flags: a wrong one is reported at once
 
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(sys.argv))
-    return commands.run(_MODE.value, _CONFIG.value, workdir, _FROM_SAMPLES.value)
+    with distributed.processes(_DISTRIBUTED.value):
+        from qlog import commands
+
+        return commands.run(_MODE.value, _CONFIG.value, workdir, _FROM_SAMPLES.value)
 
 
 def default_workdir(argv: list[str]) -> str:

@@ -83,7 +83,26 @@ def tree_shardings(mesh: Mesh, tree):
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def keep(mesh: Mesh | None, tree):
+    """Inside jit: parameters, gradients or a train state held to `tree_shardings`; None: as it is."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, tree))
+
+
 def put_batch(mesh: Mesh, tree):
     """Host arrays of this process's prompts -> global arrays split over data and fsdp."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def local_rows(mesh: Mesh, tree):
+    """The way back of `put_batch`: global arrays -> this process's rows of them, on the host."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def rows(x):
+        shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return jax.tree.map(rows, jax.device_put(tree, batch_sharding(mesh)))

@@ -16,7 +16,9 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from qlog import config as settings
-from qlog import checkpoints, data, evaluation, learner, losses, models, sampling, scoring, sharding
+from qlog import (
+    checkpoints, data, distributed, evaluation, learner, losses, models, sampling, scoring, sharding,
+)  # fmt: skip
 from qlog.data.pipeline import bucket
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, prepare
@@ -72,7 +74,7 @@ def run(
     metrics, last_evaluated = {}, -1
     with _stop_signals() as stopping, contextlib.closing(log), contextlib.closing(saved):
         for step, batch in batches:
-            if step >= config.train.steps or stopping():
+            if step >= config.train.steps:
                 break
             watch = Stopwatch()
             key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
@@ -93,10 +95,13 @@ def run(
                 last_evaluated = done
                 log.scalars(step, config.evaluation.split, metrics)
                 say(f"step {done}: {config.evaluation.split} " + brief(config, metrics))
-            if ends or done % config.checkpoint.every == 0 or last_evaluated == done or stopping():
+            stop = distributed.agree(stopping())  # a signal may have reached one process alone
+            if ends or done % config.checkpoint.every == 0 or last_evaluated == done or stop:
                 log.flush()
                 score = metrics[best_metric(config)] if last_evaluated == done else None
                 saved.save(state, step=done, config=settings.to_json(config), score=score)
+            if stop:
+                break
     interrupted = int(state.step) < config.train.steps
     if interrupted:
         say(f"stopped at step {int(state.step)}, saved in {workdir}: the same command resumes.")
@@ -160,7 +165,7 @@ def learn(experiment, state: learner.TrainState, groups: Groups, reference, key:
     )
     gradient = functools.partial(
         learner.gradient, surrogate=estimator.surrogate,
-        temperature=experiment.sampling.temperature, microbatch=microbatch,
+        temperature=experiment.sampling.temperature, microbatch=microbatch, mesh=experiment.mesh,
     )  # fmt: skip
     with watch("train") as ready:
         trajectories = _trajectories(experiment, groups)
@@ -181,8 +186,9 @@ def learn(experiment, state: learner.TrainState, groups: Groups, reference, key:
                 state.params, experiment.policy, prompts, slice_, coefficient, reference_log_probs
             )
             state, norms = learner.update(
-                state, loss_state, grads, prompts.is_prompt.sum(), optimizer=experiment.optimizer
-            )
+                state, loss_state, grads, prompts.is_prompt.sum(),
+                optimizer=experiment.optimizer, mesh=experiment.mesh,
+            )  # fmt: skip
             gauges_total = gauges if total is None else total[1].merge(gauges)
             total = (sums if total is None else jax.tree.map(jnp.add, total[0], sums), gauges_total)
         state = ready(state._replace(step=state.step + 1))
@@ -221,21 +227,13 @@ def _prompts_slice(tree, index: int, count: int):
 
 def _rewards(experiment: Experiment, rollouts: sampling.Rollouts, batch: data.PromptBatch):
     """Exact match of the sampled answers, float32 [B, M], of this process's prompts."""
-    local = jax.tree.map(_local_rows, rollouts)
+    local = sharding.local_rows(experiment.mesh, rollouts)
     reward = np.zeros(local.lengths.shape, np.float32)
     for row, example in enumerate(batch.examples):
         golds = (example.answer, *example.aliases)
         for column, (_, answer) in enumerate(evaluation.rollout_texts(experiment.formatter, local, row)):
             reward[row, column] = experiment.grader(answer, golds)
     return reward
-
-
-def _local_rows(x: Array) -> np.ndarray:
-    """This process's rows of an array that is split along its first axis."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 # ---- What a step reports ----
@@ -316,7 +314,9 @@ def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> No
 def _rollout_rows(experiment: Experiment, groups: Groups, batch: data.PromptBatch):
     if experiment.estimator.rationale == "annotated":
         return
-    local = jax.tree.map(_local_rows, groups._replace(prompts=(), gold=(), gold_lengths=()))
+    local = sharding.local_rows(
+        experiment.mesh, groups._replace(prompts=(), gold=(), gold_lengths=())
+    )
     for row in range(min(experiment.config.train.rollouts_prompts, len(batch.examples))):
         prompt = batch.tokens[row, : batch.lengths[row]].tolist()
         texts = evaluation.rollout_texts(experiment.formatter, local.rollouts, row)
@@ -446,4 +446,4 @@ def _stop_signals():
         yield lambda: bool(received)
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set outside Python

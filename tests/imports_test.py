@@ -23,6 +23,7 @@ LAYERS = """
     policy
     paper
     config
+    distributed
     metrics telemetry sharding
     models data losses
     errors

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlog import config as qconfig
-from qlog import models
+from qlog import losses, models
 from qlog.learner import Prompts
 from qlog.policy import Policy
 
@@ -72,3 +72,10 @@ def config(**changes):
     tree.evaluation.rollouts_per_prompt = 4
     tree.checkpoint.every = 100
     return qconfig.merge(tree, changes)
+
+
+def graded_garl(q):
+    """A loss for `config`: GARL with a reward beside it, so that training samples answers too."""
+    return losses.Estimator(
+        transform=losses.garl(q), surrogate=losses.linear(), reward="exact_match"
+    )

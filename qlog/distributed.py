@@ -1,0 +1,137 @@
+"""Several processes as one program: JAX's multi-controller runtime, started or refused, never guessed.
+
+Every process runs the same lines on the same global arrays; what a process may do alone is read
+its own rows, and, process 0, write files.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from qlog.errors import ConfigError
+from qlog.telemetry import say
+
+CHOICES = ("auto", "on", "off")
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+@contextlib.contextmanager
+def processes(choice: str) -> Iterator[None]:
+    """While inside, this process is one of all that were started.
+
+    Enter it before the first JAX call that asks for devices. An exception that leaves the block
+    while other processes run is printed and ends this process at once: JAX's own exit would wait
+    minutes for peers that wait for this one.
+
+    Args:
+      choice: 'on' connects to the others, or fails; 'off' stays alone; 'auto' is 'on' where the
+        environment tells of several processes. Cloud TPU VMs tell nothing there: say 'on'.
+
+    Raises:
+      ConfigError: the processes were named but could not be connected.
+    """
+    seen = environment(os.environ)
+    if choice == "off" or (choice == "auto" and not seen):
+        yield
+        return
+    _connect(seen)
+    try:
+        say(f"{jax.process_count()} process(es), by {seen or 'what JAX detected'}")
+        yield
+    except SystemExit as stop:
+        if stop.code in (None, 0) or jax.process_count() == 1:
+            raise
+        _leave(stop.code if isinstance(stop.code, int) else 1)
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, ConfigError):
+            print(f"qlog: {error}", file=sys.stderr)
+            _leave(2)
+        traceback.print_exc()
+        _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def environment(variables: Mapping[str, str]) -> str:
+    """What in the environment tells of several processes; '' when nothing does.
+
+    Raises:
+      ConfigError: only some of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID are set,
+        or the latter are no numbers.
+    """
+    if any(variables.get(name) for name in _EXPLICIT[1:]):
+        missing = [name for name in _EXPLICIT if not variables.get(name)]
+        if missing:
+            raise ConfigError(
+                f"{', '.join(missing)} not set: several processes need all of "
+                f"{', '.join(_EXPLICIT)}, or none and --distributed=off."
+            )
+        for name in _EXPLICIT[1:]:
+            if not variables[name].isdigit():
+                raise ConfigError(f"{name}={variables[name]!r} must be a whole number.")
+        return "JAX_NUM_PROCESSES={}".format(variables["JAX_NUM_PROCESSES"])
+    for name, several in (
+        ("JAX_COORDINATOR_ADDRESS", bool),
+        ("SLURM_STEP_NUM_TASKS", _above_one),
+        ("OMPI_COMM_WORLD_SIZE", _above_one),
+        ("MEGASCALE_NUM_SLICES", _above_one),
+        ("TPU_WORKER_HOSTNAMES", lambda value: "," in value),
+    ):
+        if several(variables.get(name, "")):
+            return f"{name}={variables[name]}"
+    return ""
+
+
+def agree(flag: bool) -> bool:
+    """Whether `flag` is true on any process; every process must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def gather(rows: list[dict]) -> list[dict]:
+    """The rows of all processes, in their order, on every process; values that JSON keeps."""
+    if jax.process_count() == 1:
+        return rows
+    text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(text.size))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: text.size] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [row for size, text in zip(sizes, texts) for row in json.loads(text[:size].tobytes())]
+
+
+def _above_one(value: str) -> bool:
+    return value.isdigit() and int(value) > 1
+
+
+def _connect(seen: str) -> None:
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    named = {}
+    if seen.startswith("JAX_NUM_PROCESSES"):
+        named = {
+            "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
+            "process_id": int(os.environ["JAX_PROCESS_ID"]),
+        }
+    try:
+        jax.distributed.initialize(**named)
+    except Exception as error:  # whatever a cluster's detection or the runtime raises
+        where = f"the environment has {seen}" if seen else "--distributed=on was asked"
+        raise ConfigError(
+            f"{where}, but the processes could not be connected: {str(error).strip()} "
+            "(--distributed=off runs this process alone)."
+        ) from error
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
