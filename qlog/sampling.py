@@ -43,6 +43,9 @@ class Sampling:
       eos: ids that end an answer.
       pad: id that fills the rest.
       temperature: of the rationale and of the sampled answer; 0 is greedy.
+      top_k, top_p: draw from the top_k most probable tokens alone (0: all), and of those from the
+        fewest that hold top_p of the probability (1: all). Evaluation only: the learner scores
+        the whole law, so training leaves both off.
       with_answer: go on to sample the answer (rewards, evaluation), or stop at the thinking end.
     """
 
@@ -52,6 +55,8 @@ class Sampling:
     eos: tuple[int, ...]
     pad: int
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     with_answer: bool = False
 
     @property
@@ -175,7 +180,8 @@ def _grow(state: DecodeState, slots: int) -> DecodeState:
 def _decode(params, policy, prefix, state, settings) -> DecodeState:
     """Run until every rollout is done or the buffers are full."""
     slots = state.rollouts.tokens.shape[-1]
-    table = models.unembedding(params).astype(policy.dtype)
+    params = models.cast_weights(params, policy.dtype)
+    table = models.unembedding(params)
 
     def unfinished(state):
         return (state.step < slots) & ~state.done.all()
@@ -189,7 +195,9 @@ def _decode(params, policy, prefix, state, settings) -> DecodeState:
         )  # fmt: skip
         logits = scoring.masked_logits(hidden[:, :, 0], table, policy.valid_vocab)
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(state.keys, state.step)
-        drawn, log_probs = draw(logits, keys, settings.temperature)
+        drawn, log_probs = draw(
+            logits, keys, settings.temperature, settings.top_k, settings.top_p
+        )
         return _advance(state, settings, drawn, log_probs)._replace(suffix=suffix)
 
     return jax.lax.while_loop(unfinished, step, state)
@@ -233,7 +241,9 @@ def _advance(state: DecodeState, settings: Sampling, drawn: Array, log_probs: Ar
     )  # fmt: skip
 
 
-def draw(logits: Array, keys: Array, temperature: float) -> tuple[Array, Array]:
+def draw(
+    logits: Array, keys: Array, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Array, Array]:
     """Draw a token from softmax(logits / temperature) by inverting its distribution function.
 
     Two levels, a block of the vocabulary and then a token in it: one uniform number each, instead
@@ -241,6 +251,7 @@ def draw(logits: Array, keys: Array, temperature: float) -> tuple[Array, Array]:
 
     Args:
       logits: float32 [B, M, V]; -inf is never drawn. keys: [B, M]. temperature: 0 is greedy.
+      top_k, top_p: as in `Sampling`; applied after the temperature, top_k first.
 
     Returns:
       int32 [B, M], and their log-probabilities, float32 [B, M], under the law that was sampled.
@@ -248,7 +259,7 @@ def draw(logits: Array, keys: Array, temperature: float) -> tuple[Array, Array]:
     if temperature == 0.0:
         token = jnp.argmax(logits, axis=-1)
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], -1)[..., 0]
-    scaled = logits / temperature
+    scaled = truncate(logits / temperature, top_k, top_p)
     top = scaled.max(-1, keepdims=True)
     weights = jnp.exp(scaled - top)
     uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(keys)
@@ -262,6 +273,18 @@ def draw(logits: Array, keys: Array, temperature: float) -> tuple[Array, Array]:
     token = block * size + _invert(inside, uniform[..., 1])
     picked = jnp.take_along_axis(scaled, token[..., None], axis=-1)
     return token, (picked - top)[..., 0] - jnp.log(sums.sum(-1))
+
+
+def truncate(logits: Array, top_k: int, top_p: float) -> Array:
+    """-inf for tokens outside the nucleus, logits [..., V]; ties with its last token stay inside."""
+    if top_k == 0 and top_p == 1.0:
+        return logits
+    size = logits.shape[-1]
+    ordered, _ = jax.lax.top_k(logits, min(top_k, size) or size)
+    law = jax.nn.softmax(ordered)
+    is_inside = jnp.cumsum(law, axis=-1) - law < top_p  # the first always is
+    last = jnp.take_along_axis(ordered, is_inside.sum(-1, keepdims=True) - 1, axis=-1)
+    return jnp.where(logits >= last, logits, -jnp.inf)
 
 
 def _invert(weights: Array, uniform: Array) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from models_fixtures import CONFIGS, jit, random_params
 
 from qlog import models
@@ -162,3 +163,15 @@ def test_bfloat16_activations_keep_float32_parameters_and_stay_close():
     assert hidden.dtype == keys.dtype == jnp.bfloat16
     exact, _ = forward(params, config, tokens, positions, dtype=jnp.float32)
     assert np.abs(hidden.astype(jnp.float32) - exact).mean() < 0.05 * np.abs(exact).mean()
+
+
+def test_casting_the_weights_before_changes_nothing():
+    prompts, tree = tiny.prompts(), tiny.params()
+    cast = models.cast_weights(tree, jnp.bfloat16)
+    assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"].dtype == jnp.float32
+    options = dict(dtype=jnp.bfloat16)
+    before, after = (
+        models.prefill(t, tiny.SHAPE, prompts.tokens, prompts.lengths, **options) for t in (tree, cast)
+    )
+    np.testing.assert_array_equal(before.keys, after.keys)
+    np.testing.assert_array_equal(before.values, after.values)

@@ -7,6 +7,7 @@ from qlog.models.decoder import (
     Prefix,
     Suffix,
     apply,
+    cast_weights,
     empty_suffix,
     init,
     prefill,
@@ -17,6 +18,6 @@ from qlog.models.families import from_hf_config
 
 __all__ = [
     "PRESETS", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply",
-    "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "shapes",
+    "cast_weights", "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "shapes",
     "unembedding",
 ]  # fmt: skip

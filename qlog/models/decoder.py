@@ -146,6 +146,19 @@ def unembedding(params: Params) -> Array:
     return params.get("unembed", params["embed"])
 
 
+def cast_weights(params: Params, dtype) -> Params:
+    """Matrices and tables in `dtype`, norms as they are: what `apply` computes with.
+
+    It would cast them at every use; a loop that calls it often does it once, before.
+    """
+
+    def cast(path, leaf):
+        is_norm = "norm" in jax.tree_util.keystr(path)
+        return leaf if is_norm else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def apply(
     params: Params,
     config: DecoderConfig,
