@@ -80,7 +80,9 @@ def default() -> ConfigDict:
             "prompts": 0,  # at most so many; 0 is the whole split
             "prompts_per_batch": 32,
             "rollouts_per_prompt": 16,
-            "temperature": 1.0,
+            "temperature": 1.0,  # 0 is greedy
+            "top_k": 0,  # of the most probable tokens; 0 is all. Evaluation only, as top_p:
+            "top_p": 1.0,  # the gradient is about the whole law, so rollouts are drawn from it
             "without_rationale": False,  # evaluate with budget 0 beside it
         },
         "checkpoint": {
@@ -167,7 +169,7 @@ def check(config: ConfigDict) -> None:
         ("train", "rollouts_per_microbatch", 0), ("train", "rollouts_every", 1),
         ("train", "rollouts_prompts", 0), ("evaluation", "every", 0), ("evaluation", "prompts", 0),
         ("evaluation", "prompts_per_batch", 1), ("evaluation", "rollouts_per_prompt", 1),
-        ("checkpoint", "every", 1), ("checkpoint", "keep", 1), ("data", "max_prompt_tokens", 2),
+        ("evaluation", "top_k", 0), ("checkpoint", "every", 1), ("checkpoint", "keep", 1), ("data", "max_prompt_tokens", 2),
         ("optimizer", "warmup_steps", 0), ("optimizer", "max_skipped_in_a_row", 1),
     ):  # fmt: skip
         _check_range(f"config.{section}.{key}", config[section][key], low, math.inf)
@@ -175,6 +177,7 @@ def check(config: ConfigDict) -> None:
     _check_range("config.optimizer.max_grad_norm", config.optimizer.max_grad_norm, 1e-12, math.inf)
     _check_range("config.rollout.temperature", rollout.temperature, 1e-3, math.inf)
     _check_range("config.evaluation.temperature", config.evaluation.temperature, 0, math.inf)
+    _check_range("config.evaluation.top_p", config.evaluation.top_p, 1e-6, 1.0)
     for field, value, choices in (
         ("dtype", config.dtype, ("float32", "bfloat16")),
         ("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "linear")),

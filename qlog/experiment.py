@@ -150,7 +150,8 @@ def prepare(
         ),
         sampling=sampling,
         evaluation_sampling=dataclasses.replace(
-            sampling, temperature=float(evaluation.temperature), with_answer=True
+            sampling, temperature=float(evaluation.temperature), top_k=evaluation.top_k,
+            top_p=float(evaluation.top_p), with_answer=True,
         ),
         formatter=formatter,
         grader=data.Grader(data.exact_match),

@@ -42,7 +42,9 @@ def default_workdir(argv: list[str]) -> str:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, but a mistake is one sentence and status 2."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        getattr(_CONFIG.value, "seed", None)  # a file that did not load says so when it is read
+        return rest
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         # config_flags folds the traceback of a config file into its message; an override of a key
         # that does not exist arrives as ml_collections' AttributeError.

@@ -63,7 +63,7 @@ def _our_choices(config: ConfigDict, max_prompt_tokens: int) -> None:
 
 
 def variants() -> dict[str, Callable[[ConfigDict, str], None]]:
-    """cold | warm, the name of any estimator, q=..., tiny."""
+    """cold | warm, the name of any estimator, q=..., tiny, model_card."""
 
     def style(name):
         def variant(config, value):
@@ -77,8 +77,15 @@ def variants() -> dict[str, Callable[[ConfigDict, str], None]]:
         config.rollout.rationale_budget = max(_ANNOTATED, config.rollout.rationale_budget)
 
     return {
-        **estimators, "sft": sft, "cold": style("cold"), "warm": style("warm"), "tiny": tiny
-    }
+        **estimators, "sft": sft, "cold": style("cold"), "warm": style("warm"), "tiny": tiny,
+        "model_card": model_card,
+    }  # fmt: skip
+
+
+def model_card(config: ConfigDict, value: str = "") -> None:
+    """Evaluation as Qwen3's model card advises for thinking; training stays at temperature 1."""
+    config.evaluation.temperature, config.evaluation.top_k = 0.6, 20
+    config.evaluation.top_p = 0.95
 
 
 def tiny(config: ConfigDict, value: str = "") -> None:

@@ -180,8 +180,7 @@ def _grow(state: DecodeState, slots: int) -> DecodeState:
 def _decode(params, policy, prefix, state, settings) -> DecodeState:
     """Run until every rollout is done or the buffers are full."""
     slots = state.rollouts.tokens.shape[-1]
-    params = models.cast_weights(params, policy.dtype)
-    table = models.unembedding(params)
+    table = models.unembedding(params).astype(policy.dtype)
 
     def unfinished(state):
         return (state.step < slots) & ~state.done.all()

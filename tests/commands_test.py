@@ -46,6 +46,9 @@ def test_the_papers_configs_hold_its_numbers(name):
         qconfig.check(tiny)
         assert tiny.rollout.rationale_budget == 384 and tiny.rollout.rollouts_per_prompt == 1
     assert get_config(name, "tiny,grpo").rollout.rationale_budget == 24
+    card = get_config(name, "model_card")
+    assert (card.evaluation.temperature, card.evaluation.top_k, card.evaluation.top_p) == (0.6, 20, 0.95)
+    assert card.rollout.temperature == 1.0
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -33,6 +33,8 @@ WRONG = {
     "microbatch": (
         {"train": {"rollouts_per_microbatch": 3}}, r"rollouts_per_microbatch = 3 must divide 4: .*1, 2, 4"),
     "updates": ({"train": {"updates_per_batch": 3}}, r"updates_per_batch = 3 must divide"),
+    "top p": ({"evaluation": {"top_p": 0.0}}, r"config\.evaluation\.top_p = 0\.0 must be from"),
+    "top k in training": ({"rollout": {"top_k": 20}}, r"config\.rollout\.top_k = 20 is read by nothing"),
     "dtype": ({"dtype": "float8"}, r"config\.dtype = 'float8' is unknown: use float32 or bfloat16"),
     "task": ({"data": {"name": "squad"}}, r"config\.data\.name = 'squad' is unknown: use one of"),
     "style": ({"data": {"style": "hot"}}, r"config\.data\.style"),

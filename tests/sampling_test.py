@@ -144,6 +144,21 @@ def test_draws_follow_the_softmax(temperature):
     np.testing.assert_allclose(log_probs[:, 0], np.log(np.maximum(law, 1e-30))[tokens[:, 0]], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "inside"), [(3, 1.0, 4), (0, 0.6, 2), (20, 0.9, 4), (2, 0.5, 1), (0, 1e-6, 1)]
+)
+def test_truncated_draws_follow_the_renormalised_law(top_k, top_p, inside):
+    law = np.array([0.05, 0.3, 0.4, 0.1, 0.1, 0.05])  # the two of 0.1 tie
+    logits = jnp.log(jnp.broadcast_to(law, (20_000, 1, 6))).astype(jnp.float32) * 0.5
+    keys = jax.random.split(jax.random.key(1), (20_000, 1))
+    tokens, log_probs = sampling.draw(logits, keys, 0.5, top_k, top_p)
+    kept = np.where(np.isin(np.arange(6), [2, 1, 3, 4][:inside]), law, 0)
+    kept /= kept.sum()
+    shares = np.bincount(np.array(tokens).ravel(), minlength=6) / 20_000
+    assert np.abs(shares - kept).max() < 0.02 and not shares[kept == 0].any()
+    np.testing.assert_allclose(log_probs[:, 0], np.log(kept[tokens[:, 0]]), atol=1e-5)
+
+
 def test_greedy_takes_the_most_likely_token():
     logits = jnp.array([[[0.0, 3.0, 1.0]]])
     token, log_prob = sampling.draw(logits, jax.random.split(jax.random.key(0), (1, 1)), 0.0)
