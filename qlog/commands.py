@@ -28,7 +28,8 @@ def run_evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Evaluates what `_load` finds on the evaluation split; prints and writes the numbers."""
     experiment = prepare(config, train=False)
     params = _load(experiment, workdir)
-    split = config.evaluation.split
+    split, law = config.evaluation.split, experiment.evaluation_sampling
+    say(f"answers: temperature {law.temperature}, top_k {law.top_k}, top_p {law.top_p}")
     summary = evaluation.evaluate(experiment, params, workdir / "samples" / f"{split}.jsonl")
     _report(workdir, split, summary)
     return 0
