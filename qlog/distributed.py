@@ -37,7 +37,7 @@ def processes(choice: str) -> Iterator[None]:
     Raises:
       ConfigError: the processes were named but could not be connected.
     """
-    seen = environment(os.environ)
+    seen = "" if choice == "off" else environment(os.environ)
     if choice == "off" or (choice == "auto" and not seen):
         yield
         return

@@ -87,17 +87,22 @@ class Experiment:
 
     def init_state(self, params: models.Params) -> TrainState:
         """Step 0 with these parameters."""
-        rows = self.config.train.prompts_per_step
-        scores = losses.zero_scores(rows, self.rollouts_per_prompt)
+        places = sharding.tree_shardings(self.mesh, jax.eval_shape(self._rest, params))
+        return jax.jit(self._rest, out_shardings=places)(params)._replace(params=params)
 
-        def rest(params):
-            return TrainState(
-                jnp.zeros((), jnp.int32), None, self.optimizer.init(params),
-                self.estimator.transform.init(scores),
-            )  # fmt: skip
+    def abstract_state(self) -> TrainState:
+        """ShapeDtypeStructs of `init_state`, with their places on the mesh."""
+        params = self.abstract_params()
+        rest = jax.eval_shape(self._rest, params)
+        places = sharding.tree_shardings(self.mesh, rest)
+        return checkpoints.abstract_like(rest, places)._replace(params=params)
 
-        places = sharding.tree_shardings(self.mesh, jax.eval_shape(rest, params))
-        return jax.jit(rest, out_shardings=places)(params)._replace(params=params)
+    def _rest(self, params: models.Params) -> TrainState:
+        scores = losses.zero_scores(self.config.train.prompts_per_step, self.rollouts_per_prompt)
+        return TrainState(
+            jnp.zeros((), jnp.int32), None, self.optimizer.init(params),
+            self.estimator.transform.init(scores),
+        )  # fmt: skip
 
 
 def prepare(
@@ -123,7 +128,7 @@ def prepare(
         checkpoints.find_checkpoint(config.init_from, "config.init_from")
     world = _world(config)
     tokenizer = world.tokenizer() if world else _load_tokenizer(config)
-    shape = _model_shape(config)
+    shape = model_shape(config)
     if tokenizer.vocab_size > shape.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
@@ -146,7 +151,7 @@ def prepare(
         config=config, estimator=estimator, optimizer=make_optimizer(config), mesh=mesh,
         policy=Policy(
             config=shape, valid_vocab=tokenizer.vocab_size,
-            dtype=jnp.dtype(config.dtype), remat=config.train.remat,
+            dtype=jnp.dtype(config.dtype), remat=config.train.remat, mesh=mesh,
         ),
         sampling=sampling,
         evaluation_sampling=dataclasses.replace(
@@ -244,7 +249,7 @@ def _load_tokenizer(config: ConfigDict) -> data.Tokenizer:
     return data.load(path, think_start=section.think_start, think_end=section.think_end)
 
 
-def _model_shape(config: ConfigDict) -> models.DecoderConfig:
+def model_shape(config: ConfigDict) -> models.DecoderConfig:
     if config.model in models.PRESETS:
         shape = models.PRESETS[config.model]
     elif "/" in config.model or pathlib.Path(config.model).is_dir():

@@ -152,7 +152,7 @@ def reference_log_probs(params, policy, prompts: Prompts, trajectories, temperat
 
 
 @functools.partial(
-    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch", "mesh")
+    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch")
 )
 def gradient(
     params: models.Params,
@@ -165,7 +165,6 @@ def gradient(
     surrogate: losses.Surrogate,
     temperature: float = 1.0,
     microbatch: tuple[int, int],
-    mesh: Mesh | None = None,
 ) -> tuple[models.Params, losses.Sums, Gauges]:
     """Gradient of the surrogate, summed over the batch's prompts, in microbatches.
 
@@ -174,7 +173,6 @@ def gradient(
       reference: log-probabilities of reference parameters [B, M, R], or None.
       surrogate: token-level loss of `qlog.losses`, which adds over microbatches.
       microbatch: prompts and rollouts per prompt that are in memory at a time; divisors of B, M.
-      mesh: keeps the gradients where the parameters are; None leaves that to the compiler.
 
     Returns:
       float32 gradients like `params`, the surrogate's sums, and the gauges.
@@ -203,13 +201,13 @@ def gradient(
             (_, (sums, gauges)), grads = value_and_grad(
                 params, prefix.keys, prefix.values, prefix.lengths, last, chunk
             )
-            return (sharding.keep(mesh, grads[0]), *grads[1:]), sums, gauges
+            return (sharding.keep(policy.mesh, grads[0]), *grads[1:]), sums, gauges
 
         (param_grads, *cache_grads), sums, gauges = _sum_over(
             rollouts_chunk, chunk_rollouts, num_rollouts // columns, axis=1
         )
         grads = jax.tree.map(jnp.add, param_grads, pull(tuple(cache_grads)))
-        return sharding.keep(mesh, grads), sums, gauges
+        return sharding.keep(policy.mesh, grads), sums, gauges
 
     return _sum_over(prompts_chunk, (prompts, per_rollout), num_prompts // rows, axis=0)
 
@@ -243,6 +241,7 @@ def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Ar
         params, policy.config, prompts.tokens, prompts.lengths - 1,
         dtype=policy.dtype, remat=policy.remat,
     )  # fmt: skip
+    prefix = sharding.keep_prefix(policy.mesh, prefix)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     return prefix, last
 

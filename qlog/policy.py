@@ -5,6 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jax.sharding import Mesh
+
 from qlog.models import DecoderConfig
 
 
@@ -18,9 +20,11 @@ class Policy:
         get probability 0, in sampling and in scoring alike.
       dtype: of activations and KV caches. Parameters, log-probabilities and losses are float32.
       remat: recompute each layer in the backward pass instead of keeping its activations.
+      mesh: over which caches are held split by prompts and heads; None leaves it to the compiler.
     """
 
     config: DecoderConfig
     valid_vocab: int
     dtype: Any = jnp.float32
     remat: bool = False
+    mesh: Mesh | None = None

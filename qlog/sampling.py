@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlog import models, scoring
+from qlog import models, scoring, sharding
 from qlog.policy import Policy
 
 _FIRST_SLOTS = 128  # smallest cache; it doubles while rollouts are still running
@@ -135,7 +135,8 @@ def sample(
 @functools.partial(jax.jit, static_argnames=("policy",))
 def prefill(params, policy: Policy, prompts: Array, lengths: Array) -> models.Prefix:
     """The prompts' caches, all tokens but the last of each: prompts int32 [B, P], lengths [B]."""
-    return models.prefill(params, policy.config, prompts, lengths - 1, dtype=policy.dtype)
+    prefix = models.prefill(params, policy.config, prompts, lengths - 1, dtype=policy.dtype)
+    return sharding.keep_prefix(policy.mesh, prefix)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "settings", "slots"))
@@ -149,11 +150,12 @@ def _start(policy, prompts, lengths, keys, settings, slots) -> DecodeState:
         log_probs=jnp.zeros(per_token), is_sampled=jnp.zeros(per_token, bool),
         rationale_lengths=zero, lengths=zero, forced=no, ended_early=no, complete=no,
     )  # fmt: skip
-    return DecodeState(
+    state = DecodeState(
         step=jnp.zeros((), jnp.int32), last=jnp.broadcast_to(last, shape),
         closing_at=jnp.full(shape, settings.rationale_budget, jnp.int32), done=no, keys=keys,
         rollouts=rollouts, suffix=models.empty_suffix(policy.config, *shape, slots, policy.dtype),
     )  # fmt: skip
+    return sharding.keep_rows(policy.mesh, state)
 
 
 @functools.partial(jax.jit, static_argnames=("slots",))
@@ -180,7 +182,8 @@ def _grow(state: DecodeState, slots: int) -> DecodeState:
 def _decode(params, policy, prefix, state, settings) -> DecodeState:
     """Run until every rollout is done or the buffers are full."""
     slots = state.rollouts.tokens.shape[-1]
-    table = models.unembedding(params).astype(policy.dtype)
+    params = models.cast_weights(params, policy.dtype)
+    table = models.unembedding(params)
 
     def unfinished(state):
         return (state.step < slots) & ~state.done.all()

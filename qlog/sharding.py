@@ -90,6 +90,29 @@ def keep(mesh: Mesh | None, tree):
     return jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, tree))
 
 
+def keep_rows(mesh: Mesh | None, tree, rows: int = 0):
+    """Inside jit: arrays held split over prompts, axis `rows`; caches, which have five axes, over
+    key/value heads too, the axis after. Without this the compiler may give every device all."""
+    if mesh is None:
+        return tree
+
+    def hold(x):
+        if x.ndim <= rows:
+            return jax.lax.with_sharding_constraint(x, replicated(mesh))
+        spec = [None] * rows + [_BATCH[0] if x.shape[rows] % batch_shards(mesh) == 0 else None]
+        if x.ndim == 5 and x.shape[rows + 1] % mesh.shape["tensor"] == 0:
+            spec.append("tensor")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(hold, tree)
+
+
+def keep_prefix(mesh: Mesh | None, prefix):
+    """`keep_rows` of a models.Prefix, whose caches begin with the layers."""
+    keys, values = keep_rows(mesh, (prefix.keys, prefix.values), rows=1)
+    return prefix._replace(keys=keys, values=values, lengths=keep_rows(mesh, prefix.lengths))
+
+
 def put_batch(mesh: Mesh, tree):
     """Host arrays of this process's prompts -> global arrays split over data and fsdp."""
     sharding = batch_sharding(mesh)

@@ -165,7 +165,7 @@ def learn(experiment, state: learner.TrainState, groups: Groups, reference, key:
     )
     gradient = functools.partial(
         learner.gradient, surrogate=estimator.surrogate,
-        temperature=experiment.sampling.temperature, microbatch=microbatch, mesh=experiment.mesh,
+        temperature=experiment.sampling.temperature, microbatch=microbatch,
     )  # fmt: skip
     with watch("train") as ready:
         trajectories = _trajectories(experiment, groups)
