@@ -6,7 +6,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from qlog import checkpoints, evaluation, models, sweep, train
+from qlog import aot, checkpoints, evaluation, models, sweep, train
 from qlog import config as settings
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, prepare
@@ -108,8 +108,18 @@ def _report(workdir: pathlib.Path, name: str, summary: dict[str, float]) -> None
     say(text)
 
 
-def run(mode: str, config: ConfigDict, workdir: pathlib.Path, from_samples: str = "") -> int:
-    """What --mode asks for; returns the exit status. `from_samples` is read by evaluate alone."""
+def run(
+    mode: str, config: ConfigDict, workdir: pathlib.Path, from_samples: str = "", topology: str = ""
+) -> int:
+    """What --mode asks for; returns the exit status. `from_samples` is read by evaluate alone,
+    `topology` by compile."""
+    if (mode == "compile") != bool(topology):
+        raise ConfigError(
+            f"--topology={topology} and --mode={mode}: --mode=compile and a topology such as v5e:4x4 "
+            "need each other."
+        )
+    if mode == "compile":
+        return aot.run_compile(config, topology)
     if not from_samples:
         return _COMMANDS[mode](config, workdir)
     if mode != "evaluate":

@@ -8,10 +8,11 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export", "compile"], "What to do.")
 _FROM_SAMPLES = flags.DEFINE_string(
     "from_samples", "", "With --mode=evaluate: compute the metrics of this file of samples again."
 )
+_TOPOLOGY = flags.DEFINE_string("topology", "", "With --mode=compile: the TPU slice, as v5e:4x4.")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ["auto", "on", "off"],
     "Connect to the other processes of this run: on, off, or auto, where the environment names them.",
@@ -29,7 +30,9 @@ def main(argv: list[str]) -> int:
     with distributed.processes(_DISTRIBUTED.value):
         from qlog import commands
 
-        return commands.run(_MODE.value, _CONFIG.value, workdir, _FROM_SAMPLES.value)
+        return commands.run(
+            _MODE.value, _CONFIG.value, workdir, _FROM_SAMPLES.value, _TOPOLOGY.value
+        )
 
 
 def default_workdir(argv: list[str]) -> str:
