@@ -163,7 +163,8 @@ def _compile(run: parts.Experiment) -> dict[str, Phase]:
     trajectories = learner.Trajectories(
         tokens, mask, mask, rows(rollouts_count, longest, dtype=jnp.float32), mask
     )
-    coefficients = losses.Coefficients(*[rows(rollouts_count, dtype=jnp.float32)] * len(losses.Coefficients._fields))
+    per_rollout = rows(rollouts_count, dtype=jnp.float32)
+    coefficients = losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields))
     reference = trajectories.old_log_probs if run.estimator.reference else None
     batch = jax.tree.map(share, (prompts, trajectories, coefficients, reference))
     gradient = learner.gradient.lower(
@@ -265,7 +266,9 @@ def run_compile(config: ConfigDict, topology: str) -> int:
     """Prints what the compiler says of a step on `topology`; 1 when it does not fit."""
     phases, chip = compile_run(config, topology)
     table = Table(title=f"{topology}, per chip ({chip.hbm / 2**30:.0f} GiB)", title_justify="left")
-    for column in ("program", "arguments", "temporaries", "peak", "GFLOP", "GB moved", "collectives", "roofline"):
+    for column in (
+        "program", "arguments", "temporaries", "peak", "GFLOP", "GB moved", "collectives", "roofline"
+    ):  # fmt: skip
         table.add_column(column)
     for name, phase in phases.items():
         kinds = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in phase.collectives.items())
