@@ -22,13 +22,14 @@ def get_config(arg: str = ""):
     }  # fmt: skip
     config.data.name = "multihop"
     config.data.max_prompt_tokens = 24
-    config.data.world = {"names": 24, "people": 6, "hops": 3, "walk": 8, "heed": 0.5}
+    config.data.world = {"names": 24, "people": 6, "hops": 3, "shortest": 4, "longest": 6, "heed": 0.8}
     config.rollout.rollouts_per_prompt = 16
     config.rollout.rationale_budget = 8
     config.rollout.answer_reserve = 8
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 5
-    config.train.steps = 150
+    config.optimizer.b2 = 0.95  # gradients grow by orders of magnitude during the escape
+    config.train.steps = 120
     config.train.prompts_per_step = 8
     config.train.remat = False
     config.train.rollouts_every = 50
@@ -42,7 +43,7 @@ def get_config(arg: str = ""):
         "loss": qconfig.loss("sft"),
         "rollout": {"rollouts_per_prompt": 1},
         "optimizer": {"learning_rate": 5e-3, "warmup_steps": 50, "schedule": "cosine"},
-        "train": {"steps": 1200, "prompts_per_step": 32},
+        "train": {"steps": 1000, "prompts_per_step": 32},
         "evaluation": {"every": 0},
     }
     runs = {"base": base, "grpo": {"init_from": "base", "loss": qconfig.loss("grpo")}}

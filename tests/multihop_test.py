@@ -6,7 +6,7 @@ from qlog import data
 from qlog.data import multihop
 from qlog.errors import ConfigError
 
-WORLD = multihop.World(names=10, people=5, hops=3, walk=6)
+WORLD = multihop.World(names=10, people=5, hops=3, shortest=2, longest=6)
 
 
 def _facts(source):
@@ -36,7 +36,7 @@ def test_the_text_tells_walks_but_neither_asks_nor_answers():
         assert not {"ask", "answer", "[", "]"} & set(example.source.split() + walk)
         lengths.add(len(walk))
         heeded += walk[0] == named
-    assert lengths == set(range(1, WORLD.walk + 1))
+    assert lengths == set(range(WORLD.shortest, WORLD.longest + 1))
     assert 0.45 < heeded / 200 < 0.75  # heed, and one chance in five of starting there anyway
 
 

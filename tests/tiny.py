@@ -56,7 +56,7 @@ def config(**changes):
     )
     tree.data.name = "multihop"
     tree.data.max_prompt_tokens = 24
-    tree.data.world = {"people": 4, "walk": 4}
+    tree.data.world = {"people": 4, "shortest": 1, "longest": 4}
     tree.rollout.rollouts_per_prompt = 4
     tree.rollout.rationale_budget = 4
     tree.rollout.answer_reserve = 8

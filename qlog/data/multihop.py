@@ -9,7 +9,7 @@ A world is a ring of people, each of whom follows another, told in any order:
 
 Two tasks share the vocabulary. `multihop_text` is the world's plain text, without questions and
 without answers: facts, a name, a walk that often starts there and ends anywhere, and who was met
-at its end ("met kim ."). A base model trained on it can walk and tell, but does not know that it is
+at its end ("at last met kim ."). A base model trained on it can walk and tell, but does not know that it is
 being asked, how far to go, nor how to answer. `multihop` asks. Example i of a split is a pure
 function of (split, i): nothing is stored.
 """
@@ -29,7 +29,9 @@ _NAMES = (
     "ted tim tom una val vic viv wes zoe"
 ).split()
 _FORMAT = "answer [ {} ]"
-_WORDS = [".", "met", "ask", *_FORMAT.replace("{} ", "").split()]
+# Several ways to tell it, so that naming who was met is a skill and not one fixed phrase.
+_TOLD = ("met {} .", "saw {} .", "and met {} .", "then saw {} .", "at last met {} .", "{} .")
+_WORDS = [".", "met", "saw", "and", "then", "at", "last", "ask", *_FORMAT.replace("{} ", "").split()]
 SPLITS = ("train", "validation", "test")
 
 
@@ -41,7 +43,7 @@ class World:
       names: how many names exist.
       people: how many of them live in one example's ring.
       hops: steps that the question asks for.
-      walk: longest walk of the plain text, in people.
+      shortest, longest: walks of the plain text, in people; a helpful one has hops + 1.
       heed: how often the plain text's walk starts at the person named before it, instead of
         anywhere.
     """
@@ -49,12 +51,14 @@ class World:
     names: int = 24
     people: int = 6
     hops: int = 3
-    walk: int = 8
-    heed: float = 0.5
+    shortest: int = 4
+    longest: int = 6
+    heed: float = 0.8
 
     def __post_init__(self):
         for field, low, high in (("names", 3, len(_NAMES)), ("people", 3, self.names),
-                                 ("hops", 1, self.people - 1), ("walk", 1, 10**6)):  # fmt: skip
+                                 ("hops", 1, self.people - 1), ("longest", 1, 10**6),
+                                 ("shortest", 1, self.longest)):  # fmt: skip
             value = getattr(self, field)
             if not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(
@@ -98,10 +102,11 @@ class Worlds(Sequence[Example]):
         start = int(rng.integers(len(ring)))
         identity = f"{self.task}/{self.split}/{index}"
         if self.task == "multihop_text":
-            length = int(rng.integers(1, self.world.walk + 1))
+            length = int(rng.integers(self.world.shortest, self.world.longest + 1))
             named = start if rng.random() < self.world.heed else int(rng.integers(len(ring)))
             source = f"{facts} {ring[named]}"
-            told = f"met {ring[(start + length - 1) % len(ring)]} ."
+            last = ring[(start + length - 1) % len(ring)]
+            told = _TOLD[int(rng.integers(len(_TOLD)))].format(last)
             return Example(identity, source, told, rationale=_walk(ring, start, length))
         answer = ring[(start + self.world.hops) % len(ring)]
         return Example(
