@@ -107,11 +107,12 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
     """Rows of a JSON-lines file; a last line cut short by a crash is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028
+            for line in lines:
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
     return rows
 
 

@@ -6,7 +6,7 @@ from qlog import data
 from qlog.data import multihop
 from qlog.errors import ConfigError
 
-WORLD = multihop.World(names=10, people=5, hops=3, shortest=2, longest=6)
+WORLD = multihop.World(names=10, people=5, hops=3, shortest=2, longest=6, heed=0.5)
 
 
 def _facts(source):
@@ -26,16 +26,18 @@ def test_the_answer_is_reached_by_the_facts():
 
 
 def test_the_text_tells_walks_but_neither_asks_nor_answers():
-    lengths, heeded = set(), 0
+    lengths, told, heeded = set(), set(), 0
     for i in range(200):
         example = multihop.open_examples("multihop_text", "train", WORLD)[i]
         follows, (named,) = _facts(example.source)
         walk = example.rationale.split()
         assert all(follows[a] == b for a, b in zip(walk, walk[1:]))
-        assert example.answer == f"met {walk[-1]} ."
+        assert example.answer.endswith(f"{walk[-1]} .")
+        told.add(example.answer.replace(walk[-1], "kim"))
         assert not {"ask", "answer", "[", "]"} & set(example.source.split() + walk)
         lengths.add(len(walk))
         heeded += walk[0] == named
+    assert len(told) == 6 and "at last met kim ." in told
     assert lengths == set(range(WORLD.shortest, WORLD.longest + 1))
     assert 0.45 < heeded / 200 < 0.75  # heed, and one chance in five of starting there anyway
 
