@@ -14,6 +14,8 @@ LAYERS = """
     commands
     aot sweep
     train
+    reporting
+    step
     evaluation
     experiment
     checkpoints report

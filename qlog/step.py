@@ -1,0 +1,152 @@
+"""One step: rollouts of a batch of prompts, their scores, the estimator's coefficients, the update."""
+
+import contextlib
+import functools
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qlog import data, evaluation, learner, losses, models, sampling, scoring, sharding
+from qlog.data.pipeline import bucket
+from qlog.experiment import Experiment
+
+
+class Stopwatch:
+    """Seconds by phase; a phase ends when what it computed is ready."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield jax.block_until_ready
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Groups(NamedTuple):
+    """A batch of groups as sampled and scored; arrays are global, B prompts by M rollouts."""
+
+    prompts: learner.Prompts
+    gold: Array  # int32 [B, A]
+    gold_lengths: Array  # int32 [B]
+    rollouts: sampling.Rollouts
+    log_w: Array  # float32 [B, M]
+    reward: Array  # float32 [B, M]
+
+
+def collect(
+    experiment: Experiment, params: models.Params, batch: data.PromptBatch, key: Array, watch: Stopwatch
+) -> Groups:
+    """Rollouts of a batch of prompts, their log w and rewards; annotated ones as they come."""
+    put = functools.partial(sharding.put_batch, experiment.mesh)
+    prompts = learner.Prompts(*put((batch.tokens, batch.lengths, batch.is_prompt)))
+    gold, gold_lengths = put((batch.gold, batch.gold_lengths))
+    if experiment.estimator.rationale == "annotated":
+        rollouts = learner.annotated(*put((batch.rationale, batch.rationale_lengths)))
+        none = jnp.zeros(rollouts.lengths.shape)
+        return Groups(prompts, gold, gold_lengths, rollouts, none, none)
+    with watch("decode") as ready:
+        keys = sampling.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
+        rollouts, prefix, suffix = ready(
+            sampling.sample(
+                params, experiment.policy, prompts.tokens, prompts.lengths, keys, experiment.sampling
+            )
+        )
+    with watch("score") as ready:
+        log_w = ready(
+            scoring.score_answers(
+                params, experiment.policy, prefix, suffix, rollouts.tokens,
+                rollouts.rationale_lengths, gold, gold_lengths,
+            )
+        )  # fmt: skip
+    reward = jnp.zeros_like(log_w)
+    if experiment.estimator.reward:
+        with watch("reward"):
+            reward = put(_rewards(experiment, rollouts, batch))
+    return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward)
+
+
+def learn(experiment, state: learner.TrainState, groups: Groups, reference, key: Array, watch):
+    """Coefficients, gradient and update; returns the new state, sums, gauges and norms."""
+    config, estimator = experiment.config, experiment.estimator
+    rows = config.train.prompts_per_step // config.train.updates_per_batch
+    microbatch = (
+        config.train.prompts_per_microbatch or rows,
+        config.train.rollouts_per_microbatch or experiment.rollouts_per_prompt,
+    )
+    gradient = functools.partial(
+        learner.gradient, surrogate=estimator.surrogate,
+        temperature=experiment.sampling.temperature, microbatch=microbatch,
+    )  # fmt: skip
+    with watch("train") as ready:
+        trajectories = _trajectories(experiment, groups)
+        coefficients, loss_state = _coefficients(
+            estimator.transform, groups, trajectories, state.loss_state, jax.random.fold_in(key, 1)
+        )
+        total = None
+        for index in range(config.train.updates_per_batch):
+            prompts, slice_, coefficient = _prompts_slice(
+                (groups.prompts, trajectories, coefficients), index, config.train.updates_per_batch
+            )
+            reference_log_probs = None
+            if reference is not None:
+                reference_log_probs = learner.reference_log_probs(
+                    reference, experiment.policy, prompts, slice_, experiment.sampling.temperature
+                )
+            grads, sums, gauges = gradient(
+                state.params, experiment.policy, prompts, slice_, coefficient, reference_log_probs
+            )
+            state, norms = learner.update(
+                state, loss_state, grads, prompts.is_prompt.sum(),
+                optimizer=experiment.optimizer, mesh=experiment.mesh,
+            )  # fmt: skip
+            gauges_total = gauges if total is None else total[1].merge(gauges)
+            total = (sums if total is None else jax.tree.map(jnp.add, total[0], sums), gauges_total)
+        state = ready(state._replace(step=state.step + 1))
+    return state, *total, norms
+
+
+@functools.partial(jax.jit, static_argnames=("transform",))
+def _coefficients(transform, groups: Groups, trajectories, loss_state, key):
+    scores = losses.Scores(
+        log_w=groups.log_w,
+        reward=groups.reward,
+        valid=jnp.broadcast_to(groups.prompts.is_prompt[:, None], groups.log_w.shape),
+        num_tokens=(trajectories.rationale_mask | trajectories.answer_mask).sum(-1, dtype=jnp.int32),
+    )
+    return losses.coefficients(transform, scores, loss_state, key=key)
+
+
+def _trajectories(experiment: Experiment, groups: Groups) -> learner.Trajectories:
+    rollouts = groups.rollouts
+    with_gold = experiment.estimator.answer == "gold"
+    lengths = rollouts.lengths
+    if with_gold:
+        lengths = rollouts.rationale_lengths + groups.gold_lengths[:, None]
+    longest = rollouts.tokens.shape[-1] + (groups.gold.shape[-1] if with_gold else 0)
+    length = bucket(int(lengths.max()), longest)
+    if with_gold:
+        return learner.with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
+    return learner.with_sampled_answer(rollouts, length)
+
+
+@functools.partial(jax.jit, static_argnames=("index", "count"))
+def _prompts_slice(tree, index: int, count: int):
+    """Every count-th prompt from `index` on: each device keeps its share of every slice."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, index], tree)
+
+
+def _rewards(experiment: Experiment, rollouts: sampling.Rollouts, batch: data.PromptBatch):
+    """Exact match of the sampled answers, float32 [B, M], of this process's prompts."""
+    local = sharding.local_rows(experiment.mesh, rollouts)
+    reward = np.zeros(local.lengths.shape, np.float32)
+    for row, example in enumerate(batch.examples):
+        golds = (example.answer, *example.aliases)
+        for column, (_, answer) in enumerate(evaluation.rollout_texts(experiment.formatter, local, row)):
+            reward[row, column] = experiment.grader(answer, golds)
+    return reward
