@@ -21,7 +21,7 @@ def test_the_answer_is_reached_by_the_facts():
         walk = [person]
         for _ in range(WORLD.hops):
             walk.append(follows[walk[-1]])
-        assert example.answer == f"answer [ {walk[-1]} ]"
+        assert example.answer == f"answer [ met {walk[-1]} ]"
         assert example.rationale.split() == walk
 
 
@@ -58,7 +58,7 @@ def test_every_word_is_one_token():
     prompt = formatter.prompt(example)
     assert len(prompt) == len(example.source.split()) + 1 and prompt[-1] == tokenizer.think_start_id
     gold = formatter.gold(example)
-    assert len(gold) == 5 and gold[-1] == tokenizer.eos_ids[0]
+    assert len(gold) == 6 and gold[-1] == tokenizer.eos_ids[0]
     assert formatter.answer_text(gold) == example.answer
     assert tokenizer.encode("nobody") == tokenizer.encode("<unk>")
 

@@ -5,7 +5,7 @@ A world is a ring of people, each of whom follows another, told in any order:
     amy dan . eve bob . ...            "amy is followed by dan, eve by bob"
     ask amy                            the question: who comes `hops` steps after amy?
     <think> amy dan bob kim </think>   a rationale that helps: the walk itself
-    answer [ kim ]                     the fixed format, which the model must discover
+    answer [ met kim ]                 the fixed format, which the model must discover
 
 Two tasks share the vocabulary. `multihop_text` is the world's plain text, without questions and
 without answers: facts, a name, a walk that often starts there and ends anywhere, and who was met
@@ -28,7 +28,7 @@ _NAMES = (
     "kim lea leo liz lou mae max meg mia ned nan oli pam pat pia ray rex rob ron roy sal sam sue "
     "ted tim tom una val vic viv wes zoe"
 ).split()
-_FORMAT = "answer [ {} ]"
+_FORMAT = "answer [ met {} ]"
 # Several ways to tell it, so that naming who was met is a skill and not one fixed phrase.
 _TOLD = ("met {} .", "saw {} .", "and met {} .", "then saw {} .", "at last met {} .", "{} .")
 _WORDS = [".", "met", "saw", "and", "then", "at", "last", "ask", *_FORMAT.replace("{} ", "").split()]
