@@ -57,6 +57,7 @@ def _children(config: ConfigDict, workdir: pathlib.Path) -> dict[str, ConfigDict
 
 
 def _finished(folder: pathlib.Path, config: ConfigDict) -> bool:
-    if not (folder / "results.json").exists():
+    files = [folder / name for name in ("results.json", "seconds.json", "config.json")]
+    if not all(file.exists() for file in files):
         return False
-    return (folder / "config.json").read_text() == settings.to_json(config)
+    return files[-1].read_text() == settings.to_json(config)
