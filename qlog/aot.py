@@ -32,8 +32,8 @@ class Chip(NamedTuple):
     link_speed: float
 
 
-# By the device kind that the topology reports; from Google's pages on each generation. A TPU7x
-# chip shows as two devices: its numbers are halved.
+# By the device kind that the topology reports. Written from memory, not yet checked against the
+# vendor's pages: rooflines are no better than these. A TPU7x chip shows as two devices: halved.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9),

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-
 from jax.sharding import Mesh
 
 from qlog.models import DecoderConfig
