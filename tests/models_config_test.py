@@ -94,6 +94,13 @@ def test_layers_with_windows_by_threshold_and_by_name():
         (QWEN, {"layer_types": ["full_attention"]}, "layer_types.*24 layers"),
         (LLAMA, {"attention_bias": True}, "attention_bias = True"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial RoPE"),
+        (QWEN, {"num_attention_heads": 0}, "num_attention_heads = 0 must be a whole number above 0"),
+        (QWEN, {"hidden_size": "896"}, "hidden_size = '896' must be"),
+        (QWEN, {"model_type": ["qwen2"]}, "not supported"),
+        (LLAMA, {"rope_scaling": {"type": "linear"}, "rope_parameters": {}}, "factor = None of the RoPE"),
+        (LLAMA, {"rope_theta": math.nan}, "rope_theta = nan"),
+        (GEMMA, {"text_config": None}, "text_config = None must be an object"),
+        (GEMMA["text_config"], {"rope_parameters": {"full_attention": 3}}, "full_attention = 3"),
         (GEMMA["text_config"], {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
     ],
 )

@@ -83,6 +83,7 @@ def test_export_and_load_are_bit_equal(name, dtype, tmp_path):
     assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.6
     assert (folder / "tokenizer.json").read_text() == "{}"
     files = sorted(folder.glob("*.safetensors"))
+    assert {file.stat().st_mode for file in folder.iterdir()} == {tokenizer.stat().st_mode}  # umask
     tensors = {key: file.name for file in files for key in load_file(file)}
     assert ("lm_head.weight" in tensors) == (name == "untied")
     if name == "untied":
@@ -144,7 +145,7 @@ def replaced(name, change):
     ("damage", "message"),
     [
         (without("model.norm.weight"), "lacks 1 tensors, first 'model.norm.weight'"),
-        (without("lm_head.weight"), r"'lm_head.weight' \(is tied_embeddings right\?\)"),
+        (without("lm_head.weight"), r"'lm_head.weight': does its config.json have the right tie_word"),
         (
             lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": np.zeros(3)}),
             "beyond what the config describes, 1 tensors, first 'model.layers.3.mlp.up_proj",
@@ -181,8 +182,21 @@ def test_incomplete_folders_are_named(tmp_path):
     with pytest.raises(ConfigError, match="is damaged .*download it again"):
         huggingface.load(tmp_path, config)
     index = (GOLDEN / "llama" / "model.safetensors.index.json").read_text()
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ConfigError, match="lacks model-00001-of-00003.safetensors, model-00002"):
+        huggingface.load(tmp_path, config)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no 'weight_map'"):
+        huggingface.load(tmp_path, config)
+    # Without an index, what an interrupted download or a second model left behind.
+    (tmp_path / "model.safetensors.index.json").unlink()
+    part = "model-00002-of-00003.safetensors"
+    (tmp_path / part).write_bytes((GOLDEN / "llama" / part).read_bytes())
+    with pytest.raises(ConfigError, match="lacks .* tensors, .* downloaded"):
+        huggingface.load(tmp_path, config)
+    (tmp_path / "other.safetensors").write_bytes((GOLDEN / "llama" / part).read_bytes())
+    with pytest.raises(ConfigError, match="twice, the second time in other.safetensors"):
         huggingface.load(tmp_path, config)
 
 

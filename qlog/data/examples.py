@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qlog.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -46,6 +48,8 @@ class Task:
 class Converted(Sequence[Example]):
     """Records seen as examples, converted one by one when asked for.
 
+    A record whose fields are not as the official files have them raises ConfigError then.
+
     Attributes:
         records: the records, as given.
     """
@@ -54,10 +58,18 @@ class Converted(Sequence[Example]):
         if task.to_example is None:
             raise ValueError(f"task {task.name!r} makes its own examples and reads no records")
         self.records = records
-        self._convert = task.to_example
+        self._task = task
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        return self._convert(self.records[index])
+        record = self.records[index]
+        try:
+            return self._task.to_example(record)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self._task.name}: record {record.get('id', record.get('_id', index))!r} is not as "
+                f"the official files have them ({type(error).__name__}: {error}): restore them in "
+                "config.data.manual_dir."
+            ) from error

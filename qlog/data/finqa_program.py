@@ -5,6 +5,7 @@ step n, `const_100` the number 100, and `table_max(total assets, none)` reads th
 The rules, odd ones included, are those of the dataset's own evaluation script.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -66,9 +67,14 @@ def run(program: str, table: Sequence[Sequence[str]]) -> list[Step]:
 
 
 def number_text(value: float | str) -> str:
-    """A result as text: "yes", "407", "0.34719"; at most 5 decimals, no trailing zeros."""
+    """A result as text: "yes", "407", "0.34719"; at most 5 decimals, no trailing zeros.
+
+    Raises ValueError for what is no number: NaN, an infinity.
+    """
     if isinstance(value, str):
         return value
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no number")
     text = f"{value:.{_DECIMALS}f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 

@@ -170,8 +170,9 @@ def squad_f1(
     """F1 between the bags of words of the SQuAD normal forms, the best over `golds`.
 
     Args:
-        closed: HotPotQA's special case: where one side is one of these, only equality scores.
-            MuSiQue's script has none: pass ().
+        closed: HotPotQA's special case: where one side is one of these, only equality scores, and
+            normal forms without a word never do. MuSiQue's script has no such case and counts two
+            normal forms without a word as equal: pass ().
     """
 
     def f1(a: str, g: str) -> float:
@@ -180,7 +181,9 @@ def squad_f1(
             return 0.0
         a_words, g_words = a.split(), g.split()
         same = sum((collections.Counter(a_words) & collections.Counter(g_words)).values())
-        return 2 * same / (len(a_words) + len(g_words)) if same else 0.0
+        if not a_words and not g_words:
+            return float(not closed)
+        return 2 * same / (len(a_words) + len(g_words))
 
     return _best(f1, answer, golds)
 

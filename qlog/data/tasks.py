@@ -70,7 +70,7 @@ def hotpotqa_example(record: Record) -> Example:
     facts = [
         f"{title}: {sentences[title][i].strip()}"
         for title, i in record["supporting_facts"]
-        if i < len(sentences.get(title, ()))
+        if 0 <= i < len(sentences.get(title, ()))
     ]
     return Example(
         id=record["_id"],

@@ -1,6 +1,7 @@
 """How Hugging Face names things, family by family: config.json's fields and the files' tensors."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,19 @@ _ONLY = {
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
 }
+# What a field must be wherever it stands. Hand-made files hold anything.
+_TYPES = (
+    ([name for ours, name in _FIELDS.items() if ours not in ("norm_eps", "tied_embeddings")],
+     lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    (("sliding_window", "max_window_layers", "sliding_window_pattern"),
+     lambda value: type(value) is int and value >= 0, "a whole number"),
+    (("rms_norm_eps", "query_pre_attn_scalar"), lambda value: _is_positive(value),
+     "a number above 0"),
+    (("tie_word_embeddings", "use_sliding_window"), lambda value: type(value) is bool,
+     "true or false"),
+    (("rope_parameters", "rope_scaling"), lambda value: isinstance(value, Mapping), "an object"),
+    (("architectures", "layer_types"), lambda value: isinstance(value, list), "a list"),
+)  # fmt: skip
 _ACTIVATIONS = {
     family: {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[traits.get("activation", "silu")]
     for family, traits in TRAITS.items()
@@ -108,17 +122,21 @@ def from_hf_config(fields: Mapping[str, Any]) -> DecoderConfig:
 
     Raises ConfigError for architectures and options that the decoder cannot express.
     """
-    if fields.get("model_type") in _TEXT_PART_OF:
-        text = {"model_type": _TEXT_PART_OF[fields["model_type"]], **fields["text_config"]}
+    if str(fields.get("model_type")) in _TEXT_PART_OF:
+        text = fields.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ConfigError(f"config.json: text_config = {text!r} must be an object.")
+        text = {"model_type": _TEXT_PART_OF[fields["model_type"]], **text}
         outer = ("tie_word_embeddings", "quantization_config")
         fields = text | {name: fields[name] for name in outer if name in fields}
     model_type = fields.get("model_type")
-    if model_type not in _MODEL_TYPES:
+    if str(model_type) not in _MODEL_TYPES:
         raise ConfigError(
             f"config.json: model_type {model_type!r} is not supported; qlog's decoder covers "
             f"{', '.join(_MODEL_TYPES)} and the text part of {', '.join(_TEXT_PART_OF)}."
         )
     family, architecture = _MODEL_TYPES[model_type]
+    _check_types(fields)
     for name in fields.get("architectures") or ():
         if name != architecture:
             raise ConfigError(
@@ -201,6 +219,13 @@ def _with_defaults(fields, family):
     return fields
 
 
+def _check_types(fields):
+    for names, is_right, what in _TYPES:
+        for name in names:
+            if fields.get(name) is not None and not is_right(fields[name]):
+                raise ConfigError(f"config.json: {name} = {fields[name]!r} must be {what}.")
+
+
 def _check_supported(fields, family):
     activation = _ACTIVATIONS[family]
     only = _ONLY | {"hidden_act": (None, activation), "hidden_activation": (None, activation)}
@@ -220,6 +245,9 @@ def _rope(fields, family):
         return *_one_rope(old | new), None
     if "full_attention" not in new:
         new = {"full_attention": new}
+    for kind in ("full_attention", "sliding_attention"):
+        if not isinstance(new.get(kind) or {}, Mapping):
+            raise ConfigError(f"config.json: rope_parameters.{kind} = {new[kind]!r} must be an object.")
     theta, scaling = _one_rope(old | (new["full_attention"] or {}))
     local = {"rope_theta": fields["rope_local_base_freq"], **(new.get("sliding_attention") or {})}
     local_theta, local_scaling = _one_rope(local)
@@ -228,25 +256,37 @@ def _rope(fields, family):
     return theta, scaling, local_theta
 
 
+def _is_positive(value):
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _one_rope(rope):
+    def number(name):
+        if not _is_positive(rope.get(name)):
+            raise ConfigError(
+                f"config.json: {name} = {rope.get(name)!r} of the RoPE {rope} must be a number "
+                "above 0."
+            )
+        return float(rope[name])
+
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"config.json: partial RoPE ({rope}) is not supported.")
     if kind == "default":
         scaling = None
     elif kind == "linear":
-        scaling = RopeScaling(float(rope["factor"]))
+        scaling = RopeScaling(number("factor"))
     elif kind == "llama3":
         scaling = RopeScaling(
-            float(rope["factor"]), int(rope["original_max_position_embeddings"]),
-            float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
+            number("factor"), int(number("original_max_position_embeddings")),
+            number("low_freq_factor"), number("high_freq_factor"),
         )  # fmt: skip
     else:
         raise ConfigError(
             f"config.json: RoPE scaling of type {kind!r} is not supported; qlog's decoder knows "
             "'default', 'linear' and 'llama3'."
         )
-    return float(rope["rope_theta"]), scaling
+    return number("rope_theta"), scaling
 
 
 def _windows(fields, family):

@@ -28,7 +28,12 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )  # fmt: skip
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_IS_IT_THE_MODEL = (
+    "is config.model (with config.architecture) the model of these weights, and were all of their "
+    "*.safetensors downloaded?"
+)
 
 
 def resolve(spec: str | os.PathLike) -> pathlib.Path:
@@ -58,7 +63,7 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
         try:
             found = fetch()
         except Exception as error:  # the Hub's client raises what its layers below raise
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"{type(error).__name__}: {_one_line(error)}"
     if jax.process_count() > 1:
         if not multihost_utils.broadcast_one_to_all(np.array(found is not None)):
             reason = reason or "process 0 could not download it"
@@ -66,11 +71,16 @@ def resolve(spec: str | os.PathLike) -> pathlib.Path:
             try:
                 found = fetch(local_files_only=True)
             except Exception as error:
-                reason = f"this process does not see the download of process 0: {error}"
+                reason = f"this process does not see the download of process 0: {_one_line(error)}"
+        # All give up together: one alone would leave the others waiting for it.
+        everywhere = multihost_utils.process_allgather(np.array(found is not None)).all()
+        if found is not None and not everywhere:
+            found, reason = None, "another process does not see the download of process 0"
     if found is None:
         which = f"{name} --revision {revision}" if revision else name
         raise ConfigError(
-            f"Cannot get {name!r} from the Hugging Face Hub ({reason}): where there is a network, "
+            f"{name!r} is no folder here, and the Hugging Face Hub does not give it ({reason}): "
+            "where there is a network, "
             f"run `hf download {which} --local-dir FOLDER` (config.json, the tokenizer's files and "
             "all *.safetensors), put FOLDER where every host of this run can read it, and give its "
             f"path instead of {name!r}."
@@ -141,7 +151,10 @@ def export(
     fields = families.to_hf_config(config)
     carried = {pathlib.Path(file).name: pathlib.Path(file) for file in tokenizer_files}
     if any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{folder} holds safetensors already; export needs a folder of its own.")
+        raise ConfigError(
+            f"{folder} holds safetensors already, and export needs a folder of its own: delete "
+            "them, or move the folder."
+        )
     generation = dict(generation or {})
     if "generation_config.json" in carried:
         generation = _read_json(carried.pop("generation_config.json")) | generation
@@ -164,6 +177,10 @@ def tokenizer_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     settings."""
     candidates = (pathlib.Path(folder) / name for name in _TOKENIZER_FILES)
     return [file for file in candidates if file.is_file()]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _leaf_name(path) -> str:
@@ -190,8 +207,13 @@ def _expected_shapes(config, leaves):
 def _open_tensors(folder, config, stack):
     """{canonical tensor name: (open file, name in it)} over all files of the folder."""
     index = folder / _INDEX
-    if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+    if (folder / _WHOLE).is_file():  # before an index, as transformers has it
+        names = [_WHOLE]
+    elif index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ConfigError(f"{index} holds no 'weight_map' of tensors: download it again.")
+        names = sorted(set(map(str, weight_map.values())))
     else:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
     absent = [name for name in names if not (folder / name).is_file()]
@@ -202,11 +224,16 @@ def _open_tensors(folder, config, stack):
     for name in names:
         try:
             file = stack.enter_context(safe_open(folder / name, framework="np"))
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             message = f"{folder / name} is damaged ({error}): download it again."
             raise ConfigError(message) from error
         for key in file.keys():
             canonical = families.canonical_name(key, config)
+            if canonical in tensors:
+                raise ConfigError(
+                    f"{folder} holds the tensor {canonical!r} twice, the second time in {name}: "
+                    "keep the safetensors of one model alone."
+                )
             if canonical is not None:
                 tensors[canonical] = (file, key)
     return tensors
@@ -219,19 +246,21 @@ def _check_tensors(folder, tensors, expected):
     if missing or surplus:
         names = missing or surplus
         what = "lacks" if missing else "holds, beyond what the config describes,"
-        hint = " (is tied_embeddings right?)" if names == ["lm_head.weight"] else ""
-        raise ConfigError(f"{folder} {what} {len(names)} tensors, first {names[0]!r}{hint}.")
+        hint = _IS_IT_THE_MODEL
+        if names == ["lm_head.weight"]:
+            hint = "does its config.json have the right tie_word_embeddings?"
+        raise ConfigError(f"{folder} {what} {len(names)} tensors, first {names[0]!r}: {hint}")
     for name, (file, key) in tensors.items():
         part = file.get_slice(key)
         if tuple(part.get_shape()) != expected[name]:
             raise ConfigError(
                 f"{folder}: tensor {name!r} has shape {tuple(part.get_shape())}, the config asks "
-                f"for {expected[name]}."
+                f"for {expected[name]}: {_IS_IT_THE_MODEL}"
             )
         if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise ConfigError(
                 f"{folder}: tensor {name!r} is of type {part.get_dtype()}; qlog reads float32, "
-                "float16 and bfloat16, not quantised weights."
+                "float16 and bfloat16, not quantised weights: take the model's original ones."
             )
 
 
@@ -284,7 +313,7 @@ def _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer):
             total += each
     weight_map = {}
     for number, entries in enumerate(files, 1):
-        file = "model.safetensors"
+        file = _WHOLE
         if len(files) > 1:
             file = f"model-{number:05}-of-{len(files):05}.safetensors"
         on_host = {}
@@ -294,7 +323,10 @@ def _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer):
             on_host[tensor] = np.ascontiguousarray(part, dtype=dtype)
             weight_map[tensor] = file
         if is_writer:
+            (folder / file).touch()
+            mode = (folder / file).stat().st_mode  # the umask's; save_file's own is private
             save_file(on_host, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(mode)
     if is_writer and len(files) > 1:
         _write_json(
             folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -310,9 +342,14 @@ def _to_host(array) -> np.ndarray:
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read as JSON ({error}): download it again."
+        ) from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{file} holds no JSON object: download it again.")
+    return fields
 
 
 def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:

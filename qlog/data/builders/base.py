@@ -103,7 +103,8 @@ def encode(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, An
     """A raw record -> the nested dict that TFDS writes.
 
     Raises:
-        TypeError: a field is missing or has another type than `fields` says.
+        TypeError: a field is missing or has another type than `fields` says, or is no text that
+            UTF-8 can hold (half of a surrogate pair, which JSON can spell).
     """
     rest = {k: dict(v) if isinstance(v, dict) else v for k, v in record.items()}
     example = {}
@@ -118,11 +119,24 @@ def encode(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, An
         if not isinstance(value, _TYPES[kind]):
             raise TypeError(f"the field {path!r} is of type {type(value).__name__}")
         if kind == JSON:
-            value = json.dumps(value)
+            value = json.dumps(value, ensure_ascii=False)
         elif kind == JSONS:
-            value = [json.dumps(item) for item in value]
+            value = [json.dumps(item, ensure_ascii=False) for item in value]
+        for text in value if isinstance(value, list) else [value]:
+            _check_text(path, text, kind)
         example[path] = value
     return _nested({**example, OTHER: json.dumps(rest)})
+
+
+def _check_text(path: str, text: Any, kind: str) -> None:
+    if kind == FLAG:
+        return
+    if not isinstance(text, str):
+        raise TypeError(f"the field {path!r} holds {text!r}, which is no text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TypeError(f"the field {path!r} holds half a character ({error.reason})") from error
 
 
 def decode(example: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
