@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = """
     main
     commands
-    aot sweep
+    aot doctor sweep
     train
     reporting
     step

@@ -1,0 +1,1 @@
+"""Whole programs that use the losses and nothing else of qlog."""

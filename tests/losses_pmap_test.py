@@ -1,0 +1,20 @@
+"""The losses inside a user's own pmap trainer, the package's example."""
+
+import jax
+import numpy as np
+import pytest
+
+from qlog import losses
+from qlog.losses.examples import pmap_trainer
+
+
+@pytest.mark.parametrize("name", ["garl", "paft"])
+def test_eight_devices_train_as_one(name):
+    """PAFT's draws included. The bits of a sum depend on its order, and Adam's first steps on bits."""
+    estimator = losses.build(name, q=0.75)
+    many, history = pmap_trainer.train(estimator, 15)
+    one, same = pmap_trainer.train(estimator, 15, jax.devices()[:1])
+    np.testing.assert_allclose(history, same, rtol=1e-3)
+    for key in one:
+        np.testing.assert_allclose(many[key], one[key], rtol=1e-3, atol=1e-3)
+    assert history[-1] > 3 * history[0]
