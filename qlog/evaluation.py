@@ -47,11 +47,19 @@ def recompute(config: ConfigDict, samples: pathlib.Path) -> dict[str, float]:
     Raises:
       ConfigError: no such file, or one that holds no samples.
     """
-    summary = summarise(config, _read_samples(samples))
+    summary = _recompute(config, samples)
     bare = _samples_file(samples, _BARE)
     if bare.is_file():
-        summary |= _prefixed(_BARE, summarise(config, _read_samples(bare)))
+        summary |= _prefixed(_BARE, _recompute(config, bare))
     return summary
+
+
+def _recompute(config: ConfigDict, file: pathlib.Path) -> dict[str, float]:
+    rows = _read_samples(file)
+    try:
+        return summarise(config, rows)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}; give a file as evaluation wrote it.") from None
 
 
 def _read_samples(file: pathlib.Path) -> list[dict]:
@@ -66,9 +74,19 @@ def _read_samples(file: pathlib.Path) -> list[dict]:
         missing = _FIELDS - set(row if isinstance(row, dict) else ())
         if missing:
             raise ConfigError(f"{file}, line {number}: samples need {', '.join(sorted(missing))}.")
+        # The sampler's own fields; metrics.summarise checks the others.
+        flags = [value for name in ("forced", "complete") for value in _list(row[name]) or [None]]
+        if type(row["log_p"]) not in (int, float) or not set(map(type, flags)) <= {bool}:
+            raise ConfigError(
+                f"{file}, line {number}: log_p must be a number, forced and complete lists of flags."
+            )
     if not rows:
         raise ConfigError(f"{file} is empty.")
     return rows
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
 
 
 def summarise(config: ConfigDict, rows: list[dict]) -> dict[str, float]:

@@ -164,14 +164,28 @@ def summarise(
     }
 
 
+def _are_texts(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+# What a row must hold. A string where a list belongs would be graded letter by letter.
+_ROW = (
+    ("id", lambda value: isinstance(value, str) and bool(value), "a string"),
+    ("golds", _are_texts, "a list of strings"),
+    ("answers", _are_texts, "a list of strings"),
+    ("official_answer", lambda value: isinstance(value, (str, float, int, type(None))), "a number"),
+    ("source", lambda value: isinstance(value, (str, type(None))), "a string"),
+)
+
+
 def _check(rows: Sequence[Mapping]) -> int:
     """The number of answers per row, the same for all."""
     if not rows:
         raise ValueError("summarise needs at least one row of samples, got none")
     for index, row in enumerate(rows):
-        missing = [field for field in ("id", "golds", "answers") if not row.get(field)]
-        if missing:
-            raise ValueError(f"row {index} of the samples has no {missing[0]!r}")
+        for field, is_right, what in _ROW:
+            if not is_right(row.get(field)):
+                raise ValueError(f"row {index} of the samples has no {field!r} that is {what}")
     ids = [row["id"] for row in rows]
     if len(set(ids)) < len(ids):
         repeated = next(id_ for index, id_ in enumerate(ids) if id_ in ids[:index])

@@ -203,6 +203,9 @@ def test_another_grader_is_counted_and_stops_past_one_percent():
     ([], "at least one row"),
     ([{"id": "a", "golds": ["x"]}], "row 0 of the samples has no 'answers'"),
     ([{"id": "a", "golds": [], "answers": ["x"]}], "row 0 .* no 'golds'"),
+    ([{"id": "a", "golds": "x", "answers": ["x"]}], "no 'golds' that is a list of strings"),
+    ([{"id": "a", "golds": ["x"], "answers": ["x", None]}], "no 'answers' that is a list of"),
+    ([{"id": "a", "golds": ["x"], "answers": ["x"], "official_answer": []}], "'official_answer'"),
     ([ROWS[0], ROWS[0]], "question 'a' more than once"),
     ([ROWS[0], {"id": "z", "golds": ["x"], "answers": ["x"]}], "not 1 to 4"),
 ])
