@@ -126,31 +126,55 @@ def test_a_window_of_w_sees_w_tokens_its_own_included():
     assert changed.tolist() == [False] * 7 + [True] * 5
 
 
-@pytest.mark.parametrize("with_window", [False, True])
-def test_attention_in_blocks_of_queries_equals_attention_at_once(with_window, monkeypatch):
-    length, rng = 128, np.random.default_rng(0)
-    queries = rng.normal(size=(1, 2, 2, 2, length, 4)).astype(np.float32)
-    shared = rng.normal(size=(2, 1, 2, 6, 4)).astype(np.float32)
-    own = rng.normal(size=(2, 1, 2, 2, length, 4)).astype(np.float32)
-    at = np.arange(length)
-    causal = (at[:, None] >= at)[None, None, None, None]
-    in_prefix = (np.arange(6) < 4)[None, None, None, None, None]
-    horizon = (4 + at - 9)[None, None, None, None, :, None] if with_window else None
+def dense_attention(queries, segments):
+    """The plain formula: all scores at once, one softmax over all segments."""
+    scores, values = [], []
+    for keys, its_values, start, stop in segments:
+        slots = np.arange(keys.shape[2])
+        visible = (start[..., None] <= slots) & (slots < stop[..., None])
+        score = jnp.einsum("bknc,bktc->bknt", queries, keys)
+        scores.append(jnp.where(visible[:, None], score, -jnp.inf))
+        values.append(its_values)
+    weights = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1)
+    return jnp.einsum("bknt,bktc->bknc", weights, jnp.concatenate(values, 2))
 
-    def attend(queries, shared, own):
-        segments = [
-            attention.Segment(*shared, in_prefix, jnp.arange(6)),
-            attention.Segment(*own, causal, 4 + at),
-        ]
-        return (attention.attend(queries, segments, horizon) ** 2).sum()
 
-    at_once = jit(jax.value_and_grad(attend, (0, 1, 2)))(queries, shared, own)
-    monkeypatch.setattr(attention, "_MAX_SCORES", 1)
-    lowered = jit(jax.value_and_grad(attend, (0, 1, 2))).lower(queries, shared, own)
-    assert "while" in lowered.as_text()
-    in_blocks = lowered.compile()(queries, shared, own)
-    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_blocks)):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5)
+@pytest.mark.parametrize("sizes", [(40, (70, 30)), (24, (24,))], ids=str)
+def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(sizes, monkeypatch):
+    """Rows and slots that fill no block, intervals of all kinds, one segment partly unseen."""
+    monkeypatch.setattr(attention, "_ROWS", 16)
+    monkeypatch.setattr(attention, "_SLOTS", 32)
+    count, slots = sizes
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    queries, cotangent = normal(2, 2, count, 4), normal(2, 2, count, 4)
+    caches = [(normal(2, 2, n, 4), normal(2, 2, n, 4)) for n in slots]
+    intervals = []
+    for n in slots:
+        ends = np.sort(rng.integers(0, n + 1, (2, 2, count)), axis=0).astype(np.int32)
+        intervals.append((ends[0], np.maximum(ends[1], ends[0] + (len(slots) == 1))))
+    intervals[0] = (np.minimum(intervals[0][0], slots[0] - 1), np.maximum(intervals[0][1], intervals[0][0] + 1))
+
+    def loss(attend, queries, caches):
+        segments = [attention.Segment(*cache, *ends) for cache, ends in zip(caches, intervals)]
+        return (attend(queries, segments) * cotangent).sum()
+
+    run = lambda attend: jit(jax.value_and_grad(functools.partial(loss, attend), (0, 1)))(queries, caches)  # noqa: E731
+    for one, other in zip(jax.tree.leaves(run(attention.attend)), jax.tree.leaves(run(dense_attention))):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_attention_stores_no_array_of_queries_by_keys():
+    """What the compiled gradient needs beside its arguments grows with the length, not its square."""
+
+    def temporaries(length):
+        shape = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.float32)
+        at = np.arange(length, dtype=np.int32)[None]
+        loss = lambda q, k, v: attention.attend(q, [attention.Segment(q, k, 0 * at, at + 1)]).sum()  # noqa: E731
+        compiled = jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 2.5 * temporaries(4096) < 2**26
 
 
 def test_bfloat16_activations_keep_float32_parameters_and_stay_close():

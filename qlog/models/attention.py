@@ -1,94 +1,248 @@
-"""Attention of grouped queries over a shared prefix, a private suffix and themselves.
+"""Attention in blocks: no array of queries by keys is ever stored, forward or backward.
 
-Axes: B prompts, K key/value heads, M rollouts, G query heads per key/value head, R new tokens,
-P prefix slots, S suffix slots, C head size. The prefix is stored once per prompt: its scores are
-one matrix product of M * G * R queries with P keys, whatever M is.
+Axes: B prompts, K key/value heads, N query rows (rollouts, tokens and the query heads of a
+key/value head, flattened in this order), T key slots, C head size.
+
+Every mask is an interval: a query row sees the slots `start <= slot < stop` of a segment. Causality,
+padding, sliding windows, rollouts packed into one row and the rollouts of a group side by side are
+all of this form, and blocks of keys that no row of a block sees are never visited. So the shared
+prefix is one matrix product of all rollouts' queries with one copy of the keys, and private keys
+cost what is visible of them.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-_MASKED = -1e30  # finite, so that a query with no visible key gives zeros rather than NaN
-# Scores of one query block may take this many elements before queries are processed in blocks.
-_MAX_SCORES = 1 << 26
+_MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
+_ROWS, _SLOTS = 512, 256  # of a block of queries, and of a block of keys
 
 
 class Segment(NamedTuple):
     """Keys and values that the queries may see.
 
-    keys, values: [B, K, P, C] when all rollouts of a prompt share them, else [B, K, M, S, C].
-    visible: bool, broadcastable to [B, 1, M, 1, R, P or S].
-    positions: int32, broadcastable to [B, 1, M, 1, 1, P or S]; read where there is a horizon.
+    keys, values: [B, K, T, C]. start, stop: int32 [B or 1, N], each row's visible slots.
     """
 
     keys: Array
     values: Array
-    visible: Array
-    positions: Array | None = None
+    start: Array
+    stop: Array
 
 
-def attend(queries: Array, segments: list[Segment], horizon: Array | None = None) -> Array:
-    """Softmax attention over the union of `segments`.
+class _Partial(NamedTuple):
+    """A softmax under way, float32: largest score and sum of weights [..., N], mix [..., N, C]."""
+
+    top: Array
+    total: Array
+    mix: Array
+
+
+def attend(queries: Array, segments: list[Segment]) -> Array:
+    """Softmax attention over all segments together; differentiable in queries, keys and values.
+
+    The backward pass recomputes the scores block by block (Dao et al., arXiv 2205.14135).
 
     Args:
-      queries: [B, K, M, G, R, C], already scaled.
-      segments: what the queries may see; at least one.
-      horizon: int32 [B, 1, M, 1, R, 1], the first position inside each query's sliding window;
-        None when the layer has no window.
+      queries: [B, K, N, C], already scaled.
+      segments: what they may see; every row must see a slot, or its result means nothing.
 
     Returns:
-      [B, K, M, G, R, C] in the dtype of `queries`; the softmax runs in float32.
+      [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
-    num_slots = sum(segment.keys.shape[-2] for segment in segments)
-    rows = queries.size // queries.shape[-1]
-    length = queries.shape[4]
-    block = length
-    while block > 64 and block % 2 == 0 and rows // length * block * num_slots > _MAX_SCORES:
-        block //= 2
-    if block == length:
-        return _attend_block(queries, segments, horizon)
-
-    @jax.checkpoint
-    def one_block(index):
-        start = index * block
-
-        def take(x, axis):
-            if x.shape[axis] == 1:
-                return x
-            return jax.lax.dynamic_slice_in_dim(x, start, block, axis)
-
-        local = [s._replace(visible=take(s.visible, 4)) for s in segments]
-        return _attend_block(
-            take(queries, 4), local, None if horizon is None else take(horizon, 4)
-        )
-
-    blocks = jax.lax.map(one_block, jnp.arange(length // block))
-    return jnp.moveaxis(blocks, 0, 4).reshape(queries.shape)
+    rows = min(_ROWS, queries.shape[2])
+    padding = -queries.shape[2] % rows
+    padded = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    visible = [
+        tuple(jnp.pad(x, ((0, 0), (0, padding))) for x in (s.start, s.stop)) for s in segments
+    ]
+    caches = [(segment.keys, segment.values) for segment in segments]
+    return _attend(padded, caches, visible, rows)[:, :, : queries.shape[2]]
 
 
-def _attend_block(queries: Array, segments: list[Segment], horizon: Array | None) -> Array:
-    scores = []
-    for keys, _, visible, positions in segments:
-        if horizon is not None:
-            visible = visible & (positions >= horizon)
-        equation = "bkmgrc,bkpc->bkmgrp" if keys.ndim == 4 else "bkmgrc,bkmpc->bkmgrp"
-        score = jnp.einsum(equation, queries, keys, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(visible, score, _MASKED))
-    # One softmax over all segments, without laying their keys side by side.
-    top = scores[0].max(-1, keepdims=True)
-    for score in scores[1:]:
-        top = jnp.maximum(top, score.max(-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)
-    total, out = 0.0, 0.0
-    for score, segment in zip(scores, segments):
-        values = segment.values
-        weights = jnp.exp(score - top)
-        total += weights.sum(-1, keepdims=True)
-        equation = "bkmgrp,bkpc->bkmgrc" if values.ndim == 4 else "bkmgrp,bkmpc->bkmgrc"
-        out += jnp.einsum(
-            equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
-    return (out / total).astype(queries.dtype)
+def attend_step(queries: Array, prefix: Segment | None, suffix: Segment) -> Array:
+    """One query token of each rollout over a shared prefix and its own suffix; no gradient.
+
+    Args:
+      queries: [B, K, M, G, C], already scaled; G query heads per key/value head.
+      prefix: keys [B, K, P, C], start and stop [B, 1].
+      suffix: keys [B, K, M, S, C], start [B or 1, M or 1], stop alike.
+
+    Returns:
+      [B, K, M, G, C].
+    """
+
+    def run(rows, segment, axes):
+        start, stop = (jnp.expand_dims(x, axes) for x in (segment.start, segment.stop))
+        size = min(_SLOTS, segment.keys.shape[-2])
+        blocks = segment.start.min() // size, -(-segment.stop.max() // size)
+        return _forward(rows, [(segment.keys, segment.values)], [(start, stop)], [blocks])
+
+    own = run(queries, suffix, (1, 3))
+    if prefix is None:
+        return _finish(own, queries.dtype)
+    shared = run(queries.reshape(*queries.shape[:2], -1, queries.shape[-1]), prefix, 1)
+    shared = jax.tree.map(lambda x, like: x.reshape(like.shape), shared, own)
+    return _finish(_merge(own, shared), queries.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(queries, caches, visible, rows):
+    return _attend_forward(queries, caches, visible, rows)[0]
+
+
+def _attend_forward(queries, caches, visible, rows):
+    def block(inputs):
+        block_queries, block_visible, blocks = inputs
+        state = _forward(block_queries, caches, block_visible, blocks)
+        return _finish(state, queries.dtype), state.top + jnp.log(_positive(state.total))
+
+    inputs = (_split(queries, rows), _split_visible(visible, rows), _blocks(caches, visible, rows))
+    out, log_total = (_join(x) for x in jax.lax.map(block, inputs))
+    return out, (queries, caches, visible, out, log_total)
+
+
+def _attend_backward(rows, residuals, cotangent):
+    queries, caches, visible, out, log_total = residuals
+    shift = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+
+    def block(cache_grads, inputs):
+        *arrays, block_visible, blocks = inputs
+        return _backward(*arrays, caches, block_visible, blocks, cache_grads)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), caches)
+    split = [_split(x, rows) for x in (queries, cotangent, log_total, shift)]
+    inputs = (*split, _split_visible(visible, rows), _blocks(caches, visible, rows))
+    cache_grads, query_grads = jax.lax.scan(block, zeros, inputs)
+    like = functools.partial(jax.tree.map, lambda grad, x: grad.astype(x.dtype))
+    return like(_join(query_grads), queries), like(cache_grads, caches), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(queries, caches, visible, blocks) -> _Partial:
+    """The softmax of one block of queries [..., N, C] over the visible blocks of every cache."""
+    lead = queries.shape[:-1]
+    state = _Partial(jnp.full(lead, _MASKED), jnp.zeros(lead), jnp.zeros(queries.shape))
+    for (keys, values), interval, (first, last) in zip(caches, visible, blocks):
+
+        def visit(index, state, keys=keys, values=values, interval=interval):
+            scores = _scores(queries, keys, interval, index)
+            top = jnp.maximum(state.top, scores.max(-1))
+            weights = jnp.exp(scores - top[..., None])
+            own = _Partial(top, weights.sum(-1), _mix(weights, _slots(values, index)))
+            return _merge(state, own, top)
+
+        state = jax.lax.fori_loop(first, last, visit, state)
+    return state
+
+
+def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cache_grads):
+    """Gradients of one block of queries; those of keys and values are added to `cache_grads`."""
+    query_grads, total = jnp.zeros(queries.shape, jnp.float32), []
+    for cache, interval, (first, last), grads in zip(caches, visible, blocks, cache_grads):
+
+        def visit(index, carry, cache=cache, interval=interval):
+            query_grads, *grads = carry
+            keys, values = (_slots(x, index) for x in cache)
+            weights = jnp.exp(_scores(queries, cache[0], interval, index) - log_total[..., None])
+            weight_grads = jnp.einsum(
+                "...nc,...tc->...nt", cotangent, values, preferred_element_type=jnp.float32
+            )
+            score_grads = (weights * (weight_grads - shift[..., None])).astype(queries.dtype)
+            parts = (_unmix(score_grads, queries), _unmix(weights.astype(queries.dtype), cotangent))
+            grads = (_add_slots(grad, part, index) for grad, part in zip(grads, parts))
+            return query_grads + _mix(score_grads, keys), *grads
+
+        query_grads, *grads = jax.lax.fori_loop(first, last, visit, (query_grads, *grads))
+        total.append(tuple(grads))
+    return total, query_grads
+
+
+def _scores(queries, keys, interval, index) -> Array:
+    """[..., N, slots of block `index`], masked where the interval does not reach."""
+    start, stop = interval
+    block = _slots(keys, index)
+    scores = jnp.einsum("...nc,...tc->...nt", queries, block, preferred_element_type=jnp.float32)
+    size, count = block.shape[-2], keys.shape[-2]
+    slots = jnp.minimum(index * size, count - size) + jnp.arange(size)
+    # The last block may overlap the one before it: what that one saw is not seen twice.
+    start = jnp.maximum(start, index * size)
+    is_visible = (start[..., None] <= slots) & (slots < stop[..., None])
+    return jnp.where(is_visible, scores, _MASKED)
+
+
+def _slots(x: Array, index) -> Array:
+    """Block `index` of slots, axis -2; a last block that would not be full begins earlier."""
+    size = min(_SLOTS, x.shape[-2])
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=-2)
+
+
+def _add_slots(x: Array, part: Array, index) -> Array:
+    size = part.shape[-2]
+    start = jnp.minimum(index * size, x.shape[-2] - size)
+    return jax.lax.dynamic_update_slice_in_dim(x, _slots(x, index) + part, start, axis=-2)
+
+
+def _mix(weights: Array, values: Array) -> Array:
+    equation = "...nt,...tc->...nc"
+    return jnp.einsum(
+        equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+
+
+def _unmix(weights: Array, rows: Array) -> Array:
+    return jnp.einsum("...nt,...nc->...tc", weights, rows, preferred_element_type=jnp.float32)
+
+
+def _merge(one: _Partial, other: _Partial, top: Array | None = None) -> _Partial:
+    """Both softmaxes as one. With `top` given, it is the largest score and that of `other`."""
+    if top is None:
+        top = jnp.maximum(one.top, other.top)
+        other = _rescale(other, top)
+    one = _rescale(one, top)
+    return _Partial(top, one.total + other.total, one.mix + other.mix)
+
+
+def _rescale(state: _Partial, top: Array) -> _Partial:
+    factor = jnp.exp(state.top - top)
+    return _Partial(top, state.total * factor, state.mix * factor[..., None])
+
+
+def _finish(state: _Partial, dtype) -> Array:
+    return (state.mix / _positive(state.total)[..., None]).astype(dtype)
+
+
+def _positive(total: Array) -> Array:
+    return jnp.maximum(total, 1e-30)
+
+
+def _split(x: Array, rows: int) -> Array:
+    """[B, K, N, ...] -> [N / rows, B, K, rows, ...]."""
+    x = x.reshape(*x.shape[:2], -1, rows, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 0)
+
+
+def _join(x: Array) -> Array:
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _split_visible(visible, rows: int):
+    return jax.tree.map(lambda x: _split(x[:, None], rows), visible)
+
+
+def _blocks(caches, visible, rows: int):
+    """For every block of rows the first block of slots that one of them sees, and the one after
+    the last: int32 [N / rows] each."""
+    found = []
+    for (keys, _), (start, stop) in zip(caches, visible):
+        size = min(_SLOTS, keys.shape[-2])
+        first = start.min(0).reshape(-1, rows).min(1) // size
+        last = -(-stop.max(0).reshape(-1, rows).max(1) // size)
+        found.append((first, jnp.maximum(first, last)))
+    return found

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from qlog.models.attention import Segment, attend
+from qlog.models.attention import Segment, attend, attend_step
 from qlog.models.config import DecoderConfig
 from qlog.models.rope import rotate, rotation
 
@@ -69,8 +69,12 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, turn, horizon, segments_of):
-        """x: [B, M, R, D] -> ([B, M, R, D], (keys, values) of the new tokens [B, K, M, R, C])."""
+    def __call__(self, x, turn, mix):
+        """x: [B, M, R, D] -> ([B, M, R, D], what `mix` stores).
+
+        mix: attention of queries [B, M, R, K, G, C] with new keys and values [B, M, R, K, C]
+        -> ([B, M, R, K, G, C], anything).
+        """
         cfg = self.config
         dense = functools.partial(nn.Dense, use_bias=False, dtype=x.dtype)
         scaled_down = nn.initializers.variance_scaling(0.5 / cfg.num_layers, "fan_in", "normal")
@@ -84,13 +88,9 @@ class Block(nn.Module):
             keys = norm(name="k_norm")(keys)
         queries = rotate(queries, turn, (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5)
         keys = rotate(keys, turn)
-        batch, rollouts, length = x.shape[:3]
-        queries = queries.reshape(batch, rollouts, length, cfg.num_kv_heads, -1, cfg.head_dim)
-        queries = queries.transpose(0, 3, 1, 4, 2, 5)  # [B, K, M, G, R, C]
-        keys, values = (t.transpose(0, 3, 1, 2, 4) for t in (keys, values))  # [B, K, M, R, C]
-        segments, stored = segments_of(keys, values)
-        mixed = attend(queries, segments, horizon)
-        mixed = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rollouts, length, -1)
+        queries = queries.reshape(*x.shape[:3], cfg.num_kv_heads, -1, cfg.head_dim)
+        mixed, stored = mix(queries, keys, values)
+        mixed = mixed.reshape(*x.shape[:3], -1)
         mixed = dense(cfg.width, name="o_proj", kernel_init=scaled_down)(mixed)
         x = x + (norm(name="post_attention_norm")(mixed) if cfg.post_norms else mixed)
         normed = norm(name="mlp_norm")(x)
@@ -119,10 +119,10 @@ def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     turn = rotation(jnp.zeros((1, 1, 1), jnp.int32), config.head_dim, config.rope_theta)
 
     def init_layer(layer_key):
-        def segments_of(keys, values):
-            return [Segment(keys, values, jnp.ones((), bool))], None
+        def mix(queries, keys, values):
+            return queries, None
 
-        return Block(config).init(layer_key, x, turn, None, segments_of)["params"]
+        return Block(config).init(layer_key, x, turn, mix)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
     table = (config.vocab_size, config.width)
@@ -168,6 +168,7 @@ def apply(
     prefix: Prefix | None = None,
     suffix: Suffix | None = None,
     slot: Array | None = None,
+    first: Array | None = None,
     dtype=jnp.float32,
     remat: bool = False,
 ) -> tuple[Array, Any]:
@@ -187,6 +188,8 @@ def apply(
       prefix: keys and values that all rollouts of a prompt share.
       suffix: keys and values of each rollout; slots beyond `suffix.lengths` are not seen.
       slot: int32 scalar; write the new token's keys and values there in every rollout (R = 1).
+      first: int32 [B, M, R], the first of the new tokens that each may see, where several rollouts
+        are packed into one row; None is 0.
       dtype: of the activations and of the caches.
       remat: recompute each layer in the backward pass.
 
@@ -196,39 +199,38 @@ def apply(
     hidden = params["embed"].astype(dtype)[tokens]
     if config.scale_embeddings:
         hidden = hidden * jnp.asarray(config.width**0.5, dtype)
-    layer_facts = _layer_facts(config, positions)
-    length = tokens.shape[-1]
-    causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None, None]
-    own_positions = positions[:, None, :, None, None, :]
-    first_own = 0
-    if prefix is not None:
-        first_own = _column(prefix.lengths)
-        prefix_slots = jnp.arange(prefix.keys.shape[-2])
-        in_prefix = prefix_slots < first_own
-    if suffix is not None:
-        past = jnp.arange(suffix.layers[0][0].shape[-2])
-        seen = jnp.broadcast_to(suffix.lengths, tokens.shape[:2])[:, None, :, None, None, None]
-        in_past = past < seen if slot is None else (past <= slot)[(None,) * 5]
+    rotation_of = _rotations(config, positions)
+    groups = config.num_heads // config.num_kv_heads
     block = Block(config)
 
     def layer(x, weights, shared, own, window):
-        turn, horizon = layer_facts(window)
+        sight = _Sight(positions, window, groups)
+        shared = shared and [t.astype(dtype) for t in shared]
 
-        def segments_of(keys, values):
-            segments = []
+        def mix(queries, keys, values):
+            new = (_by_head(keys), _by_head(values))
+            segments = [Segment(*map(_flat, new), *sight.own(first))]
+            if own is not None:
+                seen = jnp.broadcast_to(suffix.lengths, tokens.shape[:2])
+                slots = own[0].shape[3]
+                segments.insert(0, Segment(*map(_flat, own), *sight.suffix(prefix.lengths, seen, slots)))
             if shared is not None:
-                its_keys, its_values = (t.astype(dtype) for t in shared)
-                segments.append(Segment(its_keys, its_values, in_prefix, prefix_slots))
-            new = Segment(keys, values, causal, own_positions)
-            if own is None:
-                return segments + [new], (keys, values)
-            if slot is None:
-                return segments + [Segment(*own, in_past, first_own + past), new], own
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
-            own_now = tuple(write(old, t.astype(old.dtype)) for old, t in zip(own, (keys, values)))
-            return segments + [Segment(*own_now, in_past, first_own + past)], own_now
+                segments.insert(0, Segment(*shared, *sight.prefix(prefix.lengths)))
+            return _rows_back(attend(_rows(queries), segments), queries), new
 
-        return block.apply({"params": weights}, x, turn, horizon, segments_of)
+        def mix_step(queries, keys, values):
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
+            new = (_by_head(keys), _by_head(values))
+            now = tuple(write(old, t.astype(old.dtype)) for old, t in zip(own, new))
+            start, base = sight.start[:, 0], prefix.lengths[:, None]  # all rollouts are in step
+            mixed = attend_step(
+                queries[:, :, 0].transpose(0, 2, 1, 3, 4), Segment(*shared, start, base),
+                Segment(*now, jnp.maximum(start - base, 0), jnp.reshape(slot + 1, (1, 1))),
+            )  # fmt: skip
+            return mixed.transpose(0, 2, 1, 3, 4)[:, :, None], now
+
+        turn = rotation_of(window)
+        return block.apply({"params": weights}, x, turn, mix if slot is None else mix_step)
 
     shared = None if prefix is None else (prefix.keys, prefix.values)
     windows = config.windows
@@ -250,7 +252,7 @@ def apply(
             weights, its_prefix = jax.tree.map(lambda a: a[index], (params["layers"], shared))
             hidden, stored = layer(hidden, weights, its_prefix, own, windows[index])
             layers.append(stored)
-        state = suffix._replace(layers=tuple(layers))
+        state = suffix if slot is None else suffix._replace(layers=tuple(layers))
     final_norm = {"params": {"scale": params["final_norm"]}}
     return RMSNorm(config.norm_eps, config.norm_offset).apply(final_norm, hidden), state
 
@@ -273,28 +275,79 @@ def empty_suffix(config: DecoderConfig, batch: int, rollouts: int, slots: int, d
     return Suffix(layers, jnp.zeros((), jnp.int32))
 
 
-def _column(per_prompt: Array) -> Array:
-    """[B] -> [B, 1, 1, 1, 1, 1], beside attention's axes."""
-    return per_prompt[:, None, None, None, None, None]
+def _by_head(x: Array) -> Array:
+    """[B, M, R, K, C] -> [B, K, M, R, C]: heads before slots, as caches are laid out."""
+    return x.transpose(0, 3, 1, 2, 4)
 
 
-def _layer_facts(config: DecoderConfig, positions: Array):
-    """window -> (RoPE's rotation, first visible position) of a layer; None where all is visible.
+def _flat(x: Array) -> Array:
+    """[B, K, M, S, C] -> [B, K, M * S, C]: the slots of all rollouts side by side."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
-    The window may be an int, or a traced int32 inside a scan over unequal layers.
+
+def _rows(queries: Array) -> Array:
+    """[B, M, R, K, G, C] -> [B, K, M * R * G, C]."""
+    batch, _, _, heads, _, size = queries.shape
+    return queries.transpose(0, 3, 1, 2, 4, 5).reshape(batch, heads, -1, size)
+
+
+def _rows_back(rows: Array, like: Array) -> Array:
+    batch, rollouts, length, heads, groups, size = like.shape
+    return rows.reshape(batch, heads, rollouts, length, groups, size).transpose(0, 2, 3, 1, 4, 5)
+
+
+class _Sight:
+    """What the queries of one layer see of each segment: (start, stop), int32 [B or 1, M * R * G].
+
+    Slot p of the prefix is position p, and new tokens that see each other have positions as far
+    apart as their slots, so a sliding window is a bound on slots everywhere.
+
+    Args:
+      positions: int32 [B, M, R].
+      window: an int, or a traced int32 inside a scan over unequal layers; 0 is none.
+      groups: G, query heads per key/value head.
     """
+
+    def __init__(self, positions: Array, window, groups: int):
+        self._shape, self._groups = positions.shape, groups
+        if isinstance(window, int):
+            self._back = window - 1 if window else _NO_WINDOW
+        else:
+            self._back = jnp.where(window > 0, window - 1, _NO_WINDOW)
+        self.start = jnp.maximum(positions - self._back, 0)  # first position inside the window
+
+    def prefix(self, lengths: Array):
+        return self._per_row(self.start), self._per_row(lengths[:, None, None])
+
+    def suffix(self, base: Array, lengths: Array, slots: int):
+        """base: position of slot 0, [B]; lengths: slots that may be seen, [B, M]; slots: S."""
+        offset = slots * jnp.arange(self._shape[1])[:, None]
+        start = jnp.maximum(self.start - base[:, None, None], 0)
+        return self._per_row(offset + start), self._per_row(offset + lengths[..., None])
+
+    def own(self, first: Array | None):
+        tokens = jnp.arange(self._shape[2])
+        offset = self._shape[2] * jnp.arange(self._shape[1])[:, None]
+        start = jnp.maximum(tokens - self._back, 0 if first is None else first)
+        return self._per_row(offset + start), self._per_row(offset + tokens + 1)
+
+    def _per_row(self, x: Array) -> Array:
+        x = x if x.ndim == 3 else x[None]
+        x = jnp.broadcast_to(x, (x.shape[0], *self._shape[1:]))
+        return jnp.repeat(x.reshape(x.shape[0], -1), self._groups, axis=1)
+
+
+def _rotations(config: DecoderConfig, positions: Array):
+    """RoPE's rotation of a layer as a function of its window, an int or a traced int32."""
     angles = functools.partial(rotation, positions, config.head_dim)
     everywhere = angles(config.rope_theta, config.rope_scaling)
-    local = everywhere
-    if config.local_rope_theta is not None and any(config.windows):
-        local = angles(config.local_rope_theta)
-    queries_at = positions[:, None, :, None, :, None]
+    if config.local_rope_theta is None or not any(config.windows):
+        return lambda window: everywhere
+    local = angles(config.local_rope_theta)
 
-    def facts(window):
+    def of(window):
         if isinstance(window, int):
-            return (local, queries_at - window + 1) if window else (everywhere, None)
-        choose = functools.partial(jnp.where, window > 0)
-        turn = everywhere if local is everywhere else jax.tree.map(choose, local, everywhere)
-        return turn, queries_at - choose(window, _NO_WINDOW) + 1
+            return local if window else everywhere
+        return jax.tree.map(functools.partial(jnp.where, window > 0), local, everywhere)
 
-    return facts
+    return of
