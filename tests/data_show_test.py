@@ -31,13 +31,14 @@ def test_report_counts_what_exceeds_the_limits(byte_level):
     assert "\n\ny⟦<|im_end|>⟧" in prompt
 
 
-def test_show_command(tmp_path, shared, capsys):
+def test_show_command(tmp_path, shared, capsys, monkeypatch):
     config = tmp_path / "tiny.py"
     config.write_text(f"""
 from ml_collections import config_dict
 
 def get_config(style):
     return config_dict.create(
+        model="", weights="random",
         data=dict(name="musique", style=style, manual_dir={str(shared / "data" / "musique")!r},
                   data_dir={str(tmp_path / "prepared")!r}, max_prompt_tokens=2000),
         tokenizer=dict(path={str(shared / "tokenizers" / "qwen3")!r}, think_start="<think>",
@@ -49,6 +50,19 @@ def get_config(style):
     out = capsys.readouterr().out
     assert "example 1 of 100" in out and "⟦<think>⟧" in out and "<|im_start|>" not in out
     assert "of 100 prompts exceed config.data.max_prompt_tokens = 2,100" in out
+    # Without a path, the tokenizer is the model's own, from its folder or from the Hub; a port where
+    # nothing listens stands for a machine without a network.
+    folder = shared / "tokenizers" / "qwen3"
+    own = [*command[:2], "--config.tokenizer.path=", f"--config.model={folder}"]
+    assert show.main(own) == 0
+    assert "⟦<think>⟧" in capsys.readouterr().out
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for model, reason in (("owner/name", "Error: "), ("qwen3_0p6b", "a model without files")):
+        assert show.main([*own[:3], f"--config.model={model}"]) == 2
+        error = capsys.readouterr().err
+        assert f"config.tokenizer.path is empty and {model!r} brings no tokenizer (" in error
+        assert reason in error
     assert show.main(["show", f"{config}:hot"]) == 2
     assert "config.data.style = 'hot' is unknown" in capsys.readouterr().err
     for wrong in (["show"], ["show", "nowhere.py:warm"], ["show", f"{config}:warm", "--nothing=1"]):

@@ -12,6 +12,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
+import huggingface_hub
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -88,9 +89,10 @@ def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, p
             data_dir=section.data_dir or None,
         )
         task = tasks.TASKS[section.name]
-        path = tokens.path or (config.model if config.weights == "random" else config.weights)
         tokenizer = tokenizers.load(
-            path, think_start=tokens.think_start, think_end=tokens.think_end
+            tokens.path or _beside_the_weights(config),
+            think_start=tokens.think_start,
+            think_end=tokens.think_end,
         )
     formatter = Formatter(tokenizer, task, section.style, rollout.closing_text)
     return (
@@ -99,6 +101,27 @@ def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, p
         pipeline.Limits(
             section.max_prompt_tokens, rollout.answer_reserve, rollout.rationale_budget + 1
         ),
+    )
+
+
+def _beside_the_weights(config: ConfigDict) -> str:
+    """The folder that training takes the tokenizer from; of a Hub id the tokenizer alone is
+    downloaded."""
+    model = config.model if config.weights == "random" else config.weights
+    if pathlib.Path(model).expanduser().is_dir():
+        return model
+    reason = "a model without files"
+    if "/" in model:
+        name, _, revision = model.partition("@")
+        try:
+            return huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=["tokenizer.json", "*.model"]
+            )
+        except Exception as error:  # the Hub's client raises what its layers below raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise ConfigError(
+        f"config.tokenizer.path is empty and {model!r} brings no tokenizer ({reason}): set it to a "
+        "folder or file with tokenizer.json or a SentencePiece *.model."
     )
 
 
