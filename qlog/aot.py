@@ -21,45 +21,25 @@ from qlog import experiment as parts
 from qlog import learner, losses, models, sampling, scoring, sharding
 from qlog.errors import ConfigError
 from qlog.policy import Policy
-
-
-class Chip(NamedTuple):
-    """Public peaks of one device: bf16 FLOP/s, HBM bytes and bytes/s, interconnect bytes/s."""
-
-    flops: float
-    hbm: float
-    hbm_speed: float
-    link_speed: float
-
-
-# By the device kind that the topology reports. Written from memory, not yet checked against the
-# vendor's pages: rooflines are no better than these. A TPU7x chip shows as two devices: halved.
-CHIPS = {
-    "TPU v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
-    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
-    "TPU7x": Chip(1153e12, 96 * 2**30, 3690e9, 600e9),
-}
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
-_SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+from qlog.roofline import CHIPS, Chip, Cost, Module
 
 
 class Phase(NamedTuple):
-    """One compiled program, per chip: bytes, FLOPs, and bytes by kind of collective.
+    """One compiled program on one chip: bytes of HBM, and what one run of it costs, loops in full.
 
-    `runs`: how often a training step executes it. XLA counts a loop's body once, and so do the
-    FLOPs, bytes and collectives here: decode is one token, gradient one microbatch's layer.
+    `peak` includes what lies in HBM beside the program, the optimizer's state. `cost` is None where
+    the compiler gave up for memory: then only `peak` is known, roughly. `runs`: per training step.
     """
 
     arguments: float
     temporaries: float
     peak: float
-    flops: float
-    bytes: float
-    collectives: Mapping[str, float]
+    cost: Cost | None
     runs: int
+
+    def seconds(self, chip: Chip) -> float:
+        """All runs of a step, at the roofline; nan where the cost is unknown."""
+        return math.nan if self.cost is None else self.runs * self.cost.seconds(chip)
 
 
 def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Chip]:
@@ -72,7 +52,14 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Ch
     kind = devices[0].device_kind
     if kind not in CHIPS:
         raise ConfigError(f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}.")
-    return _compile(_without_data(config, devices)), CHIPS[kind]
+    run = without_data(config, devices)
+    # What lies there while the other programs run. The update has it among its arguments.
+    resident = _bytes_per_chip(run.abstract_state().opt_state)
+    phases = {
+        name: compile_phase(lowered, runs, resident if name != "update" else 0.0, _trips(run))
+        for name, lowered, runs in (*_rollout_programs(run), *_learner_programs(run))
+    }
+    return phases, CHIPS[kind]
 
 
 def topology_devices(topology: str):
@@ -95,8 +82,12 @@ def topology_devices(topology: str):
         ) from None
 
 
-def _without_data(config: ConfigDict, devices) -> parts.Experiment:
-    """An Experiment of shapes: no weights, tokenizer or data are read."""
+def without_data(config: ConfigDict, devices) -> parts.Experiment:
+    """An Experiment of shapes on `devices`: no weights, tokenizer or data are read.
+
+    Raises:
+      ConfigError: as `experiment.prepare` does, of what can be checked without data.
+    """
     preset = config.model.rpartition("/")[2].lower().replace("-", "_").replace(".", "p")
     if preset in models.PRESETS:
         config = settings.merge(config, {"model": preset, "weights": "random"})
@@ -117,67 +108,73 @@ def _without_data(config: ConfigDict, devices) -> parts.Experiment:
     )  # fmt: skip
 
 
-def _compile(run: parts.Experiment) -> dict[str, Phase]:
-    """Each phase takes what the phase before gave, where that left it."""
-    config, policy, mesh = run.config, run.policy, run.mesh
-    prompts_count, rollouts_count = config.train.prompts_per_step, run.rollouts_per_prompt
+def _rollout_programs(run: parts.Experiment):
+    """(name, lowered, runs per step) of sampling and scoring; each takes what the one before gave,
+    where that left it."""
+    config, policy = run.config, run.policy
+    rows = _rows(run, config.train.prompts_per_step)
     length, reserve = config.data.max_prompt_tokens, config.rollout.answer_reserve
+    rollouts_count, slots = run.rollouts_per_prompt, run.sampling.max_length
+    params, tokens, lengths = run.abstract_params(), rows(length), rows()
+    key = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    prefill_arguments = (params, policy, tokens, lengths)
+    prefill = sampling.prefill.lower(*prefill_arguments)
+    yield "prefill", prefill, 1
+    prefix = _output(prefill.compile(), sampling.prefill, prefill_arguments)
+    start = (policy, tokens, lengths, rows(rollouts_count, dtype=key), run.sampling)
+    small = sampling._start.lower(*start, 16).compile()  # buffers of all sizes lie in the same way
+    state = _output(small, sampling._start, (*start, slots))
+    yield "decode", sampling._decode.lower(params, policy, prefix, state, run.sampling), 1
+    rollouts = state.rollouts
+    score = scoring.score_answers.lower(
+        params, policy, prefix, state.suffix, rollouts.tokens, rollouts.rationale_lengths,
+        rows(reserve), rows(),
+    )  # fmt: skip
+    yield "score", score, 1
+
+
+def _learner_programs(run: parts.Experiment):
+    """As `_rollout_programs`, of the gradient and the update."""
+    config, estimator = run.config, run.estimator
+    updates, rollouts_count = config.train.updates_per_batch, run.rollouts_per_prompt
+    part = config.train.prompts_per_step // updates
+    rows = _rows(run, part)
+    answer = config.rollout.answer_reserve if estimator.answer == "gold" else 0
+    longest = run.sampling.max_length + answer
+    tokens = rows(rollouts_count, longest)
+    mask = rows(rollouts_count, longest, dtype=bool)
+    log_probs = rows(rollouts_count, longest, dtype=jnp.float32)
+    per_rollout = rows(rollouts_count, dtype=jnp.float32)
+    params, whole = run.abstract_params(), run.abstract_state()
+    gradient = learner.gradient.lower(
+        params, run.policy,
+        learner.Prompts(rows(config.data.max_prompt_tokens), rows(), rows(dtype=bool)),
+        learner.Trajectories(tokens, mask, mask, log_probs, mask),
+        losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields)),
+        log_probs if estimator.reference else None,
+        surrogate=estimator.surrogate, temperature=run.sampling.temperature,
+        microbatch=(
+            config.train.prompts_per_microbatch or part,
+            config.train.rollouts_per_microbatch or rollouts_count,
+        ),
+    )  # fmt: skip
+    yield "gradient", gradient, updates
+    update = learner.update.lower(
+        whole, whole.loss_state, params, jax.ShapeDtypeStruct((), jnp.int32),
+        optimizer=run.optimizer, mesh=run.mesh,
+    )  # fmt: skip
+    yield "update", update, updates
+
+
+def _rows(run: parts.Experiment, prompts: int):
+    """Makes arrays of shapes alone whose first axis is the prompts."""
 
     def rows(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(
-            (prompts_count, *shape), dtype, sharding=sharding.batch_sharding(mesh)
+            (prompts, *shape), dtype, sharding=sharding.batch_sharding(run.mesh)
         )
 
-    params = run.abstract_params()
-    prompts = learner.Prompts(rows(length), rows(), rows(dtype=bool))
-    key = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    gold, gold_lengths = rows(reserve), rows()
-    slots = run.sampling.max_length
-    whole = run.abstract_state()
-    resident = _bytes_per_chip(whole.opt_state)  # lies there while the other programs run
-    updates = config.train.updates_per_batch
-    prefill_arguments = (params, policy, prompts.tokens, prompts.lengths)
-    prefill = sampling.prefill.lower(*prefill_arguments)
-    phases = {"prefill": _phase(prefill, 1, resident)}
-    prefix = _output(prefill.compile(), sampling.prefill, prefill_arguments)
-    start = (policy, prompts.tokens, prompts.lengths, rows(rollouts_count, dtype=key), run.sampling)
-    small = sampling._start.lower(*start, 16).compile()  # buffers of all sizes lie in the same way
-    state = _output(small, sampling._start, (*start, slots))
-    decode = sampling._decode.lower(params, policy, prefix, state, run.sampling)
-    phases["decode"] = _phase(decode, slots, resident)
-    rollouts = state.rollouts
-    score = scoring.score_answers.lower(
-        params, policy, prefix, state.suffix, rollouts.tokens, rollouts.rationale_lengths, gold, gold_lengths
-    )
-    phases["score"] = _phase(score, 1, resident)
-
-    longest = slots + (reserve if run.estimator.answer == "gold" else 0)
-    part = prompts_count // config.train.updates_per_batch
-    microbatch = (
-        config.train.prompts_per_microbatch or part,
-        config.train.rollouts_per_microbatch or rollouts_count,
-    )
-    share = lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype, sharding=x.sharding)  # noqa: E731
-    tokens = rows(rollouts_count, longest)
-    mask = rows(rollouts_count, longest, dtype=bool)
-    trajectories = learner.Trajectories(
-        tokens, mask, mask, rows(rollouts_count, longest, dtype=jnp.float32), mask
-    )
-    per_rollout = rows(rollouts_count, dtype=jnp.float32)
-    coefficients = losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields))
-    reference = trajectories.old_log_probs if run.estimator.reference else None
-    batch = jax.tree.map(share, (prompts, trajectories, coefficients, reference))
-    gradient = learner.gradient.lower(
-        params, policy, *batch, surrogate=run.estimator.surrogate,
-        temperature=run.sampling.temperature, microbatch=microbatch,
-    )  # fmt: skip
-    update = learner.update.lower(
-        whole, whole.loss_state, params, jax.ShapeDtypeStruct((), jnp.int32),
-        optimizer=run.optimizer, mesh=mesh,
-    )  # fmt: skip
-    phases["gradient"] = _phase(gradient, updates, resident)
-    phases["update"] = _phase(update, updates, 0.0)
-    return phases
+    return rows
 
 
 def _output(compiled, function, arguments):
@@ -195,8 +192,30 @@ def _bytes_per_chip(tree) -> float:
     )
 
 
-def _phase(lowered, runs: int, resident: float) -> Phase:
-    """Compiles; a program that the compiler itself finds too large is known by its peak alone."""
+def _trips(run: parts.Experiment):
+    """How often loops run that end when the data say so, of a step at its longest."""
+    prompt = run.config.data.max_prompt_tokens
+    rollout = run.sampling.max_length + run.config.rollout.answer_reserve
+
+    def trips(length: int, size: int) -> float:
+        if size == 1 or length == prompt:  # decoding, token by token; attention to a full prompt
+            return math.ceil(length / size)
+        # Attention among the tokens of a rollout, several of which may lie side by side: each sees
+        # those before it, on average half.
+        return (min(length, rollout) / size + 1) / 2
+
+    return trips
+
+
+def compile_phase(lowered, runs: int = 1, resident: float = 0.0, trips=None) -> Phase:
+    """Compiles one program.
+
+    Args:
+      lowered: from `jax.jit(...).lower`, for the devices of a topology.
+      runs: per training step.
+      resident: bytes that lie beside it in HBM.
+      trips: as `Module.cost` takes it; None is its default.
+    """
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -205,59 +224,47 @@ def _phase(lowered, runs: int, resident: float) -> Phase:
             raise
         size, unit = needed.group(1) or needed.group(3), needed.group(2) or needed.group(4)
         peak = float(size) * 1024 ** (" KMGT".index(unit)) + resident
-        return Phase(math.nan, math.nan, peak, math.nan, math.nan, {}, runs)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        return Phase(math.nan, math.nan, peak, None, runs)
+    memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Phase(
         arguments, temporaries, arguments + temporaries + results + resident,
-        cost.get("flops", 0.0), cost.get("bytes accessed", 0.0), collectives(compiled.as_text()), runs,
+        Module(compiled.as_text()).cost(*[trips] if trips else []), runs,
     )  # fmt: skip
 
 
-def collectives(hlo: str) -> dict[str, float]:
-    """Bytes of the results of each kind of collective in an optimised HLO module, per chip."""
-    found = {}
-    for types, kind in _COLLECTIVE.findall(hlo):
-        size = sum(
-            math.prod(int(n) for n in dimensions.split(",") if n) * _item_size(dtype)
-            for dtype, dimensions in _SHAPE.findall(types)
-        )
-        found[kind] = found.get(kind, 0.0) + size
-    return found
-
-
-def _item_size(dtype: str) -> float:
-    return 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) / 8
-
-
-def roofline(phase: Phase, chip: Chip) -> float:
-    """Seconds of one run: the slowest of arithmetic, memory and interconnect, each at its peak."""
-    return max(
-        phase.flops / chip.flops, phase.bytes / chip.hbm_speed,
-        sum(phase.collectives.values()) / chip.link_speed,
-    )  # fmt: skip
+def step_tokens(config: ConfigDict) -> int:
+    """Tokens of a step's rationales when all of them spend their budget."""
+    rollouts = config.train.prompts_per_step * config.rollout.rollouts_per_prompt
+    return rollouts * config.rollout.rationale_budget
 
 
 def remedies(phases: Mapping[str, Phase], chip: Chip, config: ConfigDict) -> list[str]:
     """What to change where a phase does not fit; [] when all fit."""
+    rollout, train, mesh = config.rollout, config.train, config.mesh
     advice = []
     for name, phase in phases.items():
-        if phase.peak <= chip.hbm:
+        if phase.peak <= chip.usable:
             continue
-        over = f"{name} needs {phase.peak / 2**30:.1f} of {chip.hbm / 2**30:.0f} GiB"
+        over = f"{name} needs {phase.peak / 2**30:.1f} of {chip.usable / 2**30:.2f} GiB"
+        smaller = "" if train.remat else "set train.remat=True, "
         if name == "gradient":
             advice.append(
-                f"{over}: lower train.rollouts_per_microbatch = {config.train.rollouts_per_microbatch} or "
-                f"train.prompts_per_microbatch = {config.train.prompts_per_microbatch}"
-                + ("" if config.train.remat else ", set train.remat=True")
+                f"{over}: {smaller}lower train.rollouts_per_microbatch = {train.rollouts_per_microbatch} "
+                f"or train.prompts_per_microbatch = {train.prompts_per_microbatch} (0 is all), raise "
+                f"mesh.fsdp = {mesh.fsdp}"
             )
         elif name == "update":
-            advice.append(f"{over}: raise mesh.fsdp = {config.mesh.fsdp}")
+            advice.append(f"{over}: raise mesh.fsdp = {mesh.fsdp} or mesh.tensor = {mesh.tensor}")
         else:
+            lower = "train.prompts_per_step"
+            value = train.prompts_per_step
+            if "prompts_per_wave" in rollout:
+                lower, value = "rollout.prompts_per_wave", f"{rollout.prompts_per_wave} (0 is all)"
             advice.append(
-                f"{over}: lower train.prompts_per_step = {config.train.prompts_per_step}, or raise "
-                f"mesh.tensor = {config.mesh.tensor} (a divisor of the key/value heads)"
+                f"{over}: lower {lower} = {value}, raise mesh.fsdp = {mesh.fsdp}, or "
+                f"mesh.tensor = {mesh.tensor} (a divisor of the key/value heads)"
             )
     return advice
 
@@ -265,29 +272,46 @@ def remedies(phases: Mapping[str, Phase], chip: Chip, config: ConfigDict) -> lis
 def run_compile(config: ConfigDict, topology: str) -> int:
     """Prints what the compiler says of a step on `topology`; 1 when it does not fit."""
     phases, chip = compile_run(config, topology)
-    table = Table(title=f"{topology}, per chip ({chip.hbm / 2**30:.0f} GiB)", title_justify="left")
-    for column in (
-        "program", "arguments", "temporaries", "peak", "GFLOP", "GB moved", "collectives", "roofline"
-    ):  # fmt: skip
-        table.add_column(column)
-    for name, phase in phases.items():
-        kinds = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in phase.collectives.items())
-        table.add_row(
-            name, *(f"{size / 2**30:.2f} GiB" for size in phase[:3]), f"{phase.flops / 1e9:,.1f}",
-            f"{phase.bytes / 1e9:,.2f}", kinds or "none", f"{roofline(phase, chip) * 1e3:,.2f} ms",
-        )  # fmt: skip
-    console = Console(width=140)
-    console.print(table)
+    console = Console(width=150)
+    console.print(_table(phases, chip, topology))
     console.print(
-        "A loop's body counts once: decode is one token of all rollouts; prefill and gradient are one "
-        "layer of one microbatch, so their times are lower bounds. nan: the compiler gave up for memory."
+        "Of a training step at its longest: full prompts, every budget spent; loops count as often as "
+        "they run, FLOPs are those of matrix products, collectives the bytes that one chip sends. "
+        "Roofline: the slowest of arithmetic, memory and interconnect at the vendor's peaks. "
+        "nan: the compiler gave up for memory."
     )
-    rollouts = config.train.prompts_per_step * config.rollout.rollouts_per_prompt
-    speed = rollouts / roofline(phases["decode"], chip)
-    console.print(f"decode: at most {speed:,.0f} tokens/s on the whole slice")
+    tokens, step = step_tokens(config), sum(phase.seconds(chip) for phase in phases.values())
+    decode = phases["decode"].seconds(chip)
+    console.print(
+        f"decode: at most {tokens / decode:,.0f} tokens/s on the whole slice; "
+        f"step: at least {step:,.2f} s, at most {tokens / step:,.0f} tokens/s"
+    )
     advice = remedies(phases, chip, config)
     for line in advice:
         console.print(f"does not fit: {line}")
     if not advice:
         console.print("fits.")
     return 1 if advice else 0
+
+
+def _table(phases: Mapping[str, Phase], chip: Chip, topology: str) -> Table:
+    title = f"{topology}, per chip ({chip.usable / 2**30:.2f} GiB of HBM for programs)"
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "program", "runs", "arguments", "temporaries", "peak", "TFLOP", "GB moved", "collectives, GB",
+        "roofline", "by",
+    ):  # fmt: skip
+        table.add_column(column)
+    for name, phase in phases.items():
+        row = [name, f"{phase.runs}", *(f"{size / 2**30:.2f} GiB" for size in phase[:3])]
+        if phase.cost is None:
+            table.add_row(*row, *["nan"] * 4, "")
+            continue
+        cost = phase.cost
+        kinds = ", ".join(f"{kind} {phase.runs * sent / 1e9:,.2f}" for kind, sent in cost.sent.items())
+        times = cost.times(chip)
+        table.add_row(
+            *row, f"{phase.runs * cost.flops / 1e12:,.2f}", f"{phase.runs * cost.bytes / 1e9:,.1f}",
+            kinds or "none", f"{phase.seconds(chip):,.3f} s", max(times, key=times.get),
+        )  # fmt: skip
+    return table

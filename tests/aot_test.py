@@ -6,29 +6,24 @@ import tiny
 
 from qlog import aot
 from qlog.errors import ConfigError
+from qlog.roofline import CHIPS, Cost
 
-
-def test_collectives_are_read_from_hlo():
-    hlo = """
-      %a = bf16[8,128]{1,0:T(8,128)} all-gather(%x), replica_groups={}
-      %b = (f32[4]{0}, f32[4]{0}) all-reduce-start(%y, %z), to_apply=%add
-      %c = f32[4]{0} all-reduce-done(%b)
-      ROOT %d = pred[16]{0} collective-permute(%p)
-    """
-    assert aot.collectives(hlo) == {"all-gather": 2048, "all-reduce": 32, "collective-permute": 16}
+V5E = CHIPS["TPU v5 lite"]
 
 
 def test_what_does_not_fit_names_the_setting_to_change():
-    chip = aot.CHIPS["TPU v5 lite"]
-    fits = aot.Phase(1.0, 1.0, 2.0, 197e12, 0.0, {}, 1)
-    large = fits._replace(peak=20 * 2**30)
+    fits = aot.Phase(1.0, 1.0, 2.0, Cost(197e12), 2)
+    large = fits._replace(peak=20 * 2**30, cost=None)
     config = tiny.config()
-    assert aot.roofline(fits, chip) == 1.0
-    assert aot.remedies({"decode": fits, "gradient": fits}, chip, config) == []
-    (advice,) = aot.remedies({"decode": fits, "gradient": large}, chip, config)
-    assert "gradient needs 20.0 of 16 GiB" in advice and "train.rollouts_per_microbatch" in advice
-    (advice,) = aot.remedies({"decode": large}, chip, config)
-    assert "train.prompts_per_step = 4" in advice
+    assert fits.seconds(V5E) == 2.0 and large.seconds(V5E) != large.seconds(V5E)
+    assert aot.remedies({"decode": fits, "gradient": fits}, V5E, config) == []
+    (advice,) = aot.remedies({"decode": fits, "gradient": large}, V5E, config)
+    assert "gradient needs 20.0 of 15.75 GiB: set train.remat=True" in advice
+    assert "train.rollouts_per_microbatch = 0" in advice
+    (advice,) = aot.remedies({"decode": large}, V5E, config)
+    assert "raise mesh.fsdp = 1" in advice
+    (advice,) = aot.remedies({"update": large}, V5E, config)
+    assert "mesh.tensor = 1" in advice
 
 
 def test_a_step_compiles_for_a_slice_and_fits(capsys):
@@ -37,7 +32,7 @@ def test_a_step_compiles_for_a_slice_and_fits(capsys):
     config.architecture.num_layers = 1
     assert aot.run_compile(config, "v5e:2x2") == 0
     output = capsys.readouterr().out
-    for program in ("prefill", "decode", "score", "gradient", "update", "fits."):
+    for program in ("prefill", "decode", "score", "gradient", "update", "step: at least", "fits."):
         assert program in output
     with pytest.raises(ConfigError, match="not known to libtpu"):
         aot.compile_run(config, "v5e:7x9")

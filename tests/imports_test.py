@@ -26,7 +26,7 @@ LAYERS = """
     paper
     config
     distributed
-    metrics telemetry sharding
+    metrics telemetry sharding roofline
     models data losses
     errors
 """

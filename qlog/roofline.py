@@ -1,0 +1,367 @@
+"""What an optimised HLO module costs on a TPU: FLOPs, bytes of HBM, bytes between chips, seconds.
+
+XLA's own `cost_analysis` counts a loop's body once, whatever its trip count, and a program whose
+layers, microbatches and tokens are loops is nearly all body. Here a body counts as often as it runs.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Chip(NamedTuple):
+    """Public peaks of one device: bf16 FLOP/s, HBM bytes and bytes/s, interconnect bytes/s sent.
+
+    `usable`: bytes of HBM that the compiler gives to a program, as its own messages say.
+    """
+
+    flops: float
+    hbm: float
+    hbm_speed: float
+    link_speed: float
+    usable: float
+
+
+# By the device kind that the topology reports; from the tables "Key chip specifications" of Google's
+# pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e,tpu7x}. They give interconnect in
+# both directions together, so it is halved here; v4's page gives none: its all-reduce bandwidth per
+# pod, 1.1 PB/s over 4096 chips (v5e's and v6e's, taken so, agree). A TPU7x chip is two devices.
+_GIB = 2**30
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * _GIB, 1200e9, 268e9, 31.75 * _GIB),
+    "TPU v5 lite": Chip(197e12, 16 * _GIB, 819e9, 200e9, 15.75 * _GIB),
+    "TPU v5": Chip(459e12, 95 * _GIB, 2765e9, 600e9, 94.75 * _GIB),
+    "TPU v6 lite": Chip(918e12, 32 * _GIB, 1638e9, 400e9, 31.25 * _GIB),
+    "TPU7x": Chip(1153.5e12, 96 * _GIB, 3690e9, 300e9, 94.75 * _GIB),
+}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# They name what is there, or are paid for where the data are used.
+_FREE = frozenset(
+    "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id "
+    "opt-barrier add-dependency".split()
+)
+
+
+class Shape(NamedTuple):
+    """One array of an instruction's result. `in_hbm`: not in a chip's scratch memories."""
+
+    dtype: str
+    dimensions: tuple[int, ...]
+    in_hbm: bool
+
+    @property
+    def bytes(self) -> float:
+        digits = re.search(r"\d+", self.dtype)
+        bits = int(digits.group()) if digits else 8 * (self.dtype == "pred")
+        return math.prod(self.dimensions) * bits / 8
+
+
+class Instruction(NamedTuple):
+    """One line of HLO: `results` are the arrays of its type, a tuple's flattened."""
+
+    name: str
+    opcode: str
+    results: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+
+class Cost(NamedTuple):
+    """FLOPs of matrix products, bytes moved in HBM, and bytes that one chip sends, by collective."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    sent: Mapping[str, float] = {}
+
+    def plus(self, other: "Cost", times: float = 1) -> "Cost":
+        kinds = [kind for kind in _COLLECTIVES if kind in self.sent or kind in other.sent]
+        sent = {k: self.sent.get(k, 0.0) + times * other.sent.get(k, 0.0) for k in kinds}
+        return Cost(self.flops + times * other.flops, self.bytes + times * other.bytes, sent)
+
+    def seconds(self, chip: Chip) -> float:
+        """The roofline: the slowest of arithmetic, memory and interconnect, each at its peak."""
+        return max(self.times(chip).values())
+
+    def times(self, chip: Chip) -> dict[str, float]:
+        """Seconds at the chip's peaks, each resource alone."""
+        return {
+            "arithmetic": self.flops / chip.flops,
+            "memory": self.bytes / chip.hbm_speed,
+            "interconnect": sum(self.sent.values()) / chip.link_speed,
+        }
+
+
+class Module:
+    """An optimised HLO module, from `compiled.as_text()`.
+
+    Attributes:
+      computations: {name: instructions}, in the order of the text.
+      entry: name of the one that runs first.
+    """
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if header := _COMPUTATION.match(line):
+                current = self.computations.setdefault(header.group(2), [])
+                self.entry = header.group(2) if header.group(1) else self.entry
+            elif found := _INSTRUCTION.match(line):
+                current.append(_parse(*found.groups()))
+
+    def cost(self, trips: Callable[[int, int], float] = lambda length, size: -(-length // size)) -> Cost:
+        """Of the whole module on one chip.
+
+        Args:
+          trips: how often a loop runs whose end depends on data, by the length of the longest array
+            that it sweeps and the size of the slices it takes of it. By default to its end.
+        """
+
+        @functools.cache
+        def total(name: str) -> Cost:
+            by_name = {each.name: each for each in self.computations[name]}
+            cost = Cost()
+            for each in by_name.values():
+                cost = cost.plus(one(each, by_name))
+            return cost
+
+        def one(each: Instruction, by_name) -> Cost:
+            called = _CALLED.findall(each.attributes)
+            if each.opcode == "while":
+                count = self._trips(each, by_name)
+                count = trips(*self._swept(each)) if count is None else count
+                return functools.reduce(lambda c, name: c.plus(total(name), count), called, Cost())
+            if each.opcode == "conditional":
+                branches = called + _NAME.findall("".join(_BRANCHES.findall(each.attributes)))
+                return max(map(total, branches), key=lambda cost: (cost.flops, cost.bytes))
+            if each.opcode in ("call", "async-start"):
+                return functools.reduce(lambda c, name: c.plus(total(name)), called, Cost())
+            cost = _own(each, by_name)
+            if each.opcode == "fusion":
+                inner = functools.reduce(lambda c, name: c.plus(total(name)), called, Cost())
+                moved = _fusion_bytes(each, by_name, self.computations[called[0]])
+                return Cost(inner.flops, moved, inner.sent)
+            return cost
+
+        return total(self.entry)
+
+    def instructions(self) -> Iterator[tuple[Instruction, int]]:
+        """Every instruction outside fusions, and in how many loops it lies."""
+
+        def walk(name, depth):
+            for each in self.computations[name]:
+                yield each, depth
+                if each.opcode in ("while", "call", "conditional"):
+                    inner = _CALLED.findall(each.attributes)
+                    inner += _NAME.findall("".join(_BRANCHES.findall(each.attributes)))
+                    for called in inner:
+                        yield from walk(called, depth + (each.opcode == "while"))
+
+        yield from walk(self.entry, 0)
+
+    def _trips(self, loop: Instruction, by_name: Mapping[str, Instruction]) -> int | None:
+        """How often a loop runs: as XLA noted it, or by its condition, a counter below a constant.
+
+        TPU programs carry no notes; JAX's loops, and those that XLA makes, count up by one.
+        """
+        if noted := _TRIPS.search(loop.attributes):
+            return int(noted.group(1))
+        name = re.search(r"condition=%([\w.\-]+)", loop.attributes).group(1)
+        condition = {each.name: each for each in self.computations[name]}
+        root = next(each for each in condition.values() if each.is_root)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        counter, limit = (condition[name] for name in root.operands)
+        position = re.search(r"index=(\d+)", counter.attributes)
+        if limit.opcode != "constant" or not position:
+            return None
+        initial = by_name.get(by_name[loop.operands[0]].operands[int(position.group(1))])
+        while initial is not None and initial.opcode in ("copy", "bitcast"):
+            initial = by_name.get(initial.operands[0])
+        first = _integer(initial) if initial is not None and initial.opcode == "constant" else 0
+        return max(0, _integer(limit) - first)
+
+
+    def _swept(self, loop: Instruction) -> tuple[int, int]:
+        """Length of the longest axis that a loop's body reads or writes in slices, and theirs."""
+        longest = (1, 1)
+
+        def look(name):
+            nonlocal longest
+            by_name = {each.name: each for each in self.computations[name]}
+            for each in by_name.values():
+                if each.opcode == "fusion":
+                    look(_CALLED.findall(each.attributes)[0])
+                elif each.opcode in ("dynamic-slice", "dynamic-update-slice"):
+                    whole = by_name[each.operands[0]].results[0].dimensions
+                    part = each if each.opcode == "dynamic-slice" else by_name[each.operands[1]]
+                    for length, size in zip(whole, part.results[0].dimensions):
+                        if size < length and length * longest[1] > longest[0] * size:
+                            longest = (length, size)
+
+        look(re.search(r"body=%([\w.\-]+)", loop.attributes).group(1))
+        return longest
+
+
+def _integer(constant: Instruction) -> int:
+    return int(re.match(r"-?\d+", constant.attributes).group())
+
+
+def _parse(root: str | None, name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opening = rest.index("(", end)
+    closing = _closing(rest, opening)
+    arguments = rest[opening + 1 : closing]
+    opcode = rest[end:opening].strip()
+    attributes = arguments + rest[closing + 1 :] if opcode in ("constant", "parameter") else rest[closing + 1 :]
+    results = tuple(
+        Shape(dtype, tuple(map(int, filter(None, sizes.split(",")))), "S(" not in (layout or ""))
+        for dtype, sizes, layout in _SHAPE.findall(rest[:end])
+    )
+    return Instruction(name, opcode, results, tuple(_NAME.findall(arguments)), attributes, bool(root))
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for index in range(opening, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+
+
+def _hbm(each: Instruction) -> float:
+    return sum(shape.bytes for shape in each.results if shape.in_hbm)
+
+
+def _own(each: Instruction, by_name: Mapping[str, Instruction]) -> Cost:
+    """Of an instruction that calls nothing; of a fusion, of what it calls apart."""
+    kind = each.opcode.removesuffix("-start")
+    operands = [by_name[name] for name in each.operands if name in by_name]
+    if kind in _COLLECTIVES:
+        # A -start's result holds the operands too.
+        moved = _hbm(each) + (0.0 if each.opcode.endswith("-start") else sum(map(_hbm, operands)))
+        return Cost(0.0, moved, {kind: _sent(kind, each, by_name)})
+    if each.opcode in _FREE or each.opcode.endswith(("-done", "-update")):
+        return Cost()
+    if each.opcode == "dot":
+        return Cost(_dot_flops(each, by_name), _hbm(each) + sum(map(_hbm, operands)))
+    if each.opcode == "convolution":
+        return Cost(_convolution_flops(each, by_name), _hbm(each) + sum(map(_hbm, operands)))
+    if each.opcode == "copy-start":  # its result holds both copies
+        return Cost(0.0, _hbm(each))
+    if each.opcode in ("slice", "dynamic-slice", "gather"):
+        return Cost(0.0, 2 * _hbm(each))
+    if each.opcode in ("dynamic-update-slice", "scatter"):
+        return Cost(0.0, 2 * _hbm(operands[1 if each.opcode[0] == "d" else -1]))
+    return Cost(0.0, _hbm(each) + sum(map(_hbm, operands)))
+
+
+def _fusion_bytes(each: Instruction, by_name, inside: list[Instruction]) -> float:
+    """Operands and results; of what is only sliced or updated in place, the slice alone."""
+    users: dict[str, list[Instruction]] = {}
+    for user in inside:
+        for name in user.operands:
+            users.setdefault(name, []).append(user)
+    inner = {instruction.name: instruction for instruction in inside}
+    parameters = {}
+    for instruction in inside:
+        if instruction.opcode == "parameter":
+            parameters[int(re.match(r"\d+", instruction.attributes).group())] = instruction.name
+
+    def ends(name):
+        """What really uses an array, seen through renamings."""
+        for user in users.get(name, []):
+            if user.opcode in ("bitcast", "copy", "reshape", "transpose", "convert") and user.name in users:
+                yield from ends(user.name)
+            else:
+                yield user, name
+
+    total, updated = 0.0, 0.0
+    for position, operand in enumerate(each.operands):
+        size = _hbm(by_name[operand]) if operand in by_name else 0.0
+        if size and position in parameters:
+            uses = list(ends(parameters[position]))
+            if uses and all(u.opcode in ("dynamic-slice", "slice", "gather") for u, _ in uses):
+                size = min(size, sum(sum(s.bytes for s in u.results) for u, _ in uses))
+            elif uses and all(u.opcode == "dynamic-update-slice" and u.operands[0] == n for u, n in uses):
+                update = sum(sum(s.bytes for s in inner[u.operands[1]].results) for u, _ in uses)
+                updated += size - update  # the result is the operand's own buffer
+                size = 0.0
+        total += size
+    return total + max(0.0, _hbm(each) - updated)
+
+
+def _sent(kind: str, each: Instruction, by_name) -> float:
+    """Bytes that one chip sends, on a ring of its group."""
+    if kind == "collective-permute":
+        return max(shape.bytes for shape in each.results)
+    size = _group_size(each.attributes)
+    taken = sum(shape.bytes for name in each.operands if name in by_name for shape in by_name[name].results)
+    share = (size - 1) / size
+    return {
+        "all-gather": taken * (size - 1), "all-reduce": 2 * share * taken,
+        "reduce-scatter": share * taken, "all-to-all": share * taken,
+    }[kind]  # fmt: skip
+
+
+def _group_size(attributes: str) -> int:
+    """Chips of one group; replica_groups are written in three ways."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        # An axis may be split: 'axis':(before)size.
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
+        return int(found.group(2))
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(found.group(1).split(","))
+    raise ValueError(f"a collective without replica_groups: {attributes[:120]}")
+
+
+def _dot_flops(each: Instruction, by_name) -> float:
+    left = by_name[each.operands[0]].results[0].dimensions
+    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)
+    contracted = [left[int(axis)] for axis in axes.group(1).split(",") if axis] if axes else []
+    return 2.0 * math.prod(each.results[0].dimensions) * math.prod(contracted)
+
+
+def _convolution_flops(each: Instruction, by_name) -> float:
+    """TPUs write matrix products as convolutions: batch axes are windows that mostly miss."""
+    left, _, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes).groups()
+    image = dict(zip(left, by_name[each.operands[0]].results[0].dimensions))
+    result = dict(zip(out, each.results[0].dimensions))
+    groups = re.search(r"feature_group_count=(\d+)", each.attributes)
+    pairs = 1.0
+    window = re.search(r"window=\{([^}]*)\}", each.attributes)
+    fields = dict(re.findall(r"(\w+)=(\S+)", window.group(1))) if window else {}
+    spatial = sorted(label for label in result if label.isdigit())
+    for index, label in enumerate(spatial):
+        of = lambda key, default: fields.get(key, "x".join([default] * len(spatial))).split("x")[index]  # noqa: E731, B023
+        pairs *= _valid_pairs(
+            image[label], result[label], int(of("size", "1")), int(of("stride", "1")),
+            int(of("pad", "0_0").split("_")[0]), int(of("lhs_dilate", "1")), int(of("rhs_dilate", "1")),
+        )  # fmt: skip
+    features = image["f"] / (int(groups.group(1)) if groups else 1)
+    return 2.0 * result["b"] * result["f"] * features * pairs
+
+
+@functools.cache
+def _valid_pairs(size, out, kernel, stride, low, dilation, kernel_dilation) -> int:
+    """Of output and kernel positions, how many meet an element of the input."""
+    where = np.arange(out)[:, None] * stride + np.arange(kernel) * kernel_dilation - low
+    return int(((where >= 0) & (where % dilation == 0) & (where // dilation < size)).sum())
