@@ -176,11 +176,15 @@ def test_metrics_are_computed_again_from_saved_samples(trained, tmp_path, capsys
 
 def test_samples_that_cannot_be_read_are_named(tmp_path):
     config, file = tiny.config(), tmp_path / "samples.jsonl"
+    row = {"id": "a", "golds": ["b"], "answers": ["b"], "log_p": -1.0, "forced": [False],
+           "complete": [True]}  # fmt: skip
     for text, message in (
         (None, "samples.jsonl cannot be read: No such file"),
         ("", "is empty"),
         ('{"id": "a"', "holds no samples"),
         ('{"id": "a", "golds": ["b"], "answers": ["b"]}', "line 1: samples need complete, forced"),
+        (json.dumps(row | {"forced": []}), "line 1: log_p must be a number, forced and"),
+        (json.dumps(row | {"golds": "b"}), "samples.jsonl: row 0 .*'golds' that is a list of strings"),
     ):
         if text is not None:
             file.write_text(text)

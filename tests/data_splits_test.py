@@ -131,6 +131,9 @@ def test_ids_are_written_and_then_checked(tmp_path):
     (manual_dir / "train.json").write_text(json.dumps(records[:-1]))
     with pytest.raises(ConfigError, match="other ids for the train split.*16 and 15"):
         splits.write_ids(path, "finqa", opened("train"))
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ConfigError, match="splits.json is damaged"):
+        splits.write_ids(path, "finqa", opened("train"))
 
 
 @pytest.mark.parametrize("name, sizes", [

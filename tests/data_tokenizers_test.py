@@ -247,8 +247,38 @@ def test_same_token_for_both_ends_of_a_rationale_is_refused(tmp_path):
         tokenizers.load(path, think_start="<think>", think_end="<think>")
 
 
+def test_tokens_with_another_use_cannot_surround_a_rationale(tmp_path):
+    path = data_fixtures.write_spec(tmp_path, data_fixtures.byte_level_spec())
+    with pytest.raises(ConfigError, match="think_end = '<.im_end.>' already begins, ends or pads"):
+        tokenizers.load(path, think_end="<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda spec: spec["added_tokens"][0].update(id="5"), "has no name or no id"),
+        (lambda spec: spec["added_tokens"][0].update(id=spec["added_tokens"][1]["id"]), "two of its"),
+        (lambda spec: spec["model"].update(vocab={"a": "x"}), "ids that are no numbers"),
+        (lambda spec: spec["model"].update(type="Nope"), "not a tokenizer.json.*from the model's own"),
+    ],
+)
+def test_damaged_files_are_named(change, message, tmp_path):
+    spec = data_fixtures.byte_level_spec()
+    change(spec)
+    with pytest.raises(ConfigError, match=message):
+        tokenizers.load(data_fixtures.write_spec(tmp_path, spec))
+
+
 def test_shifted_qwen_ids_are_refused(tmp_path, shared):
-    spec = json.loads((shared / "tokenizers" / "qwen3" / "tokenizer.json").read_text("utf-8"))
+    text = (shared / "tokenizers" / "qwen3" / "tokenizer.json").read_text("utf-8")
+    far, without = json.loads(text), json.loads(text)
+    far["added_tokens"][-2]["id"] = 160_000
+    with pytest.raises(ConfigError, match="<think> at id 160000 where Qwen has 151667"):
+        tokenizers.load(data_fixtures.write_spec(tmp_path, far))
+    without["added_tokens"] = [t for t in without["added_tokens"] if t["content"] != "<|im_end|>"]
+    with pytest.raises(ConfigError, match="<.im_end.> at id None where Qwen has 151645"):
+        tokenizers.load(data_fixtures.write_spec(tmp_path, without))
+    spec = json.loads(text)
     for token in spec["added_tokens"]:
         token["id"] += token["id"] > 151_660  # as if one more token had been added before
     with pytest.raises(ConfigError, match="<think> at id 151668 where Qwen has 151667"):

@@ -141,19 +141,24 @@ def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -
         splits: the opened splits by name, for instance {"train": ..., "validation": ...}.
 
     Raises:
-        ConfigError: the file exists and its ids of one of the splits are others: the data changed
-            since the run began.
+        ConfigError: the file exists and its ids of one of the splits are others (the data changed
+            since the run began), or it is damaged.
     """
     path = pathlib.Path(path)
     content = {"dataset": name, "rule": RULE, "splits": {}}
     if path.exists():
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+            written = {split: content["splits"][split]["ids"] for split in content["splits"]}
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is damaged ({type(error).__name__}: {error}): restore it, or start a new run."
+            ) from error
         for split, records in splits.items():
-            written = content["splits"].get(split)
-            if written is not None and written["ids"] != records.ids:
+            if written.get(split, records.ids) != records.ids:
                 raise ConfigError(
                     f"{path} lists other ids for the {split} split than {name} has now "
-                    f"({len(written['ids'])} and {len(records.ids)}): restore the data that the "
+                    f"({len(written[split])} and {len(records.ids)}): restore the data that the "
                     "run began with, or start a new run."
                 )
     for split, records in splits.items():

@@ -78,6 +78,12 @@ class Tokenizer:
                 "config.tokenizer.think_start and config.tokenizer.think_end are "
                 f"both {think_end!r}: name two different control tokens."
             )
+        for field, name in (("think_start", think_start), ("think_end", think_end)):
+            if name in (*_EOS_NAMES, *_PAD_NAMES, *_BOS_NAMES):
+                raise ConfigError(
+                    f"config.tokenizer.{field} = {name!r} already begins, ends or pads sequences: "
+                    "name a control token without another use."
+                )
         if not eos_names:
             raise ConfigError(
                 f"{where} has no end-of-sequence token that qlog knows "
@@ -92,7 +98,6 @@ class Tokenizer:
         self.think_end_id = control[think_end]
         self.path = path
         self._names = {id_: name for name, id_ in control.items()}
-        _check_qwen(self.control, where)
         leaks = [
             n
             for n, ids in zip(control, self.encode_batch(list(control)))
@@ -159,12 +164,14 @@ class JsonTokenizer(Tokenizer):
         think_end: str,
         path: pathlib.Path | None = None,
     ):
-        added = spec.get("added_tokens") or []
+        added = _checked(spec.get("added_tokens") or [], path)
         unknown = spec["model"].get("unk_token")
         # Runs of spaces or newlines (Gemma) are text; every other added token is control.
         kept = [t for t in added if not _is_markup(t["content"]) or t["content"] == unknown]
         control = {t["content"]: t["id"] for t in added if t not in kept}
         vocab = spec["model"]["vocab"]
+        if len(vocab) == _QWEN_RANKS:
+            _check_qwen(control, path)
         pieces = vocab.items() if isinstance(vocab, dict) else ()
         size = max([len(vocab) - 1, *control.values(), *(i for _, i in pieces)]) + 1
         plain = {
@@ -175,7 +182,10 @@ class JsonTokenizer(Tokenizer):
             "truncation": None,
             "model": _without(spec["model"], control),
         }
-        self._plain = hf_tokenizers.Tokenizer.from_str(json.dumps(plain))
+        try:
+            self._plain = hf_tokenizers.Tokenizer.from_str(json.dumps(plain))
+        except Exception as error:  # the library raises Exception itself
+            raise _no_tokenizer(path, error) from error
         for t in kept:
             if self._plain.token_to_id(t["content"]) != t["id"]:
                 raise ConfigError(
@@ -183,7 +193,7 @@ class JsonTokenizer(Tokenizer):
                     "is not in the vocabulary; this layout is not supported."
                 )
         self.spec = spec
-        special = {t["content"] for t in added if t["special"]}
+        special = {t["content"] for t in added if t.get("special")}
         super().__init__(
             control,
             size,
@@ -218,7 +228,7 @@ class SentencePieceTokenizer(Tokenizer):
         except Exception as error:
             raise ConfigError(
                 f"config.tokenizer.path = {path} is not a SentencePiece model "
-                f"({type(error).__name__})."
+                f"({type(error).__name__}): take the file from the model's own folder."
             ) from error
         kinds = schema.ModelProto.SentencePiece
         control = {}
@@ -281,12 +291,11 @@ def load(
         return SentencePieceTokenizer(path, think_start=think_start, think_end=think_end)
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        spec["model"]["vocab"]
+        vocab = spec["model"]["vocab"]
+        if isinstance(vocab, dict) and not all(type(id_) is int for id_ in vocab.values()):
+            raise TypeError("its vocabulary has ids that are no numbers")
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"config.tokenizer.path = {path} is not a tokenizer.json of the "
-            f"Hugging Face tokenizers library ({error})."
-        ) from error
+        raise _no_tokenizer(path, error) from error
     return JsonTokenizer(spec, think_start=think_start, think_end=think_end, path=path)
 
 
@@ -347,16 +356,37 @@ def _without(model: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, 
     return {**model, "vocab": vocab, "merges": merges}
 
 
-def _check_qwen(control: Mapping[str, int], where: object) -> None:
-    """Qwen's control tokens sit at fixed ids; a shifted file would train on wrong tokens."""
-    if not {"<|im_start|>", "<|endoftext|>"} <= control.keys():
+def _no_tokenizer(path: pathlib.Path | None, reason: object) -> ConfigError:
+    return ConfigError(
+        f"config.tokenizer.path = {path} is not a tokenizer.json of the Hugging Face tokenizers "
+        f"library ({reason}): take the file from the model's own folder."
+    )
+
+
+def _checked(added: Any, path: pathlib.Path | None) -> list[dict[str, Any]]:
+    """The added tokens, if each has a name and an id of its own."""
+    ids = set()
+    for token in added if isinstance(added, list) else [added]:
+        id_ = token.get("id") if isinstance(token, dict) else None
+        if type(id_) is not int or id_ < 0 or not isinstance(token.get("content"), str):
+            raise _no_tokenizer(path, f"{token!r} among its added_tokens has no name or no id")
+        if id_ in ids:
+            raise _no_tokenizer(path, f"two of its added_tokens have the id {id_}")
+        ids.add(id_)
+    return added
+
+
+def _check_qwen(control: Mapping[str, int], path: pathlib.Path | None) -> None:
+    """Qwen's control tokens sit at fixed ids; a changed file would train on wrong tokens.
+
+    Models that put control tokens of their own on Qwen's vocabulary have none of the turns.
+    """
+    turns = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    if control.keys().isdisjoint(turns):
         return
-    if min(control.values()) < _QWEN_RANKS - 1000:  # another family that borrows ChatML
-        return
-    wrong = {n: control[n] for n, i in _QWEN_IDS.items() if n in control and control[n] != i}
-    if wrong and max(control.values()) < 152_000:
-        name, id_ = next(iter(wrong.items()))
-        raise ConfigError(
-            f"{where} has {name} at id {id_} where Qwen has {_QWEN_IDS[name]}: "
-            "take tokenizer.json from the model's own folder."
-        )
+    for name, id_ in _QWEN_IDS.items():
+        if (name in control or name in turns) and control.get(name) != id_:
+            raise ConfigError(
+                f"{path} has {name} at id {control.get(name)} where Qwen has {id_}: take "
+                "tokenizer.json from the model's own folder."
+            )
