@@ -36,8 +36,11 @@ def experiment(arg: str | None, *, dataset: str, total_budget: int, max_prompt_t
 
 
 def _our_choices(config: ConfigDict, max_prompt_tokens: int) -> None:
-    """What the paper does not give, each with its reason; the loss's other arguments are the
-    recipe's defaults, and the prompts' texts those of qlog/data/tasks.py."""
+    """What the paper does not give, each with its reason. Beside these: the prompts' texts, those of
+    qlog/data/tasks.py; the loss's other arguments, the recipe's defaults (GRPO divides by the
+    group's standard deviation, as published, and has no KL term: the paper gives it no weight, and
+    every step is on policy); fields that change memory, speed or reports alone, as config.py has
+    them."""
     data, rollout, optimizer, train = config.data, config.rollout, config.optimizer, config.train
     data.max_prompt_tokens = max_prompt_tokens  # fits the longest of our sample records, warm
     data.overlong = "skip"  # the rare longer ones are counted, shown at start and left out
@@ -57,7 +60,10 @@ def _our_choices(config: ConfigDict, max_prompt_tokens: int) -> None:
     # These three change memory and speed alone:
     train.remat = True
     train.prompts_per_microbatch, train.rollouts_per_microbatch = 16, 8
+    config.seed = 0  # of data order and sampling; the weights are given
     config.evaluation.temperature = 1.0  # as in training; p@16 needs samples that differ
+    config.evaluation.top_k, config.evaluation.top_p = 0, 1.0  # the whole law, as in training
+    config.evaluation.prompts = 0  # the whole split, of which the paper gives the size
     config.evaluation.every = config.checkpoint.every = 50  # the spacing that Figure 4 shows
     config.evaluation.split = "validation"  # chooses the checkpoint; 'test' is for its numbers
 
