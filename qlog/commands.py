@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+import shlex
+import sys
 
 import jax
 from ml_collections import ConfigDict
 
-from qlog import aot, checkpoints, evaluation, models, sweep, train
+from qlog import aot, checkpoints, evaluation, models, scaling, sweep, train
 from qlog import config as settings
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, prepare
@@ -112,12 +114,15 @@ def run(
     mode: str, config: ConfigDict, workdir: pathlib.Path, from_samples: str = "", topology: str = ""
 ) -> int:
     """What --mode asks for; returns the exit status. `from_samples` is read by evaluate alone,
-    `topology` by compile."""
+    `topology` by compile: one slice, or several after commas to compare."""
     if (mode == "compile") != bool(topology):
         raise ConfigError(
             f"--topology={topology} and --mode={mode}: --mode=compile and a topology such as v5e:4x4 "
             "need each other."
         )
+    if mode == "compile" and "," in topology:
+        command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
+        return scaling.run(config, topology.split(","), workdir, command)
     if mode == "compile":
         return aot.run_compile(config, topology)
     if not from_samples:

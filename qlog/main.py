@@ -12,7 +12,9 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "expo
 _FROM_SAMPLES = flags.DEFINE_string(
     "from_samples", "", "With --mode=evaluate: compute the metrics of this file of samples again."
 )
-_TOPOLOGY = flags.DEFINE_string("topology", "", "With --mode=compile: the TPU slice, as v5e:4x4.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "With --mode=compile: the TPU slice, as v5e:4x4; several, after commas, compare."
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ["auto", "on", "off"],
     "Connect to the other processes of this run: on, off, or auto, where the environment names them.",

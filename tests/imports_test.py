@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = """
     main
     commands
+    scaling
     aot doctor sweep
     train
     reporting
@@ -22,6 +23,7 @@ LAYERS = """
     learner
     sampling
     scoring
+    drawing pool
     policy
     paper
     config
