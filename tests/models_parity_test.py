@@ -84,6 +84,19 @@ def test_float32_logits_with_left_padding(family, shape, tmp_path):
         assert difference < 1e-4, (row, difference)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@torch.no_grad()
+def test_sliding_windows_that_qwen_can_switch_on(family, tmp_path):
+    model = reference(
+        family, **SHAPES["ungrouped"], use_sliding_window=True, sliding_window=6, max_window_layers=1
+    )
+    params, config = ours(model, tmp_path)
+    assert config.windows == (0, 6, 6)
+    tokens, _ = prompts(model)
+    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(theirs - our_logits(params, config, tokens)).max() < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family, tmp_path):
