@@ -47,6 +47,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_RENAMES = frozenset("bitcast copy reshape transpose convert".split())
 # They name what is there, or are paid for where the data are used.
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id "
@@ -153,7 +154,7 @@ class Module:
             cost = _own(each, by_name)
             if each.opcode == "fusion":
                 inner = functools.reduce(lambda c, name: c.plus(total(name)), called, Cost())
-                moved = _fusion_bytes(each, by_name, self.computations[called[0]])
+                moved = _fusion_bytes(each, by_name, self.computations)
                 return Cost(inner.flops, moved, inner.sent)
             return cost
 
@@ -244,6 +245,10 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
+def _bytes(each: Instruction) -> float:
+    return sum(shape.bytes for shape in each.results)
+
+
 def _hbm(each: Instruction) -> float:
     return sum(shape.bytes for shape in each.results if shape.in_hbm)
 
@@ -264,44 +269,50 @@ def _own(each: Instruction, by_name: Mapping[str, Instruction]) -> Cost:
         return Cost(_convolution_flops(each, by_name), _hbm(each) + sum(map(_hbm, operands)))
     if each.opcode == "copy-start":  # its result holds both copies
         return Cost(0.0, _hbm(each))
-    if each.opcode in ("slice", "dynamic-slice", "gather"):
-        return Cost(0.0, 2 * _hbm(each))
+    if kind in ("slice", "dynamic-slice", "gather"):  # a -start's result begins with the operand
+        part, source = each.results[kind != each.opcode], operands[0].results[0]
+        return Cost(0.0, part.bytes * (part.in_hbm + source.in_hbm))
     if each.opcode in ("dynamic-update-slice", "scatter"):
-        return Cost(0.0, 2 * _hbm(operands[1 if each.opcode[0] == "d" else -1]))
+        part = operands[1 if each.opcode[0] == "d" else -1].results[0]
+        return Cost(0.0, part.bytes * (part.in_hbm + each.results[0].in_hbm))
     return Cost(0.0, _hbm(each) + sum(map(_hbm, operands)))
 
 
-def _fusion_bytes(each: Instruction, by_name, inside: list[Instruction]) -> float:
+def _fusion_bytes(each: Instruction, by_name, computations) -> float:
     """Operands and results; of what is only sliced or updated in place, the slice alone."""
-    users: dict[str, list[Instruction]] = {}
-    for user in inside:
-        for name in user.operands:
-            users.setdefault(name, []).append(user)
-    inner = {instruction.name: instruction for instruction in inside}
-    parameters = {}
-    for instruction in inside:
-        if instruction.opcode == "parameter":
-            parameters[int(re.match(r"\d+", instruction.attributes).group())] = instruction.name
 
-    def ends(name):
-        """What really uses an array, seen through renamings."""
-        for user in users.get(name, []):
-            if user.opcode in ("bitcast", "copy", "reshape", "transpose", "convert") and user.name in users:
-                yield from ends(user.name)
+    def parameter(inside, position):
+        return next(
+            x.name for x in inside
+            if x.opcode == "parameter" and int(re.match(r"\d+", x.attributes).group()) == position
+        )  # fmt: skip
+
+    def ends(name, inside):
+        """What really uses an array, seen through renamings and fusions inside of fusions."""
+        for user in inside:
+            if name not in user.operands:
+                continue
+            if user.opcode == "fusion":
+                within = computations[_CALLED.findall(user.attributes)[0]]
+                yield from ends(parameter(within, user.operands.index(name)), within)
+            elif user.opcode in _RENAMES and not user.is_root:
+                yield from ends(user.name, inside)
             else:
-                yield user, name
+                yield user, name, inside
 
+    inside = computations[_CALLED.findall(each.attributes)[0]]
     total, updated = 0.0, 0.0
     for position, operand in enumerate(each.operands):
         size = _hbm(by_name[operand]) if operand in by_name else 0.0
-        if size and position in parameters:
-            uses = list(ends(parameters[position]))
-            if uses and all(u.opcode in ("dynamic-slice", "slice", "gather") for u, _ in uses):
-                size = min(size, sum(sum(s.bytes for s in u.results) for u, _ in uses))
-            elif uses and all(u.opcode == "dynamic-update-slice" and u.operands[0] == n for u, n in uses):
-                update = sum(sum(s.bytes for s in inner[u.operands[1]].results) for u, _ in uses)
-                updated += size - update  # the result is the operand's own buffer
-                size = 0.0
+        uses = list(ends(parameter(inside, position), inside)) if size else []
+        if uses and all(user.opcode in ("dynamic-slice", "slice", "gather") for user, *_ in uses):
+            size = min(size, sum(_bytes(user) for user, *_ in uses))
+        elif uses and all(u.opcode == "dynamic-update-slice" and u.operands[0] == n for u, n, _ in uses):
+            written = sum(
+                _bytes(x) for user, _, within in uses for x in within if x.name == user.operands[1]
+            )
+            updated += size - written  # the result is the operand's own buffer
+            size = 0.0
         total += size
     return total + max(0.0, _hbm(each) - updated)
 

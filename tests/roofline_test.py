@@ -56,9 +56,9 @@ def test_a_loop_counts_as_often_as_it_runs(first, note, trips):
     cost = Module(_LOOPS.replace("FIRST", str(first)).replace(" NOTE", note)).cost()
     assert cost.flops == trips * 2 * 64 * 32 * 48
     result = 64 * 48 * 4
-    # The weights are sliced into scratch memory, so no byte of HBM is theirs; x is read, y written,
-    # and the sum reads and writes. The condition writes its one byte, once more than the body runs.
-    moved = (64 * 32 * 2 + result) + 2 * result
+    # A layer's weights are read into scratch memory and used there; x is read, y written, and the
+    # sum reads and writes. The condition writes a byte and reads two numbers.
+    moved = 32 * 48 * 2 + (64 * 32 * 2 + result) + 2 * result
     assert abs(cost.bytes / trips - moved) < 16
     assert cost.sent == {"all-reduce": trips * 2 * 3 / 4 * result}
 
