@@ -89,11 +89,14 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 example = encode(record, self.FIELDS)
             except TypeError as error:
                 raise ConfigError(
-                    f"{path}: record {len(ids)} is not one of {self.name}: {error}."
+                    f"{path}: record {len(ids)} is not one of {self.name}: {error}; restore the "
+                    "official file."
                 ) from error
             record_id = record[self.KEY]
             if record_id in seen:
-                raise ConfigError(f"{path}: two records have the id {record_id!r}.")
+                raise ConfigError(
+                    f"{path}: two records have the id {record_id!r}; restore the official file."
+                )
             seen.add(record_id)
             ids.append(record_id)
             yield record_id, example
