@@ -50,6 +50,7 @@ def default() -> ConfigDict:
             "rationale_budget": 2944,  # free tokens before the thinking-end token is forced
             "answer_reserve": 128,  # tokens kept for the answer, sampled or gold
             "temperature": 1.0,  # of the sampled law, in sampling and in the gradient alike
+            "prompts_per_wave": 0,  # prompts whose rollouts' caches are in memory at a time; 0 is all
             "closing_text": "",  # written before a forced thinking-end token
         },
         # Loss: the name of a recipe of qlog.losses, or a function that returns an Estimator
@@ -164,7 +165,8 @@ def check(config: ConfigDict) -> None:
     rollout, train = config.rollout, config.train
     for section, key, low in (
         ("rollout", "rollouts_per_prompt", 1), ("rollout", "rationale_budget", 0),
-        ("rollout", "answer_reserve", 1), ("train", "steps", 1), ("train", "prompts_per_step", 1),
+        ("rollout", "answer_reserve", 1), ("rollout", "prompts_per_wave", 0),
+        ("train", "steps", 1), ("train", "prompts_per_step", 1),
         ("train", "updates_per_batch", 1), ("train", "prompts_per_microbatch", 0),
         ("train", "rollouts_per_microbatch", 0), ("train", "rollouts_every", 1),
         ("train", "rollouts_prompts", 0), ("evaluation", "every", 0), ("evaluation", "prompts", 0),
@@ -191,12 +193,16 @@ def check(config: ConfigDict) -> None:
             f"train.prompts_per_step = {train.prompts_per_step}."
         )
     slice_ = train.prompts_per_step // train.updates_per_batch
-    for key, whole in (("prompts_per_microbatch", slice_),
-                       ("rollouts_per_microbatch", rollout.rollouts_per_prompt)):  # fmt: skip
-        if train[key] and whole % train[key]:
+    for section, key, whole in (
+        ("train", "prompts_per_microbatch", slice_),
+        ("train", "rollouts_per_microbatch", rollout.rollouts_per_prompt),
+        ("rollout", "prompts_per_wave", train.prompts_per_step),
+    ):
+        value = config[section][key]
+        if value and whole % value:
             divisors = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
             raise ConfigError(
-                f"config.train.{key} = {train[key]} must divide {whole}: use 0 (all) or one of "
+                f"config.{section}.{key} = {value} must divide {whole}: use 0 (all) or one of "
                 f"{divisors}."
             )
     estimator(config)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qlog import data, distributed, metrics, models, sampling, scoring, sharding
+from qlog import data, distributed, metrics, models, sampling, sharding
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment
 
@@ -132,13 +132,9 @@ def sample_answers(
             (batch.tokens, batch.lengths, batch.gold, batch.gold_lengths, batch.uids),
         )
         keys = sampling.rollout_keys(key, uids, count)
-        rollouts, prefix, suffix = sampling.sample(
-            params, experiment.policy, tokens, lengths, keys, settings
+        rollouts, log_w, _ = sampling.sample(
+            params, experiment.policy, tokens, lengths, keys, sampling.Golds(gold, gold_lengths), settings
         )
-        log_w = scoring.score_answers(
-            params, experiment.policy, prefix, suffix, rollouts.tokens,
-            rollouts.rationale_lengths, gold, gold_lengths,
-        )  # fmt: skip
         rollouts, log_w = sharding.local_rows(experiment.mesh, (rollouts, log_w))
         yield from distributed.gather(_rows(formatter, batch, rollouts, log_w))
 

@@ -197,6 +197,7 @@ def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
     for field, size in (
         ("train.prompts_per_step", rows),
         ("train.prompts_per_microbatch", config.train.prompts_per_microbatch),
+        ("rollout.prompts_per_wave", config.rollout.prompts_per_wave),
         ("evaluation.prompts_per_batch", config.evaluation.prompts_per_batch),
     ):
         if size % shards:

@@ -140,7 +140,7 @@ def log_probs(
         temperature = jnp.where(is_gold, 1.0, temperature)
     return scoring.token_log_probs(
         hidden, models.unembedding(params), tokens,
-        valid_vocab=policy.valid_vocab, temperature=temperature,
+        valid_vocab=policy.valid_vocab, temperature=temperature, chunk=scoring.chunk_size(policy),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ def measure(
             "rationale_length": rollouts.rationale_lengths.mean(),
             "budget_hits": rollouts.forced.mean(),
             "ended_early": rollouts.ended_early.mean(),
+            "decode_waste": groups.row_steps / rollouts.lengths.sum(),
             "mismatch": gauges.mismatch / sampled,
             "mismatch_max": gauges.mismatch_max,
             "mult_prob_error": gauges.mismatch_exp / sampled,
@@ -36,7 +37,6 @@ def measure(
         if experiment.estimator.reward:
             values |= {"reward": groups.reward.mean(), "truncated_answers": 1 - rollouts.complete.mean()}
         tokens["decode"] = prompts.lengths.sum() + rollouts.lengths.sum()
-        tokens["score"] = groups.gold_lengths.sum() * groups.log_w.shape[1]
     for phase, seconds in watch.seconds.items():
         values[f"seconds/{phase}"] = seconds
         if phase in tokens:

@@ -1,4 +1,5 @@
-"""Sampling rollouts: prefill once per prompt, decode M rationales, force their end at the budget.
+"""Sampling rollouts: prefill once per prompt, decode M rationales, force their end at the budget,
+score the gold answer on the caches that are left.
 
 Conventions. A rollout is `tokens[b, m, :]`: the rationale, closed by the thinking-end token, then
 (when asked for) the answer up to its end-of-sequence token. The prompt's last token is not
@@ -16,6 +17,11 @@ What token a rollout gets at step t:
 | thinking, budget spent or end of sequence drawn   | next token of the closing text | no      |
 | answering, reserve not spent                      | drawn from the model           | yes     |
 | done                                              | pad                            | no      |
+
+Rollouts end at very different steps, so they are decoded in a pool of rows that shrinks
+(`pool.py`). All rows are at the same step. Between chunks of steps the host looks which rows are
+done; when the others fit a smaller pool, the gold answers are scored on all caches, and the rows
+that go on move closer together, each staying on its device.
 """
 
 import dataclasses
@@ -24,12 +30,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qlog import models, scoring, sharding
+from qlog.drawing import draw
 from qlog.policy import Policy
+from qlog.pool import Plan, levels, nobody_in, regroup
 
-_FIRST_SLOTS = 128  # smallest cache; it doubles while rollouts are still running
+_CHUNK = 8  # decode steps between two looks at which rollouts are done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Sampling:
 
 
 class Rollouts(NamedTuple):
-    """M rollouts of each of B prompts; R is `Sampling.max_length` or the bucket above it.
+    """M rollouts of each of B prompts; R is `Sampling.max_length`.
 
     tokens: int32 [B, M, R]. log_probs: float32 [B, M, R] under the law that was sampled, 0 where
     nothing was. is_sampled: bool [B, M, R]. rationale_lengths, lengths: int32 [B, M], closing
@@ -85,15 +94,36 @@ class Rollouts(NamedTuple):
     complete: Array
 
 
-class DecodeState(NamedTuple):
-    """What the decode loop carries. step: int32 scalar, tokens made so far in every rollout."""
+class Samples(NamedTuple):
+    """rollouts: of B prompts by M. log_w: float32 [B, M], log p(y* | x*, z). row_steps: decode
+    steps times rows of the pool, how many were executed."""
 
-    step: Array
-    last: Array  # int32 [B, M], the token to feed next
-    closing_at: Array  # int32 [B, M], step at which the forced closing begins
-    done: Array  # bool [B, M]
-    keys: Array  # PRNG keys [B, M], one per (seed, step, prompt, rollout)
     rollouts: Rollouts
+    log_w: Array
+    row_steps: int
+
+
+class Golds(NamedTuple):
+    """tokens: int32 [B, A], right-padded, end of sequence included; lengths: int32 [B]."""
+
+    tokens: Array
+    lengths: Array
+
+
+class Pool(NamedTuple):
+    """Rollouts under way: N blocks of m rows; the rows of a block belong to one prompt.
+
+    source: int32 [N, m], the rollout's number b * M + m; B * M where there is none.
+    """
+
+    step: Array  # int32 scalar, tokens made so far in every row
+    source: Array
+    last: Array  # int32 [N, m], the token to feed next
+    closing_at: Array  # int32 [N, m], step at which the forced closing begins
+    done: Array  # bool [N, m]
+    keys: Array  # PRNG keys [N, m], one per (seed, step, prompt, rollout)
+    rollouts: Rollouts  # [N, m, ...]
+    prefix: models.Prefix  # of N blocks
     suffix: models.Suffix
 
 
@@ -110,109 +140,247 @@ def sample(
     prompts: Array,
     lengths: Array,
     keys: Array,
+    golds: Golds,
     settings: Sampling,
-) -> tuple[Rollouts, models.Prefix, models.Suffix]:
-    """Draw the rollouts of a batch of prompts.
+    prompts_per_wave: int = 0,
+    rehearse: bool = False,
+) -> Samples:
+    """Draws the rollouts of a batch of prompts and scores their gold answers.
 
     Args:
       prompts: int32 [B, P], right-padded; lengths: int32 [B], at least 1.
       keys: [B, M] from `rollout_keys`.
-
-    Returns:
-      The rollouts, and the caches of prompts and rollouts, on which answers can be scored.
+      prompts_per_wave: prompts whose caches are in memory at a time, a divisor of B; 0 is all.
+      rehearse: visit the pool's sizes that this batch has no use for, too, so that later batches
+        of the same shapes compile nothing.
     """
-    prefix = prefill(params, policy, prompts, lengths)
-    slots = min(_FIRST_SLOTS, settings.max_length)
-    state = _start(policy, prompts, lengths, keys, settings, slots)
-    while True:
-        state = _decode(params, policy, prefix, state, settings)
-        if slots >= settings.max_length or bool(state.done.all()):
-            return state.rollouts, prefix, state.suffix
-        slots = min(2 * slots, settings.max_length)
-        state = _grow(state, slots)
+    weights = decoding_weights(params, policy)
+    waves = len(prompts) // (prompts_per_wave or len(prompts))
+    batch = (prompts, lengths, keys, golds)
+    parts = [
+        _sample_wave(
+            params, weights, policy, *_wave(batch, index, waves), settings, rehearse and index == 0
+        )
+        for index in range(waves)
+    ]
+    rollouts, log_w = _join_waves([part[:2] for part in parts])
+    return Samples(rollouts, log_w, sum(part.row_steps for part in parts))
+
+
+def _sample_wave(
+    params, weights, policy, prompts, lengths, keys, golds, settings, rehearse
+) -> Samples:
+    count, rollouts = keys.shape
+    shards = sharding.batch_shards(policy.mesh) if policy.mesh else 1
+    slots = settings.max_length
+    sizes = levels(count // shards, rollouts, slots, prompts.shape[1])
+    nobody = count * rollouts
+    fit = functools.partial(regroup, shards=shards, rollouts=rollouts, nobody=nobody)
+
+    def begin():
+        prefix = prefill(params, policy, prompts, lengths)
+        pool = start(policy, prefix, prompts, lengths, keys, settings)
+        return pool, empty_results(policy, settings, count, rollouts)
+
+    if rehearse:
+        pool, results = begin()
+        for size in sizes[1:]:
+            pool = _move(policy, pool, nobody_in(size, shards, nobody), nobody)
+            pool, *_ = decode(weights, policy, pool, settings, 0)
+            results = leave(weights, policy, pool, results, golds)
+    pool, results = begin()
+    source = np.arange(nobody, dtype=np.int32).reshape(count, rollouts)
+    step = row_steps = 0
+    going = np.ones(source.shape, bool)
+    while going.any():
+        step, before = min(step + _CHUNK, slots), step
+        pool, executed, going = decode(weights, policy, pool, settings, step)
+        going = np.asarray(going)  # waits for the chunk
+        row_steps += source.size * (int(executed) - before)
+        plan = None
+        if len(sizes) > 1 and going.any():
+            plan = fit(source, going, sizes[1])
+        if plan:
+            results = leave(weights, policy, pool, results, golds)
+        while plan:
+            pool, source, sizes = _move(policy, pool, plan, nobody), plan.source, sizes[1:]
+            going = source < nobody
+            plan = fit(source, going, sizes[1]) if len(sizes) > 1 else None
+    results = leave(weights, policy, pool, results, golds)
+    return Samples(*_by_prompt(results, keys.shape), row_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def decoding_weights(params: models.Params, policy: Policy) -> models.Params:
+    """The parameters as `decode` reads them at every step: in the activations' dtype, whole on
+    every device but for the tensor axis."""
+    return sharding.keep_gathered(policy.mesh, models.decoding_weights(params, policy.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
 def prefill(params, policy: Policy, prompts: Array, lengths: Array) -> models.Prefix:
     """The prompts' caches, all tokens but the last of each: prompts int32 [B, P], lengths [B]."""
     prefix = models.prefill(params, policy.config, prompts, lengths - 1, dtype=policy.dtype)
-    return sharding.keep_prefix(policy.mesh, prefix)
+    return sharding.keep_rows(policy.mesh, models.unstack(prefix))
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "settings", "slots"))
-def _start(policy, prompts, lengths, keys, settings, slots) -> DecodeState:
-    shape = keys.shape
+@functools.partial(jax.jit, static_argnames=("policy", "settings"))
+def start(policy, prefix, prompts, lengths, keys, settings) -> Pool:
+    """The pool of all rollouts: blocks are groups, N = B and m = M."""
+    shape, slots = keys.shape, settings.max_length
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
+    pool = Pool(
+        step=jnp.zeros((), jnp.int32), source=jnp.arange(keys.size, dtype=jnp.int32).reshape(shape),
+        last=jnp.broadcast_to(last, shape),
+        closing_at=jnp.full(shape, settings.rationale_budget, jnp.int32),
+        done=jnp.zeros(shape, bool), keys=keys, rollouts=_no_rollouts(shape, settings), prefix=prefix,
+        suffix=models.empty_suffix(policy.config, *shape, slots, policy.dtype),
+    )  # fmt: skip
+    return sharding.keep_rows(policy.mesh, pool)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "settings", "count", "rollouts"))
+def empty_results(policy, settings, count: int, rollouts: int) -> tuple[Rollouts, Array]:
+    """Where rollouts that are done are kept: [B * M, ...], and their log w."""
+    size = count * rollouts
+    return sharding.keep_rows(policy.mesh, (_no_rollouts((size,), settings), jnp.zeros(size)))
+
+
+def _no_rollouts(shape, settings: Sampling) -> Rollouts:
     no, zero = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)
-    per_token = (*shape, slots)
-    rollouts = Rollouts(
+    per_token = (*shape, settings.max_length)
+    return Rollouts(
         tokens=jnp.full(per_token, settings.pad, jnp.int32),
         log_probs=jnp.zeros(per_token), is_sampled=jnp.zeros(per_token, bool),
         rationale_lengths=zero, lengths=zero, forced=no, ended_early=no, complete=no,
     )  # fmt: skip
-    state = DecodeState(
-        step=jnp.zeros((), jnp.int32), last=jnp.broadcast_to(last, shape),
-        closing_at=jnp.full(shape, settings.rationale_budget, jnp.int32), done=no, keys=keys,
-        rollouts=rollouts, suffix=models.empty_suffix(policy.config, *shape, slots, policy.dtype),
-    )  # fmt: skip
-    return sharding.keep_rows(policy.mesh, state)
 
 
-@functools.partial(jax.jit, static_argnames=("slots",))
-def _grow(state: DecodeState, slots: int) -> DecodeState:
-    """Room for `slots` tokens in every buffer."""
+@functools.partial(jax.jit, static_argnames=("policy", "settings"), donate_argnames=("pool",))
+def decode(weights, policy, pool: Pool, settings, until) -> tuple[Pool, Array, Array]:
+    """Steps up to `until`, fewer when every rollout is done before.
 
-    def widen(x, axis, fill=0):
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, slots - x.shape[axis])
-        return jnp.pad(x, padding, constant_values=fill)
+    Returns:
+      The pool, the step it is at, and bool [N, m], the rows that go on, both on every device.
+    """
+    table, prefix = models.unembedding(weights), pool.prefix  # the loop only reads them
 
-    old = state.rollouts
-    rollouts = old._replace(
-        tokens=widen(old.tokens, 2), log_probs=widen(old.log_probs, 2),
-        is_sampled=widen(old.is_sampled, 2),
-    )  # fmt: skip
-    layers = jax.tree.map(lambda x: widen(x, 3), state.suffix.layers)
-    return state._replace(rollouts=rollouts, suffix=state.suffix._replace(layers=layers))
+    def unfinished(pool):
+        return (pool.step < until) & ~pool.done.all()
 
-
-@functools.partial(
-    jax.jit, static_argnames=("policy", "settings"), donate_argnames=("state",)
-)
-def _decode(params, policy, prefix, state, settings) -> DecodeState:
-    """Run until every rollout is done or the buffers are full."""
-    slots = state.rollouts.tokens.shape[-1]
-    params = models.cast_weights(params, policy.dtype)
-    table = models.unembedding(params)
-
-    def unfinished(state):
-        return (state.step < slots) & ~state.done.all()
-
-    def step(state):
-        positions = (prefix.lengths[:, None] + state.step)[..., None]
-        positions = jnp.broadcast_to(positions, (*state.last.shape, 1))
+    def step(pool):
+        positions = (prefix.lengths[:, None] + pool.step)[..., None]
+        positions = jnp.broadcast_to(positions, (*pool.last.shape, 1))
         hidden, suffix = models.apply(
-            params, policy.config, state.last[..., None], positions,
-            prefix=prefix, suffix=state.suffix, slot=state.step, dtype=policy.dtype,
+            weights, policy.config, pool.last[..., None], positions,
+            prefix=prefix, suffix=pool.suffix, slot=pool.step, dtype=policy.dtype,
         )  # fmt: skip
         logits = scoring.masked_logits(hidden[:, :, 0], table, policy.valid_vocab)
-        keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(state.keys, state.step)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(pool.keys, pool.step)
         drawn, log_probs = draw(
             logits, keys, settings.temperature, settings.top_k, settings.top_p
         )
-        return _advance(state, settings, drawn, log_probs)._replace(suffix=suffix)
+        return _advance(pool, settings, drawn, log_probs)._replace(suffix=suffix)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))._replace(prefix=prefix)
+    pool = sharding.keep_rows(policy.mesh, pool)
+    return pool, *sharding.keep_everywhere(policy.mesh, (pool.step, ~pool.done))
 
 
-def _advance(state: DecodeState, settings: Sampling, drawn: Array, log_probs: Array) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("results",))
+def leave(weights, policy, pool: Pool, results, golds: Golds):
+    """`results` with the pool's rollouts and their log w; those not done will come again."""
+    count = golds.lengths.shape[0]
+    rollouts = results[1].size // count
+    prompt = jnp.minimum(pool.source[:, 0] // rollouts, count - 1)  # empty blocks: any
+    log_w = scoring.score_answers(
+        weights, policy, pool.prefix, pool.suffix, pool.rollouts.tokens,
+        jnp.maximum(pool.rollouts.rationale_lengths, 1), golds.tokens[prompt], golds.lengths[prompt],
+    )  # fmt: skip
+    write = lambda whole, own: whole.at[pool.source].set(own, mode="drop")  # noqa: E731
+    return sharding.keep_rows(policy.mesh, jax.tree.map(write, results, (pool.rollouts, log_w)))
+
+
+def _move(policy, pool: Pool, plan: Plan, nobody: int) -> Pool:
+    """The pool after `plan`; cache by cache, so that two whole pools are never in memory."""
+    put = functools.partial(sharding.put_rows, policy.mesh)
+    parent, lane, source = map(put, plan)
+
+    def move(cache, take, index):
+        moved = take(policy.mesh, cache, index)
+        cache.delete()
+        return moved
+
+    layers = tuple(tuple(move(x, _take_lanes, lane) for x in pair) for pair in pool.suffix.layers)
+    keys, values = (
+        tuple(move(x, _take_blocks, parent) for x in caches)
+        for caches in (pool.prefix.keys, pool.prefix.values)
+    )
+    prefix = models.Prefix(keys, values, _take_blocks(policy.mesh, pool.prefix.lengths, parent))
+    rows = (pool.last, pool.closing_at, pool.done, pool.keys, pool.rollouts)
+    last, closing_at, done, row_keys, rollouts = _take_rows(policy.mesh, rows, lane)
+    return Pool(
+        step=pool.step, source=source, last=last, closing_at=closing_at,
+        done=_mark_nobody(done, source, nobody), keys=row_keys, rollouts=rollouts, prefix=prefix,
+        suffix=pool.suffix._replace(layers=layers),
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _take_blocks(mesh, blocks: Array, parent: Array) -> Array:
+    """[N, ...] -> [N', ...]; indices count within the shard."""
+    return sharding.by_shard(mesh, lambda x, index: x[index], blocks, parent)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _take_lanes(mesh, cache: Array, lane: Array) -> Array:
+    """[N, K, m, S, C] -> [N', K, m', S, C]; indices count rows within the shard."""
+
+    def take(x, index):
+        taken = x[index // x.shape[2], :, index % x.shape[2]]  # [N', m', K, S, C]
+        return taken.transpose(0, 2, 1, 3, 4)
+
+    return sharding.by_shard(mesh, take, cache, lane)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _take_rows(mesh, rows, lane: Array):
+    """Arrays [N, m, ...] -> [N', m', ...]; indices count rows within the shard."""
+    take = lambda x, index: x.reshape(-1, *x.shape[2:])[index]  # noqa: E731
+    return jax.tree.map(lambda x: sharding.by_shard(mesh, take, x, lane), rows)
+
+
+@functools.partial(jax.jit, static_argnames=("nobody",))
+def _mark_nobody(done: Array, source: Array, nobody: int) -> Array:
+    return done | (source == nobody)
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _by_prompt(results, shape):
+    """[B * M, ...] -> [B, M, ...]."""
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
+
+
+@functools.partial(jax.jit, static_argnames=("index", "count"))
+def _wave(tree, index: int, count: int):
+    """Every count-th prompt from `index` on: each device keeps its share of every wave."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, index], tree)
+
+
+@jax.jit
+def _join_waves(parts):
+    """The way back of `_wave`."""
+    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *parts)
+
+
+def _advance(pool: Pool, settings: Sampling, drawn: Array, log_probs: Array) -> Pool:
     """The table in this module's docstring: from the model's draw to the rollouts' next tokens."""
-    old, t = state.rollouts, state.step
+    old, t = pool.rollouts, pool.step
     closing = jnp.asarray(settings.closing, jnp.int32)
     eos = jnp.asarray(settings.eos, jnp.int32)
-    thinking = ~state.done & (old.rationale_lengths == 0)
-    answering = ~state.done & ~thinking
-    closed_so_far = t - state.closing_at
+    thinking = ~pool.done & (old.rationale_lengths == 0)
+    answering = ~pool.done & ~thinking
+    closed_so_far = t - pool.closing_at
     forcing = thinking & (closed_so_far >= 0)
     is_sampled = (thinking & ~forcing) | answering
     forced_token = closing[jnp.clip(closed_so_far, 0, len(settings.closing) - 1)]
@@ -232,65 +400,12 @@ def _advance(state: DecodeState, settings: Sampling, drawn: Array, log_probs: Ar
         log_probs=old.log_probs.at[:, :, t].set(jnp.where(is_sampled, log_probs, 0.0)),
         is_sampled=old.is_sampled.at[:, :, t].set(is_sampled),
         rationale_lengths=rationale_lengths,
-        lengths=jnp.where(state.done, old.lengths, t + 1),
+        lengths=jnp.where(pool.done, old.lengths, t + 1),
         forced=old.forced | (forcing & ~old.ended_early),
         ended_early=old.ended_early | ends_early,
         complete=old.complete | completes,
     )
-    return state._replace(
-        step=t + 1, last=token, done=state.done | finished, rollouts=rollouts,
-        closing_at=jnp.where(ends_early, t + 1, state.closing_at),
+    return pool._replace(
+        step=t + 1, last=token, done=pool.done | finished, rollouts=rollouts,
+        closing_at=jnp.where(ends_early, t + 1, pool.closing_at),
     )  # fmt: skip
-
-
-def draw(
-    logits: Array, keys: Array, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Array, Array]:
-    """Draw a token from softmax(logits / temperature) by inverting its distribution function.
-
-    Two levels, a block of the vocabulary and then a token in it: one uniform number each, instead
-    of the V random numbers per token that `jax.random.categorical` makes.
-
-    Args:
-      logits: float32 [B, M, V]; -inf is never drawn. keys: [B, M]. temperature: 0 is greedy.
-      top_k, top_p: as in `Sampling`; applied after the temperature, top_k first.
-
-    Returns:
-      int32 [B, M], and their log-probabilities, float32 [B, M], under the law that was sampled.
-    """
-    if temperature == 0.0:
-        token = jnp.argmax(logits, axis=-1)
-        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], -1)[..., 0]
-    scaled = truncate(logits / temperature, top_k, top_p)
-    top = scaled.max(-1, keepdims=True)
-    weights = jnp.exp(scaled - top)
-    uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(keys)
-    size = max(16, 1 << (logits.shape[-1].bit_length() // 2))
-    padding = -logits.shape[-1] % size
-    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, padding)))
-    blocks = weights.reshape(*logits.shape[:2], -1, size)
-    sums = blocks.sum(-1)
-    block = _invert(sums, uniform[..., 0])
-    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=2)[..., 0, :]
-    token = block * size + _invert(inside, uniform[..., 1])
-    picked = jnp.take_along_axis(scaled, token[..., None], axis=-1)
-    return token, (picked - top)[..., 0] - jnp.log(sums.sum(-1))
-
-
-def truncate(logits: Array, top_k: int, top_p: float) -> Array:
-    """-inf for tokens outside the nucleus, logits [..., V]; ties with its last token stay inside."""
-    if top_k == 0 and top_p == 1.0:
-        return logits
-    size = logits.shape[-1]
-    ordered, _ = jax.lax.top_k(logits, min(top_k, size) or size)
-    law = jax.nn.softmax(ordered)
-    is_inside = jnp.cumsum(law, axis=-1) - law < top_p  # the first always is
-    last = jnp.take_along_axis(ordered, is_inside.sum(-1, keepdims=True) - 1, axis=-1)
-    return jnp.where(logits >= last, logits, -jnp.inf)
-
-
-def _invert(weights: Array, uniform: Array) -> Array:
-    """Index i with probability weights[i] / sum; uniform in [0, 1 - 2^-23] never rounds to 1."""
-    cumulative = jnp.cumsum(weights, axis=-1)
-    target = uniform[..., None] * cumulative[..., -1:]
-    return (cumulative <= target).sum(-1).astype(jnp.int32)

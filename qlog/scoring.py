@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlog import models
+from qlog import models, sharding
 from qlog.policy import Policy
 
-_CHUNK = 1024  # tokens whose logits exist at a time
+_CHUNK = 1024  # tokens whose logits exist at a time, on a device
 
 
 def token_log_probs(
@@ -26,41 +26,44 @@ def token_log_probs(
     The backward pass recomputes each chunk's logits, so no [N, V] array is ever stored.
 
     Args:
-      hidden: [..., D] final hidden states.
+      hidden: [B, ..., D] final hidden states.
       table: [V, D] output head; rows from `valid_vocab` on are padding and get probability 0.
-      targets: int32 [...], below `valid_vocab`.
+      targets: int32 [B, ...], below `valid_vocab`.
       valid_vocab: rows of the vocabulary that exist.
       temperature: scalar, or broadcastable to `targets`.
-      chunk: tokens per chunk.
+      chunk: tokens per chunk, over all of B, and so over all devices that B is split over.
 
     Returns:
-      float32 [...], each at most 0.
+      float32 [B, ...], each at most 0.
     """
     shape = targets.shape
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    targets = targets.reshape(-1)
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape).reshape(-1)
+    rows = shape[0] if len(shape) > 1 else 1
+    by_row = lambda x: x.reshape(rows, targets.size // rows, *x.shape[len(shape) :])  # noqa: E731
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape)
+    inputs = tuple(map(by_row, (hidden, targets, temperature)))
     table = table.astype(hidden.dtype)
 
     @jax.checkpoint
     def one_chunk(inputs):
         states, wanted, scale = inputs
-        logits = masked_logits(states, table, valid_vocab) / scale[:, None]
+        logits = masked_logits(states, table, valid_vocab) / scale[..., None]
         # A masked sum, not a gather: the gather's backward pass is a scatter, row by row on CPUs.
-        is_wanted = jnp.arange(table.shape[0]) == wanted[:, None]
+        is_wanted = jnp.arange(table.shape[0]) == wanted[..., None]
         return jnp.where(is_wanted, logits, 0.0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
 
-    count = targets.size
-    if count <= chunk:
-        return one_chunk((hidden, targets, temperature)).reshape(shape)
-    padding = -count % chunk
-    padded = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), mode="edge").reshape(
-            -1, chunk, *x.shape[1:]
-        ),
-        (hidden, targets, temperature),
-    )
-    return jax.lax.map(one_chunk, padded).reshape(-1)[:count].reshape(shape)
+    # Rows stay outside the loop: on a mesh they are split, and looping over what is split would
+    # have every device compute everybody's logits.
+    count, size = targets.size // rows, max(1, chunk // rows)
+    if count <= size:
+        return one_chunk(inputs).reshape(shape)
+
+    def split(x):
+        padding = [(0, 0), (0, -count % size)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, padding, mode="edge")
+        return jnp.moveaxis(x.reshape(rows, -1, size, *x.shape[2:]), 1, 0)
+
+    chunks = jax.lax.map(one_chunk, jax.tree.map(split, inputs))
+    return jnp.moveaxis(chunks, 0, 1).reshape(rows, -1)[:, :count].reshape(shape)
 
 
 def masked_logits(hidden: Array, table: Array, valid_vocab: int) -> Array:
@@ -69,6 +72,11 @@ def masked_logits(hidden: Array, table: Array, valid_vocab: int) -> Array:
     if valid_vocab == table.shape[0]:
         return logits
     return jnp.where(jnp.arange(table.shape[0]) < valid_vocab, logits, -jnp.inf)
+
+
+def chunk_size(policy: Policy) -> int:
+    """Tokens per chunk on all devices together."""
+    return _CHUNK * (sharding.batch_shards(policy.mesh) if policy.mesh else 1)
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -110,7 +118,8 @@ def score_answers(
         prefix=prefix, suffix=suffix._replace(lengths=rationale_lengths), dtype=policy.dtype,
     )  # fmt: skip
     log_probs = token_log_probs(
-        hidden, models.unembedding(params), gold_m, valid_vocab=policy.valid_vocab
-    )
+        hidden, models.unembedding(params), gold_m,
+        valid_vocab=policy.valid_vocab, chunk=chunk_size(policy),
+    )  # fmt: skip
     is_gold = jnp.arange(gold.shape[-1]) < gold_lengths[:, None, None]
     return jnp.where(is_gold, log_probs, 0.0).sum(-1)

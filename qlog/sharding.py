@@ -64,23 +64,31 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def tree_shardings(mesh: Mesh, tree):
-    """NamedShardings for parameters, or a train state that holds them: `PARAMETER_RULES` by path.
-
-    A mesh axis that does not divide its dimension is dropped there: that dimension is replicated.
-    """
+    """NamedShardings for parameters, or a train state that holds them: `PARAMETER_RULES` by path."""
 
     def place(path, leaf):
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-        spec = next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name))
-        if len(spec) > len(leaf.shape):
-            spec = PartitionSpec()
-        fits = [
-            axis if axis is None or size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, leaf.shape)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        spec = _spec(path)
+        return _fitting(mesh, spec if len(spec) <= len(leaf.shape) else (), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _spec(path) -> PartitionSpec:
+    name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name))
+
+
+def _fitting(mesh: Mesh, spec, shape) -> NamedSharding:
+    """`spec` without the mesh axes that do not divide their dimension: that one is replicated."""
+
+    def size(axis):
+        return int(np.prod([mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))]))
+
+    fits = [
+        axis if axis is None or length % size(axis) == 0 else None
+        for axis, length in zip(spec, shape)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*fits))
 
 
 def keep(mesh: Mesh | None, tree):
@@ -90,20 +98,32 @@ def keep(mesh: Mesh | None, tree):
     return jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, tree))
 
 
+def keep_gathered(mesh: Mesh | None, weights):
+    """Inside jit: weights held whole on every device, but split over the tensor axis."""
+    if mesh is None:
+        return weights
+
+    def hold(path, leaf):
+        spec = _spec(path)
+        spec = spec[len(spec) - leaf.ndim :] if len(spec) > leaf.ndim else spec  # layers unstacked
+        kept = [axis if axis == "tensor" else None for axis in spec]
+        return jax.lax.with_sharding_constraint(leaf, _fitting(mesh, kept, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(hold, weights)
+
+
+def keep_everywhere(mesh: Mesh | None, tree):
+    """Inside jit: arrays held whole on every device."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def keep_rows(mesh: Mesh | None, tree, rows: int = 0):
-    """Inside jit: arrays held split over prompts, axis `rows`; caches, which have five axes, over
-    key/value heads too, the axis after. Without this the compiler may give every device all."""
+    """Inside jit: arrays held split over prompts, axis `rows`; caches, which have four axes or more
+    from there on, over key/value heads too, the axis after. Without this the compiler may give
+    every device all."""
     if mesh is None:
         return tree
-
-    def hold(x):
-        if x.ndim <= rows:
-            return jax.lax.with_sharding_constraint(x, replicated(mesh))
-        spec = [None] * rows + [_BATCH[0] if x.shape[rows] % batch_shards(mesh) == 0 else None]
-        if x.ndim == 5 and x.shape[rows + 1] % mesh.shape["tensor"] == 0:
-            spec.append("tensor")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
+    hold = lambda x: jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x, rows))  # noqa: E731
     return jax.tree.map(hold, tree)
 
 
@@ -111,6 +131,30 @@ def keep_prefix(mesh: Mesh | None, prefix):
     """`keep_rows` of a models.Prefix, whose caches begin with the layers."""
     keys, values = keep_rows(mesh, (prefix.keys, prefix.values), rows=1)
     return prefix._replace(keys=keys, values=values, lengths=keep_rows(mesh, prefix.lengths))
+
+
+def by_shard(mesh: Mesh | None, function, x: jax.Array, index: jax.Array) -> jax.Array:
+    """function(x, index), each device with its own rows of both; indices count within the shard."""
+    if mesh is None:
+        return function(x, index)
+    specs = [_row_sharding(mesh, a).spec for a in (x, index)]
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
+    )(x, index)
+
+
+def put_rows(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
+    """The same host array on every process -> a global array split over data and fsdp."""
+    if mesh is None:
+        return jax.numpy.asarray(x)
+    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+
+
+def _row_sharding(mesh: Mesh, x, rows: int = 0) -> NamedSharding:
+    spec = [None] * rows + [_BATCH[0]] if x.ndim > rows else []
+    if x.ndim - rows >= 4:
+        spec.append("tensor")
+    return _fitting(mesh, spec, x.shape)
 
 
 def put_batch(mesh: Mesh, tree):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qlog import data, evaluation, learner, losses, models, sampling, scoring, sharding
+from qlog import data, evaluation, learner, losses, models, sampling, sharding
 from qlog.data.pipeline import bucket
 from qlog.experiment import Experiment
 
@@ -37,38 +37,38 @@ class Groups(NamedTuple):
     rollouts: sampling.Rollouts
     log_w: Array  # float32 [B, M]
     reward: Array  # float32 [B, M]
+    row_steps: int  # of the decode loop
 
 
 def collect(
-    experiment: Experiment, params: models.Params, batch: data.PromptBatch, key: Array, watch: Stopwatch
-) -> Groups:
-    """Rollouts of a batch of prompts, their log w and rewards; annotated ones as they come."""
+    experiment: Experiment, params: models.Params, batch: data.PromptBatch, key: Array,
+    watch: Stopwatch, rehearse: bool = False,
+) -> Groups:  # fmt: skip
+    """Rollouts of a batch of prompts, their log w and rewards; annotated ones as they come.
+
+    rehearse: compile what later batches may need and this one does not.
+    """
     put = functools.partial(sharding.put_batch, experiment.mesh)
     prompts = learner.Prompts(*put((batch.tokens, batch.lengths, batch.is_prompt)))
     gold, gold_lengths = put((batch.gold, batch.gold_lengths))
     if experiment.estimator.rationale == "annotated":
         rollouts = learner.annotated(*put((batch.rationale, batch.rationale_lengths)))
         none = jnp.zeros(rollouts.lengths.shape)
-        return Groups(prompts, gold, gold_lengths, rollouts, none, none)
+        return Groups(prompts, gold, gold_lengths, rollouts, none, none, 0)
     with watch("decode") as ready:
         keys = sampling.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
-        rollouts, prefix, suffix = ready(
+        rollouts, log_w, row_steps = ready(
             sampling.sample(
-                params, experiment.policy, prompts.tokens, prompts.lengths, keys, experiment.sampling
-            )
-        )
-    with watch("score") as ready:
-        log_w = ready(
-            scoring.score_answers(
-                params, experiment.policy, prefix, suffix, rollouts.tokens,
-                rollouts.rationale_lengths, gold, gold_lengths,
+                params, experiment.policy, prompts.tokens, prompts.lengths, keys,
+                sampling.Golds(gold, gold_lengths), experiment.sampling,
+                experiment.config.rollout.prompts_per_wave, rehearse,
             )
         )  # fmt: skip
     reward = jnp.zeros_like(log_w)
     if experiment.estimator.reward:
         with watch("reward"):
             reward = put(_rewards(experiment, rollouts, batch))
-    return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward)
+    return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward, row_steps)
 
 
 def learn(experiment, state: learner.TrainState, groups: Groups, reference, key: Array, watch):

@@ -72,7 +72,7 @@ def run(
                 break
             watch = Stopwatch()
             key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
-            groups = collect(experiment, state.params, batch, key, watch)
+            groups = collect(experiment, state.params, batch, key, watch, rehearse=step == start_step)
             state, sums, gauges, norms = learn(experiment, state, groups, reference, key, watch)
             values = reporting.measure(experiment, state, groups, sums, gauges, norms, watch)
             log.scalars(step, "train", values)

@@ -23,6 +23,20 @@ def compilation_cache(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def compilations():
+    """A function that says how many programs were compiled, or read from the cache, since."""
+    counted = []
+
+    def count(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counted.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield lambda: len(counted)
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of real records and vocabularies beside the checkout; skips where it is absent."""

@@ -191,11 +191,16 @@ def test_bfloat16_activations_keep_float32_parameters_and_stay_close():
 
 def test_casting_the_weights_before_changes_nothing():
     prompts, tree = tiny.prompts(), tiny.params()
-    cast = models.cast_weights(tree, jnp.bfloat16)
+    cast = models.decoding_weights(tree, jnp.bfloat16)
     assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"].dtype == jnp.float32
-    options = dict(dtype=jnp.bfloat16)
+    prefix = models.prefill(tree, tiny.SHAPE, prompts.tokens, prompts.lengths, dtype=jnp.bfloat16)
+    suffix = models.empty_suffix(tiny.SHAPE, 3, 2, 4, jnp.bfloat16)
+    tokens = prompts.tokens[:, :2, None]
+    positions = jnp.broadcast_to(prompts.lengths[:, None, None], tokens.shape)
     before, after = (
-        models.prefill(t, tiny.SHAPE, prompts.tokens, prompts.lengths, **options) for t in (tree, cast)
-    )
-    np.testing.assert_array_equal(before.keys, after.keys)
-    np.testing.assert_array_equal(before.values, after.values)
+        models.apply(
+            t, tiny.SHAPE, tokens, positions, prefix=p, suffix=suffix, slot=0, dtype=jnp.bfloat16
+        )[0]
+        for t, p in ((tree, prefix), (cast, models.unstack(prefix)))
+    )  # fmt: skip
+    np.testing.assert_array_equal(before, after)

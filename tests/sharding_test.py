@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from qlog import checkpoints, learner, sampling, sharding, train
+from qlog import checkpoints, learner, models, sampling, sharding, train
 from qlog import config as qconfig
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -87,6 +87,9 @@ def test_caches_are_split_over_prompts_and_heads_from_the_start():
     lengths, uids = sharding.put_batch(policy.mesh, (np.full(8, 5, np.int32), np.arange(8, dtype=np.uint32)))
     keys = sampling.rollout_keys(jax.random.key(0), uids, 4)
     settings = sampling.Sampling(4, 4, closing=(3,), eos=(2,), pad=0)
-    state = sampling._start(policy, prompts, lengths, keys, settings, 8)
-    for cache in jax.tree.leaves(state.suffix.layers):
+    params = models.init(policy.config, jax.random.key(0))
+    pool = sampling.start(
+        policy, sampling.prefill(params, policy, prompts, lengths), prompts, lengths, keys, settings
+    )
+    for cache in jax.tree.leaves((pool.suffix.layers, pool.prefix.keys)):
         assert cache.addressable_shards[0].data.size == cache.size // 8

@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_behind(six_steps):
     gauges = {
         "loss", "log_p", "effective_reward", "q", "ess", "no_signal", "budget_hits", "ended_early",
         "mismatch", "mismatch_max", "mult_prob_error", "skipped_updates", "grad_norm",
-        "tokens_per_s/decode", "tokens_per_s/score", "tokens_per_s/train", "seconds/train",
+        "tokens_per_s/decode", "decode_waste", "tokens_per_s/train", "seconds/train",
     }  # fmt: skip
     assert gauges <= set(trained[0])
     assert all(row["mismatch_max"] < 1e-4 for row in trained)

@@ -7,17 +7,18 @@ from qlog.models.decoder import (
     Prefix,
     Suffix,
     apply,
-    cast_weights,
+    decoding_weights,
     empty_suffix,
     init,
     prefill,
     shapes,
     unembedding,
+    unstack,
 )
 from qlog.models.families import from_hf_config
 
 __all__ = [
     "PRESETS", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply",
-    "cast_weights", "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "shapes",
-    "unembedding",
+    "decoding_weights", "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "shapes",
+    "unembedding", "unstack",
 ]  # fmt: skip

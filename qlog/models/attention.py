@@ -19,6 +19,7 @@ from jax import Array
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
 _ROWS, _SLOTS = 512, 256  # of a block of queries, and of a block of keys
+_STEP_SLOTS = 128  # of a block of private keys in a decode step: few are visible at first
 
 
 class Segment(NamedTuple):
@@ -63,7 +64,7 @@ def attend(queries: Array, segments: list[Segment]) -> Array:
     return _attend(padded, caches, visible, rows)[:, :, : queries.shape[2]]
 
 
-def attend_step(queries: Array, prefix: Segment | None, suffix: Segment) -> Array:
+def attend_step(queries: Array, prefix: Segment, suffix: Segment) -> Array:
     """One query token of each rollout over a shared prefix and its own suffix; no gradient.
 
     Args:
@@ -75,16 +76,15 @@ def attend_step(queries: Array, prefix: Segment | None, suffix: Segment) -> Arra
       [B, K, M, G, C].
     """
 
-    def run(rows, segment, axes):
+    def run(rows, segment, axes, slots):
         start, stop = (jnp.expand_dims(x, axes) for x in (segment.start, segment.stop))
-        size = min(_SLOTS, segment.keys.shape[-2])
+        size = min(slots, segment.keys.shape[-2])
         blocks = segment.start.min() // size, -(-segment.stop.max() // size)
-        return _forward(rows, [(segment.keys, segment.values)], [(start, stop)], [blocks])
+        return _forward(rows, [(segment.keys, segment.values)], [(start, stop)], [blocks], slots)
 
-    own = run(queries, suffix, (1, 3))
-    if prefix is None:
-        return _finish(own, queries.dtype)
-    shared = run(queries.reshape(*queries.shape[:2], -1, queries.shape[-1]), prefix, 1)
+    own = run(queries, suffix, (1, 3), _STEP_SLOTS)
+    rows = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
+    shared = run(rows, prefix, 1, _SLOTS)
     shared = jax.tree.map(lambda x, like: x.reshape(like.shape), shared, own)
     return _finish(_merge(own, shared), queries.dtype)
 
@@ -97,7 +97,7 @@ def _attend(queries, caches, visible, rows):
 def _attend_forward(queries, caches, visible, rows):
     def block(inputs):
         block_queries, block_visible, blocks = inputs
-        state = _forward(block_queries, caches, block_visible, blocks)
+        state = _forward(block_queries, caches, block_visible, blocks, _SLOTS)
         return _finish(state, queries.dtype), state.top + jnp.log(_positive(state.total))
 
     inputs = (_split(queries, rows), _split_visible(visible, rows), _blocks(caches, visible, rows))
@@ -124,17 +124,17 @@ def _attend_backward(rows, residuals, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(queries, caches, visible, blocks) -> _Partial:
+def _forward(queries, caches, visible, blocks, slots) -> _Partial:
     """The softmax of one block of queries [..., N, C] over the visible blocks of every cache."""
     lead = queries.shape[:-1]
     state = _Partial(jnp.full(lead, _MASKED), jnp.zeros(lead), jnp.zeros(queries.shape))
     for (keys, values), interval, (first, last) in zip(caches, visible, blocks):
 
         def visit(index, state, keys=keys, values=values, interval=interval):
-            scores = _scores(queries, keys, interval, index)
+            scores = _scores(queries, keys, interval, index, slots)
             top = jnp.maximum(state.top, scores.max(-1))
             weights = jnp.exp(scores - top[..., None])
-            own = _Partial(top, weights.sum(-1), _mix(weights, _slots(values, index)))
+            own = _Partial(top, weights.sum(-1), _mix(weights, _block(values, index, slots)))
             return _merge(state, own, top)
 
         state = jax.lax.fori_loop(first, last, visit, state)
@@ -148,14 +148,16 @@ def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cac
 
         def visit(index, carry, cache=cache, interval=interval):
             query_grads, *grads = carry
-            keys, values = (_slots(x, index) for x in cache)
-            weights = jnp.exp(_scores(queries, cache[0], interval, index) - log_total[..., None])
+            keys, values = (_block(x, index, _SLOTS) for x in cache)
+            weights = jnp.exp(
+                _scores(queries, cache[0], interval, index, _SLOTS) - log_total[..., None]
+            )
             weight_grads = jnp.einsum(
                 "...nc,...tc->...nt", cotangent, values, preferred_element_type=jnp.float32
             )
             score_grads = (weights * (weight_grads - shift[..., None])).astype(queries.dtype)
             parts = (_unmix(score_grads, queries), _unmix(weights.astype(queries.dtype), cotangent))
-            grads = (_add_slots(grad, part, index) for grad, part in zip(grads, parts))
+            grads = (_add_block(grad, part, index) for grad, part in zip(grads, parts))
             return query_grads + _mix(score_grads, keys), *grads
 
         query_grads, *grads = jax.lax.fori_loop(first, last, visit, (query_grads, *grads))
@@ -163,29 +165,30 @@ def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cac
     return total, query_grads
 
 
-def _scores(queries, keys, interval, index) -> Array:
+def _scores(queries, keys, interval, index, slots) -> Array:
     """[..., N, slots of block `index`], masked where the interval does not reach."""
     start, stop = interval
-    block = _slots(keys, index)
+    block = _block(keys, index, slots)
     scores = jnp.einsum("...nc,...tc->...nt", queries, block, preferred_element_type=jnp.float32)
     size, count = block.shape[-2], keys.shape[-2]
-    slots = jnp.minimum(index * size, count - size) + jnp.arange(size)
+    numbers = jnp.minimum(index * size, count - size) + jnp.arange(size)
     # The last block may overlap the one before it: what that one saw is not seen twice.
     start = jnp.maximum(start, index * size)
-    is_visible = (start[..., None] <= slots) & (slots < stop[..., None])
+    is_visible = (start[..., None] <= numbers) & (numbers < stop[..., None])
     return jnp.where(is_visible, scores, _MASKED)
 
 
-def _slots(x: Array, index) -> Array:
-    """Block `index` of slots, axis -2; a last block that would not be full begins earlier."""
-    size = min(_SLOTS, x.shape[-2])
+def _block(x: Array, index, slots: int) -> Array:
+    """Block `index` of `slots` slots, axis -2; a last one that would not be full begins earlier."""
+    size = min(slots, x.shape[-2])
     return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=-2)
 
 
-def _add_slots(x: Array, part: Array, index) -> Array:
+def _add_block(x: Array, part: Array, index) -> Array:
     size = part.shape[-2]
     start = jnp.minimum(index * size, x.shape[-2] - size)
-    return jax.lax.dynamic_update_slice_in_dim(x, _slots(x, index) + part, start, axis=-2)
+    total = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-2) + part
+    return jax.lax.dynamic_update_slice_in_dim(x, total, start, axis=-2)
 
 
 def _mix(weights: Array, values: Array) -> Array:

@@ -25,14 +25,14 @@ _NO_WINDOW = 1 << 30  # longer than any context
 
 
 class Prefix(NamedTuple):
-    """The prompt's keys and values, one copy per prompt, all layers stacked.
+    """The prompt's keys and values, one copy per prompt.
 
-    keys, values: [L, B, K, P, C]; lengths: int32 [B], the slots that hold tokens. Slot p holds the
-    token at position p.
+    keys, values: [L, B, K, P, C], or a tuple of L arrays [B, K, P, C] (`unstack`); lengths: int32
+    [B], the slots that hold tokens. Slot p holds the token at position p.
     """
 
-    keys: Array
-    values: Array
+    keys: Array | tuple[Array, ...]
+    values: Array | tuple[Array, ...]
     lengths: Array
 
 
@@ -146,17 +146,31 @@ def unembedding(params: Params) -> Array:
     return params.get("unembed", params["embed"])
 
 
-def cast_weights(params: Params, dtype) -> Params:
-    """Matrices and tables in `dtype`, norms as they are: what `apply` computes with.
+def decoding_weights(params: Params, dtype) -> Params:
+    """Matrices and tables in `dtype`, norms as they are, the layers as a tuple instead of stacked.
 
-    It would cast them at every use; a loop that calls it often does it once, before.
+    What `apply` would make of the parameters at every use: a loop that calls it often does so
+    once, before.
     """
 
     def cast(path, leaf):
         is_norm = "norm" in jax.tree_util.keystr(path)
         return leaf if is_norm else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    cast_params = jax.tree_util.tree_map_with_path(cast, params)
+    return cast_params | {"layers": _unstacked(cast_params["layers"])}
+
+
+def unstack(prefix: Prefix) -> Prefix:
+    """The same prefix, its layers as separate arrays, for loops that visit them one by one."""
+    return prefix._replace(keys=_unstacked(prefix.keys), values=_unstacked(prefix.values))
+
+
+def _unstacked(tree) -> tuple:
+    if isinstance(tree, tuple):
+        return tree
+    count = jax.tree.leaves(tree)[0].shape[0]
+    return tuple(jax.tree.map(lambda leaf: leaf[index], tree) for index in range(count))
 
 
 def apply(
@@ -182,7 +196,7 @@ def apply(
     | score   | [B, M, R] | prompt's | rollouts', read   | none     | the suffix, as it came |
 
     Args:
-      params: from `init` or a checkpoint; cast to `dtype` on the way in.
+      params: from `init` or a checkpoint, cast to `dtype` on the way in; or `decoding_weights`.
       tokens: int32 [B, M, R]; padding, if any, follows the tokens, so causality hides it.
       positions: int32 [B, M, R], counted from the prompt's first token.
       prefix: keys and values that all rollouts of a prompt share.
@@ -248,9 +262,9 @@ def apply(
         hidden, state = jax.lax.scan(step, hidden, inputs, unroll=unroll)
     else:
         layers = []
-        for index, own in enumerate(suffix.layers):
-            weights, its_prefix = jax.tree.map(lambda a: a[index], (params["layers"], shared))
-            hidden, stored = layer(hidden, weights, its_prefix, own, windows[index])
+        parts = map(_unstacked, (params["layers"], *shared))
+        for weights, keys, values, own, window in zip(*parts, suffix.layers, windows):
+            hidden, stored = layer(hidden, weights, (keys, values), own, window)
             layers.append(stored)
         state = suffix if slot is None else suffix._replace(layers=tuple(layers))
     final_norm = {"params": {"scale": params["final_norm"]}}
