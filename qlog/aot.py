@@ -4,6 +4,7 @@ The programs are those of a training step at its longest: full prompts, full bud
 extra `tpu` (libtpu), no TPU.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -18,10 +19,12 @@ from rich.table import Table
 
 from qlog import config as settings
 from qlog import experiment as parts
-from qlog import learner, losses, models, sampling, scoring, sharding
+from qlog import learner, losses, models, sampling, sharding
 from qlog.errors import ConfigError
 from qlog.policy import Policy
 from qlog.roofline import CHIPS, Chip, Cost, Module
+
+_FEW = 16  # tokens
 
 
 class Phase(NamedTuple):
@@ -53,11 +56,9 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Ch
     if kind not in CHIPS:
         raise ConfigError(f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}.")
     run = without_data(config, devices)
-    # What lies there while the other programs run. The update has it among its arguments.
-    resident = _bytes_per_chip(run.abstract_state().opt_state)
     phases = {
-        name: compile_phase(lowered, runs, resident if name != "update" else 0.0, _trips(run))
-        for name, lowered, runs in (*_rollout_programs(run), *_learner_programs(run))
+        name: compile_phase(lowered, runs, beside, _trips(run))
+        for name, lowered, runs, beside in programs(run)
     }
     return phases, CHIPS[kind]
 
@@ -108,33 +109,47 @@ def without_data(config: ConfigDict, devices) -> parts.Experiment:
     )  # fmt: skip
 
 
+def programs(run: parts.Experiment):
+    """Yields (name, lowered, runs per step, bytes that lie beside it in HBM) of a step's programs."""
+    yield from _rollout_programs(run)
+    yield from _learner_programs(run)
+
+
 def _rollout_programs(run: parts.Experiment):
-    """(name, lowered, runs per step) of sampling and scoring; each takes what the one before gave,
-    where that left it."""
-    config, policy = run.config, run.policy
-    rows = _rows(run, config.train.prompts_per_step)
-    length, reserve = config.data.max_prompt_tokens, config.rollout.answer_reserve
-    rollouts_count, slots = run.rollouts_per_prompt, run.sampling.max_length
-    params, tokens, lengths = run.abstract_params(), rows(length), rows()
-    key = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    prefill_arguments = (params, policy, tokens, lengths)
-    prefill = sampling.prefill.lower(*prefill_arguments)
-    yield "prefill", prefill, 1
-    prefix = _output(prefill.compile(), sampling.prefill, prefill_arguments)
-    start = (policy, tokens, lengths, rows(rollouts_count, dtype=key), run.sampling)
-    small = sampling._start.lower(*start, 16).compile()  # buffers of all sizes lie in the same way
-    state = _output(small, sampling._start, (*start, slots))
-    yield "decode", sampling._decode.lower(params, policy, prefix, state, run.sampling), 1
-    rollouts = state.rollouts
-    score = scoring.score_answers.lower(
-        params, policy, prefix, state.suffix, rollouts.tokens, rollouts.rationale_lengths,
-        rows(reserve), rows(),
+    """A wave's sampling and scoring; each takes what the ones before gave, where they left it."""
+    config, policy, law = run.config, run.policy, run.sampling
+    wave = config.rollout.prompts_per_wave or config.train.prompts_per_step
+    waves = config.train.prompts_per_step // wave
+    rows, rollouts = _rows(run, wave), run.rollouts_per_prompt
+    params, tokens, lengths = run.abstract_params(), rows(config.data.max_prompt_tokens), rows()
+    golds = sampling.Golds(rows(config.rollout.answer_reserve), rows())
+    row_keys = rows(rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    optimizer = _bytes_per_chip(run.abstract_state().opt_state)
+    # Everything lies as small arrays of its kind do, which compile in no time.
+    few, brief = rows(_FEW), dataclasses.replace(law, rationale_budget=_FEW)
+    weights_from, prefill_from = (params, policy), (params, policy, tokens, lengths)
+    weights = _results(sampling.decoding_weights, weights_from, weights_from)
+    few_from = (params, policy, few, lengths)
+    prefix = _results(sampling.prefill, prefill_from, few_from)
+    few_prefix = _results(sampling.prefill, few_from, few_from)
+    pool = _results(
+        sampling.start, (policy, prefix, tokens, lengths, row_keys, law),
+        (policy, few_prefix, few, lengths, row_keys, brief),
     )  # fmt: skip
-    yield "score", score, 1
+    results = _results(
+        sampling.empty_results, (policy, law, wave, rollouts), (policy, brief, wave, rollouts)
+    )
+    beside = optimizer + _bytes_per_chip(params)
+    yield "cast", sampling.decoding_weights.lower(*weights_from), 1, optimizer
+    yield "prefill", sampling.prefill.lower(*prefill_from), waves, optimizer + _bytes_per_chip(weights)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    decode = sampling.decode.lower(weights, policy, pool, law, step)
+    yield "decode", decode, waves, beside + _bytes_per_chip(results)
+    yield "score", sampling.leave.lower(weights, policy, pool, results, golds), waves, beside
 
 
 def _learner_programs(run: parts.Experiment):
-    """As `_rollout_programs`, of the gradient and the update."""
+    """The gradient and the update."""
     config, estimator = run.config, run.estimator
     updates, rollouts_count = config.train.updates_per_batch, run.rollouts_per_prompt
     part = config.train.prompts_per_step // updates
@@ -158,12 +173,12 @@ def _learner_programs(run: parts.Experiment):
             config.train.rollouts_per_microbatch or rollouts_count,
         ),
     )  # fmt: skip
-    yield "gradient", gradient, updates
+    yield "gradient", gradient, updates, _bytes_per_chip(whole.opt_state)
     update = learner.update.lower(
         whole, whole.loss_state, params, jax.ShapeDtypeStruct((), jnp.int32),
         optimizer=run.optimizer, mesh=run.mesh,
     )  # fmt: skip
-    yield "update", update, updates
+    yield "update", update, updates, 0.0
 
 
 def _rows(run: parts.Experiment, prompts: int):
@@ -177,11 +192,12 @@ def _rows(run: parts.Experiment, prompts: int):
     return rows
 
 
-def _output(compiled, function, arguments):
-    """Shapes of a program's results, where the compiler left them."""
+def _results(function, arguments, small):
+    """Shapes of what `function` returns for `arguments`, where it puts its results for `small`."""
+    places = function.lower(*small).compile().output_shardings
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        function.eval_shape(*arguments), compiled.output_shardings,
+        function.eval_shape(*arguments), places,
     )  # fmt: skip
 
 
