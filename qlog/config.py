@@ -69,7 +69,8 @@ def default() -> ConfigDict:
             "prompts_per_step": 32,  # B
             "updates_per_batch": 1,  # optimizer steps per batch of rollouts, in slices of prompts
             "prompts_per_microbatch": 0,  # prompts in memory at a time; 0 is all
-            "rollouts_per_microbatch": 0,  # rollouts of a prompt in memory at a time; 0 is all
+            "rollouts_per_microbatch": 0,  # rollouts of a prompt in memory at a time, if they are of
+            # full length: shorter ones share rows; 0 is all
             "remat": True,  # recompute layers in the backward pass
             "max_mismatch": 0.0,  # stop when mean |sampler - learner log_prob| exceeds this; 0 never
             "rollouts_every": 10,  # steps between rollouts written to disk

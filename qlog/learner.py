@@ -4,6 +4,10 @@ A group's prompt passes through the model once, forward and backward, whatever M
 values are computed under `jax.vjp`, the rollouts' gradients with respect to them are summed over
 microbatches, and one pull-back takes the sum to the parameters. The coefficients are constants
 that already know the whole batch, so the size of a microbatch cannot change the result.
+
+Rollouts are packed: short ones share a row, so that none pays for the longest of the batch, and
+those with no coefficient are left out. Shapes are those of the longest possible rollout; how many
+rows pass through the model is decided as the program runs, so it is compiled once.
 """
 
 import functools
@@ -33,7 +37,7 @@ class Trajectories(NamedTuple):
 
     tokens: int32. rationale_mask: tokens of z that carry its log-probability (forced ones do
     not). answer_mask: tokens of the answer. old_log_probs: float32, of the policy that sampled;
-    was_sampled: where there is one.
+    was_sampled: where there is one. lengths: int32 [B, M], rationale and answer.
     """
 
     tokens: Array
@@ -41,6 +45,22 @@ class Trajectories(NamedTuple):
     answer_mask: Array
     old_log_probs: Array
     was_sampled: Array
+    lengths: Array
+
+
+class Packing(NamedTuple):
+    """Rollouts laid into rows of R slots; row w of a prompt holds whole rollouts, one after another.
+
+    row, offset: int32 [B, M], where each rollout begins; row -1 is left out. rows: int32 [B], rows
+    that hold something, the first ones. rollout, token: int32 [B, W, R], which rollout's which
+    token is in a slot; M where there is none, and then slots count as tokens of one more rollout.
+    """
+
+    row: Array
+    offset: Array
+    rows: Array
+    rollout: Array
+    token: Array
 
 
 class TrainState(NamedTuple):
@@ -85,6 +105,7 @@ def with_gold_answer(rollouts: Rollouts, gold: Array, gold_lengths: Array, lengt
         answer_mask=~in_rationale & (slots < ends + gold_lengths[:, None, None]),
         old_log_probs=_fit(rollouts.log_probs, length),
         was_sampled=rationale_mask,
+        lengths=rollouts.rationale_lengths + gold_lengths[:, None],
     )
 
 
@@ -96,7 +117,7 @@ def with_sampled_answer(rollouts: Rollouts, length: int) -> Trajectories:
     return Trajectories(
         tokens=_fit(rollouts.tokens, length), rationale_mask=sampled & in_rationale,
         answer_mask=sampled & ~in_rationale, old_log_probs=_fit(rollouts.log_probs, length),
-        was_sampled=sampled,
+        was_sampled=sampled, lengths=rollouts.lengths,
     )  # fmt: skip
 
 
@@ -111,44 +132,127 @@ def annotated(rationale: Array, rationale_lengths: Array) -> Rollouts:
     )  # fmt: skip
 
 
+def pack(lengths: Array, is_needed: Array, slots: int) -> Packing:
+    """First-fit decreasing: longest rollouts first, each into the first row that has room.
+
+    Args:
+      lengths: int32 [B, M], at most `slots`.
+      is_needed: bool [B, M]; the others are left out.
+      slots: R. There are as many rows as rollouts, W = M.
+    """
+    batch, count = lengths.shape
+    order = jnp.argsort(jnp.where(is_needed, -lengths, 1), axis=1)
+
+    def place(filled, m):
+        length = jnp.take_along_axis(lengths, m[:, None], 1)
+        row = jnp.argmax(filled + length <= slots, axis=1)
+        is_placed = jnp.take_along_axis(is_needed, m[:, None], 1)[:, 0]
+        offset = jnp.take_along_axis(filled, row[:, None], 1)[:, 0]
+        more = jnp.where(is_placed, length[:, 0], 0)
+        return filled.at[jnp.arange(batch), row].add(more), (jnp.where(is_placed, row, -1), offset)
+
+    filled, placed = jax.lax.scan(place, jnp.zeros((batch, count), jnp.int32), order.T)
+    back = jnp.argsort(order, axis=1)
+    row, offset = (jnp.take_along_axis(x.T, back, axis=1) for x in placed)
+
+    # A rollout's number where it begins; everything after it is its own until the next begins.
+    prompt, m = jnp.indices((batch, count))
+    at = jnp.where(row < 0, count, row), offset
+    grid = jnp.zeros((batch, count, slots), jnp.int32)
+    begins = grid.at[(prompt, *at)].set(m + 1, mode="drop")
+    slot = jnp.arange(slots)
+    is_filled = slot < filled[..., None]
+    start = jax.lax.cummax(jnp.where((begins > 0) | (slot == filled[..., None]), slot, 0), axis=2)
+    rollout = jnp.take_along_axis(begins, start, axis=2) - 1
+    return Packing(
+        row, offset, (filled > 0).sum(1), jnp.where(is_filled, rollout, count), slot - start
+    )
+
+
 def log_probs(
     params: models.Params,
     policy: Policy,
     prefix: models.Prefix,
     last: Array,
     trajectories: Trajectories,
+    packing: Packing,
     temperature: float,
+    first_row: Array | int = 0,
 ) -> Array:
-    """log p of every token of the trajectories [b, m, R], float32; the prompt is in `prefix`.
+    """log p of every token of the trajectories [b, M, R], float32; the prompt is in `prefix`.
 
     Args:
       prefix: caches of the prompts' tokens but the last.
       last: int32 [b], each prompt's last token.
+      packing: of all rows, or of the w rows from `first_row` on in `rollout` and `token`: tokens
+        that are not in them, or in none, get 0.
       temperature: of the law that sampled; gold answers are always scored at 1.
     """
-    tokens = trajectories.tokens
-    first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1))
-    inputs = jnp.concatenate([first, tokens[..., :-1]], axis=-1)
-    positions = prefix.lengths[:, None, None] + jnp.arange(tokens.shape[-1])
-    positions = jnp.broadcast_to(positions, tokens.shape)
+    batch, count, slots = trajectories.tokens.shape
+    rows = packing.token.shape[1]
+    rollout = jnp.minimum(packing.rollout, count - 1)
+
+    def packed(x):
+        """[b, M, R] -> [b, w, R], a rollout's tokens beside those it shares a row with."""
+        flat = (rollout * slots + packing.token).reshape(batch, -1)
+        return jnp.take_along_axis(x.reshape(batch, -1), flat, axis=1).reshape(rollout.shape)
+
+    tokens = packed(trajectories.tokens)
+    before = jnp.pad(tokens, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+    inputs = jnp.where(packing.token == 0, last[:, None, None], before)
+    positions = prefix.lengths[:, None, None] + packing.token
     hidden, _ = models.apply(
-        params, policy.config, inputs, positions,
-        prefix=prefix, dtype=policy.dtype, remat=policy.remat,
+        params, policy.config, inputs, positions, prefix=prefix,
+        first=jnp.arange(slots) - packing.token, dtype=policy.dtype, remat=policy.remat,
     )  # fmt: skip
     if temperature != 1.0:
-        is_gold = trajectories.answer_mask & ~trajectories.was_sampled
+        is_gold = packed(trajectories.answer_mask & ~trajectories.was_sampled)
         temperature = jnp.where(is_gold, 1.0, temperature)
-    return scoring.token_log_probs(
-        hidden, models.unembedding(params), tokens,
+    own = scoring.token_log_probs(
+        hidden, _table(params, policy), tokens,
         valid_vocab=policy.valid_vocab, temperature=temperature, chunk=scoring.chunk_size(policy),
     )  # fmt: skip
 
+    row = packing.row - first_row
+    at = jnp.clip(row * slots + packing.offset, 0)[..., None] + jnp.arange(slots)
+    at = jnp.minimum(at, rows * slots - 1).reshape(batch, -1)
+    unpacked = jnp.take_along_axis(own.reshape(batch, -1), at, axis=1).reshape(batch, count, slots)
+    return jnp.where(_is_in_rows(packing, first_row)[..., None], unpacked, 0.0)
 
-@functools.partial(jax.jit, static_argnames=("policy", "temperature"))
-def reference_log_probs(params, policy, prompts: Prompts, trajectories, temperature) -> Array:
+
+def _table(params, policy: Policy) -> Array:
+    """The output head, gathered once for all chunks of tokens; split over the tensor axis alone."""
+    return sharding.keep_gathered(policy.mesh, {"embed": models.unembedding(params)})["embed"]
+
+
+def _is_in_rows(packing: Packing, first_row) -> Array:
+    """bool [b, M]: rollouts in the rows that `packing` holds, which begin at `first_row`."""
+    row = packing.row - first_row
+    return (packing.row >= 0) & (row >= 0) & (row < packing.token.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "temperature", "microbatch"))
+def reference_log_probs(
+    params, policy, prompts: Prompts, trajectories, temperature, microbatch: tuple[int, int]
+) -> Array:
     """`log_probs` under other parameters, without a gradient: [B, M, R]."""
-    prefix, last = _prefix(params, policy, prompts)
-    return log_probs(params, policy, prefix, last, trajectories, temperature)
+    everything = jnp.ones(trajectories.lengths.shape, bool)
+    packing = pack(trajectories.lengths, everything, trajectories.tokens.shape[-1])
+
+    def prompts_chunk(chunk):
+        its_prompts, its_trajectories, its_packing = chunk
+        prefix, last = _prefix(params, policy, its_prompts)
+
+        def rows_chunk(first_row, rows):
+            return log_probs(
+                params, policy, prefix, last, its_trajectories, rows, temperature, first_row
+            )
+
+        return _sum_over_rows(rows_chunk, its_packing, microbatch[1])
+
+    chunks = len(prompts.lengths) // microbatch[0]
+    parts = jax.tree.map(lambda x: _split(x, chunks), (prompts, trajectories, packing))
+    return jnp.moveaxis(jax.lax.map(prompts_chunk, parts), 0, 1).reshape(trajectories.tokens.shape)
 
 
 @functools.partial(
@@ -169,70 +273,106 @@ def gradient(
     """Gradient of the surrogate, summed over the batch's prompts, in microbatches.
 
     Args:
-      coefficients: [B, M], of the whole batch.
+      coefficients: [B, M], of the whole batch. Rollouts whose are zero cost nothing.
       reference: log-probabilities of reference parameters [B, M, R], or None.
       surrogate: token-level loss of `qlog.losses`, which adds over microbatches.
-      microbatch: prompts and rollouts per prompt that are in memory at a time; divisors of B, M.
+      microbatch: prompts, and rows of packed rollouts per prompt, that are in memory at a time;
+        divisors of B and M.
 
     Returns:
       float32 gradients like `params`, the surrogate's sums, and the gauges.
     """
-    num_prompts, num_rollouts, _ = trajectories.tokens.shape
-    rows, columns = microbatch
-    per_rollout = (trajectories, coefficients, reference)
+    is_needed = (coefficients.score != 0) | (coefficients.path != 0)
+    if reference is not None:
+        is_needed = jnp.ones_like(is_needed)  # the penalty is on all
+    is_needed = is_needed.at[0, 0].set(True)  # without a rollout the gauges would know nothing
+    packing = pack(trajectories.lengths, is_needed, trajectories.tokens.shape[-1])
 
-    def rollouts_loss(params, keys, values, lengths, last, chunk):
-        chunk_trajectories, coefficient, chunk_reference = chunk
+    def rows_loss(params, keys, values, lengths, last, chunk, first_row):
+        mine, coefficient, its_reference, rows = chunk
         prefix = models.Prefix(keys, values, lengths)
-        new = log_probs(params, policy, prefix, last, chunk_trajectories, temperature)
+        new = log_probs(params, policy, prefix, last, mine, rows, temperature, first_row)
+        is_here = _is_in_rows(rows, first_row)[..., None]
         sums = surrogate(
             coefficient.score, coefficient.path, coefficient.token_weight,
-            new, chunk_trajectories.old_log_probs, chunk_reference,
-            chunk_trajectories.rationale_mask, chunk_trajectories.answer_mask,
+            new, mine.old_log_probs, its_reference,
+            mine.rationale_mask & is_here, mine.answer_mask & is_here,
         )  # fmt: skip
-        return sums.loss, (sums, _gauges(jax.lax.stop_gradient(new), chunk_trajectories))
+        gauges = _gauges(jax.lax.stop_gradient(new), mine.old_log_probs, mine.was_sampled & is_here)
+        return sums.loss, (sums, gauges)
 
     def prompts_chunk(chunk):
-        chunk_prompts, chunk_rollouts = chunk
-        (prefix, last), pull = _prefix_vjp(params, policy, chunk_prompts)
+        its_prompts, *rest, its_packing = chunk
+        (prefix, last), pull = _prefix_vjp(params, policy, its_prompts)
 
-        def rollouts_chunk(chunk):
-            value_and_grad = jax.value_and_grad(rollouts_loss, argnums=(0, 1, 2), has_aux=True)
+        def rows_chunk(first_row, rows):
+            value_and_grad = jax.value_and_grad(rows_loss, argnums=(0, 1, 2), has_aux=True)
             (_, (sums, gauges)), grads = value_and_grad(
-                params, prefix.keys, prefix.values, prefix.lengths, last, chunk
+                params, prefix.keys, prefix.values, prefix.lengths, last, (*rest, rows), first_row
             )
             return (sharding.keep(policy.mesh, grads[0]), *grads[1:]), sums, gauges
 
-        (param_grads, *cache_grads), sums, gauges = _sum_over(
-            rollouts_chunk, chunk_rollouts, num_rollouts // columns, axis=1
+        (param_grads, *cache_grads), sums, gauges = _sum_over_rows(
+            rows_chunk, its_packing, microbatch[1]
         )
         grads = jax.tree.map(jnp.add, param_grads, pull(tuple(cache_grads)))
         return sharding.keep(policy.mesh, grads), sums, gauges
 
-    return _sum_over(prompts_chunk, (prompts, per_rollout), num_prompts // rows, axis=0)
+    batch = (prompts, trajectories, coefficients, reference, packing)
+    return _sum_over_prompts(prompts_chunk, batch, microbatch[0])
 
 
-def _sum_over(function, tree, chunks: int, axis: int):
-    """The sum of `function`, which returns (grads, Sums, Gauges), over equal chunks of `tree`.
+def _sum_over_prompts(function, batch, size: int):
+    """The sum of `function` over chunks of `size` prompts; those that have nothing to learn cost
+    nothing. `batch` ends with the packing.
 
-    Every chunk takes rows from all over `axis`, so that on a mesh each device keeps its share.
+    Every chunk takes prompts from all over the batch, so that on a mesh each device keeps its share.
     """
+    chunks = len(batch[0].lengths) // size
     if chunks == 1:
-        return function(tree)
-
-    def split(x):
-        x = x.reshape(*x.shape[:axis], x.shape[axis] // chunks, chunks, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis + 1, 0)
+        return function(batch)
+    parts = jax.tree.map(lambda x: _split(x, chunks), batch)
+    zeros = _zeros(function, jax.tree.map(lambda x: x[0], parts))
 
     def add(total, chunk):
-        (grads, sums, gauges), (more_grads, more_sums, more_gauges) = total, function(chunk)
-        plus = functools.partial(jax.tree.map, jnp.add)
-        return (plus(grads, more_grads), plus(sums, more_sums), gauges.merge(more_gauges)), None
+        has_rows = chunk[-1].rows.max() > 0
+        return jax.lax.cond(has_rows, lambda: _add(total, function(chunk)), lambda: total), None
 
-    parts = jax.tree.map(split, tree)
-    one = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _sum_over_rows(function, packing: Packing, size: int):
+    """The sum of function(first_row, packing of `size` rows) over the rows that hold something."""
+    count = packing.token.shape[1]
+    if size == count:
+        return function(0, packing)
+
+    def chunk(first_row):
+        rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
+        return packing._replace(
+            rollout=rows(packing.rollout, first_row), token=rows(packing.token, first_row)
+        )
+
+    zeros = _zeros(lambda: function(jnp.int32(0), chunk(0)))
+    used = -(-packing.rows.max() // size)
+    return jax.lax.fori_loop(
+        0, used, lambda i, total: _add(total, function(i * size, chunk(i * size))), zeros
+    )
+
+
+def _add(total, part):
+    is_gauges = lambda x: isinstance(x, Gauges)  # noqa: E731
+    add = lambda a, b: a.merge(b) if is_gauges(a) else a + b  # noqa: E731
+    return jax.tree.map(add, total, part, is_leaf=is_gauges)
+
+
+def _zeros(function, *arguments):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+
+
+def _split(x: Array, chunks: int) -> Array:
+    """[B, ...] -> [chunks, B / chunks, ...], each with every chunks-th row."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // chunks, chunks, *x.shape[1:]), 1, 0)
 
 
 def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Array]:
@@ -257,9 +397,8 @@ def _prefix_vjp(params, policy, prompts):
     return (models.Prefix(keys, values, lengths), last), lambda grads: pull(grads)[0]
 
 
-def _gauges(new: Array, trajectories: Trajectories) -> Gauges:
-    mask = trajectories.was_sampled
-    difference = jnp.where(mask, jnp.abs(new - trajectories.old_log_probs), 0.0)
+def _gauges(new: Array, old: Array, mask: Array) -> Gauges:
+    difference = jnp.where(mask, jnp.abs(new - old), 0.0)
     return Gauges(
         sampled=mask.sum(dtype=jnp.float32), mismatch=difference.sum(),
         mismatch_max=difference.max(), mismatch_exp=jnp.where(mask, jnp.exp(difference), 0.0).sum(),

@@ -69,10 +69,14 @@ class Sampling:
     with_answer: bool = False
 
     @property
+    def max_rationale_length(self) -> int:
+        """Longest rationale: an end of sequence on the last free token still fits its closing."""
+        return self.rationale_budget + len(self.closing)
+
+    @property
     def max_length(self) -> int:
-        """Longest rollout: an end of sequence on the last free token still fits its closing."""
-        answer = self.answer_reserve if self.with_answer else 0
-        return self.rationale_budget + len(self.closing) + answer
+        """Longest rollout."""
+        return self.max_rationale_length + (self.answer_reserve if self.with_answer else 0)
 
 
 class Rollouts(NamedTuple):

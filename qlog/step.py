@@ -11,7 +11,6 @@ import numpy as np
 from jax import Array
 
 from qlog import data, evaluation, learner, losses, models, sampling, sharding
-from qlog.data.pipeline import bucket
 from qlog.experiment import Experiment
 
 
@@ -96,8 +95,9 @@ def learn(experiment, state: learner.TrainState, groups: Groups, reference, key:
             reference_log_probs = None
             if reference is not None:
                 reference_log_probs = learner.reference_log_probs(
-                    reference, experiment.policy, prompts, slice_, experiment.sampling.temperature
-                )
+                    reference, experiment.policy, prompts, slice_, experiment.sampling.temperature,
+                    microbatch,
+                )  # fmt: skip
             grads, sums, gauges = gradient(
                 state.params, experiment.policy, prompts, slice_, coefficient, reference_log_probs
             )
@@ -123,16 +123,15 @@ def _coefficients(transform, groups: Groups, trajectories, loss_state, key):
 
 
 def _trajectories(experiment: Experiment, groups: Groups) -> learner.Trajectories:
-    rollouts = groups.rollouts
-    with_gold = experiment.estimator.answer == "gold"
-    lengths = rollouts.lengths
-    if with_gold:
-        lengths = rollouts.rationale_lengths + groups.gold_lengths[:, None]
-    longest = rollouts.tokens.shape[-1] + (groups.gold.shape[-1] if with_gold else 0)
-    length = bucket(int(lengths.max()), longest)
-    if with_gold:
-        return learner.with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
-    return learner.with_sampled_answer(rollouts, length)
+    """Of the longest possible length, whatever was sampled, so that one program serves all steps."""
+    rollouts, settings = groups.rollouts, experiment.sampling
+    if experiment.estimator.answer != "gold":
+        return learner.with_sampled_answer(rollouts, settings.max_length)
+    longest = rollouts.tokens.shape[-1]
+    if experiment.estimator.rationale == "sampled":
+        longest = settings.max_rationale_length
+    length = longest + groups.gold.shape[-1]
+    return learner.with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
 
 
 @functools.partial(jax.jit, static_argnames=("index", "count"))

@@ -77,7 +77,7 @@ def test_batch_holds_what_the_formatter_says(dataset, formatter):
         assert set(batch.tokens[row, batch.lengths[row] :]) <= {formatter.tokenizer.pad_id}
         assert batch.gold[row, : batch.gold_lengths[row]].tolist() == gold
         assert batch.uids[row] == zlib.crc32(example.id.encode())
-    assert batch.tokens.shape[1] == pipeline.bucket(batch.lengths.max(), 40)
+    assert batch.tokens.shape[1] == dataset.widths.prompt
     assert [batch.tokens.dtype, batch.lengths.dtype, batch.gold.dtype] == [np.int32] * 3
     assert batch.uids.dtype == np.uint32 and batch.is_prompt.all()
     assert batch.rationale.shape == (4, 1) and not batch.rationale_lengths.any()
@@ -247,7 +247,7 @@ def test_overlong_example_met_later_stops_the_run_too(formatter):
     )
     with pytest.raises(ConfigError, match="data.max_prompt_tokens = 12 is too small for 1 of 1"):
         take(dataset, SIZE, prompts_per_step=1)
-    assert dataset.gold_width == 8  # the limit, since not every answer has been seen
+    assert dataset.widths.gold == 8  # the limit, since not every answer has been seen
     with pytest.raises(ConfigError, match="has to measure every example"):
         data.open_dataset(
             Numbers(),

@@ -24,7 +24,7 @@ def batch():
     rationale = jnp.asarray((slots < ends) & (slots != 1))  # token 1 was forced
     trajectories = learner.Trajectories(
         tokens, rationale, jnp.asarray((slots >= ends) & (slots < lengths)),
-        jnp.asarray(rng.normal(size=(B, M, R)), jnp.float32), rationale,
+        jnp.asarray(rng.normal(size=(B, M, R)), jnp.float32), rationale, jnp.asarray(lengths[..., 0]),
     )  # fmt: skip
     score, path = jnp.asarray(rng.normal(size=(2, B, M)), jnp.float32)
     coefficients = losses.Coefficients(score, path, jnp.zeros((B, M)), jnp.ones((B, M)))
@@ -57,7 +57,8 @@ def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temper
     for row, (b, m) in enumerate(np.ndindex(B, M)):
         start = int(prompts.lengths[b])
         sequences[row, 0, :start] = prompts.tokens[b, :start]
-        sequences[row, 0, start : start + R] = trajectories.tokens[b, m]
+        length = int(trajectories.lengths[b, m])
+        sequences[row, 0, start : start + length] = trajectories.tokens[b, m, :length]
         masks[0, row, start : start + R] = trajectories.rationale_mask[b, m]
         masks[1, row, start : start + R] = trajectories.answer_mask[b, m]
 
@@ -89,6 +90,43 @@ def test_results_do_not_depend_on_the_microbatch(batch, microbatch):
     np.testing.assert_allclose(jnp.stack(other_gauges), jnp.stack(gauges), rtol=1e-5)
 
 
+def test_packed_rollouts_follow_one_another_in_few_rows():
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.geometric(1 / 20, (16, 32)), 100)
+    is_needed = rng.random((16, 32)) < 0.8
+    packing = jax.tree.map(np.asarray, jax.jit(learner.pack, static_argnums=2)(lengths, is_needed, 104))
+    assert (packing.row[~is_needed] == -1).all()
+    for b in range(16):
+        grid = np.full((32, 104), 32)
+        for m in np.flatnonzero(is_needed[b]):
+            cells = grid[packing.row[b, m], packing.offset[b, m] :][: lengths[b, m]]
+            assert len(cells) == lengths[b, m] and (cells == 32).all(), "inside its row, on nobody"
+            cells[:] = m
+            own = packing.token[b, packing.row[b, m], packing.offset[b, m] :][: lengths[b, m]]
+            np.testing.assert_array_equal(own, np.arange(lengths[b, m]))
+        np.testing.assert_array_equal(packing.rollout[b], grid)
+        assert packing.rows[b] == (grid < 32).any(1).sum()
+    needed = (lengths * is_needed).sum(1)
+    assert (packing.rows <= np.ceil(needed / 104) + 1).all() and packing.rows.max() < 12
+
+
+def test_rollouts_with_zero_coefficients_change_nothing_and_take_no_row(batch):
+    params, prompts, trajectories, coefficients = batch
+    keep = jnp.asarray(np.random.default_rng(1).random((B, M)) < 0.4).at[2].set(False)
+    some = coefficients._replace(score=coefficients.score * keep, path=coefficients.path * keep)
+    cut = trajectories._replace(
+        rationale_mask=trajectories.rationale_mask & keep[..., None],
+        answer_mask=trajectories.answer_mask & keep[..., None],
+    )
+    wanted, _, _ = _gradient((params, prompts, cut, coefficients), (B, M))
+    for microbatch in ((B, M), (1, 1)):
+        got, sums, gauges = _gradient((params, prompts, trajectories, some), microbatch)
+        _assert_trees_close(got, wanted)
+    first = keep.at[0, 0].set(True)[..., None]  # the one rollout that always passes, for the gauges
+    assert float(gauges.sampled) == (trajectories.was_sampled & first).sum()
+    assert float(sums.tokens) == ((trajectories.rationale_mask | trajectories.answer_mask) & first).sum()
+
+
 def test_rematerialisation_changes_nothing(batch):
     remat = learner.Policy(tiny.SHAPE, tiny.VALID_VOCAB, remat=True)
     _assert_trees_close(_gradient(batch, (B, M), remat)[0], _gradient(batch, (B, M))[0])
@@ -97,7 +135,8 @@ def test_rematerialisation_changes_nothing(batch):
 def test_the_gauge_measures_sampler_against_learner(batch):
     params, prompts, trajectories, _ = batch
     prefix, last = learner._prefix(params, tiny.POLICY, prompts)
-    new = learner.log_probs(params, tiny.POLICY, prefix, last, trajectories, 1.0)
+    packing = learner.pack(trajectories.lengths, jnp.ones((B, M), bool), R)
+    new = learner.log_probs(params, tiny.POLICY, prefix, last, trajectories, packing, 1.0)
     difference = np.abs(new - trajectories.old_log_probs)[np.array(trajectories.was_sampled)]
     gauges = _gradient(batch, (2, 2))[2]
     np.testing.assert_allclose(gauges.mismatch, difference.sum(), rtol=1e-4)

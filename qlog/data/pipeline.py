@@ -30,9 +30,10 @@ class PromptBatch:
     """B prompts with their gold answers, numpy, padded on the right.
 
     Attributes:
-        tokens: int32 [B, P] prompts; P is a bucket length that all processes share.
+        tokens: int32 [B, P] prompts; P, like A and R, is fixed for a dataset, so that every batch
+            runs the same compiled programs.
         lengths: int32 [B] prompt tokens.
-        gold: int32 [B, A] separator, gold answer, end of sequence; A is fixed for a dataset.
+        gold: int32 [B, A] separator, gold answer, end of sequence.
         gold_lengths: int32 [B].
         rationale: int32 [B, R] annotated rationales with their thinking-end token; R = 1 and
             lengths 0 for a dataset opened without them.
@@ -93,7 +94,7 @@ class Dataset:
         kept: the source's indices that belong to the dataset; a range when none was dropped.
         formatter: makes the token ids.
         limits: token limits; a longer example raises ConfigError when it is met.
-        gold_width: A of every batch.
+        widths: P, A and R of every batch; R is 1 without rationales.
         skipped: how many examples exceeded each limit and were dropped, by config field.
     """
 
@@ -101,7 +102,7 @@ class Dataset:
     kept: Sequence[int]
     formatter: Formatter
     limits: Limits
-    gold_width: int
+    widths: Limits
     skipped: dict[str, int]
 
     def __len__(self) -> int:
@@ -177,11 +178,13 @@ def open_dataset(
             f"the shortest need {needs}."
         )
     kept = range(size) if fits.all() else np.flatnonzero(fits).tolist()
-    longest_gold = int(lengths[fits, 1].max()) if measured == size else max_answer_tokens
+    whole = limits._replace(rationale=limits.rationale or 1)
+    widths = whole
+    if measured == size:
+        longest = lengths[fits].max(axis=0)
+        widths = Limits(*(bucket(int(n), most) for n, most in zip(longest, whole)))
     skipped = {field: int(n) for field, n in zip(_FIELDS, over.sum(axis=0)) if n}
-    return Dataset(
-        source, kept, formatter, limits, bucket(longest_gold, max_answer_tokens), skipped
-    )
+    return Dataset(source, kept, formatter, limits, widths, skipped)
 
 
 def measure_lengths(
@@ -278,12 +281,10 @@ def collate(
     """Pads encoded examples into one batch, filled up to `batch_size` with copies of the first."""
     is_prompt = np.arange(batch_size or len(encoded)) < len(encoded)
     encoded = [*encoded, *[encoded[0]] * (len(is_prompt) - len(encoded))]
-    limits, pad_id = dataset.limits, dataset.formatter.tokenizer.pad_id
-    tokens, lengths = _pad([e.prompt for e in encoded], pad_id, limits.prompt)
-    rationale, rationale_lengths = _pad(
-        [e.rationale for e in encoded], pad_id, limits.rationale or 1
-    )
-    gold, gold_lengths = _pad([e.gold for e in encoded], pad_id, limits.gold, dataset.gold_width)
+    widths, pad_id = dataset.widths, dataset.formatter.tokenizer.pad_id
+    tokens, lengths = _pad([e.prompt for e in encoded], pad_id, widths.prompt)
+    rationale, rationale_lengths = _pad([e.rationale for e in encoded], pad_id, widths.rationale)
+    gold, gold_lengths = _pad([e.gold for e in encoded], pad_id, widths.gold)
     uids = np.array([zlib.crc32(e.example.id.encode()) for e in encoded], np.uint32)
     return PromptBatch(
         tokens,
@@ -350,12 +351,9 @@ def _over(lengths: np.ndarray, limits: Limits) -> np.ndarray:
 
 
 def _pad(
-    rows: Sequence[Sequence[int]], pad_id: int, maximum: int, width: int | None = None
+    rows: Sequence[Sequence[int]], pad_id: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(row) for row in rows], np.int32)
-    longest = int(lengths.max())
-    width = width or (bucket(longest, maximum) if longest else 1)
     padded = np.full((len(rows), width), pad_id, np.int32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
-    return padded, lengths
+    return padded, np.array([len(row) for row in rows], np.int32)
