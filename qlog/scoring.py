@@ -45,11 +45,12 @@ def token_log_probs(
 
     @jax.checkpoint
     def one_chunk(inputs):
-        states, wanted, scale = inputs
-        logits = masked_logits(states, table, valid_vocab) / scale[..., None]
+        states, wanted, scale = (x.reshape(-1, *x.shape[2:]) for x in inputs)
+        logits = masked_logits(states, table, valid_vocab) / scale[:, None]
         # A masked sum, not a gather: the gather's backward pass is a scatter, row by row on CPUs.
-        is_wanted = jnp.arange(table.shape[0]) == wanted[..., None]
-        return jnp.where(is_wanted, logits, 0.0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+        is_wanted = jnp.arange(table.shape[0]) == wanted[:, None]
+        picked = jnp.where(is_wanted, logits, 0.0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+        return picked.reshape(inputs[1].shape)
 
     # Rows stay outside the loop: on a mesh they are split, and looping over what is split would
     # have every device compute everybody's logits.
