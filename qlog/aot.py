@@ -22,7 +22,7 @@ from qlog import experiment as parts
 from qlog import learner, losses, models, sampling, sharding
 from qlog.errors import ConfigError
 from qlog.policy import Policy
-from qlog.roofline import CHIPS, Chip, Cost, Module
+from qlog.roofline import CHIPS, Chip, Cost, Module, Sweep
 
 _FEW = 16  # tokens
 
@@ -154,8 +154,9 @@ def _learner_programs(run: parts.Experiment):
     updates, rollouts_count = config.train.updates_per_batch, run.rollouts_per_prompt
     part = config.train.prompts_per_step // updates
     rows = _rows(run, part)
-    answer = config.rollout.answer_reserve if estimator.answer == "gold" else 0
-    longest = run.sampling.max_length + answer
+    longest = run.sampling.max_length
+    if estimator.answer == "gold":
+        longest = run.sampling.max_rationale_length + config.rollout.answer_reserve
     tokens = rows(rollouts_count, longest)
     mask = rows(rollouts_count, longest, dtype=bool)
     log_probs = rows(rollouts_count, longest, dtype=jnp.float32)
@@ -164,7 +165,7 @@ def _learner_programs(run: parts.Experiment):
     gradient = learner.gradient.lower(
         params, run.policy,
         learner.Prompts(rows(config.data.max_prompt_tokens), rows(), rows(dtype=bool)),
-        learner.Trajectories(tokens, mask, mask, log_probs, mask),
+        learner.Trajectories(tokens, mask, mask, log_probs, mask, rows(rollouts_count)),
         losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields)),
         log_probs if estimator.reference else None,
         surrogate=estimator.surrogate, temperature=run.sampling.temperature,
@@ -194,11 +195,21 @@ def _rows(run: parts.Experiment, prompts: int):
 
 def _results(function, arguments, small):
     """Shapes of what `function` returns for `arguments`, where it puts its results for `small`."""
-    places = function.lower(*small).compile().output_shardings
+    places = compiled(function.lower(*small)).output_shardings
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         function.eval_shape(*arguments), places,
     )  # fmt: skip
+
+
+def compiled(lowered):
+    """Past the persistent cache: it cannot read back what was compiled for chips that are not here."""
+    is_on = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", is_on)
 
 
 def _bytes_per_chip(tree) -> float:
@@ -209,16 +220,19 @@ def _bytes_per_chip(tree) -> float:
 
 
 def _trips(run: parts.Experiment):
-    """How often loops run that end when the data say so, of a step at its longest."""
+    """How often loops run that end when the data say so, in a step at its longest: to their end,
+    but for attention, which stops at the last key that a block of queries sees."""
     prompt = run.config.data.max_prompt_tokens
-    rollout = run.sampling.max_length + run.config.rollout.answer_reserve
+    rollout = run.sampling.max_rationale_length + run.config.rollout.answer_reserve
 
-    def trips(length: int, size: int) -> float:
-        if size == 1 or length == prompt:  # decoding, token by token; attention to a full prompt
-            return math.ceil(length / size)
-        # Attention among the tokens of a rollout, several of which may lie side by side: each sees
-        # those before it, on average half.
-        return (min(length, rollout) / size + 1) / 2
+    def trips(sweep: Sweep) -> float:
+        is_cache = len(sweep.shape) in (4, 5) and sweep.shape[-1] == run.policy.config.head_dim
+        is_prompt = len(sweep.shape) == 4 and sweep.length == prompt
+        if not is_cache or is_prompt:
+            return sweep.blocks
+        # Tokens of rollouts, several of which may lie side by side, see those of their own rollout
+        # that came before: on average half of them.
+        return (min(sweep.length, rollout) / sweep.size + 1) / 2
 
     return trips
 
@@ -233,7 +247,7 @@ def compile_phase(lowered, runs: int = 1, resident: float = 0.0, trips=None) -> 
       trips: as `Module.cost` takes it; None is its default.
     """
     try:
-        compiled = lowered.compile()
+        program = compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"required for .*?\((\d+\.?\d*)([KMGT])\)|Used (\d+\.?\d*)([KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
@@ -241,12 +255,12 @@ def compile_phase(lowered, runs: int = 1, resident: float = 0.0, trips=None) -> 
         size, unit = needed.group(1) or needed.group(3), needed.group(2) or needed.group(4)
         peak = float(size) * 1024 ** (" KMGT".index(unit)) + resident
         return Phase(math.nan, math.nan, peak, None, runs)
-    memory = compiled.memory_analysis()
+    memory = program.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Phase(
         arguments, temporaries, arguments + temporaries + results + resident,
-        Module(compiled.as_text()).cost(*[trips] if trips else []), runs,
+        Module(program.as_text()).cost(*[trips] if trips else []), runs,
     )  # fmt: skip
 
 

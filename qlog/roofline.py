@@ -80,6 +80,18 @@ class Instruction(NamedTuple):
     is_root: bool
 
 
+class Sweep(NamedTuple):
+    """An array of this shape, read or written along an axis of `length` in slices of `size`."""
+
+    shape: tuple[int, ...]
+    length: int
+    size: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.size)
+
+
 class Cost(NamedTuple):
     """FLOPs of matrix products, bytes moved in HBM, and bytes that one chip sends, by collective."""
 
@@ -124,12 +136,12 @@ class Module:
             elif found := _INSTRUCTION.match(line):
                 current.append(_parse(*found.groups()))
 
-    def cost(self, trips: Callable[[int, int], float] = lambda length, size: -(-length // size)) -> Cost:
+    def cost(self, trips: Callable[["Sweep"], float] = lambda sweep: sweep.blocks) -> Cost:
         """Of the whole module on one chip.
 
         Args:
-          trips: how often a loop runs whose end depends on data, by the length of the longest array
-            that it sweeps and the size of the slices it takes of it. By default to its end.
+          trips: how often a loop runs whose end depends on data, by the longest array that it
+            sweeps. By default to that array's end.
         """
 
         @functools.cache
@@ -144,7 +156,7 @@ class Module:
             called = _CALLED.findall(each.attributes)
             if each.opcode == "while":
                 count = self._trips(each, by_name)
-                count = trips(*self._swept(each)) if count is None else count
+                count = trips(self._swept(each)) if count is None else count
                 return functools.reduce(lambda c, name: c.plus(total(name), count), called, Cost())
             if each.opcode == "conditional":
                 branches = called + _NAME.findall("".join(_BRANCHES.findall(each.attributes)))
@@ -197,9 +209,9 @@ class Module:
         return max(0, _integer(limit) - first)
 
 
-    def _swept(self, loop: Instruction) -> tuple[int, int]:
-        """Length of the longest axis that a loop's body reads or writes in slices, and theirs."""
-        longest = (1, 1)
+    def _swept(self, loop: Instruction) -> "Sweep":
+        """The longest array, in slices, that a loop's body reads or writes slice by slice."""
+        longest = Sweep((), 1, 1)
 
         def look(name):
             nonlocal longest
@@ -211,8 +223,8 @@ class Module:
                     whole = by_name[each.operands[0]].results[0].dimensions
                     part = each if each.opcode == "dynamic-slice" else by_name[each.operands[1]]
                     for length, size in zip(whole, part.results[0].dimensions):
-                        if size < length and length * longest[1] > longest[0] * size:
-                            longest = (length, size)
+                        sweep = Sweep(whole, length, size)
+                        longest = max(longest, sweep, key=lambda sweep: sweep.length / sweep.size)
 
         look(re.search(r"body=%([\w.\-]+)", loop.attributes).group(1))
         return longest

@@ -38,7 +38,7 @@ def _compiled(name, **mesh):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
     run = aot.without_data(_config(mesh), aot.topology_devices("v5e:2x2"))
     lowered = next(lowered for each, lowered, *_ in aot.programs(run) if each == name)
-    return run, Module(lowered.compile().as_text())
+    return run, Module(aot.compiled(lowered).as_text())
 
 
 def _programs(*names, fast=()):

@@ -68,7 +68,7 @@ def test_a_loop_that_the_data_end_counts_as_often_as_one_says():
     text = text.replace("ROOT %less", "%less").replace("direction=LT", "direction=LT\n  ROOT %both = pred[] and(%less, %less)")
     once = 2 * 64 * 32 * 48
     assert Module(text).cost().flops == 28 * once  # the weights, one layer at a time, to their end
-    assert Module(text).cost(lambda length, size: length / size / 2).flops == 14 * once
+    assert Module(text).cost(lambda sweep: sweep.blocks / 2).flops == 14 * once
 
 
 @pytest.mark.parametrize(
