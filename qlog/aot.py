@@ -203,13 +203,13 @@ def _results(function, arguments, small):
 
 
 def compiled(lowered):
-    """Past the persistent cache: it cannot read back what was compiled for chips that are not here."""
-    is_on = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    """Compiles without a trace in the persistent cache, which cannot read such programs back."""
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         return lowered.compile()
     finally:
-        jax.config.update("jax_enable_compilation_cache", is_on)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def _bytes_per_chip(tree) -> float:
