@@ -278,7 +278,7 @@ def remedies(phases: Mapping[str, Phase], chip: Chip, config: ConfigDict) -> lis
         if phase.peak <= chip.usable:
             continue
         over = f"{name} needs {phase.peak / 2**30:.1f} of {chip.usable / 2**30:.2f} GiB"
-        smaller = "" if train.remat else "set train.remat=True, "
+        smaller = "" if train.remat == "full" else "set train.remat=full, "
         if name == "gradient":
             advice.append(
                 f"{over}: {smaller}lower train.rollouts_per_microbatch = {train.rollouts_per_microbatch} "

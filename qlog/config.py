@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from qlog import losses
+from qlog import losses, models
 from qlog.errors import ConfigError
 
 # Sections whose keys are the arguments of what was chosen there; who reads them checks them.
@@ -71,7 +71,7 @@ def default() -> ConfigDict:
             "prompts_per_microbatch": 0,  # prompts in memory at a time; 0 is all
             "rollouts_per_microbatch": 0,  # rollouts of a prompt in memory at a time, if they are of
             # full length: shorter ones share rows; 0 is all
-            "remat": True,  # recompute layers in the backward pass
+            "remat": "full",  # recompute in the backward pass: full layers, all but the dots, or none
             "max_mismatch": 0.0,  # stop when mean |sampler - learner log_prob| exceeds this; 0 never
             "rollouts_every": 10,  # steps between rollouts written to disk
             "rollouts_prompts": 2,  # prompts whose rollouts are written
@@ -185,6 +185,7 @@ def check(config: ConfigDict) -> None:
         ("dtype", config.dtype, ("float32", "bfloat16")),
         ("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "linear")),
         ("data.overlong", config.data.overlong, ("error", "skip")),
+        ("train.remat", config.train.remat, tuple(models.REMAT)),
     ):
         if value not in choices:
             raise ConfigError(f"config.{field} = {value!r} is unknown: use {' or '.join(choices)}.")

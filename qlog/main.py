@@ -26,7 +26,9 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
-    from qlog import distributed  # after the flags: a wrong one is reported at once
+    from qlog import distributed, runtime  # after the flags: a wrong one is reported at once
+
+    runtime.set_up()
 
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(sys.argv))
     with distributed.processes(_DISTRIBUTED.value):

@@ -58,7 +58,7 @@ def _our_choices(config: ConfigDict, max_prompt_tokens: int) -> None:
     train.prompts_per_step = 32  # with M = 32, 1024 rollouts per step; HotPotQA: 1.8 epochs
     train.updates_per_batch = 1  # on policy, as the estimators assume
     # These three change memory and speed alone:
-    train.remat = True
+    train.remat = "full"
     train.prompts_per_microbatch, train.rollouts_per_microbatch = 16, 8
     config.seed = 0  # of data order and sampling; the weights are given
     config.evaluation.temperature = 1.0  # as in training; p@16 needs samples that differ

@@ -18,12 +18,12 @@ class Policy:
       valid_vocab: rows of the vocabulary that the tokenizer knows; the padding rows after them
         get probability 0, in sampling and in scoring alike.
       dtype: of activations and KV caches. Parameters, log-probabilities and losses are float32.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: none | dots | full, what the backward pass recomputes instead of keeping it.
       mesh: over which caches are held split by prompts and heads; None leaves it to the compiler.
     """
 
     config: DecoderConfig
     valid_vocab: int
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     mesh: Mesh | None = None

@@ -9,7 +9,8 @@ from jax import Array
 from qlog import models, sharding
 from qlog.policy import Policy
 
-_CHUNK = 1024  # tokens whose logits exist at a time, on a device
+_CHUNK_BYTES = 1 << 26  # float32 logits that exist at a time, on a device
+_FEWEST = 256  # but no fewer tokens than this: matrix products would get thin
 
 
 def token_log_probs(
@@ -19,7 +20,7 @@ def token_log_probs(
     *,
     valid_vocab: int,
     temperature: Array | float = 1.0,
-    chunk: int = _CHUNK,
+    chunk: int = 1024,
 ) -> Array:
     """log softmax(hidden @ table.T / temperature)[targets], a chunk of tokens at a time.
 
@@ -77,7 +78,8 @@ def masked_logits(hidden: Array, table: Array, valid_vocab: int) -> Array:
 
 def chunk_size(policy: Policy) -> int:
     """Tokens per chunk on all devices together."""
-    return _CHUNK * (sharding.batch_shards(policy.mesh) if policy.mesh else 1)
+    fitting = max(_FEWEST, _CHUNK_BYTES // (4 * policy.config.vocab_size))
+    return fitting * (sharding.batch_shards(policy.mesh) if policy.mesh else 1)
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))

@@ -18,7 +18,7 @@ def test_what_does_not_fit_names_the_setting_to_change():
     assert fits.seconds(V5E) == 2.0 and large.seconds(V5E) != large.seconds(V5E)
     assert aot.remedies({"decode": fits, "gradient": fits}, V5E, config) == []
     (advice,) = aot.remedies({"decode": fits, "gradient": large}, V5E, config)
-    assert "gradient needs 20.0 of 15.75 GiB: set train.remat=True" in advice
+    assert "gradient needs 20.0 of 15.75 GiB: set train.remat=full" in advice
     assert "train.rollouts_per_microbatch = 0" in advice
     (advice,) = aot.remedies({"decode": large}, V5E, config)
     assert "raise mesh.fsdp = 1" in advice

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = """
     main
     commands
-    scaling
+    scaling benchmark
     aot doctor sweep
     train
     reporting
@@ -28,7 +28,7 @@ LAYERS = """
     paper
     config
     distributed
-    metrics telemetry sharding roofline
+    metrics telemetry sharding roofline runtime
     models data losses
     errors
 """
@@ -42,9 +42,9 @@ ONLY_IN = {
     "tensorflow_datasets": {"data"},
     "tokenizers": {"data"},
     "sentencepiece": {"data"},
-    "torch": set(),
+    "torch": {"benchmark"},
     "tensorflow": set(),
-    "transformers": set(),
+    "transformers": {"benchmark"},
 }
 NEVER_IN = {"data": {"jax", "flax", "optax", "orbax"}}
 

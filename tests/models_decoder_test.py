@@ -26,7 +26,7 @@ def random_tokens():
     return (rng.integers(0, 40, shape) for shape in ((B, P), (B, M, R), (B, M, A)))
 
 
-def separate(params, config, tokens, remat=False):
+def separate(params, config, tokens, remat="none"):
     """The reference: [N, 1, T] right-padded sequences from position 0, no cache of any kind."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
     return models.apply(params, config, tokens, positions, remat=remat)[0]
@@ -68,7 +68,7 @@ def test_group_is_m_separate_sequences_in_values_and_gradients(config):
 
     @jax.value_and_grad
     def one_by_one(params):
-        hidden = separate(params, config, tokens, remat=True)
+        hidden = separate(params, config, tokens, remat="full")
         return (continuation_of(hidden, starts, R) * cotangent).sum()
 
     value, gradient = jit(group)(params)

@@ -64,7 +64,7 @@ def config(**changes):
     tree.optimizer.learning_rate = 1e-2
     tree.train.steps = 3
     tree.train.prompts_per_step = 4
-    tree.train.remat = False
+    tree.train.remat = "none"
     tree.train.rollouts_every = 1
     tree.evaluation.every = 0
     tree.evaluation.prompts = 6

@@ -3,6 +3,7 @@
 from qlog.models import huggingface
 from qlog.models.config import PRESETS, DecoderConfig, RopeScaling
 from qlog.models.decoder import (
+    REMAT,
     Params,
     Prefix,
     Suffix,
@@ -18,7 +19,7 @@ from qlog.models.decoder import (
 from qlog.models.families import from_hf_config
 
 __all__ = [
-    "PRESETS", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply",
+    "PRESETS", "REMAT", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply",
     "decoding_weights", "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "shapes",
     "unembedding", "unstack",
 ]  # fmt: skip

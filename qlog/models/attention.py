@@ -16,7 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+ATTENTION = "attention"  # the name under which rematerialisation may keep results
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
 _ROWS, _SLOTS = 512, 256  # of a block of queries, and of a block of keys
 _STEP_SLOTS = 128  # of a block of private keys in a decode step: few are visible at first
@@ -101,7 +103,7 @@ def _attend_forward(queries, caches, visible, rows):
         return _finish(state, queries.dtype), state.top + jnp.log(_positive(state.total))
 
     inputs = (_split(queries, rows), _split_visible(visible, rows), _blocks(caches, visible, rows))
-    out, log_total = (_join(x) for x in jax.lax.map(block, inputs))
+    out, log_total = (checkpoint_name(_join(x), ATTENTION) for x in jax.lax.map(block, inputs))
     return out, (queries, caches, visible, out, log_total)
 
 

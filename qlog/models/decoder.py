@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from qlog.models.attention import Segment, attend, attend_step
+from qlog.models.attention import ATTENTION, Segment, attend, attend_step
 from qlog.models.config import DecoderConfig
 from qlog.models.rope import rotate, rotation
 
@@ -22,6 +22,16 @@ Params = Any
 _UNROLLED_LAYERS = 4
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 _NO_WINDOW = 1 << 30  # longer than any context
+# What a layer keeps for its backward pass: everything; its matrix products and the attention, and
+# the cheap rest is computed again; or its input alone.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Prefix(NamedTuple):
@@ -184,7 +194,7 @@ def apply(
     slot: Array | None = None,
     first: Array | None = None,
     dtype=jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Array, Any]:
     """The one forward pass: new tokens of M rollouts over shared prefix, own suffix, themselves.
 
@@ -205,7 +215,7 @@ def apply(
       first: int32 [B, M, R], the first of the new tokens that each may see, where several rollouts
         are packed into one row; None is 0.
       dtype: of the activations and of the caches.
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass recomputes of each layer, of `REMAT`.
 
     Returns:
       The final hidden states [B, M, R, D], normalised, ready for the output head; and the state.
@@ -256,7 +266,8 @@ def apply(
             weights, its_prefix, window = inputs
             return layer(x, weights, its_prefix, None, windows[0] if window is None else window)
 
-        step = jax.checkpoint(step) if remat else step
+        if remat != "none":
+            step = jax.checkpoint(step, policy=REMAT[remat])
         unroll = config.num_layers <= _UNROLLED_LAYERS
         inputs = (params["layers"], shared, scanned)
         hidden, state = jax.lax.scan(step, hidden, inputs, unroll=unroll)
