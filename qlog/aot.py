@@ -101,7 +101,10 @@ def without_data(config: ConfigDict, devices) -> parts.Experiment:
         temperature=float(config.rollout.temperature),
     )  # fmt: skip
     shape = parts.model_shape(config)
-    policy = Policy(shape, shape.vocab_size - 1, jnp.dtype(config.dtype), config.train.remat, mesh)
+    policy = Policy(
+        shape, shape.vocab_size - 1, jnp.dtype(config.dtype), config.train.remat, mesh,
+        parts.attention(config, mesh),
+    )  # fmt: skip
     return parts.Experiment(
         config=config, estimator=estimator, optimizer=parts.make_optimizer(config), mesh=mesh,
         policy=policy, sampling=draws, evaluation_sampling=draws, formatter=None, grader=None,
@@ -308,7 +311,7 @@ def run_compile(config: ConfigDict, topology: str) -> int:
         "Of a training step at its longest: full prompts, every budget spent; loops count as often as "
         "they run, FLOPs are those of matrix products, collectives the bytes that one chip sends. "
         "Roofline: the slowest of arithmetic, memory and interconnect at the vendor's peaks. "
-        "nan: the compiler gave up for memory."
+        "nan: the compiler gave up for memory; >: a kernel without a cost estimate is not in it."
     )
     tokens, step = step_tokens(config), sum(phase.seconds(chip) for phase in phases.values())
     decode = phases["decode"].seconds(chip)
@@ -341,7 +344,7 @@ def _table(phases: Mapping[str, Phase], chip: Chip, topology: str) -> Table:
         kinds = ", ".join(f"{kind} {phase.runs * sent / 1e9:,.2f}" for kind, sent in cost.sent.items())
         times = cost.times(chip)
         table.add_row(
-            *row, f"{phase.runs * cost.flops / 1e12:,.2f}", f"{phase.runs * cost.bytes / 1e9:,.1f}",
+            *row, ("" if cost.is_whole else "> ") + f"{phase.runs * cost.flops / 1e12:,.2f}", f"{phase.runs * cost.bytes / 1e9:,.1f}",
             kinds or "none", f"{phase.seconds(chip):,.3f} s", max(times, key=times.get),
         )  # fmt: skip
     return table

@@ -152,6 +152,7 @@ def prepare(
         policy=Policy(
             config=shape, valid_vocab=tokenizer.vocab_size,
             dtype=jnp.dtype(config.dtype), remat=config.train.remat, mesh=mesh,
+            attention=attention(config, mesh),
         ),
         sampling=sampling,
         evaluation_sampling=dataclasses.replace(
@@ -163,6 +164,22 @@ def prepare(
         train_data=open_split("train", estimator.rationale == "annotated") if train else None,
         evaluation_data=open_split(evaluation.split, False) if evaluate else None,
     )  # fmt: skip
+
+
+def attention(config: ConfigDict, mesh: Mesh) -> str:
+    """The Policy's `attention`: the kernels of the devices that the mesh holds.
+
+    Raises:
+      ConfigError: kernels of another device.
+    """
+    platform = mesh.devices.flat[0].platform
+    if config.attention == "tpu" and platform != "tpu":
+        raise ConfigError(
+            f"config.attention = 'tpu' does not run on {platform} devices: use 'auto' or 'blocks'."
+        )
+    if config.attention != "auto":
+        return config.attention
+    return "tpu" if platform == "tpu" else "blocks"
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:

@@ -188,6 +188,7 @@ def log_probs(
         that are not in them, or in none, get 0.
       temperature: of the law that sampled; gold answers are always scored at 1.
     """
+    params = policy.gathered(params)
     batch, count, slots = trajectories.tokens.shape
     rows = packing.token.shape[1]
     rollout = jnp.minimum(packing.rollout, count - 1)
@@ -203,13 +204,13 @@ def log_probs(
     positions = prefix.lengths[:, None, None] + packing.token
     hidden, _ = models.apply(
         params, policy.config, inputs, positions, prefix=prefix,
-        first=jnp.arange(slots) - packing.token, dtype=policy.dtype, remat=policy.remat,
+        first=jnp.arange(slots) - packing.token, remat=policy.remat, **policy.options,
     )  # fmt: skip
     if temperature != 1.0:
         is_gold = packed(trajectories.answer_mask & ~trajectories.was_sampled)
         temperature = jnp.where(is_gold, 1.0, temperature)
     own = scoring.token_log_probs(
-        hidden, _table(params, policy), tokens,
+        hidden, models.unembedding(params), tokens,
         valid_vocab=policy.valid_vocab, temperature=temperature, chunk=scoring.chunk_size(policy),
     )  # fmt: skip
 
@@ -218,11 +219,6 @@ def log_probs(
     at = jnp.minimum(at, rows * slots - 1).reshape(batch, -1)
     unpacked = jnp.take_along_axis(own.reshape(batch, -1), at, axis=1).reshape(batch, count, slots)
     return jnp.where(_is_in_rows(packing, first_row)[..., None], unpacked, 0.0)
-
-
-def _table(params, policy: Policy) -> Array:
-    """The output head, gathered once for all chunks of tokens; split over the tensor axis alone."""
-    return sharding.keep_gathered(policy.mesh, {"embed": models.unembedding(params)})["embed"]
 
 
 def _is_in_rows(packing: Packing, first_row) -> Array:
@@ -378,8 +374,8 @@ def _split(x: Array, chunks: int) -> Array:
 def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Array]:
     """Caches of the prompts' tokens but the last, and the last tokens [B]."""
     prefix = models.prefill(
-        params, policy.config, prompts.tokens, prompts.lengths - 1,
-        dtype=policy.dtype, remat=policy.remat,
+        policy.gathered(params), policy.config, prompts.tokens, prompts.lengths - 1,
+        remat=policy.remat, **policy.options,
     )  # fmt: skip
     prefix = sharding.keep_prefix(policy.mesh, prefix)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]

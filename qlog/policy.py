@@ -1,11 +1,13 @@
 """The static half of a policy; its parameters are the other half."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from qlog import models, sharding
 from qlog.models import DecoderConfig
 
 
@@ -20,6 +22,7 @@ class Policy:
       dtype: of activations and KV caches. Parameters, log-probabilities and losses are float32.
       remat: none | dots | full, what the backward pass recomputes instead of keeping it.
       mesh: over which caches are held split by prompts and heads; None leaves it to the compiler.
+      attention: blocks (plain JAX, any backend) or tpu (Pallas kernels).
     """
 
     config: DecoderConfig
@@ -27,3 +30,22 @@ class Policy:
     dtype: Any = jnp.float32
     remat: str = "none"
     mesh: Mesh | None = None
+    attention: str = "blocks"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `models.apply` and `models.prefill`."""
+        attend = models.attention.attend
+        if self.attention == "tpu":
+            attend = functools.partial(models.attention_tpu.attend, mesh=self.mesh)
+        hold = functools.partial(sharding.keep_prompts, self.mesh)
+        return {"dtype": self.dtype, "attend": attend, "hold": hold}
+
+    def gathered(self, params: models.Params) -> models.Params:
+        """Parameters whose tables lie in `dtype` on every device, but for the tensor axis.
+
+        Looked up in a table that is split over fsdp, activations would be split over their width,
+        and logits be partial sums.
+        """
+        tables = {k: params[k].astype(self.dtype) for k in ("embed", "unembed") if k in params}
+        return params | sharding.keep_gathered(self.mesh, tables)

@@ -93,16 +93,24 @@ class Sweep(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """FLOPs of matrix products, bytes moved in HBM, and bytes that one chip sends, by collective."""
+    """FLOPs of matrix products, bytes moved in HBM, and bytes that one chip sends, by collective.
+
+    A kernel counts as its own `cost_estimate` says. `is_whole`: no kernel was without one; else its
+    FLOPs are missing here, and its bytes are those of its operands and results.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
     sent: Mapping[str, float] = {}
+    is_whole: bool = True
 
     def plus(self, other: "Cost", times: float = 1) -> "Cost":
         kinds = [kind for kind in _COLLECTIVES if kind in self.sent or kind in other.sent]
         sent = {k: self.sent.get(k, 0.0) + times * other.sent.get(k, 0.0) for k in kinds}
-        return Cost(self.flops + times * other.flops, self.bytes + times * other.bytes, sent)
+        return Cost(
+            self.flops + times * other.flops, self.bytes + times * other.bytes, sent,
+            self.is_whole and other.is_whole,
+        )  # fmt: skip
 
     def seconds(self, chip: Chip) -> float:
         """The roofline: the slowest of arithmetic, memory and interconnect, each at its peak."""
@@ -152,23 +160,23 @@ class Module:
                 cost = cost.plus(one(each, by_name))
             return cost
 
+        def all_of(names: list[str], times: float = 1) -> Cost:
+            return functools.reduce(lambda cost, name: cost.plus(total(name), times), names, Cost())
+
         def one(each: Instruction, by_name) -> Cost:
             called = _CALLED.findall(each.attributes)
             if each.opcode == "while":
                 count = self._trips(each, by_name)
                 count = trips(self._swept(each)) if count is None else count
-                return functools.reduce(lambda c, name: c.plus(total(name), count), called, Cost())
+                return all_of(called, count)
             if each.opcode == "conditional":
                 branches = called + _NAME.findall("".join(_BRANCHES.findall(each.attributes)))
                 return max(map(total, branches), key=lambda cost: (cost.flops, cost.bytes))
             if each.opcode in ("call", "async-start"):
-                return functools.reduce(lambda c, name: c.plus(total(name)), called, Cost())
-            cost = _own(each, by_name)
+                return all_of(called)
             if each.opcode == "fusion":
-                inner = functools.reduce(lambda c, name: c.plus(total(name)), called, Cost())
-                moved = _fusion_bytes(each, by_name, self.computations)
-                return Cost(inner.flops, moved, inner.sent)
-            return cost
+                return all_of(called)._replace(bytes=_fusion_bytes(each, by_name, self.computations))
+            return _own(each, by_name)
 
         return total(self.entry)
 
@@ -275,10 +283,14 @@ def _own(each: Instruction, by_name: Mapping[str, Instruction]) -> Cost:
         return Cost(0.0, moved, {kind: _sent(kind, each, by_name)})
     if each.opcode in _FREE or each.opcode.endswith(("-done", "-update")):
         return Cost()
-    if each.opcode == "dot":
-        return Cost(_dot_flops(each, by_name), _hbm(each) + sum(map(_hbm, operands)))
-    if each.opcode == "convolution":
-        return Cost(_convolution_flops(each, by_name), _hbm(each) + sum(map(_hbm, operands)))
+    if each.opcode == "custom-call" and "tpu_custom_call" in each.attributes:
+        estimate = re.search(r'"cost_estimate":\{([^}]*)\}', each.attributes)
+        fields = dict(re.findall(r'"(\w+)":"?(\d+)', estimate.group(1))) if estimate else {}
+        moved = float(fields.get("bytes_accessed", 0)) or _hbm(each) + sum(map(_hbm, operands))
+        return Cost(float(fields.get("flops", 0)), moved, {}, "flops" in fields)
+    if each.opcode in ("dot", "convolution"):
+        flops = _dot_flops if each.opcode == "dot" else _convolution_flops
+        return Cost(flops(each, by_name), _hbm(each) + sum(map(_hbm, operands)))
     if each.opcode == "copy-start":  # its result holds both copies
         return Cost(0.0, _hbm(each))
     if kind in ("slice", "dynamic-slice", "gather"):  # a -start's result begins with the operand

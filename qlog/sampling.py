@@ -39,6 +39,9 @@ from qlog.policy import Policy
 from qlog.pool import Plan, levels, nobody_in, regroup
 
 _CHUNK = 8  # decode steps between two looks at which rollouts are done
+# Slots of a cache come in multiples of this: else a TPU lays caches out in a way that the decode
+# loop cannot update in place, and copies them all at its beginning and end.
+_TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,14 +227,16 @@ def decoding_weights(params: models.Params, policy: Policy) -> models.Params:
 @functools.partial(jax.jit, static_argnames=("policy",))
 def prefill(params, policy: Policy, prompts: Array, lengths: Array) -> models.Prefix:
     """The prompts' caches, all tokens but the last of each: prompts int32 [B, P], lengths [B]."""
-    prefix = models.prefill(params, policy.config, prompts, lengths - 1, dtype=policy.dtype)
+    params = policy.gathered(params)
+    prefix = models.prefill(params, policy.config, prompts, lengths - 1, **policy.options)
     return sharding.keep_rows(policy.mesh, models.unstack(prefix))
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "settings"))
 def start(policy, prefix, prompts, lengths, keys, settings) -> Pool:
     """The pool of all rollouts: blocks are groups, N = B and m = M."""
-    shape, slots = keys.shape, settings.max_length
+    shape, tile = keys.shape, _TILE if settings.max_length > _TILE else 16
+    slots = -(-settings.max_length // tile) * tile
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
     pool = Pool(
         step=jnp.zeros((), jnp.int32), source=jnp.arange(keys.size, dtype=jnp.int32).reshape(shape),
@@ -277,7 +282,7 @@ def decode(weights, policy, pool: Pool, settings, until) -> tuple[Pool, Array, A
         positions = jnp.broadcast_to(positions, (*pool.last.shape, 1))
         hidden, suffix = models.apply(
             weights, policy.config, pool.last[..., None], positions,
-            prefix=prefix, suffix=pool.suffix, slot=pool.step, dtype=policy.dtype,
+            prefix=prefix, suffix=pool.suffix, slot=pool.step, **policy.options,
         )  # fmt: skip
         logits = scoring.masked_logits(hidden[:, :, 0], table, policy.valid_vocab)
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(pool.keys, pool.step)

@@ -118,7 +118,7 @@ def score_answers(
     positions = start[..., None] + jnp.arange(gold.shape[-1])
     hidden, _ = models.apply(
         params, policy.config, inputs, positions,
-        prefix=prefix, suffix=suffix._replace(lengths=rationale_lengths), dtype=policy.dtype,
+        prefix=prefix, suffix=suffix._replace(lengths=rationale_lengths), **policy.options,
     )  # fmt: skip
     log_probs = token_log_probs(
         hidden, models.unembedding(params), gold_m,

@@ -112,6 +112,13 @@ def keep_gathered(mesh: Mesh | None, weights):
     return jax.tree_util.tree_map_with_path(hold, weights)
 
 
+def keep_prompts(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Inside jit: activations [B, ...] held split over prompts alone."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fitting(mesh, [_BATCH[0]], x.shape[:1]))
+
+
 def keep_everywhere(mesh: Mesh | None, tree):
     """Inside jit: arrays held whole on every device."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from jax.experimental import pallas as pl
 
 from qlog import aot, models, roofline, sharding
 from qlog.roofline import Cost, Module
@@ -83,6 +84,24 @@ def test_a_loop_that_the_data_end_counts_as_often_as_one_says():
 def test_bytes_that_a_chip_sends(line, kind, sent):
     text = f"ENTRY %main (x: bf16[64,128]) -> bf16[8,128] {{\n  %x = bf16[64,128]{{1,0}} parameter(0)\n  ROOT %y = {line}\n}}"
     assert Module(text).cost().sent == {kind: sent}
+
+
+@pytest.mark.parametrize("flops", [None, 12345])
+def test_a_kernel_counts_as_it_says(slice_, flops):
+    estimate = flops and pl.CostEstimate(flops=flops, transcendentals=7, bytes_accessed=6789)
+
+    def double(x):
+        def kernel(x, out):
+            out[...] = x[...] * 2
+
+        return pl.pallas_call(kernel, out_shape=x, cost_estimate=estimate)(x)
+
+    spec = jax.sharding.PartitionSpec(("data", "fsdp", "tensor"))
+    mapped = jax.shard_map(double, mesh=slice_, in_specs=spec, out_specs=spec, check_vma=False)
+    cost = _compiled(mapped, slice_, (64, 128), spec=(("data", "fsdp", "tensor"),))
+    own = 2 * 16 * 128 * 2
+    assert cost == Cost(12345.0, 6789.0, {}) if flops else cost == Cost(0.0, own, {}, is_whole=False)
+    assert (cost.plus(Cost(), 3).is_whole, Cost().plus(cost).is_whole) == (bool(flops),) * 2
 
 
 def test_the_roofline_is_the_slowest_resource():

@@ -195,6 +195,8 @@ def apply(
     first: Array | None = None,
     dtype=jnp.float32,
     remat: str = "none",
+    attend=attend,
+    hold=lambda hidden: hidden,
 ) -> tuple[Array, Any]:
     """The one forward pass: new tokens of M rollouts over shared prefix, own suffix, themselves.
 
@@ -216,6 +218,9 @@ def apply(
         are packed into one row; None is 0.
       dtype: of the activations and of the caches.
       remat: what the backward pass recomputes of each layer, of `REMAT`.
+      attend: `attention.attend`, or another that gives the same.
+      hold: applied to the hidden states [B, M, R, D] after the embedding and every layer, to say
+        how they lie on a mesh.
 
     Returns:
       The final hidden states [B, M, R, D], normalised, ready for the output head; and the state.
@@ -223,6 +228,7 @@ def apply(
     hidden = params["embed"].astype(dtype)[tokens]
     if config.scale_embeddings:
         hidden = hidden * jnp.asarray(config.width**0.5, dtype)
+    hidden = hold(hidden)
     rotation_of = _rotations(config, positions)
     groups = config.num_heads // config.num_kv_heads
     block = Block(config)
@@ -264,7 +270,8 @@ def apply(
 
         def step(x, inputs):
             weights, its_prefix, window = inputs
-            return layer(x, weights, its_prefix, None, windows[0] if window is None else window)
+            x, own = layer(x, weights, its_prefix, None, windows[0] if window is None else window)
+            return hold(x), own
 
         if remat != "none":
             step = jax.checkpoint(step, policy=REMAT[remat])
