@@ -101,10 +101,7 @@ def without_data(config: ConfigDict, devices) -> parts.Experiment:
         temperature=float(config.rollout.temperature),
     )  # fmt: skip
     shape = parts.model_shape(config)
-    policy = Policy(
-        shape, shape.vocab_size - 1, jnp.dtype(config.dtype), config.train.remat, mesh,
-        parts.attention(config, mesh),
-    )  # fmt: skip
+    policy = Policy(shape, shape.vocab_size - 1, jnp.dtype(config.dtype), config.train.remat, mesh)
     return parts.Experiment(
         config=config, estimator=estimator, optimizer=parts.make_optimizer(config), mesh=mesh,
         policy=policy, sampling=draws, evaluation_sampling=draws, formatter=None, grader=None,
