@@ -101,7 +101,10 @@ def without_data(config: ConfigDict, devices) -> parts.Experiment:
         temperature=float(config.rollout.temperature),
     )  # fmt: skip
     shape = parts.model_shape(config)
-    policy = Policy(shape, shape.vocab_size - 1, jnp.dtype(config.dtype), config.train.remat, mesh)
+    policy = Policy(
+        shape, shape.vocab_size - 1, jnp.dtype(config.dtype), config.train.remat, mesh,
+        parts.attention(config, mesh),
+    )  # fmt: skip
     return parts.Experiment(
         config=config, estimator=estimator, optimizer=parts.make_optimizer(config), mesh=mesh,
         policy=policy, sampling=draws, evaluation_sampling=draws, formatter=None, grader=None,

@@ -30,13 +30,12 @@ class Chip(NamedTuple):
 # pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e,tpu7x}. They give interconnect in
 # both directions together, so it is halved here; v4's page gives none: its all-reduce bandwidth per
 # pod, 1.1 PB/s over 4096 chips (v5e's and v6e's, taken so, agree). A TPU7x chip is two devices.
-_GIB = 2**30
 CHIPS = {
-    "TPU v4": Chip(275e12, 32 * _GIB, 1200e9, 268e9, 31.75 * _GIB),
-    "TPU v5 lite": Chip(197e12, 16 * _GIB, 819e9, 200e9, 15.75 * _GIB),
-    "TPU v5": Chip(459e12, 95 * _GIB, 2765e9, 600e9, 94.75 * _GIB),
-    "TPU v6 lite": Chip(918e12, 32 * _GIB, 1638e9, 400e9, 31.25 * _GIB),
-    "TPU7x": Chip(1153.5e12, 96 * _GIB, 3690e9, 300e9, 94.75 * _GIB),
+    "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 268e9, 31.75 * 2**30),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9, 15.75 * 2**30),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 94.75 * 2**30),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 31.25 * 2**30),
+    "TPU7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 300e9, 94.75 * 2**30),
 }
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -48,8 +47,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _RENAMES = frozenset("bitcast copy reshape transpose convert".split())
-# They name what is there, or are paid for where the data are used.
-_FREE = frozenset(
+_FREE = frozenset(  # they name what is there, or are paid for where the data are used
     "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id "
     "opt-barrier add-dependency".split()
 )
