@@ -150,14 +150,21 @@ def largest_array(program):
     return max(math.prod(map(int, dims.split(","))) for dims in found)
 
 
-@pytest.mark.parametrize("size, dtype", [(64, jnp.bfloat16), (128, jnp.bfloat16), (256, jnp.float32)], ids=str)
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+CASES = [("v5e", 128, "bfloat16")] + [
+    pytest.param(chip, size, dtype, marks=pytest.mark.slow)
+    for chip in TOPOLOGIES
+    for size, dtype in [(64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (256, "float32")]
+    if (chip, size) != ("v5e", 128)
+]
+
+
+@pytest.mark.parametrize("chip, size, dtype", CASES)
 def test_tpu_compiler_accepts_the_kernels(chip, size, dtype):
     """Lengths that fill no block; nothing as large as rows times slots is stored."""
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
-    program = compiled(TOPOLOGIES[chip], (4, 2, 3000, (1500, 3000), size, dtype))
+    program = compiled(TOPOLOGIES[chip], (4, 2, 3000, (1500, 3000), size, jnp.dtype(dtype)))
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 6
-    assert largest_array(program) <= 2 * 3072 * size
+    assert largest_array(program) <= 2 * 3072 * size < 3000 * 1500
     assert program.memory_analysis().temp_size_in_bytes < 2**26
 
 
@@ -167,5 +174,5 @@ def test_tpu_program_of_8_rollouts_of_3200_tokens_fits(mesh_sizes):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
     sizes = (4, 4, 51_200, (3_072, 25_600), 128, jnp.bfloat16)
     program = compiled("v5e:2x2", sizes, mesh_sizes=mesh_sizes)
-    assert largest_array(program) <= 4 * 51_200 * 128
+    assert largest_array(program) <= 4 * 51_200 * 128 < 51_200 * 3_072
     assert program.memory_analysis().temp_size_in_bytes < 2**30

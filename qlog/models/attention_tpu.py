@@ -21,14 +21,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-from qlog.models.attention import Segment
+from qlog.models.attention import ATTENTION, Segment
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
-_ROWS, _SLOTS = 512, 512  # of a block of queries, and of a block of keys
+# Of a block of queries, and of a block of keys: large, since every block of queries reads its keys
+# from HBM anew, but the backward pass holds four such float32 blocks in 16 MiB of VMEM.
+_ROWS, _SLOTS = 1024, 512
 _LANES = 128  # blocks are multiples of it
 
 
@@ -84,7 +87,8 @@ def _attend(queries, caches, visible, mesh, interpret):
 def _attend_forward(queries, caches, visible, mesh, interpret):
     run = functools.partial(_forward, interpret=interpret)
     like = (queries, jax.ShapeDtypeStruct(queries.shape[:-1], jnp.float32))
-    out, log_total = _by_shard(mesh, run, like, queries, caches, visible)
+    results = _by_shard(mesh, run, like, queries, caches, visible)
+    out, log_total = (checkpoint_name(x, ATTENTION) for x in results)
     return out, (queries, caches, visible, out, log_total)
 
 
@@ -201,6 +205,7 @@ def _forward_call(queries, keys, values, start, stop, plan, sizes, dtype, interp
             jax.ShapeDtypeStruct((batch, heads, 1, count), jnp.float32),
         ],
         compiler_params=_params(),
+        cost_estimate=_cost(queries, sizes, products=2),
         interpret=interpret,
         name="attention_forward",
     )(plan.slots, queries, keys, values, start, stop)
@@ -256,6 +261,7 @@ def _queries_call(
         ),
         out_shape=jax.ShapeDtypeStruct(queries.shape, dtype),
         compiler_params=_params(),
+        cost_estimate=_cost(queries, sizes, products=3),
         interpret=interpret,
         name="attention_queries_gradient",
     )(plan.slots, queries, cotangent, log_total, shift, keys, values, start, stop)
@@ -302,6 +308,7 @@ def _cache_call(
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)],
         compiler_params=_params(),
+        cost_estimate=_cost(queries, sizes, products=4),
         interpret=interpret,
         name="attention_cache_gradient",
     )(plan.rows, plan.slots, queries, cotangent, log_total, shift, keys, values, start, stop)
@@ -410,6 +417,18 @@ def _params():
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
     )
+
+
+def _cost(queries, sizes: _Blocks, products: int) -> pl.CostEstimate:
+    """For the compiler's schedule: `products` matrix products of all rows with all slots. What is
+    visible is not known here, so this is the most that it can be."""
+    batch, heads, count, size = queries.shape
+    pairs = batch * heads * count * sizes.slots * sizes.slot_count
+    reads = 2 * pairs // (sizes.rows if products < 4 else sizes.slots)  # of rows of C numbers
+    return pl.CostEstimate(
+        flops=2 * products * pairs * size, transcendentals=pairs,
+        bytes_accessed=reads * size * queries.dtype.itemsize,
+    )  # fmt: skip
 
 
 def _vmem(*shape):
