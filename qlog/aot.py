@@ -94,6 +94,7 @@ def without_data(config: ConfigDict, devices) -> parts.Experiment:
         config = settings.merge(config, {"model": preset, "weights": "random"})
     settings.check(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    parts.check_batches(config, mesh)
     estimator = settings.estimator(config)
     draws = sampling.Sampling(
         rationale_budget=config.rollout.rationale_budget, closing=(1,), eos=(2,), pad=0,

@@ -123,7 +123,7 @@ def prepare(
     settings.check(config)
     estimator = settings.estimator(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    _check_batches(config, mesh)
+    check_batches(config, mesh)
     if config.init_from:
         checkpoints.find_checkpoint(config.init_from, "config.init_from")
     world = _world(config)
@@ -208,7 +208,8 @@ def _optimizer(
     return optax.apply_if_finite(clipped, max_consecutive_errors=2**30)
 
 
-def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ConfigError unless every batch of prompts splits evenly over the mesh."""
     shards = sharding.batch_shards(mesh)
     rows = config.train.prompts_per_step // config.train.updates_per_batch
     for field, size in (

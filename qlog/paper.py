@@ -57,9 +57,11 @@ def _our_choices(config: ConfigDict, max_prompt_tokens: int) -> None:
     train.steps = 500  # Figures 3 and 4 are decided by step 150
     train.prompts_per_step = 32  # with M = 32, 1024 rollouts per step; HotPotQA: 1.8 epochs
     train.updates_per_batch = 1  # on policy, as the estimators assume
-    # These three change memory and speed alone:
+    # These change memory and speed alone; --mode=compile tells whether they fit:
     train.remat = "full"
     train.prompts_per_microbatch, train.rollouts_per_microbatch = 16, 8
+    rollout.prompts_per_wave = 16  # one on each of 16 chips: 32 full-length caches take 11 GiB
+    config.mesh.data, config.mesh.fsdp = 1, -1  # 16 GiB chips have no room for copies of the state
     config.seed = 0  # of data order and sampling; the weights are given
     config.evaluation.temperature = 1.0  # as in training; p@16 needs samples that differ
     config.evaluation.top_k, config.evaluation.top_p = 0, 1.0  # the whole law, as in training
@@ -111,6 +113,7 @@ def tiny(config: ConfigDict, value: str = "") -> None:
     config.train.steps = 6
     config.train.prompts_per_step = 4
     config.train.rollouts_per_microbatch = config.train.prompts_per_microbatch = 0
+    config.rollout.prompts_per_wave = 0
     config.train.rollouts_every = 2
     config.evaluation.every = 3
     config.evaluation.prompts = 8

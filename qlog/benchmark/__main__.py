@@ -8,11 +8,12 @@ Random weights and tokens: nothing is read or downloaded. Every rollout has the 
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
@@ -33,13 +34,23 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
     runtime.set_up()
-    config = _CONFIG.value
-    run = aot.without_data(config, jax.devices())
+    report(
+        _CONFIG.value, prompt=_PROMPT.value, rationale=_RATIONALE.value, answer=_ANSWER.value,
+        repeats=_REPEATS.value, out=_OUT.value, profile=_PROFILE.value,
+    )  # fmt: skip
+
+
+def report(
+    config: ConfigDict, *, prompt: int = 0, rationale: int = 0, answer: int = 16, repeats: int = 5,
+    out: str = "", profile: str = "", devices: Sequence[jax.Device] | None = None,
+) -> None:  # fmt: skip
+    """Times all phases of a step of `config` and prints the table; arguments as the flags."""
+    run = aot.without_data(config, devices or jax.devices())
     policy, mesh = run.policy, run.mesh
     size = work.Size(
         config.train.prompts_per_step, config.rollout.rollouts_per_prompt,
-        _PROMPT.value or config.data.max_prompt_tokens,
-        _RATIONALE.value or config.rollout.rationale_budget, _ANSWER.value,
+        prompt or config.data.max_prompt_tokens,
+        rationale or config.rollout.rationale_budget, answer,
     )  # fmt: skip
     microbatch = (
         config.train.prompts_per_microbatch or size.prompts,
@@ -56,7 +67,7 @@ def main(argv: list[str]) -> None:
     count = mesh.devices.size
     rows = {}
     for name, phase in phases.items():
-        times = measure.repeat(phase.call, _REPEATS.value)
+        times = measure.repeat(phase.call, repeats)
         kind, memory = measure.peak_memory()
         rows[name] = {
             "seconds": times.median, "shortest": times.shortest, "longest": times.longest,
@@ -65,20 +76,20 @@ def main(argv: list[str]) -> None:
             "of_bandwidth": phase.need.bytes / times.median / (count * peaks.bandwidth),
             f"{kind}_peak_bytes": memory,
         }  # fmt: skip
-    if _PROFILE.value:
-        with jax.profiler.trace(_PROFILE.value):
+    if profile:
+        with jax.profiler.trace(profile):
             for name in ("rollouts", "train"):
                 jax.block_until_ready(phases[name].call())
     device = mesh.devices.flat[0]
     facts = {
         "device": f"{count} x {device.device_kind}", "jax": jax.__version__,
         "dtype": str(jnp.dtype(policy.dtype)), "matmul_peak_flops": peaks.flops,
-        "bandwidth_bytes_per_s": peaks.bandwidth, "repeats": _REPEATS.value, **size._asdict(),
+        "bandwidth_bytes_per_s": peaks.bandwidth, "repeats": repeats, **size._asdict(),
         "microbatch": microbatch, "phases": rows,
     }  # fmt: skip
     show(facts)
-    if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if out:
+        pathlib.Path(out).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def show(facts: dict) -> None:

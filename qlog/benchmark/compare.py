@@ -8,6 +8,7 @@ step is the usual one: M separate sequences, logits of the completion alone, cli
 run it on a quiet machine. Other shapes: --only=train:tiny:2x16:1024+64 (kind:size:prompts x M:prompt + new).
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -17,15 +18,6 @@ import subprocess
 import sys
 import tempfile
 from typing import NamedTuple
-
-from absl import app, flags
-
-_OUT = flags.DEFINE_string("out", "", "JSON file for all numbers.")
-_MARKDOWN = flags.DEFINE_string("markdown", "", "Markdown file for the table.")
-_ONLY = flags.DEFINE_list("only", [], "Work to run; empty is the whole table.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats; their median counts.")
-_WORKER = flags.DEFINE_string("worker", "", "Internal: IMPLEMENTATION/WORK, run in this process.")
-_WEIGHTS = flags.DEFINE_string("weights", "", "Internal: folder with the weights.")
 
 SIZES = {
     "tiny": {
@@ -198,37 +190,48 @@ def run_torch(work: Work, weights: str, repeats: int) -> dict:
 # ---- The table ----
 
 
-def main(argv: list[str]) -> None:
-    if _WORKER.value:
-        from qlog import runtime
-
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # first calls compile
-        runtime.set_up()
-        implementation, _, text = _WORKER.value.partition("/")
-        run = {"qlog": run_qlog, "torch": run_torch}[implementation]
-        row = run(parse(text), _WEIGHTS.value, _REPEATS.value)
-        row["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(row), flush=True)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", default="", help="JSON file for all numbers")
+    parser.add_argument("--markdown", default="", help="Markdown file for the table")
+    parser.add_argument("--only", default=",".join(TABLE), help="work to run, comma-separated")
+    parser.add_argument("--repeats", type=int, default=5, help="their median counts")
+    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(work_alone(args.worker, args.weights, args.repeats)), flush=True)
         return
-    texts = _ONLY.value or TABLE
-    works = {text: parse(text) for text in texts}
+    works = {text: parse(text) for text in args.only.split(",")}
     peak = json.loads(_python("-c", _PEAK))
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for size in {work.size for work in works.values()}:
             write_weights(size, pathlib.Path(folder) / size)
         for text, work in works.items():
-            rows[text] = {
-                name: _run(name, text, f"{folder}/{work.size}") for name in ("torch", "qlog")
-            }
+            weights = f"{folder}/{work.size}"
+            rows[text] = {name: _run(name, text, weights, args.repeats) for name in ("torch", "qlog")}
             print(line(text, rows[text], peak), flush=True)
-    facts = {"matmul_peak_flops": peak, "machine": machine(), "repeats": _REPEATS.value, "rows": rows}
+    versions = {row["versions"] for pair in rows.values() for row in pair.values()}
+    about = f"{machine()}, {', '.join(sorted(versions))}; matmul peak {peak / 1e9:.0f} GFLOP/s"
     table = "\n".join([HEADER, *(line(text, row, peak) for text, row in rows.items())])
-    if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    if _MARKDOWN.value:
-        pathlib.Path(_MARKDOWN.value).write_text(table + "\n", encoding="utf-8")
-    print(f"\n{machine()}; matmul peak {peak / 1e9:.0f} GFLOP/s\n\n{table}")
+    if args.out:
+        facts = {"about": about, "matmul_peak_flops": peak, "repeats": args.repeats, "rows": rows}
+        pathlib.Path(args.out).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if args.markdown:
+        pathlib.Path(args.markdown).write_text(table + "\n", encoding="utf-8")
+    print(f"\n{about}\n\n{table}")
+
+
+def work_alone(worker: str, weights: str, repeats: int) -> dict:
+    """One implementation's work in this process, with the memory that the process took."""
+    from qlog import runtime
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # first calls compile
+    runtime.set_up()
+    implementation, _, text = worker.partition("/")
+    row = {"qlog": run_qlog, "torch": run_torch}[implementation](parse(text), weights, repeats)
+    return row | {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 _PEAK = (
@@ -265,10 +268,10 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def _run(name: str, text: str, weights: str) -> dict:
+def _run(name: str, text: str, weights: str, repeats: int) -> dict:
     out = _python(
         "-m", "qlog.benchmark.compare", f"--worker={name}/{text}", f"--weights={weights}",
-        f"--repeats={_REPEATS.value}",
+        f"--repeats={repeats}",
     )  # fmt: skip
     return json.loads(out.splitlines()[-1])
 
@@ -281,4 +284,4 @@ def _python(*arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
