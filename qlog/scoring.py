@@ -9,7 +9,7 @@ from jax import Array
 from qlog import models, sharding
 from qlog.policy import Policy
 
-_CHUNK_BYTES = 1 << 26  # float32 logits that exist at a time, on a device
+_CHUNK_BYTES = 1 << 24  # float32 logits that exist at a time, on a device
 _FEWEST = 256  # but no fewer tokens than this: matrix products would get thin
 
 
