@@ -20,9 +20,10 @@ from rich.table import Table
 from qlog import config as settings
 from qlog import experiment as parts
 from qlog import learner, losses, models, sampling, sharding
+from qlog.chips import CHIPS, Chip
 from qlog.errors import ConfigError
 from qlog.policy import Policy
-from qlog.roofline import CHIPS, Chip, Cost, Module, Sweep
+from qlog.roofline import Cost, Module, Sweep
 
 _FEW = 16  # tokens
 

@@ -12,31 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-class Chip(NamedTuple):
-    """Public peaks of one device: bf16 FLOP/s, HBM bytes and bytes/s, interconnect bytes/s sent.
-
-    `usable`: bytes of HBM that the compiler gives to a program, as its own messages say.
-    """
-
-    flops: float
-    hbm: float
-    hbm_speed: float
-    link_speed: float
-    usable: float
-
-
-# By the device kind that the topology reports; from the tables "Key chip specifications" of Google's
-# pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e,tpu7x}. They give interconnect in
-# both directions together, so it is halved here; v4's page gives none: its all-reduce bandwidth per
-# pod, 1.1 PB/s over 4096 chips (v5e's and v6e's, taken so, agree). A TPU7x chip is two devices.
-CHIPS = {
-    "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 268e9, 31.75 * 2**30),
-    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9, 15.75 * 2**30),
-    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 94.75 * 2**30),
-    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 31.25 * 2**30),
-    "TPU7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 300e9, 94.75 * 2**30),
-}
+from qlog.chips import Chip
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -47,6 +23,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _RENAMES = frozenset("bitcast copy reshape transpose convert".split())
+_KERNEL_SLOTS = 128  # keys that an attention kernel visits or leaves out together, about
 _FREE = frozenset(  # they name what is there, or are paid for where the data are used
     "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id "
     "opt-barrier add-dependency".split()
@@ -110,6 +87,10 @@ class Cost(NamedTuple):
             self.is_whole and other.is_whole,
         )  # fmt: skip
 
+    def scaled(self, share: float) -> "Cost":
+        """The same with `share` of the FLOPs and of the bytes in HBM."""
+        return self._replace(flops=share * self.flops, bytes=share * self.bytes)
+
     def seconds(self, chip: Chip) -> float:
         """The roofline: the slowest of arithmetic, memory and interconnect, each at its peak."""
         return max(self.times(chip).values())
@@ -147,7 +128,7 @@ class Module:
 
         Args:
           trips: how often a loop runs whose end depends on data, by the longest array that it
-            sweeps. By default to that array's end.
+            sweeps, and how many blocks of its keys attention visits. By default all.
         """
 
         @functools.cache
@@ -161,6 +142,15 @@ class Module:
         def all_of(names: list[str], times: float = 1) -> Cost:
             return functools.reduce(lambda cost, name: cost.plus(total(name), times), names, Cost())
 
+        def share(kernel: Instruction, by_name) -> float:
+            """Of an attention kernel's estimate, which is for all queries with all keys."""
+            shapes = [by_name[name].results[0].dimensions for name in kernel.operands]
+            caches = [shape for shape in shapes if len(shape) == 4 and shape[-1] == shapes[1][-1]]
+            if "attention" not in kernel.attributes or len(caches) < 3:
+                return 1.0
+            sweep = Sweep(caches[-1], caches[-1][2], _KERNEL_SLOTS)  # the values come last
+            return trips(sweep) / sweep.blocks
+
         def one(each: Instruction, by_name) -> Cost:
             called = _CALLED.findall(each.attributes)
             if each.opcode == "while":
@@ -172,6 +162,8 @@ class Module:
                 return max(map(total, branches), key=lambda cost: (cost.flops, cost.bytes))
             if each.opcode in ("call", "async-start"):
                 return all_of(called)
+            if _is_kernel(each):
+                return _own(each, by_name).scaled(share(each, by_name))
             if each.opcode == "fusion":
                 return all_of(called)._replace(bytes=_fusion_bytes(each, by_name, self.computations))
             return _own(each, by_name)
@@ -271,6 +263,10 @@ def _hbm(each: Instruction) -> float:
     return sum(shape.bytes for shape in each.results if shape.in_hbm)
 
 
+def _is_kernel(each: Instruction) -> bool:
+    return each.opcode == "custom-call" and "tpu_custom_call" in each.attributes
+
+
 def _own(each: Instruction, by_name: Mapping[str, Instruction]) -> Cost:
     """Of an instruction that calls nothing; of a fusion, of what it calls apart."""
     kind = each.opcode.removesuffix("-start")
@@ -281,7 +277,7 @@ def _own(each: Instruction, by_name: Mapping[str, Instruction]) -> Cost:
         return Cost(0.0, moved, {kind: _sent(kind, each, by_name)})
     if each.opcode in _FREE or each.opcode.endswith(("-done", "-update")):
         return Cost()
-    if each.opcode == "custom-call" and "tpu_custom_call" in each.attributes:
+    if _is_kernel(each):
         estimate = re.search(r'"cost_estimate":\{([^}]*)\}', each.attributes)
         fields = dict(re.findall(r'"(\w+)":"?(\d+)', estimate.group(1))) if estimate else {}
         moved = float(fields.get("bytes_accessed", 0)) or _hbm(each) + sum(map(_hbm, operands))

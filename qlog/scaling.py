@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from qlog import aot
 from qlog import config as settings
+from qlog.chips import Chip
 from qlog.errors import ConfigError
-from qlog.roofline import Chip
 from qlog.telemetry import say
 
 # Whatever counts prompts; 0 means all, and stays.

@@ -5,8 +5,9 @@ import pytest
 import tiny
 
 from qlog import aot
+from qlog.chips import CHIPS
 from qlog.errors import ConfigError
-from qlog.roofline import CHIPS, Cost
+from qlog.roofline import Cost
 
 V5E = CHIPS["TPU v5 lite"]
 

@@ -30,7 +30,7 @@ LAYERS = """
     distributed
     metrics telemetry sharding roofline runtime
     models data losses
-    errors
+    errors chips
 """
 # All that these packages may import from the rest of qlog.
 KNOWS = {"losses": set(), "models": {"errors"}, "data": {"errors"}, "errors": set()}

@@ -8,7 +8,8 @@ import pytest
 import tiny
 from jax.experimental import pallas as pl
 
-from qlog import aot, models, roofline, sharding
+from qlog import aot, models, sharding
+from qlog.chips import CHIPS
 from qlog.roofline import Cost, Module
 
 _LOOPS = """
@@ -105,7 +106,7 @@ def test_a_kernel_counts_as_it_says(slice_, flops):
 
 
 def test_the_roofline_is_the_slowest_resource():
-    chip = roofline.CHIPS["TPU v5 lite"]
+    chip = CHIPS["TPU v5 lite"]
     cost = Cost(197e12, 2 * 819e9, {"all-gather": 100e9, "all-reduce": 50e9})
     assert cost.times(chip) == {"arithmetic": 1.0, "memory": 2.0, "interconnect": 0.75}
     assert cost.seconds(chip) == 2.0
@@ -166,3 +167,15 @@ def test_a_models_flops_are_those_counted_by_hand(slice_):
     assert 5 * per_chip < phase.cost.flops <= 6 * per_chip
     assert phase.cost.sent.keys() == {"all-reduce"}  # of the heads' and the MLP's halves
     assert phase.cost.bytes > 4 * sum(x.size for x in jax.tree.leaves(shapes["layers"])) / 2
+
+
+def test_an_attention_kernel_counts_what_it_visits():
+    """Its estimate is for all queries with all of the keys, 1024 slots of which a quarter is seen."""
+    text = """ENTRY %main (q: bf16[1,2,64,128], k: bf16[1,2,1024,128]) -> bf16[1,2,64,128] {
+  %plan = s32[4]{0} parameter(0)
+  %q = bf16[1,2,64,128]{3,2,1,0} parameter(1)
+  %k = bf16[1,2,1024,128]{3,2,1,0} parameter(2)
+  ROOT %out = bf16[1,2,64,128]{3,2,1,0} custom-call(%plan, %q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention_forward"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"800","bytes_accessed":"400"}}}
+}"""
+    assert Module(text).cost() == Cost(800.0, 400.0, {})
+    assert Module(text).cost(lambda sweep: sweep.length / sweep.size / 4) == Cost(200.0, 100.0, {})

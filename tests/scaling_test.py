@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from qlog import aot, commands, scaling
+from qlog.chips import CHIPS
 from qlog.errors import ConfigError
-from qlog.roofline import CHIPS
 
 
 def _row(chips, interconnect, seconds=10.0, fits=True):
