@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from qlog import models
-from qlog.benchmark import __main__ as benchmark
 from qlog.benchmark import compare, measure, work
+from qlog.benchmark.report import report
 from qlog.policy import Policy
 
 
@@ -56,7 +56,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     config = tiny.config()
     config.architecture.num_layers = 1
     file = tmp_path / "out.json"
-    benchmark.report(config, repeats=1, out=str(file), devices=jax.devices()[:1])
+    report(config, repeats=1, out=str(file), devices=jax.devices()[:1])
     facts = json.loads(file.read_text())
     assert set(facts["phases"]) == {"prefill", "rollouts", "score", "score_fresh", "train"}
     for row in facts["phases"].values():
