@@ -23,7 +23,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _RENAMES = frozenset("bitcast copy reshape transpose convert".split())
-_KERNEL_SLOTS = 128  # keys that an attention kernel visits or leaves out together, about
+_KERNEL_SLOTS = 512  # keys that an attention kernel visits or leaves out together, about
 _FREE = frozenset(  # they name what is there, or are paid for where the data are used
     "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id "
     "opt-barrier add-dependency".split()
@@ -145,7 +145,7 @@ class Module:
         def share(kernel: Instruction, by_name) -> float:
             """Of an attention kernel's estimate, which is for all queries with all keys."""
             shapes = [by_name[name].results[0].dimensions for name in kernel.operands]
-            caches = [shape for shape in shapes if len(shape) == 4 and shape[-1] == shapes[1][-1]]
+            caches = [shape for shape in shapes if len(shape) == 4 and shape[2] > 1]
             if "attention" not in kernel.attributes or len(caches) < 3:
                 return 1.0
             sweep = Sweep(caches[-1], caches[-1][2], _KERNEL_SLOTS)  # the values come last
