@@ -220,6 +220,8 @@ class Module:
                 elif each.opcode in ("dynamic-slice", "dynamic-update-slice"):
                     whole = by_name[each.operands[0]].results[0].dimensions
                     part = each if each.opcode == "dynamic-slice" else by_name[each.operands[1]]
+                    if len(whole) == 1:  # a table by the chip's number: not swept
+                        continue
                     for length, size in zip(whole, part.results[0].dimensions):
                         sweep = Sweep(whole, length, size)
                         longest = max(longest, sweep, key=lambda sweep: sweep.length / sweep.size)
