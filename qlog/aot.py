@@ -225,18 +225,22 @@ def _bytes_per_chip(tree) -> float:
 
 
 def _trips(run: parts.Experiment):
-    """How often loops run that end when the data say so, in a step at its longest: to their end,
-    but for attention, which stops at the last key that a block of queries sees."""
-    prompt = run.config.data.max_prompt_tokens
-    rollout = run.sampling.max_rationale_length + run.config.rollout.answer_reserve
+    """How often loops run that end when the data say so, in a step at its longest."""
+    config, shape = run.config, run.policy.config
+    prompt, steps = config.data.max_prompt_tokens, run.sampling.max_length
+    rollout = run.sampling.max_rationale_length + config.rollout.answer_reserve
+    rows = run.rollouts_per_prompt
+    chunks = rows // (config.train.rollouts_per_microbatch or rows)
 
     def trips(sweep: Sweep) -> float:
-        is_cache = len(sweep.shape) in (4, 5) and sweep.shape[-1] == run.policy.config.head_dim
-        is_prompt = len(sweep.shape) == 4 and sweep.length == prompt
-        if not is_cache or is_prompt:
+        if sweep.size == 1 and sweep.length >= steps:  # decoding, a token at a time
+            return steps
+        if len(sweep.shape) not in (4, 5) or sweep.shape[-1] != shape.head_dim:
+            return chunks  # the learner's rows of rollouts; whatever else it slices is of one chip
+        if len(sweep.shape) == 4 and sweep.length == prompt:
             return sweep.blocks
-        # Tokens of rollouts, several of which may lie side by side, see those of their own rollout
-        # that came before: on average half of them.
+        # Attention among tokens of rollouts, several of which may lie side by side: each sees those
+        # of its own rollout that came before, on average half.
         return (min(sweep.length, rollout) / sweep.size + 1) / 2
 
     return trips

@@ -7,7 +7,7 @@ import tiny
 from qlog import aot
 from qlog.chips import CHIPS
 from qlog.errors import ConfigError
-from qlog.roofline import Cost
+from qlog.roofline import Cost, Sweep
 
 V5E = CHIPS["TPU v5 lite"]
 
@@ -38,3 +38,18 @@ def test_a_step_compiles_for_a_slice_and_fits(capsys):
     with pytest.raises(ConfigError, match="not known to libtpu"):
         aot.compile_run(config, "v5e:7x9")
     assert jax.default_backend() == "cpu"
+
+
+def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
+    config = tiny.config(
+        train={"prompts_per_step": 8, "rollouts_per_microbatch": 2}, evaluation={"prompts_per_batch": 8},
+        rollout={"rationale_budget": 1023, "answer_reserve": 128}, data={"max_prompt_tokens": 512},
+        mesh={"data": 8},
+    )  # fmt: skip
+    run = aot.without_data(config, jax.devices())
+    trips = aot._trips(run)
+    assert trips(Sweep((1, 1, 4, 1024, 8), 1024, 1)) == 1024  # decoding
+    assert trips(Sweep((1, 1, 512, 8), 512, 128)) == 4  # attention to a full prompt
+    assert trips(Sweep((1, 1, 4, 1024, 8), 1024, 128)) == 4.5  # to a rollout's own past
+    assert trips(Sweep((1, 1, 2 * 1152, 8), 2 * 1152, 128)) == 5  # two rollouts side by side
+    assert trips(Sweep((1, 4, 1152), 4, 2)) == 2  # the learner's chunks of rows
