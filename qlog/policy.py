@@ -42,10 +42,10 @@ class Policy:
         return {"dtype": self.dtype, "attend": attend, "hold": hold}
 
     def gathered(self, params: models.Params) -> models.Params:
-        """Parameters whose tables lie in `dtype` on every device, but for the tensor axis.
+        """Parameters whose tables lie whole on every device, but for the tensor axis.
 
         Looked up in a table that is split over fsdp, activations would be split over their width,
         and logits be partial sums.
         """
-        tables = {k: params[k].astype(self.dtype) for k in ("embed", "unembed") if k in params}
+        tables = {k: params[k] for k in ("embed", "unembed") if k in params}
         return params | sharding.keep_gathered(self.mesh, tables)

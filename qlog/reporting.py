@@ -64,7 +64,7 @@ def rollout_rows(
     if experiment.estimator.rationale == "annotated":
         return
     local = sharding.local_rows(
-        experiment.mesh, groups._replace(prompts=(), gold=(), gold_lengths=())
+        experiment.mesh, groups._replace(prompts=(), gold=(), gold_lengths=(), row_steps=())
     )
     for row in range(min(experiment.config.train.rollouts_prompts, len(batch.examples))):
         prompt = batch.tokens[row, : batch.lengths[row]].tolist()

@@ -42,12 +42,12 @@ def token_log_probs(
     by_row = lambda x: x.reshape(rows, targets.size // rows, *x.shape[len(shape) :])  # noqa: E731
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape)
     inputs = tuple(map(by_row, (hidden, targets, temperature)))
-    table = table.astype(hidden.dtype)
 
     @jax.checkpoint
     def one_chunk(inputs):
         states, wanted, scale = (x.reshape(-1, *x.shape[2:]) for x in inputs)
-        logits = masked_logits(states, table, valid_vocab) / scale[:, None]
+        # Cast inside the chunk: so the chunks' gradients of the table add up in its own precision.
+        logits = masked_logits(states, table.astype(states.dtype), valid_vocab) / scale[:, None]
         # A masked sum, not a gather: the gather's backward pass is a scatter, row by row on CPUs.
         is_wanted = jnp.arange(table.shape[0]) == wanted[:, None]
         picked = jnp.where(is_wanted, logits, 0.0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)

@@ -36,6 +36,7 @@ def test_needed_work_is_what_enumeration_counts():
     assert decode == measure.Need(prompts * rollouts * own, 2 * read)
 
 
+@pytest.mark.slow
 def test_phases_do_the_work_that_they_are_timed_for():
     size = work.Size(prompts=2, rollouts=2, prompt=12, rationale=5, answer=3)
     policy = Policy(dataclasses.replace(tiny.SHAPE, num_layers=1), tiny.VALID_VOCAB)

@@ -171,7 +171,9 @@ def _setting(rows, keys, values, start, stop, queries):
 
 
 def _plan(start, stop, batch, sizes) -> _Plan:
-    start, stop = (x.reshape(-1, sizes.row_count, sizes.rows) for x in (start, stop))
+    start, stop = jnp.broadcast_arrays(
+        *(x.reshape(-1, sizes.row_count, sizes.rows) for x in (start, stop))
+    )
     last_slot = sizes.slots * sizes.slot_count - 1
     sees = start < stop
     first = jnp.where(sees, start, last_slot).min(-1) // sizes.slots

@@ -225,7 +225,7 @@ def apply(
     Returns:
       The final hidden states [B, M, R, D], normalised, ready for the output head; and the state.
     """
-    hidden = params["embed"].astype(dtype)[tokens]
+    hidden = params["embed"][tokens].astype(dtype)  # so its gradient adds up in its precision
     if config.scale_embeddings:
         hidden = hidden * jnp.asarray(config.width**0.5, dtype)
     hidden = hold(hidden)
