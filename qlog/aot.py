@@ -19,7 +19,7 @@ from rich.table import Table
 
 from qlog import config as settings
 from qlog import experiment as parts
-from qlog import learner, losses, models, sampling, sharding
+from qlog import learner, losses, models, optimizer, sampling, sharding
 from qlog.chips import CHIPS, Chip
 from qlog.errors import ConfigError
 from qlog.policy import Policy
@@ -108,7 +108,7 @@ def without_data(config: ConfigDict, devices) -> parts.Experiment:
         parts.attention(config, mesh),
     )  # fmt: skip
     return parts.Experiment(
-        config=config, estimator=estimator, optimizer=parts.make_optimizer(config), mesh=mesh,
+        config=config, estimator=estimator, optimizer=optimizer.build(config), mesh=mesh,
         policy=policy, sampling=draws, evaluation_sampling=draws, formatter=None, grader=None,
         train_data=None, evaluation_data=None,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def _rollout_programs(run: parts.Experiment):
     params, tokens, lengths = run.abstract_params(), rows(config.data.max_prompt_tokens), rows()
     golds = sampling.Golds(rows(config.rollout.answer_reserve), rows())
     row_keys = rows(rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    optimizer = _bytes_per_chip(run.abstract_state().opt_state)
+    opt_state = _bytes_per_chip(run.abstract_state().opt_state)
     # Everything lies as small arrays of its kind do, which compile in no time.
     few, brief = rows(_FEW), dataclasses.replace(law, rationale_budget=_FEW)
     weights_from, prefill_from = (params, policy), (params, policy, tokens, lengths)
@@ -144,9 +144,9 @@ def _rollout_programs(run: parts.Experiment):
     results = _results(
         sampling.empty_results, (policy, law, wave, rollouts), (policy, brief, wave, rollouts)
     )
-    beside = optimizer + _bytes_per_chip(params)
-    yield "cast", sampling.decoding_weights.lower(*weights_from), 1, optimizer
-    yield "prefill", sampling.prefill.lower(*prefill_from), waves, optimizer + _bytes_per_chip(weights)
+    beside = opt_state + _bytes_per_chip(params)
+    yield "cast", sampling.decoding_weights.lower(*weights_from), 1, opt_state
+    yield "prefill", sampling.prefill.lower(*prefill_from), waves, opt_state + _bytes_per_chip(weights)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     decode = sampling.decode.lower(weights, policy, pool, law, step)
     yield "decode", decode, waves, beside + _bytes_per_chip(results)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qlog import checkpoints, data, losses, models, sharding
+from qlog import checkpoints, data, losses, models, optimizer, sharding
 from qlog import config as settings
 from qlog.data import multihop
 from qlog.errors import ConfigError
@@ -148,7 +148,7 @@ def prepare(
         evaluate = evaluation.every > 0 or not train
     open_split = functools.partial(_open_split, config, formatter, world)
     return Experiment(
-        config=config, estimator=estimator, optimizer=make_optimizer(config), mesh=mesh,
+        config=config, estimator=estimator, optimizer=optimizer.build(config), mesh=mesh,
         policy=Policy(
             config=shape, valid_vocab=tokenizer.vocab_size,
             dtype=jnp.dtype(config.dtype), remat=config.train.remat, mesh=mesh,
@@ -180,32 +180,6 @@ def attention(config: ConfigDict, mesh: Mesh) -> str:
     if config.attention != "auto":
         return config.attention
     return "tpu" if platform == "tpu" else "blocks"
-
-
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip; non-finite gradients are skipped and counted."""
-    section = dict(config.optimizer)
-    del section["max_skipped_in_a_row"]  # the loop's
-    return _optimizer(config.train.steps * config.train.updates_per_batch, **section)
-
-
-@functools.cache  # one object per setting: jit treats optimizers as static
-def _optimizer(
-    steps, *, learning_rate, warmup_steps, schedule, max_grad_norm, **adamw
-) -> optax.GradientTransformation:
-    rest = max(1, steps - warmup_steps)
-    after = {
-        "constant": optax.constant_schedule(learning_rate),
-        "cosine": optax.cosine_decay_schedule(learning_rate, rest),
-        "linear": optax.linear_schedule(learning_rate, 0.0, rest),
-    }[schedule]
-    ramp = optax.linear_schedule(
-        learning_rate / (warmup_steps + 1), learning_rate, max(1, warmup_steps)
-    )
-    optimizer = optax.adamw(optax.join_schedules([ramp, after], [warmup_steps]), **adamw)
-    clipped = optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
-    # Skipping is unlimited here; the loop stops at max_skipped_in_a_row and says so.
-    return optax.apply_if_finite(clipped, max_consecutive_errors=2**30)
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:

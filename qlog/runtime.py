@@ -22,6 +22,20 @@ def set_up() -> None:
         jax.monitoring.register_event_duration_secs_listener(_trim)
 
 
+class Compilations:
+    """Counts the programs that are compiled, or read from the cache, until it is closed."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **kwargs) -> None:
+        self.count += event == _COMPILED
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
 def _trim(event: str, duration: float, **kwargs) -> None:
     """The compiler leaves hundreds of MiB with the allocator: give them back before the program runs."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it

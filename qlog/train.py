@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from qlog import config as settings
-from qlog import checkpoints, data, distributed, evaluation, reporting
+from qlog import checkpoints, data, distributed, evaluation, reporting, runtime
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.step import Stopwatch, collect, learn
@@ -65,16 +65,20 @@ def run(
         start_step=start_step, process_index=jax.process_index(),
         process_count=jax.process_count(),
     )  # fmt: skip
-    metrics, last_evaluated = {}, -1
-    with _stop_signals() as stopping, contextlib.closing(log), contextlib.closing(saved):
+    metrics, last_evaluated, compiled = {}, -1, runtime.Compilations()
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(_stop_signals())
+        for each in (compiled, log, saved):
+            stack.enter_context(contextlib.closing(each))
         for step, batch in batches:
             if step >= config.train.steps:
                 break
-            watch = Stopwatch()
+            watch, compiled_before = Stopwatch(), compiled.count
             key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
             groups = collect(experiment, state.params, batch, key, watch, rehearse=step == start_step)
             state, sums, gauges, norms = learn(experiment, state, groups, reference, key, watch)
             values = reporting.measure(experiment, state, groups, sums, gauges, norms, watch)
+            values["compilations"] = compiled.count - compiled_before
             log.scalars(step, "train", values)
             log.progress(step, reporting.progress(values))
             _check_health(config, step, values)

@@ -13,11 +13,15 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402  (the environment must be set first)
 import pytest  # noqa: E402
 
+from qlog import runtime  # noqa: E402
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """A cache that lives as long as the session: equal programs compile once."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("jax_cache"))
+    base = tmp_path_factory.getbasetemp()
+    ours = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # workers share it
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ours / "jax_cache")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
@@ -26,15 +30,9 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture
 def compilations():
     """A function that says how many programs were compiled, or read from the cache, since."""
-    counted = []
-
-    def count(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            counted.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    yield lambda: len(counted)
-    jax.monitoring.unregister_event_duration_listener(count)
+    counted = runtime.Compilations()
+    yield lambda: counted.count
+    counted.close()
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ LAYERS = """
     sampling
     scoring
     drawing pool
-    policy
+    policy optimizer
     paper
     config
     distributed

@@ -60,7 +60,7 @@ def test_shellcheck():
     run(shellcheck, "--external-sources", *SHELL, *SOURCED)
 
 
-@pytest.mark.parametrize("script", set(SCRIPTS) - set(SHELL), ids=lambda p: p.name)
+@pytest.mark.parametrize("script", sorted(set(SCRIPTS) - set(SHELL)), ids=lambda p: p.name)
 def test_python_scripts_parse(script):
     ast.parse(script.read_text())
 

@@ -63,6 +63,15 @@ def test_a_run_leaves_everything_behind(six_steps):
     assert not outcome.interrupted
 
 
+def test_nothing_compiles_after_the_second_step(six_steps):
+    """Prompts and rationales of other lengths included."""
+    _, workdir, _ = six_steps
+    trained = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["phase"] == "train"]
+    assert len({row["rationale_length"] for row in trained}) > 1
+    assert trained[0]["compilations"] > 0
+    assert [row["compilations"] for row in trained[2:]] == [0] * 4
+
+
 def test_three_and_three_steps_equal_six_bit_for_bit(six_steps, tmp_path):
     config, whole, _ = six_steps
     train.run(qconfig.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)

@@ -80,8 +80,7 @@ def run_qlog(work: Work, weights: str, repeats: int) -> dict:
     if work.kind == "train":
         size = size._replace(rationale=work.new - 1)
         batch = phases.make_batch(policy, size)
-        rows = size.rollouts // 2 if needs_microbatches(work) else size.rollouts
-        trainer = phases.Trainer(params, policy, size, batch, (size.prompts, rows))
+        trainer = phases.Trainer(params, policy, size, batch, (1, size.rollouts))  # a group at a time
         phase = trainer.phase()
         del params  # the trainer owns and donates them
         times = measure.repeat(phase.call, repeats)

@@ -15,6 +15,7 @@ from jax import Array
 
 from qlog.models.attention import ATTENTION, Segment, attend, attend_step
 from qlog.models.config import DecoderConfig
+from qlog.models.dense import dot_general
 from qlog.models.rope import rotate, rotation
 
 Params = Any
@@ -86,7 +87,7 @@ class Block(nn.Module):
         -> ([B, M, R, K, G, C], anything).
         """
         cfg = self.config
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=x.dtype)
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=x.dtype, dot_general=dot_general)
         scaled_down = nn.initializers.variance_scaling(0.5 / cfg.num_layers, "fan_in", "normal")
         norm = functools.partial(RMSNorm, cfg.norm_eps, cfg.norm_offset)
         normed = norm(name="attention_norm")(x)
@@ -113,7 +114,10 @@ class Block(nn.Module):
         """Project to [B, M, R, heads, C]."""
         cfg = self.config
         width = num_heads * cfg.head_dim
-        flat = nn.Dense(width, use_bias=cfg.qkv_bias, dtype=x.dtype, name=name)(x)
+        dense = nn.Dense(
+            width, use_bias=cfg.qkv_bias, dtype=x.dtype, dot_general=dot_general, name=name
+        )
+        flat = dense(x)
         return flat.reshape(*x.shape[:-1], num_heads, cfg.head_dim)
 
 
