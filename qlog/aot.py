@@ -162,6 +162,7 @@ def _learner_programs(run: parts.Experiment):
     longest = run.sampling.max_length
     if estimator.answer == "gold":
         longest = run.sampling.max_rationale_length + config.rollout.answer_reserve
+    longest = sampling.whole_tiles(longest)
     tokens = rows(rollouts_count, longest)
     mask = rows(rollouts_count, longest, dtype=bool)
     log_probs = rows(rollouts_count, longest, dtype=jnp.float32)

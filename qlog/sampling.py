@@ -39,9 +39,17 @@ from qlog.policy import Policy
 from qlog.pool import Plan, levels, nobody_in, regroup
 
 _CHUNK = 8  # decode steps between two looks at which rollouts are done
-# Slots of a cache come in multiples of this: else a TPU lays caches out in a way that the decode
-# loop cannot update in place, and copies them all at its beginning and end.
 _TILE = 128
+
+
+def whole_tiles(length: int) -> int:
+    """`length` tokens rounded up to a multiple of 128 (of 16, if that is more).
+
+    Else a TPU lays caches out in a way that the decode loop cannot update in place, copies them all
+    at its beginning and end, and spends minutes on compiling shifts of everything else.
+    """
+    tile = _TILE if length > _TILE else 16
+    return -(-length // tile) * tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +243,7 @@ def prefill(params, policy: Policy, prompts: Array, lengths: Array) -> models.Pr
 @functools.partial(jax.jit, static_argnames=("policy", "settings"))
 def start(policy, prefix, prompts, lengths, keys, settings) -> Pool:
     """The pool of all rollouts: blocks are groups, N = B and m = M."""
-    shape, tile = keys.shape, _TILE if settings.max_length > _TILE else 16
-    slots = -(-settings.max_length // tile) * tile
+    shape, slots = keys.shape, whole_tiles(settings.max_length)
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
     pool = Pool(
         step=jnp.zeros((), jnp.int32), source=jnp.arange(keys.size, dtype=jnp.int32).reshape(shape),

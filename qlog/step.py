@@ -126,11 +126,11 @@ def _trajectories(experiment: Experiment, groups: Groups) -> learner.Trajectorie
     """Of the longest possible length, whatever was sampled, so that one program serves all steps."""
     rollouts, settings = groups.rollouts, experiment.sampling
     if experiment.estimator.answer != "gold":
-        return learner.with_sampled_answer(rollouts, settings.max_length)
+        return learner.with_sampled_answer(rollouts, sampling.whole_tiles(settings.max_length))
     longest = rollouts.tokens.shape[-1]
     if experiment.estimator.rationale == "sampled":
         longest = settings.max_rationale_length
-    length = longest + groups.gold.shape[-1]
+    length = sampling.whole_tiles(longest + groups.gold.shape[-1])
     return learner.with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
 
 
