@@ -24,7 +24,8 @@ def token_log_probs(
 ) -> Array:
     """log softmax(hidden @ table.T / temperature)[targets], a chunk of tokens at a time.
 
-    The backward pass recomputes each chunk's logits, so no [N, V] array is ever stored.
+    The backward pass recomputes each chunk's logits, so no [N, V] array is ever stored; those of a
+    single chunk, which it needs at once, are kept.
 
     Args:
       hidden: [B, ..., D] final hidden states.
@@ -43,7 +44,6 @@ def token_log_probs(
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape)
     inputs = tuple(map(by_row, (hidden, targets, temperature)))
 
-    @jax.checkpoint
     def one_chunk(inputs):
         states, wanted, scale = (x.reshape(-1, *x.shape[2:]) for x in inputs)
         # Cast inside the chunk: so the chunks' gradients of the table add up in its own precision.
@@ -64,7 +64,7 @@ def token_log_probs(
         x = jnp.pad(x, padding, mode="edge")
         return jnp.moveaxis(x.reshape(rows, -1, size, *x.shape[2:]), 1, 0)
 
-    chunks = jax.lax.map(one_chunk, jax.tree.map(split, inputs))
+    chunks = jax.lax.map(jax.checkpoint(one_chunk), jax.tree.map(split, inputs))
     return jnp.moveaxis(chunks, 0, 1).reshape(rows, -1)[:, :count].reshape(shape)
 
 

@@ -62,6 +62,9 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert set(facts["phases"]) == {"prefill", "rollouts", "score", "score_fresh", "train"}
     for row in facts["phases"].values():
         assert row["seconds"] > 0 and row["tokens_per_s"] > 0 and row["of_matmul_peak"] > 0
+    parts = facts["train_parts"]
+    assert set(parts) == {"prompts", "output head", "update", "rollouts' layers"}
+    assert sum(parts.values()) == pytest.approx(facts["phases"]["train"]["seconds"])
     output = capsys.readouterr().out
     assert "train" in output and "tokens/s" in output
 

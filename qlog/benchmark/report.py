@@ -45,7 +45,8 @@ def report(
     params = init(jax.random.key(0))
     batch = work.make_batch(policy, size)
     phases = work.rollout_phases(params, policy, size, batch, config.rollout.prompts_per_wave)
-    phases["train"] = work.Trainer(params, policy, size, batch, microbatch).phase()
+    trainer = work.Trainer(params, policy, size, batch, microbatch)
+    phases["train"] = trainer.phase()
 
     peaks = measure.measure_peaks(policy.dtype)
     count = mesh.devices.size
@@ -60,6 +61,8 @@ def report(
             "of_bandwidth": phase.need.bytes / times.median / (count * peaks.bandwidth),
             f"{kind}_peak_bytes": memory,
         }  # fmt: skip
+    parts = {name: measure.repeat(call, repeats).median for name, call in trainer.parts().items()}
+    parts["rollouts' layers"] = rows["train"]["seconds"] - sum(parts.values())
     if profile:
         with jax.profiler.trace(profile):
             for name in ("rollouts", "train"):
@@ -69,7 +72,7 @@ def report(
         "device": f"{count} x {device.device_kind}", "jax": jax.__version__,
         "dtype": str(jnp.dtype(policy.dtype)), "matmul_peak_flops": peaks.flops,
         "bandwidth_bytes_per_s": peaks.bandwidth, "repeats": repeats, **size._asdict(),
-        "microbatch": microbatch, "phases": rows,
+        "microbatch": microbatch, "phases": rows, "train_parts": parts,
     }  # fmt: skip
     show(facts)
     if out:
@@ -92,4 +95,8 @@ def show(facts: dict) -> None:
             name, f"{row['seconds']:.3f}", f"{row['first_call']:.1f}", f"{row['tokens_per_s']:,.0f}",
             f"{row['of_matmul_peak']:.2f}", bandwidth, f"{memory / 2**30:.2f} GiB",
         )  # fmt: skip
-    Console(width=130).print(table)
+    console = Console(width=130)
+    console.print(table)
+    whole = facts["phases"]["train"]["seconds"]
+    shares = (f"{name} {seconds:.3f} ({seconds / whole:.0%})" for name, seconds in facts["train_parts"].items())
+    console.print(f"seconds of train, each part run alone and the last what is left: {', '.join(shares)}")

@@ -3,6 +3,7 @@
 Every rollout has the full length: no token that ends one can be drawn.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -182,3 +183,54 @@ class Trainer:
         tokens = size.prompts * (size.prompt + size.rollouts * length)
         need = measure.train_need(self._policy.config, size.prompts, size.rollouts, size.prompt, length)
         return Phase(self.step, tokens, need)
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """What can be run alone of a step: the prompts and the output head, forward and backward in
+        the same microbatches, and the update. The rest of a step are the rollouts' layers."""
+        prompts, rows = self._microbatch
+        chunks, row_chunks = self._size.prompts // prompts, self._size.rollouts // rows
+        some, tokens = jax.tree.map(
+            lambda x: x[::chunks], (self._batch.prompts, self._batch.trajectories.tokens)
+        )
+
+        def run(function, times, tokens):
+            for _ in range(times):
+                grads = function(self._state.params, self._policy, tokens)
+            return grads
+
+        def update():
+            grads = jax.tree.map(jnp.zeros_like, self._state.params)
+            self._state, norms = learner.update(
+                self._state, (), grads, 1, optimizer=self._optimizer, mesh=self._policy.mesh
+            )
+            return norms
+
+        return {
+            "prompts": lambda: run(_prompts_gradient, chunks, some),
+            "output head": lambda: run(_head_gradient, chunks * row_chunks, tokens[:, :rows]),
+            "update": update,
+        }
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def _prompts_gradient(params, policy, prompts):
+    def total(params):
+        prefix = models.prefill(
+            policy.gathered(params), policy.config, prompts.tokens, prompts.lengths,
+            remat=policy.remat, **policy.options,
+        )  # fmt: skip
+        return prefix.keys.sum(dtype=jnp.float32) + prefix.values.sum(dtype=jnp.float32)
+
+    return sharding.keep(policy.mesh, jax.grad(total)(params))
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def _head_gradient(params, policy, tokens):
+    hidden = params["embed"][tokens].astype(policy.dtype)
+
+    def total(hidden, table):
+        return scoring.token_log_probs(
+            hidden, table, tokens, valid_vocab=policy.valid_vocab, chunk=scoring.chunk_size(policy)
+        ).sum()
+
+    return jax.grad(total, (0, 1))(hidden, models.unembedding(policy.gathered(params)))
