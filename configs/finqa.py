@@ -21,4 +21,6 @@ from qlog import paper
 
 
 def get_config(arg: str = ""):
-    return paper.experiment(arg, dataset="finqa", total_budget=4096, max_prompt_tokens=4096)
+    return paper.experiment(
+        arg, dataset="finqa", total_budget=4096, max_prompt_tokens=4096, tensor=2
+    )

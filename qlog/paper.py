@@ -12,7 +12,9 @@ from qlog import config as qconfig
 _ANNOTATED = 384  # tokens of the tiny variant's annotated rationales: FinQA's reach 324
 
 
-def experiment(arg: str | None, *, dataset: str, total_budget: int, max_prompt_tokens: int) -> ConfigDict:
+def experiment(
+    arg: str | None, *, dataset: str, total_budget: int, max_prompt_tokens: int, tensor: int = 1
+) -> ConfigDict:
     """Qwen3 0.6B on one dataset, M = 32, cold start and GARL q = 0.75 unless `arg` says otherwise.
 
     Args:
@@ -20,6 +22,8 @@ def experiment(arg: str | None, *, dataset: str, total_budget: int, max_prompt_t
       dataset: finqa | hotpotqa | musique.
       total_budget: tokens of rationale and answer together (the paper's 4096, 3072, 2048).
       max_prompt_tokens: our choice: the longest prompt of the dataset fits.
+      tensor: devices that share a prompt's heads, where the caches of its M longest rollouts
+        exceed 16 GiB.
     """
     config = qconfig.default()
     # ---- Given by the paper ----
@@ -31,11 +35,11 @@ def experiment(arg: str | None, *, dataset: str, total_budget: int, max_prompt_t
     config.rollout.answer_reserve = 128
     config.evaluation.rollouts_per_prompt = 16  # and the best checkpoint is that of the best m@16
     config.loss = qconfig.loss("garl", q=0.75)  # with RLOO, divided by M^q
-    _our_choices(config, max_prompt_tokens)
+    _our_choices(config, max_prompt_tokens, tensor)
     return qconfig.parse_variants(arg, variants(), config)
 
 
-def _our_choices(config: ConfigDict, max_prompt_tokens: int) -> None:
+def _our_choices(config: ConfigDict, max_prompt_tokens: int, tensor: int) -> None:
     """What the paper does not give, each with its reason. Beside these: the prompts' texts, those of
     qlog/data/tasks.py; the loss's other arguments, the recipe's defaults (GRPO divides by the
     group's standard deviation, as published, and has no KL term: the paper gives it no weight, and
@@ -59,9 +63,10 @@ def _our_choices(config: ConfigDict, max_prompt_tokens: int) -> None:
     train.updates_per_batch = 1  # on policy, as the estimators assume
     # These change memory and speed alone; --mode=compile tells whether they fit:
     train.remat = "full"
-    train.prompts_per_microbatch, train.rollouts_per_microbatch = 16, 8
-    rollout.prompts_per_wave = 16  # one on each of 16 chips: 32 full-length caches take 11 GiB
+    train.prompts_per_microbatch, train.rollouts_per_microbatch = 16 // tensor, 8
+    rollout.prompts_per_wave = 16 // tensor  # on 16 chips 7 to 11 GiB of caches each
     config.mesh.data, config.mesh.fsdp = 1, -1  # 16 GiB chips have no room for copies of the state
+    config.mesh.tensor = tensor
     config.seed = 0  # of data order and sampling; the weights are given
     config.evaluation.temperature = 1.0  # as in training; p@16 needs samples that differ
     config.evaluation.top_k, config.evaluation.top_p = 0, 1.0  # the whole law, as in training
@@ -113,7 +118,7 @@ def tiny(config: ConfigDict, value: str = "") -> None:
     config.train.steps = 6
     config.train.prompts_per_step = 4
     config.train.rollouts_per_microbatch = config.train.prompts_per_microbatch = 0
-    config.rollout.prompts_per_wave = 0
+    config.rollout.prompts_per_wave, config.mesh.tensor = 0, 1
     config.train.rollouts_every = 2
     config.evaluation.every = 3
     config.evaluation.prompts = 8

@@ -204,3 +204,15 @@ def test_casting_the_weights_before_changes_nothing():
         for t, p in ((tree, prefix), (cast, models.unstack(prefix)))
     )  # fmt: skip
     np.testing.assert_array_equal(before, after)
+
+
+def test_what_is_kept_is_not_multiplied_again():
+    tree, tokens = tiny.params(), jnp.ones((1, 1, 4), jnp.int32)
+
+    def products(remat):
+        def total(tree):
+            return models.apply(tree, tiny.SHAPE, tokens, jnp.arange(4)[None, None], remat=remat)[0].sum()
+
+        return jax.jit(jax.grad(total)).lower(tree).as_text().count("stablehlo.dot_general")
+
+    assert products("none") <= products("dots") < products("full")
