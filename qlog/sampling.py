@@ -309,9 +309,11 @@ def leave(weights, policy, pool: Pool, results, golds: Golds):
     count = golds.lengths.shape[0]
     rollouts = results[1].size // count
     prompt = jnp.minimum(pool.source[:, 0] // rollouts, count - 1)  # empty blocks: any
+    golds = jax.tree.map(lambda x: x[prompt], sharding.keep_everywhere(policy.mesh, golds))
+    golds = sharding.keep_rows(policy.mesh, golds)
     log_w = scoring.score_answers(
         weights, policy, pool.prefix, pool.suffix, pool.rollouts.tokens,
-        jnp.maximum(pool.rollouts.rationale_lengths, 1), golds.tokens[prompt], golds.lengths[prompt],
+        jnp.maximum(pool.rollouts.rationale_lengths, 1), *golds,
     )  # fmt: skip
     write = lambda whole, own: whole.at[pool.source].set(own, mode="drop")  # noqa: E731
     return sharding.keep_rows(policy.mesh, jax.tree.map(write, results, (pool.rollouts, log_w)))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qlog import learner, losses, models, optimizer, sampling, scoring, sharding
+from qlog import learner, losses, models, sampling, scoring, sharding
 from qlog.benchmark import measure
 from qlog.benchmark.measure import Need
 from qlog.policy import Policy
@@ -153,7 +153,7 @@ class Trainer:
         self._policy, self._batch, self._size, self._microbatch = policy, batch, size, microbatch
         adamw = optax.adamw(learning_rate, weight_decay=0.0)
         chain = optax.chain(optax.clip_by_global_norm(1.0), adamw)
-        self._optimizer = optimizer.skip_nonfinite(chain)
+        self._optimizer = optax.apply_if_finite(chain, 100)
         opt_state = self._optimizer.init(params)
         # A loss per token, averaged over tokens, rollouts and prompts.
         per_token = batch.advantages / (size.rollouts * (size.rationale + size.answer))
