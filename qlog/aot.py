@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import re
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from qlog.chips import CHIPS, Chip
 from qlog.errors import ConfigError
 from qlog.policy import Policy
 from qlog.roofline import Cost, Module, Sweep
+from qlog.telemetry import say
 
 _FEW = 16  # tokens
 
@@ -57,10 +59,11 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Ch
     if kind not in CHIPS:
         raise ConfigError(f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}.")
     run = without_data(config, devices)
-    phases = {
-        name: compile_phase(lowered, runs, beside, _trips(run))
-        for name, lowered, runs, beside in programs(run)
-    }
+    phases = {}
+    for name, lowered, runs, beside in programs(run):
+        start = time.monotonic()
+        phases[name] = compile_phase(lowered, runs, beside, _trips(run))
+        say(f"{topology} {name}: compiled in {time.monotonic() - start:,.0f} s")
     return phases, CHIPS[kind]
 
 
