@@ -21,6 +21,7 @@ from rich.table import Table
 from qlog import config as settings
 from qlog import experiment as parts
 from qlog import learner, losses, models, optimizer, sampling, sharding
+from qlog import step as train_step
 from qlog.chips import CHIPS, Chip
 from qlog.errors import ConfigError
 from qlog.policy import Policy
@@ -34,7 +35,8 @@ class Phase(NamedTuple):
     """One compiled program on one chip: bytes of HBM, and what one run of it costs, loops in full.
 
     `peak` includes what lies in HBM beside the program, the optimizer's state. `cost` is None where
-    the compiler gave up for memory: then only `peak` is known, roughly. `runs`: per training step.
+    the compiler gave up for memory: then only `peak` is known, roughly. `runs`: per training step,
+    0 of what evaluation runs between steps.
     """
 
     arguments: float
@@ -45,6 +47,8 @@ class Phase(NamedTuple):
 
     def seconds(self, chip: Chip) -> float:
         """All runs of a step, at the roofline; nan where the cost is unknown."""
+        if not self.runs:
+            return 0.0
         return math.nan if self.cost is None else self.runs * self.cost.seconds(chip)
 
 
@@ -112,8 +116,8 @@ def without_data(config: ConfigDict, devices) -> parts.Experiment:
     )  # fmt: skip
     return parts.Experiment(
         config=config, estimator=estimator, optimizer=optimizer.build(config), mesh=mesh,
-        policy=policy, sampling=draws, evaluation_sampling=draws, formatter=None, grader=None,
-        train_data=None, evaluation_data=None,
+        policy=policy, sampling=draws, evaluation_sampling=parts.evaluation_law(config, draws),
+        formatter=None, grader=None, train_data=None, evaluation_data=None,
     )  # fmt: skip
 
 
@@ -124,36 +128,54 @@ def programs(run: parts.Experiment):
 
 
 def _rollout_programs(run: parts.Experiment):
-    """A wave's sampling and scoring; each takes what the ones before gave, where they left it."""
-    config, policy, law = run.config, run.policy, run.sampling
+    """A wave's sampling and scoring; each takes what the ones before gave, where they left it.
+
+    Evaluation's decoding is there for its memory alone: it runs between steps.
+    """
+    config, policy = run.config, run.policy
     wave = config.rollout.prompts_per_wave or config.train.prompts_per_step
     waves = config.train.prompts_per_step // wave
-    rows, rollouts = _rows(run, wave), run.rollouts_per_prompt
-    params, tokens, lengths = run.abstract_params(), rows(config.data.max_prompt_tokens), rows()
-    golds = sampling.Golds(rows(config.rollout.answer_reserve), rows())
-    row_keys = rows(rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    opt_state = _bytes_per_chip(run.abstract_state().opt_state)
+    opt_state, params = _bytes_per_chip(run.abstract_state().opt_state), run.abstract_params()
+    weights = _results(sampling.decoding_weights, (params, policy), (params, policy))
+    beside, step = opt_state + _bytes_per_chip(params), jax.ShapeDtypeStruct((), jnp.int32)
+
+    def decode(law, pool, results):
+        lowered = sampling.decode.lower(weights, policy, pool, law, step)
+        return lowered, beside + _bytes_per_chip(results)
+
+    prompts, pool, results = _pool(run, run.sampling, wave, run.rollouts_per_prompt)
+    golds = sampling.Golds(_rows(run, wave)(config.rollout.answer_reserve), prompts[1])
+    yield "cast", sampling.decoding_weights.lower(params, policy), 1, opt_state
+    prefill = sampling.prefill.lower(params, policy, *prompts)
+    yield "prefill", prefill, waves, opt_state + _bytes_per_chip(weights)
+    lowered, held = decode(run.sampling, pool, results)
+    yield "decode", lowered, waves, held
+    yield "score", sampling.leave.lower(weights, policy, pool, results, golds), waves, beside
+    if config.evaluation.every:
+        evaluation, law = config.evaluation, run.evaluation_sampling
+        batch = (evaluation.prompts_per_batch, evaluation.rollouts_per_prompt)
+        lowered, held = decode(law, *_pool(run, law, *batch)[1:])
+        yield "evaluate", lowered, 0, held
+
+
+def _pool(run: parts.Experiment, law: sampling.Sampling, prompts: int, rollouts: int):
+    """Shapes of (prompts, their lengths), the pool that decoding starts with, and its results."""
+    policy, rows, params = run.policy, _rows(run, prompts), run.abstract_params()
+    tokens, lengths = rows(run.config.data.max_prompt_tokens), rows()
+    keys = rows(rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
     # Everything lies as small arrays of its kind do, which compile in no time.
     few, brief = rows(_FEW), dataclasses.replace(law, rationale_budget=_FEW)
-    weights_from, prefill_from = (params, policy), (params, policy, tokens, lengths)
-    weights = _results(sampling.decoding_weights, weights_from, weights_from)
     few_from = (params, policy, few, lengths)
-    prefix = _results(sampling.prefill, prefill_from, few_from)
+    prefix = _results(sampling.prefill, (params, policy, tokens, lengths), few_from)
     few_prefix = _results(sampling.prefill, few_from, few_from)
     pool = _results(
-        sampling.start, (policy, prefix, tokens, lengths, row_keys, law),
-        (policy, few_prefix, few, lengths, row_keys, brief),
+        sampling.start, (policy, prefix, tokens, lengths, keys, law),
+        (policy, few_prefix, few, lengths, keys, brief),
     )  # fmt: skip
     results = _results(
-        sampling.empty_results, (policy, law, wave, rollouts), (policy, brief, wave, rollouts)
+        sampling.empty_results, (policy, law, prompts, rollouts), (policy, brief, prompts, rollouts)
     )
-    beside = opt_state + _bytes_per_chip(params)
-    yield "cast", sampling.decoding_weights.lower(*weights_from), 1, opt_state
-    yield "prefill", sampling.prefill.lower(*prefill_from), waves, opt_state + _bytes_per_chip(weights)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    decode = sampling.decode.lower(weights, policy, pool, law, step)
-    yield "decode", decode, waves, beside + _bytes_per_chip(results)
-    yield "score", sampling.leave.lower(weights, policy, pool, results, golds), waves, beside
+    return (tokens, lengths), pool, results
 
 
 def _learner_programs(run: parts.Experiment):
@@ -162,10 +184,9 @@ def _learner_programs(run: parts.Experiment):
     updates, rollouts_count = config.train.updates_per_batch, run.rollouts_per_prompt
     part = config.train.prompts_per_step // updates
     rows = _rows(run, part)
-    longest = run.sampling.max_length
-    if estimator.answer == "gold":
-        longest = run.sampling.max_rationale_length + config.rollout.answer_reserve
-    longest = sampling.whole_tiles(longest)
+    longest = train_step.trajectory_length(
+        run, run.sampling.max_rationale_length, config.rollout.answer_reserve
+    )
     tokens = rows(rollouts_count, longest)
     mask = rows(rollouts_count, longest, dtype=bool)
     log_probs = rows(rollouts_count, longest, dtype=jnp.float32)
@@ -185,9 +206,8 @@ def _learner_programs(run: parts.Experiment):
     )  # fmt: skip
     yield "gradient", gradient, updates, _bytes_per_chip(whole.opt_state)
     update = learner.update.lower(
-        whole, whole.loss_state, params, jax.ShapeDtypeStruct((), jnp.int32),
-        optimizer=run.optimizer, mesh=run.mesh,
-    )  # fmt: skip
+        whole, whole.loss_state, params, optimizer=run.optimizer, mesh=run.mesh
+    )
     yield "update", update, updates, 0.0
 
 
@@ -298,6 +318,9 @@ def remedies(phases: Mapping[str, Phase], chip: Chip, config: ConfigDict) -> lis
                 f"or train.prompts_per_microbatch = {train.prompts_per_microbatch} (0 is all), raise "
                 f"mesh.fsdp = {mesh.fsdp}"
             )
+        elif name == "evaluate":
+            lower = f"evaluation.prompts_per_batch = {config.evaluation.prompts_per_batch}"
+            advice.append(f"{over}: lower {lower}, raise mesh.fsdp = {mesh.fsdp}")
         elif name == "update":
             advice.append(f"{over}: raise mesh.fsdp = {mesh.fsdp} or mesh.tensor = {mesh.tensor}")
         else:
@@ -318,8 +341,8 @@ def run_compile(config: ConfigDict, topology: str) -> int:
     console = Console(width=150)
     console.print(_table(phases, chip, topology))
     console.print(
-        "Of a training step at its longest: full prompts, every budget spent; loops count as often as "
-        "they run, FLOPs are those of matrix products, collectives the bytes that one chip sends. "
+        "Of a training step at its longest: full prompts, every budget spent (evaluate: between steps, "
+        "so 0 runs of one); loops count as often as they run, FLOPs are those of matrix products, collectives the bytes that one chip sends. "
         "Roofline: the slowest of arithmetic, memory and interconnect at the vendor's peaks. "
         "nan: the compiler gave up for memory; >: a kernel without a cost estimate is not in it."
     )

@@ -143,9 +143,8 @@ def prepare(
         temperature=float(config.rollout.temperature),
         with_answer=estimator.reward is not None,
     )  # fmt: skip
-    evaluation = config.evaluation
     if evaluate is None:
-        evaluate = evaluation.every > 0 or not train
+        evaluate = config.evaluation.every > 0 or not train
     open_split = functools.partial(_open_split, config, formatter, world)
     return Experiment(
         config=config, estimator=estimator, optimizer=optimizer.build(config), mesh=mesh,
@@ -155,15 +154,21 @@ def prepare(
             attention=attention(config, mesh),
         ),
         sampling=sampling,
-        evaluation_sampling=dataclasses.replace(
-            sampling, temperature=float(evaluation.temperature), top_k=evaluation.top_k,
-            top_p=float(evaluation.top_p), with_answer=True,
-        ),
+        evaluation_sampling=evaluation_law(config, sampling),
         formatter=formatter,
         grader=data.Grader(data.exact_match),
         train_data=open_split("train", estimator.rationale == "annotated") if train else None,
-        evaluation_data=open_split(evaluation.split, False) if evaluate else None,
+        evaluation_data=open_split(config.evaluation.split, False) if evaluate else None,
     )  # fmt: skip
+
+
+def evaluation_law(config: ConfigDict, sampling: Sampling) -> Sampling:
+    """How evaluation draws, where training draws as `sampling`: always with an answer."""
+    evaluation = config.evaluation
+    return dataclasses.replace(
+        sampling, temperature=float(evaluation.temperature), top_k=evaluation.top_k,
+        top_p=float(evaluation.top_p), with_answer=True,
+    )
 
 
 def attention(config: ConfigDict, mesh: Mesh) -> str:

@@ -266,7 +266,7 @@ def gradient(
     temperature: float = 1.0,
     microbatch: tuple[int, int],
 ) -> tuple[models.Params, losses.Sums, Gauges]:
-    """Gradient of the surrogate, summed over the batch's prompts, in microbatches.
+    """Gradient of the surrogate's mean over the batch's real prompts, in microbatches.
 
     Args:
       coefficients: [B, M], of the whole batch. Rollouts whose are zero cost nothing.
@@ -276,7 +276,7 @@ def gradient(
         divisors of B and M.
 
     Returns:
-      float32 gradients like `params`, the surrogate's sums, and the gauges.
+      float32 gradients like `params`, the surrogate's sums over prompts, and the gauges.
     """
     is_needed = (coefficients.score != 0) | (coefficients.path != 0)
     if reference is not None:
@@ -315,7 +315,10 @@ def gradient(
         return sharding.keep(policy.mesh, grads), sums, gauges
 
     batch = (prompts, trajectories, coefficients, reference, packing)
-    return _sum_over_prompts(prompts_chunk, batch, microbatch[0])
+    grads, sums, gauges = _sum_over_prompts(prompts_chunk, batch, microbatch[0])
+    # Divided here, in place: `update` would hold a copy of all gradients for it.
+    num_prompts = jnp.maximum(prompts.is_prompt.sum(), 1)
+    return jax.tree.map(lambda g: g / num_prompts, grads), sums, gauges
 
 
 def _sum_over_prompts(function, batch, size: int):
@@ -409,14 +412,13 @@ def _fit(x: Array, length: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "mesh"), donate_argnames=("state",))
 def update(
-    state: TrainState, loss_state: Any, grads: models.Params, num_prompts: Array, *,
+    state: TrainState, loss_state: Any, grads: models.Params, *,
     optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
-    """One optax update from gradients summed over `num_prompts` prompts; and its norms.
+    """One optax update from the batch's gradients; and its norms.
 
     With a mesh the new state lies where the old one did, so that the next step compiles nothing.
     """
-    grads = jax.tree.map(lambda g: g / num_prompts, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {

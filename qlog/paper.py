@@ -65,6 +65,7 @@ def _our_choices(config: ConfigDict, max_prompt_tokens: int, tensor: int) -> Non
     train.remat = "full"
     train.prompts_per_microbatch, train.rollouts_per_microbatch = 16 // tensor, 8
     rollout.prompts_per_wave = 16 // tensor  # on 16 chips 7 to 11 GiB of caches each
+    config.evaluation.prompts_per_batch = 2 * rollout.prompts_per_wave  # of half the rollouts each
     config.mesh.data, config.mesh.fsdp = 1, -1  # 16 GiB chips have no room for copies of the state
     config.mesh.tensor = tensor
     config.seed = 0  # of data order and sampling; the weights are given

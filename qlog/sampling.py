@@ -43,7 +43,7 @@ _TILE = 128
 
 
 def whole_tiles(length: int) -> int:
-    """`length` tokens rounded up to a multiple of 128 (of 16, if that is more).
+    """`length` tokens rounded up to a multiple of 128; up to 128, to a multiple of 16.
 
     Else a TPU lays caches out in a way that the decode loop cannot update in place, copies them all
     at its beginning and end, and spends minutes on compiling shifts of everything else.

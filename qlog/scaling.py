@@ -67,7 +67,7 @@ def measure(config: ConfigDict, topologies: list[str]) -> tuple[list[Row], Chip]
             resource: sum(runs * times[resource] for runs, times in costs)
             for resource in ("arithmetic", "memory", "interconnect")
         }
-        seconds = {name: phase.seconds(chip) for name, phase in phases.items()}
+        seconds = {name: phase.seconds(chip) for name, phase in phases.items() if phase.runs}
         total = sum(seconds.values())
         rows.append(Row(
             topology, size, scaled.train.prompts_per_step, not aot.remedies(phases, chip, scaled),

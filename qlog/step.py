@@ -102,9 +102,8 @@ def learn(experiment, state: learner.TrainState, groups: Groups, reference, key:
                 state.params, experiment.policy, prompts, slice_, coefficient, reference_log_probs
             )
             state, norms = learner.update(
-                state, loss_state, grads, prompts.is_prompt.sum(),
-                optimizer=experiment.optimizer, mesh=experiment.mesh,
-            )  # fmt: skip
+                state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
+            )
             gauges_total = gauges if total is None else total[1].merge(gauges)
             total = (sums if total is None else jax.tree.map(jnp.add, total[0], sums), gauges_total)
         state = ready(state._replace(step=state.step + 1))
@@ -122,15 +121,25 @@ def _coefficients(transform, groups: Groups, trajectories, loss_state, key):
     return losses.coefficients(transform, scores, loss_state, key=key)
 
 
+def trajectory_length(experiment: Experiment, rationale: int, answer: int) -> int:
+    """Slots of a trajectory: the most there can be, so that one program serves all steps.
+
+    Args:
+      rationale: slots of the batch's rationales, which bound annotated ones.
+      answer: slots of its gold answers.
+    """
+    estimator, settings = experiment.estimator, experiment.sampling
+    if estimator.answer != "gold":
+        return sampling.whole_tiles(settings.max_length)
+    longest = settings.max_rationale_length if estimator.rationale == "sampled" else rationale
+    return sampling.whole_tiles(longest + answer)
+
+
 def _trajectories(experiment: Experiment, groups: Groups) -> learner.Trajectories:
-    """Of the longest possible length, whatever was sampled, so that one program serves all steps."""
-    rollouts, settings = groups.rollouts, experiment.sampling
+    rollouts, answer = groups.rollouts, groups.gold.shape[-1]
+    length = trajectory_length(experiment, rollouts.tokens.shape[-1], answer)
     if experiment.estimator.answer != "gold":
-        return learner.with_sampled_answer(rollouts, sampling.whole_tiles(settings.max_length))
-    longest = rollouts.tokens.shape[-1]
-    if experiment.estimator.rationale == "sampled":
-        longest = settings.max_rationale_length
-    length = sampling.whole_tiles(longest + groups.gold.shape[-1])
+        return learner.with_sampled_answer(rollouts, length)
     return learner.with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
 
 

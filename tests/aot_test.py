@@ -23,6 +23,8 @@ def test_what_does_not_fit_names_the_setting_to_change():
     assert "train.rollouts_per_microbatch = 0" in advice
     (advice,) = aot.remedies({"decode": large}, V5E, config)
     assert "raise mesh.fsdp = 1" in advice
+    (advice,) = aot.remedies({"evaluate": large}, V5E, config)
+    assert "lower evaluation.prompts_per_batch = " in advice
     (advice,) = aot.remedies({"update": large}, V5E, config)
     assert "mesh.tensor = 1" in advice
 
@@ -33,7 +35,7 @@ def test_a_step_compiles_for_a_slice_and_fits(capsys):
     config.architecture.num_layers = 1
     assert aot.run_compile(config, "v5e:2x2") == 0
     output = capsys.readouterr().out
-    for program in ("prefill", "decode", "score", "gradient", "update", "step: at least", "fits."):
+    for program in ("prefill", "decode", "score", "evaluate", "gradient", "update", "step: at least", "fits."):
         assert program in output
     with pytest.raises(ConfigError, match="not known to libtpu"):
         aot.compile_run(config, "v5e:7x9")

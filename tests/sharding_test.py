@@ -65,7 +65,7 @@ def test_an_update_keeps_everything_in_its_place():
     places = jax.tree.map(lambda x: x.sharding, state)
     grads = jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, np.float32)), state.params)
     after, _ = learner.update(
-        state, state.loss_state, grads, 8, optimizer=experiment.optimizer, mesh=experiment.mesh
+        state, state.loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
     )
     embed = after.params["embed"]
     assert embed.addressable_shards[0].data.size == embed.size // 4

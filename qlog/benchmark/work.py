@@ -171,9 +171,8 @@ class Trainer:
             self._coefficients, None, surrogate=losses.linear(), microbatch=self._microbatch,
         )  # fmt: skip
         self._state, norms = learner.update(
-            self._state, (), grads, self._size.prompts,
-            optimizer=self._optimizer, mesh=self._policy.mesh,
-        )  # fmt: skip
+            self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
+        )
         jax.block_until_ready(self._state)
         self.norms.append(float(norms["grad_norm"]))
 
@@ -198,10 +197,11 @@ class Trainer:
                 grads = function(self._state.params, self._policy, tokens)
             return grads
 
+        grads = jax.tree.map(jnp.zeros_like, self._state.params)
+
         def update():
-            grads = jax.tree.map(jnp.zeros_like, self._state.params)
             self._state, norms = learner.update(
-                self._state, (), grads, 1, optimizer=self._optimizer, mesh=self._policy.mesh
+                self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
             )
             return norms
 
