@@ -1,11 +1,15 @@
 """Two processes of four devices each against one process of eight, through launch/local."""
 
+import contextlib
 import json
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -34,12 +38,15 @@ def get_config(steps=2):
     return tree
 
 
+_LOCAL = (sys.executable, str(HERE.parent / "launch/local"), "--processes=2")
+_PATH = {"PYTHONPATH": f"{HERE.parent}:{HERE}"}
+
+
 def _local(*arguments, **environment):
-    command = [sys.executable, str(HERE.parent / "launch/local"), "--processes=2", *arguments]
-    environment = {"PYTHONPATH": f"{HERE.parent}:{HERE}", **environment}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | environment
-    )
+        [*_LOCAL, *arguments], capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | _PATH | environment,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,33 @@ def test_one_process_reads_and_continues_the_checkpoint_of_two(two_processes, on
     train.run(qconfig.merge(get_config(3), {"evaluation": {"every": 0}}), workdir)
     rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["phase"] == "train"]
     assert [row["step"] for row in rows] == [0, 1, 2]
+
+
+def test_sigterm_on_one_process_saves_on_all_and_ends_with_zero(tmp_path, compilation_cache):
+    """A pod's hosts are preempted one by one; here process 1 hears of it, which writes no metrics."""
+    workdir, output = tmp_path / "run", tmp_path / "output.txt"
+    command = [*_LOCAL, "--devices=4", f"--config={HERE / 'distributed_test.py'}",
+               "--config.train.steps=100000", f"--workdir={workdir}"]  # fmt: skip
+    environment = os.environ | _PATH | {"JAX_COMPILATION_CACHE_DIR": compilation_cache}
+    with output.open("w") as file:
+        launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        deadline = time.monotonic() + 240
+        metrics = workdir / "metrics.jsonl"
+        while not (metrics.exists() and read_jsonl(metrics)):
+            assert launcher.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
+        ids = re.search(r"process ids 0: (\d+), 1: (\d+)", output.read_text())
+        os.kill(int(ids[2]), signal.SIGTERM)
+        assert launcher.wait(timeout=60) == 0, output.read_text()
+    finally:
+        launcher.kill()
+    steps = [row["step"] for row in read_jsonl(metrics) if row["phase"] == "train"]
+    done = len(steps)
+    assert steps == list(range(done))
+    assert f"stopped at step {done}, saved in" in output.read_text()
+    with contextlib.closing(checkpoints.Checkpoints(workdir / "checkpoints")) as saved:
+        assert saved.latest_step == done
 
 
 _ONE_FAILS = """
