@@ -78,10 +78,10 @@ def test_the_comparison_names_its_work():
     for text in compare.TABLE:
         parsed = compare.parse(text)
         assert parsed.size in compare.SIZES and parsed.kind in ("train", "rollouts", "score")
-    row = {"median": 2.0, "shortest": 1.9, "longest": 2.2, "peak_memory": 2**30, "needed_flops": 1e11}
+    row = {"median": 2.0, "shortest": 1.9, "longest": 2.2, "peak_memory": 2**30, "peak_memory_compiling": 2**31, "needed_flops": 1e11}
     line = compare.line("train:tiny:4x8:256+128", {"qlog": row, "torch": row | {"median": 5.0}}, 1e11)
     assert line.startswith("| train | tiny 4x8, 256 + 128 | 5.00 (1.90 - 2.20) | 2.00")
-    assert "| 2.5x | 1,024, 1,024 | 0.50 |" in line
+    assert "| 2.5x | 1,024, 1,024, 2,048 | 0.50 |" in line
 
 
 @pytest.mark.parity

@@ -127,7 +127,7 @@ def test_rollouts_with_zero_coefficients_change_nothing_and_take_no_row(batch):
     assert float(sums.tokens) == ((trajectories.rationale_mask | trajectories.answer_mask) & first).sum()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_rematerialisation_changes_nothing(batch, remat):
     remat = learner.Policy(tiny.SHAPE, tiny.VALID_VOCAB, remat=remat)
     _assert_trees_close(_gradient(batch, (B, M), remat)[0], _gradient(batch, (B, M))[0])

@@ -215,4 +215,4 @@ def test_what_is_kept_is_not_multiplied_again():
 
         return jax.jit(jax.grad(total)).lower(tree).as_text().count("stablehlo.dot_general")
 
-    assert products("none") <= products("dots") < products("full")
+    assert products("none") <= products("dots") < products("attention") < products("full")

@@ -4,11 +4,12 @@
     python -m qlog.benchmark.compare --out=compare.json --markdown=compare.md
 
 Random Qwen3-architecture weights, the same for all; float32; full-length rollouts. PyTorch's training
-step is the usual one: M separate sequences, logits of the completion alone, clip, AdamW. Ratios count:
-run it on a quiet machine. Other shapes: --only=train:tiny:2x16:1024+64 (kind:size:prompts x M:prompt + new).
+step is the usual one: M separate sequences, logits of the completion alone, clip, AdamW. qlog runs in
+two processes: one compiles, the next, which finds that in the cache, is timed. Ratios count: run it on a quiet machine. Other shapes: --only=train:tiny:2x16:1024+64 (kind:size:prompts x M:prompt + new).
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -36,7 +37,7 @@ TABLE = (
     "score:small:4x8:256+128",
 )  # fmt: skip
 _ANSWER = 16  # tokens of the gold answer in `score`
-_PEER_MICROBATCH = 4  # sequences, where all at once would not fit
+PART = 4  # rollouts that both train on at a time, where all at once would not fit
 
 
 class Work(NamedTuple):
@@ -55,14 +56,15 @@ def parse(text: str) -> Work:
     return Work(kind, size, *map(int, shape.split("x")), *map(int, lengths.split("+")))
 
 
-def needs_microbatches(work: Work) -> bool:
+def in_parts(work: Work) -> bool:
+    """Whether both train on PART rollouts at a time, since PyTorch's memory asks for it."""
     return work.size == "small" and work.prompt >= 1024
 
 
 # ---- qlog ----
 
 
-def run_qlog(work: Work, weights: str, repeats: int) -> dict:
+def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict:
     import jax
     import jax.numpy as jnp
 
@@ -74,13 +76,14 @@ def run_qlog(work: Work, weights: str, repeats: int) -> dict:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = jax.tree.map(lambda x: place, models.shapes(config))
     params = models.huggingface.load(weights, config, dtype=jnp.float32, shardings=places)
-    policy = Policy(config, config.vocab_size, remat="full" if needs_microbatches(work) else "none")
+    policy = Policy(config, config.vocab_size, remat=remat or ("dots" if in_parts(work) else "none"))
     answer = _ANSWER if work.kind == "score" else 0
     size = phases.Size(work.prompts, work.rollouts, work.prompt, work.new, max(1, answer))
     if work.kind == "train":
         size = size._replace(rationale=work.new - 1)
         batch = phases.make_batch(policy, size)
-        trainer = phases.Trainer(params, policy, size, batch, (1, size.rollouts))  # a group at a time
+        microbatch = (1, PART if in_parts(work) else size.rollouts)  # a group at a time, or less
+        trainer = phases.Trainer(params, policy, size, batch, microbatch)
         phase = trainer.phase()
         del params  # the trainer owns and donates them
         times = measure.repeat(phase.call, repeats)
@@ -166,7 +169,7 @@ def run_torch(work: Work, weights: str, repeats: int) -> dict:
     repeated = prompts.repeat_interleave(work.rollouts, 0)
     advantages = torch.from_numpy(batch.advantages).reshape(-1, 1)
     count = len(completions)
-    part = _PEER_MICROBATCH if needs_microbatches(work) else count
+    part = PART if in_parts(work) else count
     norms = []
 
     def step():
@@ -190,16 +193,20 @@ def run_torch(work: Work, weights: str, repeats: int) -> dict:
 
 
 def main() -> None:
+    from qlog.models import REMAT
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", default="", help="JSON file for all numbers")
     parser.add_argument("--markdown", default="", help="Markdown file for the table")
     parser.add_argument("--only", default=",".join(TABLE), help="work to run, comma-separated")
     parser.add_argument("--repeats", type=int, default=5, help="their median counts")
+    parser.add_argument("--remat", default="", choices=list(REMAT),
+                        help="qlog's, when it trains (default: dots where both train in parts, else none)")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--weights", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(work_alone(args.worker, args.weights, args.repeats)), flush=True)
+        print(json.dumps(work_alone(args.worker, args.weights, args.repeats, args.remat)), flush=True)
         return
     works = {text: parse(text) for text in args.only.split(",")}
     peak = json.loads(_python("-c", _PEAK))
@@ -208,8 +215,15 @@ def main() -> None:
         for size in {work.size for work in works.values()}:
             write_weights(size, pathlib.Path(folder) / size)
         for text, work in works.items():
-            weights = f"{folder}/{work.size}"
-            rows[text] = {name: _run(name, text, weights, args.repeats) for name in ("torch", "qlog")}
+            cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache/{text}"}  # empty at first
+            run = functools.partial(
+                _run, text=text, weights=f"{folder}/{work.size}", remat=args.remat, cache=cache
+            )
+            rows[text] = {"torch": run("torch", repeats=args.repeats)}
+            compiling = run("qlog", repeats=1)
+            rows[text]["qlog"] = run("qlog", repeats=args.repeats) | {
+                "first": compiling["first"], "peak_memory_compiling": compiling["peak_memory"],
+            }  # fmt: skip
             print(line(text, rows[text], peak), flush=True)
     versions = {row["versions"] for pair in rows.values() for row in pair.values()}
     about = f"{machine()}, {', '.join(sorted(versions))}; matmul peak {peak / 1e9:.0f} GFLOP/s"
@@ -222,14 +236,16 @@ def main() -> None:
     print(f"\n{about}\n\n{table}")
 
 
-def work_alone(worker: str, weights: str, repeats: int) -> dict:
+def work_alone(worker: str, weights: str, repeats: int, remat: str = "") -> dict:
     """One implementation's work in this process, with the memory that the process took."""
     from qlog import runtime
 
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # first calls compile
     runtime.set_up()
     implementation, _, text = worker.partition("/")
-    row = {"qlog": run_qlog, "torch": run_torch}[implementation](parse(text), weights, repeats)
+    if implementation == "qlog":
+        row = run_qlog(parse(text), weights, repeats, remat)
+    else:
+        row = run_torch(parse(text), weights, repeats)
     return row | {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
@@ -238,7 +254,7 @@ _PEAK = (
     "print(json.dumps(measure_peaks(jnp.float32).flops))"
 )
 HEADER = (
-    "| work | shape | PyTorch s (min - max) | qlog s (min - max) | faster | memory: PyTorch, qlog MB "
+    "| work | shape | PyTorch s (min - max) | qlog s (min - max) | faster | MB: PyTorch, qlog, qlog compiling "
     "| qlog's needed FLOPs of peak |\n|---|---|---|---|---|---|---|"
 )
 
@@ -249,12 +265,14 @@ def line(text: str, row: dict, peak: float) -> str:
     shape = f"{work.size} {work.prompts}x{work.rollouts}, {work.prompt} + {work.new}"
     spread = lambda r: f"{r['median']:.2f} ({r['shortest']:.2f} - {r['longest']:.2f})"  # noqa: E731
     used = f"{ours['needed_flops'] / ours['median'] / peak:.2f}"
-    memory = f"{ours['peak_memory'] / 2**20:,.0f}"
+    memory = [f"{r[k] / 2**20:,.0f}" for r, k in (
+        (row["torch"], "peak_memory"), (ours, "peak_memory"), (ours, "peak_memory_compiling"),
+    )]  # fmt: skip
     peer = row["torch"]
     kind = work.kind if work.kind != "score" else f"score {_ANSWER} answer tokens (PyTorch: all again)"
     return (
         f"| {kind} | {shape} | {spread(peer)} | {spread(ours)} "
-        f"| {peer['median'] / ours['median']:.1f}x | {peer['peak_memory'] / 2**20:,.0f}, {memory} | {used} |"
+        f"| {peer['median'] / ours['median']:.1f}x | {', '.join(memory)} | {used} |"
     )
 
 
@@ -267,16 +285,19 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def _run(name: str, text: str, weights: str, repeats: int) -> dict:
+def _run(name: str, text: str, weights: str, repeats: int, remat: str, cache: dict) -> dict:
     out = _python(
         "-m", "qlog.benchmark.compare", f"--worker={name}/{text}", f"--weights={weights}",
-        f"--repeats={repeats}",
+        f"--repeats={repeats}", *[f"--remat={remat}"] * bool(remat), **cache,
     )  # fmt: skip
     return json.loads(out.splitlines()[-1])
 
 
-def _python(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=False)
+def _python(*arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=False,
+        env=os.environ | environment,
+    )  # fmt: skip
     if done.returncode:
         sys.exit(f"qlog.benchmark.compare: {' '.join(arguments)} failed with status {done.returncode}")
     return done.stdout

@@ -23,14 +23,16 @@ Params = Any
 _UNROLLED_LAYERS = 4
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 _NO_WINDOW = 1 << 30  # longer than any context
-# What a layer keeps for its backward pass: everything; its matrix products and the attention, and
-# the cheap rest is computed again; or its input alone.
+_keep_attention = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+# What a layer keeps for its backward pass, beside its input: everything; its matrix products and
+# the attention, so that the cheap rest is computed again; the attention, for which long rollouts
+# pay most; nothing.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION),
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keep_attention
     ),
+    "attention": _keep_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
