@@ -72,7 +72,7 @@ def default() -> ConfigDict:
             "prompts_per_microbatch": 0,  # prompts in memory at a time; 0 is all
             "rollouts_per_microbatch": 0,  # rollouts of a prompt in memory at a time, if they are of
             # full length: shorter ones share rows; 0 is all
-            "remat": "full",  # recompute layers in the backward pass: full, all but attention, but dots; none
+            "remat": "full",  # layers the backward pass recomputes: full; attention or dots keep those; none
             "max_mismatch": 0.0,  # stop when mean |sampler - learner log_prob| exceeds this; 0 never
             "rollouts_every": 10,  # steps between rollouts written to disk
             "rollouts_prompts": 2,  # prompts whose rollouts are written

@@ -6,6 +6,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from qlog import command_line
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export", "compile"], "What to do.")
@@ -46,31 +48,5 @@ def default_workdir(argv: list[str]) -> str:
     return f"runs/{pathlib.Path(path).stem}" + (f"-{variant}" if variant else "")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, but a mistake is one sentence and status 2."""
-    try:
-        rest = flags.FLAGS(argv)
-        getattr(_CONFIG.value, "seed", None)  # a file that did not load says so when it is read
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-        # config_flags folds the traceback of a config file into its message; an override of a key
-        # that does not exist arrives as ml_collections' AttributeError.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        sentence = lines[-1] if "Traceback" in str(error) else " ".join(lines)
-        print(f"qlog: {sentence.removeprefix('qlog.errors.ConfigError: ')}", file=sys.stderr)
-        sys.exit(2)
-
-
-def run() -> None:
-    """Runs `main`; a ConfigError is one sentence and status 2."""
-    from qlog.errors import ConfigError
-
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except ConfigError as error:
-        print(f"qlog: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    run()
+    command_line.run(main, _CONFIG)

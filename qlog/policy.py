@@ -20,7 +20,8 @@ class Policy:
       valid_vocab: rows of the vocabulary that the tokenizer knows; the padding rows after them
         get probability 0, in sampling and in scoring alike.
       dtype: of activations and KV caches. Parameters, log-probabilities and losses are float32.
-      remat: none | dots | attention | full, what the backward pass recomputes instead of keeping it.
+      remat: none | dots | attention | full: what of a layer the backward pass finds kept
+        (`models.REMAT`), and what it computes again.
       mesh: over which caches are held split by prompts and heads; None leaves it to the compiler.
       attention: blocks (plain JAX, any backend) or tpu (Pallas kernels).
     """

@@ -126,7 +126,9 @@ def test_default_workdir_is_named_after_the_config():
     "arguments, message",
     [
         (["--config=configs/hotpotqa.py:clod"], "did you mean 'cold'"),
-        (["--config=configs/hotpotqa.py", "--config.train.stepz=3"], "stepz"),
+        (["--config=configs/hotpotqa.py", "--config.train.stepz=3"],
+         "--config.train.stepz=3: the config has no field 'stepz'; did you mean 'steps'?"),
+        (["--config=configs/hotpotqa.py", "--config.trian.steps=3"], "did you mean 'train'?"),
         (["--config=configs/nowhere.py"], "nowhere.py"),
         (["--config=configs/quickstart.py", "--mode=fly"], "fly"),
         (["--config=configs/quickstart.py", "--config.runs.grpo.loss.clip_low=7.0"], "clip_low"),

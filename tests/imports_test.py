@@ -29,7 +29,7 @@ LAYERS = """
     config
     distributed
     metrics telemetry sharding roofline runtime
-    models data losses
+    models data losses command_line
     errors chips
 """
 # All that these packages may import from the rest of qlog.

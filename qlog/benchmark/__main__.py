@@ -9,7 +9,7 @@ Random weights and tokens: nothing is read or downloaded. Every rollout has the 
 from absl import app, flags
 from ml_collections import config_flags
 
-from qlog import runtime
+from qlog import command_line, runtime
 from qlog.benchmark.report import report
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
@@ -33,4 +33,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, _CONFIG)

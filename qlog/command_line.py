@@ -1,0 +1,51 @@
+"""What the commands share: flags in, and a mistake out, in one sentence."""
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from qlog.errors import ConfigError
+
+
+def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> None:
+    """`app.run(main)`; a wrong flag or a ConfigError is one sentence on stderr and status 2.
+
+    Args:
+      config: of the command's --config.
+    """
+    try:
+        app.run(main, flags_parser=functools.partial(_parse, config))
+    except ConfigError as error:
+        _fail(str(error))
+
+
+def _parse(config: flags.FlagHolder, argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+        getattr(config.value, "seed", None)  # a file that did not load says so when it is read
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        _fail(_sentence(error, argv))
+
+
+def _sentence(error: Exception, argv: list[str]) -> str:
+    text = str(error)
+    # An override of a key that does not exist arrives as an error of its name.
+    key = re.match(r"\W*(\w*)", text)[1]
+    for flag in argv:
+        if isinstance(error, (AttributeError, KeyError)) and key in flag.partition("=")[0].split(".")[1:]:
+            similar = re.search(r'Did you mean "(\w+)"', text)
+            remedy = f"did you mean {similar[1]!r}?" if similar else "qlog/config.py lists them all."
+            return f"{flag}: the config has no field {key!r}; {remedy}"
+    # config_flags folds the traceback of a config file into its message.
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    sentence = lines[-1] if "Traceback" in text else " ".join(lines)
+    return sentence.removeprefix("qlog.errors.ConfigError: ")
+
+
+def _fail(sentence: str):
+    print(f"qlog: {sentence}", file=sys.stderr)
+    sys.exit(2)
