@@ -18,6 +18,9 @@ def set_up() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "qlog" / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # A run has a hundred programs that compile within JAX's default of a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if sys.platform == "linux":
         jax.monitoring.register_event_duration_secs_listener(_trim)
 
