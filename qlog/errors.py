@@ -5,5 +5,5 @@ class ConfigError(ValueError):
     """A setting, a file or a device layout that qlog cannot work with.
 
     The message is one sentence that names the field, its value and the remedy;
-    `qlog.main` prints it without a traceback and exits with status 2.
+    `qlog.command_line` prints it without a traceback and exits with status 2.
     """
