@@ -284,41 +284,42 @@ def gradient(
     is_needed = is_needed.at[0, 0].set(True)  # without a rollout the gauges would know nothing
     packing = pack(trajectories.lengths, is_needed, trajectories.tokens.shape[-1])
 
-    def rows_loss(params, keys, values, lengths, last, chunk, first_row):
-        mine, coefficient, its_reference, rows = chunk
-        prefix = models.Prefix(keys, values, lengths)
-        new = log_probs(params, policy, prefix, last, mine, rows, temperature, first_row)
-        is_here = _is_in_rows(rows, first_row)[..., None]
-        sums = surrogate(
-            coefficient.score, coefficient.path, coefficient.token_weight,
-            new, mine.old_log_probs, its_reference,
-            mine.rationale_mask & is_here, mine.answer_mask & is_here,
-        )  # fmt: skip
-        gauges = _gauges(jax.lax.stop_gradient(new), mine.old_log_probs, mine.was_sampled & is_here)
-        return sums.loss, (sums, gauges)
+    # Every pull-back adds to these in place, layer by layer: one tree of gradients, however many
+    # microbatches there are.
+    total = _references(sharding.keep(policy.mesh, _zeros(params)))
 
     def prompts_chunk(chunk):
-        its_prompts, *rest, its_packing = chunk
-        (prefix, last), pull = _prefix_vjp(params, policy, its_prompts)
+        its_prompts, mine, coefficient, its_reference, its_packing = chunk
+        prefix, last, pull_prefix = _prefix_vjp(params, policy, its_prompts)
+        caches = prefix.keys, prefix.values
+        cache_total = _references(sharding.keep_rows(policy.mesh, _zeros(caches), rows=1))
 
         def rows_chunk(first_row, rows):
-            value_and_grad = jax.value_and_grad(rows_loss, argnums=(0, 1, 2), has_aux=True)
-            (_, (sums, gauges)), grads = value_and_grad(
-                params, prefix.keys, prefix.values, prefix.lengths, last, (*rest, rows), first_row
-            )
-            return (sharding.keep(policy.mesh, grads[0]), *grads[1:]), sums, gauges
+            is_here = _is_in_rows(rows, first_row)[..., None]
 
-        (param_grads, *cache_grads), sums, gauges = _sum_over_rows(
-            rows_chunk, its_packing, microbatch[1]
-        )
-        grads = jax.tree.map(jnp.add, param_grads, pull(tuple(cache_grads)))
-        return sharding.keep(policy.mesh, grads), sums, gauges
+            def loss(params, keys, values):
+                its_prefix = models.Prefix(keys, values, prefix.lengths)
+                new = log_probs(params, policy, its_prefix, last, mine, rows, temperature, first_row)
+                sums = surrogate(
+                    coefficient.score, coefficient.path, coefficient.token_weight,
+                    new, mine.old_log_probs, its_reference,
+                    mine.rationale_mask & is_here, mine.answer_mask & is_here,
+                )  # fmt: skip
+                return sums.loss, (sums, new)
+
+            value, pull, (sums, new) = jax.vjp(loss, params, *caches, has_aux=True)
+            pull.with_refs(total, *cache_total)(jnp.ones_like(value))
+            return sums, _gauges(new, mine.old_log_probs, mine.was_sampled & is_here)
+
+        found = _sum_over_rows(rows_chunk, its_packing, microbatch[1])
+        pull_prefix.with_refs(total)(jax.tree.map(jax.freeze, cache_total))
+        return found
 
     batch = (prompts, trajectories, coefficients, reference, packing)
-    grads, sums, gauges = _sum_over_prompts(prompts_chunk, batch, microbatch[0])
+    sums, gauges = _sum_over_prompts(prompts_chunk, batch, microbatch[0])
     # Divided here, in place: `update` would hold a copy of all gradients for it.
     num_prompts = jnp.maximum(prompts.is_prompt.sum(), 1)
-    return jax.tree.map(lambda g: g / num_prompts, grads), sums, gauges
+    return jax.tree.map(lambda g: jax.freeze(g) / num_prompts, total), sums, gauges
 
 
 def _sum_over_prompts(function, batch, size: int):
@@ -331,7 +332,7 @@ def _sum_over_prompts(function, batch, size: int):
     if chunks == 1:
         return function(batch)
     parts = jax.tree.map(lambda x: _split(x, chunks), batch)
-    zeros = _zeros(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = _zeros(jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts)))
 
     def add(total, chunk):
         has_rows = chunk[-1].rows.max() > 0
@@ -352,7 +353,7 @@ def _sum_over_rows(function, packing: Packing, size: int):
             rollout=rows(packing.rollout, first_row), token=rows(packing.token, first_row)
         )
 
-    zeros = _zeros(lambda: function(jnp.int32(0), chunk(0)))
+    zeros = _zeros(jax.eval_shape(lambda: function(jnp.int32(0), chunk(0))))
     used = -(-packing.rows.max() // size)
     return jax.lax.fori_loop(
         0, used, lambda i, total: _add(total, function(i * size, chunk(i * size))), zeros
@@ -365,8 +366,12 @@ def _add(total, part):
     return jax.tree.map(add, total, part, is_leaf=is_gauges)
 
 
-def _zeros(function, *arguments):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+def _zeros(like):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+
+def _references(tree):
+    return jax.tree.map(jax.new_ref, tree)
 
 
 def _split(x: Array, chunks: int) -> Array:
@@ -386,14 +391,14 @@ def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Ar
 
 
 def _prefix_vjp(params, policy, prompts):
-    """`_prefix`, and the pull-back from gradients of its keys and values to the parameters."""
+    """`_prefix`, and the pull-back from gradients of (keys, values) to the parameters."""
 
     def keys_and_values(params):
         prefix, last = _prefix(params, policy, prompts)
         return (prefix.keys, prefix.values), (prefix.lengths, last)
 
     (keys, values), pull, (lengths, last) = jax.vjp(keys_and_values, params, has_aux=True)
-    return (models.Prefix(keys, values, lengths), last), lambda grads: pull(grads)[0]
+    return models.Prefix(keys, values, lengths), last, pull
 
 
 def _gauges(new: Array, old: Array, mask: Array) -> Gauges:
