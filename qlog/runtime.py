@@ -8,6 +8,8 @@ import sys
 import jax
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them
+_LARGE = 16 << 20  # bytes
 
 
 def set_up() -> None:
@@ -21,8 +23,23 @@ def set_up() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # A run has a hundred programs that compile within JAX's default of a second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if sys.platform == "linux":
-        jax.monitoring.register_event_duration_secs_listener(_trim)
+    # glibc raises the size from which a freed buffer goes back to the system up to 32 MiB by itself,
+    # and so keeps many gradients and activations.
+    set_option = _glibc("mallopt")
+    if set_option:
+        set_option(_MMAP_THRESHOLD, _LARGE)
+        set_option(_TRIM_THRESHOLD, 4 * _LARGE)
+        jax.monitoring.register_event_duration_secs_listener(_after_compiling)
+
+
+def release_memory() -> None:
+    """Gives memory that this process has freed back to the system: milliseconds, with glibc alone.
+
+    XLA's buffers on CPUs are of all sizes, and what one step leaves behind fits the next one badly.
+    """
+    trim = _glibc("malloc_trim")
+    if trim:
+        trim(0)
 
 
 class Compilations:
@@ -39,8 +56,13 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
-def _trim(event: str, duration: float, **kwargs) -> None:
-    """The compiler leaves hundreds of MiB with the allocator: give them back before the program runs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if event == _COMPILED and trim:
-        trim(0)
+def _after_compiling(event: str, duration: float, **kwargs) -> None:
+    """The compiler leaves hundreds of MiB with the allocator."""
+    if event == _COMPILED:
+        release_memory()
+
+
+def _glibc(name: str):
+    """A function of the C library, or None where that is not glibc."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, name, None) if hasattr(library, "gnu_get_libc_version") else None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qlog import data, evaluation, learner, losses, models, sampling, sharding
+from qlog import data, evaluation, learner, losses, models, runtime, sampling, sharding
 from qlog.experiment import Experiment
 
 
@@ -107,6 +107,7 @@ def learn(experiment, state: learner.TrainState, groups: Groups, reference, key:
             gauges_total = gauges if total is None else total[1].merge(gauges)
             total = (sums if total is None else jax.tree.map(jnp.add, total[0], sums), gauges_total)
         state = ready(state._replace(step=state.step + 1))
+    runtime.release_memory()
     return state, *total, norms
 
 

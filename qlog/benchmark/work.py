@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qlog import learner, losses, models, sampling, scoring, sharding
+from qlog import learner, losses, models, runtime, sampling, scoring, sharding
 from qlog.benchmark import measure
 from qlog.benchmark.measure import Need
 from qlog.policy import Policy
@@ -174,6 +174,7 @@ class Trainer:
             self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
         )
         jax.block_until_ready(self._state)
+        runtime.release_memory()  # as after every step of training
         self.norms.append(float(norms["grad_norm"]))
 
     def phase(self) -> Phase:
