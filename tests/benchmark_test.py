@@ -82,6 +82,9 @@ def test_the_comparison_names_its_work():
     line = compare.line("train:tiny:4x8:256+128", {"qlog": row, "torch": row | {"median": 5.0}}, 1e11)
     assert line.startswith("| train | tiny 4x8, 256 + 128 | 5.00 (1.90 - 2.20) | 2.00")
     assert "| 2.5x | 1,024, 1,024, 2,048 | 0.50 |" in line
+    row["parts"] = {"prompts": 0.5, "update": 1.5}
+    table = compare.breakdown({"train:tiny:4x8:256+128": {"qlog": row}, "score:tiny:4x8:256+128": {"qlog": {}}})
+    assert table.splitlines()[2:] == ["| tiny:4x8:256+128 | 0.50 s, 25% | 1.50 s, 75% |"]
 
 
 @pytest.mark.parity

@@ -1,5 +1,7 @@
 """The group's gradient: against separate sequences, across microbatches, and its update."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,3 +182,18 @@ def test_a_non_finite_gradient_is_skipped_and_counted():
     assert (state.params["w"] < params["w"]).all()
     assert metrics["skipped_updates"] == 1 and metrics["skipped_in_a_row"] == 0
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(3.0), rtol=1e-6)
+
+
+def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
+    """Temporaries of a program with microbatches are less than the gradients: these add up in place."""
+    shape = dataclasses.replace(tiny.SHAPE, num_layers=6, mlp_width=2048)
+    policy = dataclasses.replace(tiny.POLICY, config=shape, remat="full")
+    _, prompts, trajectories, coefficients = batch
+    params = models.shapes(shape)
+    lowered = learner.gradient.lower(
+        params, policy, prompts, trajectories, coefficients, None,
+        surrogate=losses.linear(), microbatch=(2, 2),
+    )  # fmt: skip
+    memory = lowered.compile().memory_analysis()
+    gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < 0.6 * gradients

@@ -87,7 +87,8 @@ def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict:
         phase = trainer.phase()
         del params  # the trainer owns and donates them
         times = measure.repeat(phase.call, repeats)
-        check = {"grad_norm": trainer.norms[0]}
+        check = {"grad_norm": trainer.norms[0], "peak_memory": _peak_memory()}
+        check["parts"] = trainer.breakdown(times.median, repeats)
     else:
         batch = phases.make_batch(policy, size)
         every = phases.rollout_phases(params, policy, size, batch)
@@ -228,6 +229,8 @@ def main() -> None:
     versions = {row["versions"] for pair in rows.values() for row in pair.values()}
     about = f"{machine()}, {', '.join(sorted(versions))}; matmul peak {peak / 1e9:.0f} GFLOP/s"
     table = "\n".join([HEADER, *(line(text, row, peak) for text, row in rows.items())])
+    if any("parts" in row["qlog"] for row in rows.values()):
+        table += "\n\n" + breakdown(rows)
     if args.out:
         facts = {"about": about, "matmul_peak_flops": peak, "repeats": args.repeats, "rows": rows}
         pathlib.Path(args.out).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -246,7 +249,12 @@ def work_alone(worker: str, weights: str, repeats: int, remat: str = "") -> dict
         row = run_qlog(parse(text), weights, repeats, remat)
     else:
         row = run_torch(parse(text), weights, repeats)
-    return row | {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"peak_memory": _peak_memory()} | row
+
+
+def _peak_memory() -> int:
+    """Bytes that this process has taken at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 _PEAK = (
@@ -274,6 +282,18 @@ def line(text: str, row: dict, peak: float) -> str:
         f"| {kind} | {shape} | {spread(peer)} | {spread(ours)} "
         f"| {peer['median'] / ours['median']:.1f}x | {', '.join(memory)} | {used} |"
     )
+
+
+def breakdown(rows: dict) -> str:
+    """A Markdown table of where the time of qlog's training steps goes."""
+    parts = {text: row["qlog"]["parts"] for text, row in rows.items() if "parts" in row["qlog"]}
+    names = list(next(iter(parts.values())))
+    lines = [f"| training step | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for text, seconds in parts.items():
+        whole = rows[text]["qlog"]["median"]
+        shares = (f"{seconds[name]:.2f} s, {seconds[name] / whole:.0%}" for name in names)
+        lines.append(f"| {text.removeprefix('train:')} | {' | '.join(shares)} |")
+    return "\n".join(lines)
 
 
 def machine() -> str:

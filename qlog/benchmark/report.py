@@ -61,8 +61,7 @@ def report(
             "of_bandwidth": phase.need.bytes / times.median / (count * peaks.bandwidth),
             f"{kind}_peak_bytes": memory,
         }  # fmt: skip
-    parts = {name: measure.repeat(call, repeats).median for name, call in trainer.parts().items()}
-    parts["rollouts' layers"] = rows["train"]["seconds"] - sum(parts.values())
+    parts = trainer.breakdown(rows["train"]["seconds"], repeats)
     if profile:
         with jax.profiler.trace(profile):
             for name in ("rollouts", "train"):

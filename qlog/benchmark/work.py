@@ -184,6 +184,11 @@ class Trainer:
         need = measure.train_need(self._policy.config, size.prompts, size.rollouts, size.prompt, length)
         return Phase(self.step, tokens, need)
 
+    def breakdown(self, seconds: float, repeats: int) -> dict[str, float]:
+        """A step's seconds by part: each timed alone, and of `seconds` what they leave."""
+        parts = {name: measure.repeat(call, repeats).median for name, call in self.parts().items()}
+        return parts | {"rollouts' layers": seconds - sum(parts.values())}
+
     def parts(self) -> dict[str, Callable[[], object]]:
         """What can be run alone of a step: the prompts and the output head, forward and backward in
         the same microbatches, and the update. The rest of a step are the rollouts' layers."""
