@@ -186,7 +186,7 @@ def test_a_non_finite_gradient_is_skipped_and_counted():
 
 def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
     """Temporaries of a program with microbatches are less than the gradients: these add up in place."""
-    shape = dataclasses.replace(tiny.SHAPE, num_layers=6, mlp_width=2048)
+    shape = dataclasses.replace(tiny.SHAPE, num_layers=6, width=256, mlp_width=1024)
     policy = dataclasses.replace(tiny.POLICY, config=shape, remat="full")
     _, prompts, trajectories, coefficients = batch
     params = models.shapes(shape)
@@ -196,4 +196,4 @@ def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
     )  # fmt: skip
     memory = lowered.compile().memory_analysis()
     gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    assert memory.temp_size_in_bytes < 0.6 * gradients
+    assert memory.temp_size_in_bytes < gradients
