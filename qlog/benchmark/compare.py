@@ -5,7 +5,8 @@
 
 Random Qwen3-architecture weights, the same for all; float32; full-length rollouts. PyTorch's training
 step is the usual one: M separate sequences, logits of the completion alone, clip, AdamW. qlog runs in
-two processes: one compiles, the next, which finds that in the cache, is timed. Ratios count: run it on a quiet machine. Other shapes: --only=train:tiny:2x16:1024+64 (kind:size:prompts x M:prompt + new).
+two processes: one compiles, the next, which finds that in the cache, is timed. Ratios count: run it on
+a quiet machine. Other shapes: --only=train:tiny:2x16:1024+64 (kind:size:prompts x M:prompt + new).
 """
 
 import argparse
@@ -14,7 +15,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -87,7 +87,7 @@ def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict:
         phase = trainer.phase()
         del params  # the trainer owns and donates them
         times = measure.repeat(phase.call, repeats)
-        check = {"grad_norm": trainer.norms[0], "peak_memory": _peak_memory()}
+        check = {"grad_norm": trainer.norms[0], "peak_memory": measure.process_peak_memory()}
         check["parts"] = trainer.breakdown(times.median, repeats)
     else:
         batch = phases.make_batch(policy, size)
@@ -242,6 +242,7 @@ def main() -> None:
 def work_alone(worker: str, weights: str, repeats: int, remat: str = "") -> dict:
     """One implementation's work in this process, with the memory that the process took."""
     from qlog import runtime
+    from qlog.benchmark import measure
 
     runtime.set_up()
     implementation, _, text = worker.partition("/")
@@ -249,12 +250,7 @@ def work_alone(worker: str, weights: str, repeats: int, remat: str = "") -> dict
         row = run_qlog(parse(text), weights, repeats, remat)
     else:
         row = run_torch(parse(text), weights, repeats)
-    return {"peak_memory": _peak_memory()} | row
-
-
-def _peak_memory() -> int:
-    """Bytes that this process has taken at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_memory": measure.process_peak_memory()} | row
 
 
 _PEAK = (

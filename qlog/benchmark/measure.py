@@ -72,7 +72,12 @@ def peak_memory() -> tuple[str, float]:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("peak_bytes_in_use" in s for s in stats):
         return "device", max(s["peak_bytes_in_use"] for s in stats)
-    return "process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return "process", process_peak_memory()
+
+
+def process_peak_memory() -> int:
+    """Bytes that this process has taken at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def prefill_need(config: DecoderConfig, prompts: int, length: int) -> Need:
