@@ -80,6 +80,32 @@ def test_group_is_m_separate_sequences_in_values_and_gradients(config):
     jax.tree.map(close, gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("unrolled", [0, 4])
+def test_prompts_compute_of_the_last_layer_only_keys_and_values(monkeypatch, remat, unrolled):
+    """Its other weights may be broken: they reach neither the caches nor any gradient."""
+    monkeypatch.setattr(models.decoder, "_UNROLLED_LAYERS", unrolled)
+    params, (prompts, *_) = tiny.params(), random_tokens()
+    broken = {"o_proj", "mlp_norm", "gate_proj", "up_proj", "down_proj"}
+    layers = {
+        name: jax.tree.map(lambda x: x.at[-1].set(jnp.nan), tree) if name in broken else tree
+        for name, tree in params["layers"].items()
+    }
+    assert broken < set(layers)
+
+    @jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def prefill(params):
+        arrays = jnp.asarray(prompts % tiny.VALID_VOCAB), jnp.asarray(LENGTHS)
+        prefix = models.prefill(params, tiny.SHAPE, *arrays, remat=remat)
+        return (prefix.keys**2).sum() + (prefix.values**3).sum(), prefix
+
+    (_, prefix), gradient = prefill(params)
+    (_, same), same_gradient = prefill(params | {"layers": layers})
+    jax.tree.map(np.testing.assert_array_equal, (prefix, gradient), (same, same_gradient))
+    assert all(np.abs(gradient["layers"][name]["kernel"][0]).max() > 0 for name in broken - {"mlp_norm"})
+
+
 @families("qwen3", "gemma3", "windowed")
 def test_cached_decode_and_score_equal_the_full_forward(config):
     params = random_params(config)

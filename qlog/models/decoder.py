@@ -77,50 +77,61 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: attention, then a gated MLP."""
+    """One pre-norm decoder layer: attention, then a gated MLP.
+
+    What the queries see is the caller's: `heads`, then any attention of them, then `finish`.
+    """
 
     config: DecoderConfig
+    dtype: Any = jnp.float32  # of the activations
 
-    @nn.compact
-    def __call__(self, x, turn, mix):
-        """x: [B, M, R, D] -> ([B, M, R, D], what `mix` stores).
-
-        mix: attention of queries [B, M, R, K, G, C] with new keys and values [B, M, R, K, C]
-        -> ([B, M, R, K, G, C], anything).
-        """
+    def setup(self):
         cfg = self.config
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=x.dtype, dot_general=dot_general)
-        scaled_down = nn.initializers.variance_scaling(0.5 / cfg.num_layers, "fan_in", "normal")
         norm = functools.partial(RMSNorm, cfg.norm_eps, cfg.norm_offset)
-        normed = norm(name="attention_norm")(x)
-        queries = self._heads("q_proj", normed, cfg.num_heads)
-        keys = self._heads("k_proj", normed, cfg.num_kv_heads)
-        values = self._heads("v_proj", normed, cfg.num_kv_heads)
-        if cfg.qk_norm:
-            queries = norm(name="q_norm")(queries)
-            keys = norm(name="k_norm")(keys)
-        queries = rotate(queries, turn, (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5)
-        keys = rotate(keys, turn)
-        queries = queries.reshape(*x.shape[:3], cfg.num_kv_heads, -1, cfg.head_dim)
-        mixed, stored = mix(queries, keys, values)
-        mixed = mixed.reshape(*x.shape[:3], -1)
-        mixed = dense(cfg.width, name="o_proj", kernel_init=scaled_down)(mixed)
-        x = x + (norm(name="post_attention_norm")(mixed) if cfg.post_norms else mixed)
-        normed = norm(name="mlp_norm")(x)
-        gate = _ACTIVATIONS[cfg.activation](dense(cfg.mlp_width, name="gate_proj")(normed))
-        up = dense(cfg.mlp_width, name="up_proj")(normed)
-        mixed = dense(cfg.width, name="down_proj", kernel_init=scaled_down)(gate * up)
-        return x + (norm(name="post_mlp_norm")(mixed) if cfg.post_norms else mixed), stored
-
-    def _heads(self, name, x, num_heads):
-        """Project to [B, M, R, heads, C]."""
-        cfg = self.config
-        width = num_heads * cfg.head_dim
-        dense = nn.Dense(
-            width, use_bias=cfg.qkv_bias, dtype=x.dtype, dot_general=dot_general, name=name
+        dense = functools.partial(
+            nn.Dense, use_bias=False, dtype=self.dtype, dot_general=dot_general
         )
-        flat = dense(x)
-        return flat.reshape(*x.shape[:-1], num_heads, cfg.head_dim)
+        heads = functools.partial(dense, use_bias=cfg.qkv_bias)
+        scaled_down = nn.initializers.variance_scaling(0.5 / cfg.num_layers, "fan_in", "normal")
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.q_proj = heads(cfg.num_heads * cfg.head_dim)
+        self.k_proj = heads(cfg.num_kv_heads * cfg.head_dim)
+        self.v_proj = heads(cfg.num_kv_heads * cfg.head_dim)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = norm(), norm()
+        self.o_proj = dense(cfg.width, kernel_init=scaled_down)
+        self.gate_proj, self.up_proj = dense(cfg.mlp_width), dense(cfg.mlp_width)
+        self.down_proj = dense(cfg.width, kernel_init=scaled_down)
+        if cfg.post_norms:
+            self.post_attention_norm, self.post_mlp_norm = norm(), norm()
+
+    def __call__(self, x, turn):
+        """`finish` of the queries themselves: all parameters are used once, to initialise them."""
+        return self.finish(x, self.heads(x, turn)[0])
+
+    def heads(self, x, turn):
+        """x: [B, M, R, D] -> queries [B, M, R, K, G, C], scaled, keys and values [B, M, R, K, C]."""
+        cfg = self.config
+        normed = self.attention_norm(x)
+        queries, keys, values = (
+            project(normed).reshape(*x.shape[:-1], -1, cfg.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cfg.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = rotate(queries, turn, (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5)
+        queries = queries.reshape(*x.shape[:-1], cfg.num_kv_heads, -1, cfg.head_dim)
+        return queries, rotate(keys, turn), values
+
+    def finish(self, x, mixed):
+        """x [B, M, R, D] and what attention gave it [B, M, R, K, G, C] -> [B, M, R, D]."""
+        cfg = self.config
+        mixed = self.o_proj(mixed.reshape(*x.shape[:-1], -1))
+        x = x + (self.post_attention_norm(mixed) if cfg.post_norms else mixed)
+        normed = self.mlp_norm(x)
+        gate = _ACTIVATIONS[cfg.activation](self.gate_proj(normed))
+        mixed = self.down_proj(gate * self.up_proj(normed))
+        return x + (self.post_mlp_norm(mixed) if cfg.post_norms else mixed)
 
 
 def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
@@ -135,10 +146,7 @@ def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     turn = rotation(jnp.zeros((1, 1, 1), jnp.int32), config.head_dim, config.rope_theta)
 
     def init_layer(layer_key):
-        def mix(queries, keys, values):
-            return queries, None
-
-        return Block(config).init(layer_key, x, turn, mix)["params"]
+        return Block(config, dtype).init(layer_key, x, turn)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
     table = (config.vocab_size, config.width)
@@ -203,6 +211,7 @@ def apply(
     remat: str = "none",
     attend=attend,
     hold=lambda hidden: hidden,
+    state_only: bool = False,
 ) -> tuple[Array, Any]:
     """The one forward pass: new tokens of M rollouts over shared prefix, own suffix, themselves.
 
@@ -227,6 +236,8 @@ def apply(
       attend: `attention.attend`, or another that gives the same.
       hold: applied to the hidden states [B, M, R, D] after the embedding and every layer, to say
         how they lie on a mesh.
+      state_only: the caller needs the keys and values alone. Of the last layer nothing else is
+        then computed, forward or backward, and the hidden states mean nothing.
 
     Returns:
       The final hidden states [B, M, R, D], normalised, ready for the output head; and the state.
@@ -237,36 +248,40 @@ def apply(
     hidden = hold(hidden)
     rotation_of = _rotations(config, positions)
     groups = config.num_heads // config.num_kv_heads
-    block = Block(config)
+    block = Block(config, dtype)
 
-    def layer(x, weights, shared, own, window):
-        sight = _Sight(positions, window, groups)
-        shared = shared and [t.astype(dtype) for t in shared]
-
-        def mix(queries, keys, values):
-            new = (_by_head(keys), _by_head(values))
-            segments = [Segment(*map(_flat, new), *sight.own(first))]
-            if own is not None:
-                seen = jnp.broadcast_to(suffix.lengths, tokens.shape[:2])
-                slots = own[0].shape[3]
-                segments.insert(0, Segment(*map(_flat, own), *sight.suffix(prefix.lengths, seen, slots)))
-            if shared is not None:
-                segments.insert(0, Segment(*shared, *sight.prefix(prefix.lengths)))
-            return _rows_back(attend(_rows(queries), segments), queries), new
-
-        def mix_step(queries, keys, values):
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
-            new = (_by_head(keys), _by_head(values))
-            now = tuple(write(old, t.astype(old.dtype)) for old, t in zip(own, new))
-            start, base = sight.start[:, 0], prefix.lengths[:, None]  # all rollouts are in step
-            mixed = attend_step(
-                queries[:, :, 0].transpose(0, 2, 1, 3, 4), Segment(*shared, start, base),
-                Segment(*now, jnp.maximum(start - base, 0), jnp.reshape(slot + 1, (1, 1))),
-            )  # fmt: skip
-            return mixed.transpose(0, 2, 1, 3, 4)[:, :, None], now
-
+    def heads(x, weights, window):
+        """Queries, and the new keys and values as caches hold them."""
         turn = rotation_of(window)
-        return block.apply({"params": weights}, x, turn, mix if slot is None else mix_step)
+        queries, *new = block.apply({"params": weights}, x, turn, method="heads")
+        return queries, tuple(map(_by_head, new))
+
+    def finish(x, weights, mixed):
+        return block.apply({"params": weights}, x, mixed, method="finish")
+
+    def mix(queries, new, shared, own, window):
+        """Attention of new tokens over prefix, suffix and themselves: like `queries`."""
+        sight = _Sight(positions, window, groups)
+        segments = [Segment(*map(_flat, new), *sight.own(first))]
+        if own is not None:
+            seen = jnp.broadcast_to(suffix.lengths, tokens.shape[:2])
+            slots = own[0].shape[3]
+            segments.insert(0, Segment(*map(_flat, own), *sight.suffix(prefix.lengths, seen, slots)))
+        if shared is not None:
+            segments.insert(0, Segment(*_cast(shared, dtype), *sight.prefix(prefix.lengths)))
+        return _rows_back(attend(_rows(queries), segments), queries)
+
+    def mix_step(queries, new, shared, own, window):
+        """`mix` of one token, which is written to its slot first; and the suffix of the layer."""
+        sight = _Sight(positions, window, groups)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
+        now = tuple(write(old, t.astype(old.dtype)) for old, t in zip(own, new))
+        start, base = sight.start[:, 0], prefix.lengths[:, None]  # all rollouts are in step
+        mixed = attend_step(
+            queries[:, :, 0].transpose(0, 2, 1, 3, 4), Segment(*_cast(shared, dtype), start, base),
+            Segment(*now, jnp.maximum(start - base, 0), jnp.reshape(slot + 1, (1, 1))),
+        )  # fmt: skip
+        return mixed.transpose(0, 2, 1, 3, 4)[:, :, None], now
 
     shared = None if prefix is None else (prefix.keys, prefix.values)
     windows = config.windows
@@ -275,21 +290,32 @@ def apply(
         scanned = None if len(set(windows)) == 1 else jnp.array(windows)
 
         def step(x, inputs):
-            weights, its_prefix, window = inputs
-            x, own = layer(x, weights, its_prefix, None, windows[0] if window is None else window)
-            return hold(x), own
+            weights, its_prefix, window, is_last = inputs
+            window = windows[0] if window is None else window
+            queries, new = heads(x, weights, window)
+
+            def output():
+                return hold(finish(x, weights, mix(queries, new, its_prefix, None, window)))
+
+            return output() if is_last is None else jax.lax.cond(is_last, lambda: x, output), new
 
         if remat != "none":
             step = jax.checkpoint(step, policy=REMAT[remat])
         unroll = config.num_layers <= _UNROLLED_LAYERS
-        inputs = (params["layers"], shared, scanned)
+        is_last = jnp.arange(config.num_layers) == config.num_layers - 1 if state_only else None
+        inputs = (params["layers"], shared, scanned, is_last)
         hidden, state = jax.lax.scan(step, hidden, inputs, unroll=unroll)
     else:
         layers = []
         parts = map(_unstacked, (params["layers"], *shared))
         for weights, keys, values, own, window in zip(*parts, suffix.layers, windows):
-            hidden, stored = layer(hidden, weights, (keys, values), own, window)
-            layers.append(stored)
+            queries, new = heads(hidden, weights, window)
+            if slot is None:
+                mixed = mix(queries, new, (keys, values), own, window)
+            else:
+                mixed, own = mix_step(queries, new, (keys, values), own, window)
+                layers.append(own)
+            hidden = finish(hidden, weights, mixed)
         state = suffix if slot is None else suffix._replace(layers=tuple(layers))
     final_norm = {"params": {"scale": params["final_norm"]}}
     return RMSNorm(config.norm_eps, config.norm_offset).apply(final_norm, hidden), state
@@ -300,7 +326,8 @@ def prefill(
 ) -> Prefix:
     """Keys and values of right-padded prompts: tokens int32 [B, P], lengths int32 [B]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    _, (keys, values) = apply(params, config, tokens[:, None], positions[:, None], **options)
+    tokens, positions = tokens[:, None], positions[:, None]
+    _, (keys, values) = apply(params, config, tokens, positions, state_only=True, **options)
     return Prefix(keys.squeeze(3), values.squeeze(3), lengths)
 
 
@@ -311,6 +338,10 @@ def empty_suffix(config: DecoderConfig, batch: int, rollouts: int, slots: int, d
         (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
     )
     return Suffix(layers, jnp.zeros((), jnp.int32))
+
+
+def _cast(arrays, dtype):
+    return [x.astype(dtype) for x in arrays]
 
 
 def _by_head(x: Array) -> Array:
