@@ -283,6 +283,7 @@ def gradient(
         is_needed = jnp.ones_like(is_needed)  # the penalty is on all
     is_needed = is_needed.at[0, 0].set(True)  # without a rollout the gauges would know nothing
     packing = pack(trajectories.lengths, is_needed, trajectories.tokens.shape[-1])
+    share = 1 / jnp.maximum(prompts.is_prompt.sum(), 1).astype(jnp.float32)  # of a prompt, in the mean
 
     # Every pull-back adds to these in place, layer by layer: one tree of gradients, however many
     # microbatches there are.
@@ -308,7 +309,7 @@ def gradient(
                 return sums.loss, (sums, new)
 
             value, pull, (sums, new) = jax.vjp(loss, params, *caches, has_aux=True)
-            pull.with_refs(total, *cache_total)(jnp.ones_like(value))
+            pull.with_refs(total, *cache_total)(jnp.full_like(value, share))
             return sums, _gauges(new, mine.old_log_probs, mine.was_sampled & is_here)
 
         found = _sum_over_rows(rows_chunk, its_packing, microbatch[1])
@@ -317,9 +318,7 @@ def gradient(
 
     batch = (prompts, trajectories, coefficients, reference, packing)
     sums, gauges = _sum_over_prompts(prompts_chunk, batch, microbatch[0])
-    # Divided here, in place: `update` would hold a copy of all gradients for it.
-    num_prompts = jnp.maximum(prompts.is_prompt.sum(), 1)
-    return jax.tree.map(lambda g: jax.freeze(g) / num_prompts, total), sums, gauges
+    return jax.tree.map(jax.freeze, total), sums, gauges
 
 
 def _sum_over_prompts(function, batch, size: int):

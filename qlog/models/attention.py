@@ -115,12 +115,12 @@ def _attend_backward(rows, residuals, cotangent):
         *arrays, block_visible, blocks = inputs
         return _backward(*arrays, caches, block_visible, blocks, cache_grads)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), caches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.mT.shape, jnp.float32), caches)
     split = [_split(x, rows) for x in (queries, cotangent, log_total, shift)]
     inputs = (*split, _split_visible(visible, rows), _blocks(caches, visible, rows))
     cache_grads, query_grads = jax.lax.scan(block, zeros, inputs)
-    like = functools.partial(jax.tree.map, lambda grad, x: grad.astype(x.dtype))
-    return like(_join(query_grads), queries), like(cache_grads, caches), None
+    cache_grads = jax.tree.map(lambda grad, x: grad.mT.astype(x.dtype), cache_grads, caches)
+    return _join(query_grads).astype(queries.dtype), cache_grads, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -136,7 +136,7 @@ def _forward(queries, caches, visible, blocks, slots) -> _Partial:
             scores = _scores(queries, keys, interval, index, slots)
             top = jnp.maximum(state.top, scores.max(-1))
             weights = jnp.exp(scores - top[..., None])
-            own = _Partial(top, weights.sum(-1), _mix(weights, _block(values, index, slots)))
+            own = _Partial(top, weights.sum(-1), _matmul(weights, _block(values, index, slots)))
             return _merge(state, own, top)
 
         state = jax.lax.fori_loop(first, last, visit, state)
@@ -144,8 +144,10 @@ def _forward(queries, caches, visible, blocks, slots) -> _Partial:
 
 
 def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cache_grads):
-    """Gradients of one block of queries; those of keys and values are added to `cache_grads`."""
+    """Gradients of one block of queries; those of keys and values, [..., C, T], are added to
+    `cache_grads`: so both factors of their matrix products lie as CPUs want them, twice as fast."""
     query_grads, total = jnp.zeros(queries.shape, jnp.float32), []
+    columns = [x.mT for x in (queries, cotangent)]
     for cache, interval, (first, last), grads in zip(caches, visible, blocks, cache_grads):
 
         def visit(index, carry, cache=cache, interval=interval):
@@ -158,9 +160,9 @@ def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cac
                 "...nc,...tc->...nt", cotangent, values, preferred_element_type=jnp.float32
             )
             score_grads = (weights * (weight_grads - shift[..., None])).astype(queries.dtype)
-            parts = (_unmix(score_grads, queries), _unmix(weights.astype(queries.dtype), cotangent))
+            parts = map(_matmul, columns, (score_grads, weights.astype(queries.dtype)))
             grads = (_add_block(grad, part, index) for grad, part in zip(grads, parts))
-            return query_grads + _mix(score_grads, keys), *grads
+            return query_grads + _matmul(score_grads, keys), *grads
 
         query_grads, *grads = jax.lax.fori_loop(first, last, visit, (query_grads, *grads))
         total.append(tuple(grads))
@@ -187,21 +189,17 @@ def _block(x: Array, index, slots: int) -> Array:
 
 
 def _add_block(x: Array, part: Array, index) -> Array:
-    size = part.shape[-2]
-    start = jnp.minimum(index * size, x.shape[-2] - size)
-    total = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-2) + part
-    return jax.lax.dynamic_update_slice_in_dim(x, total, start, axis=-2)
+    """`part` added to x [..., C, T] where `_block` takes it from."""
+    size = part.shape[-1]
+    start = jnp.minimum(index * size, x.shape[-1] - size)
+    total = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1) + part
+    return jax.lax.dynamic_update_slice_in_dim(x, total, start, axis=-1)
 
 
-def _mix(weights: Array, values: Array) -> Array:
-    equation = "...nt,...tc->...nc"
-    return jnp.einsum(
-        equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-    )
-
-
-def _unmix(weights: Array, rows: Array) -> Array:
-    return jnp.einsum("...nt,...nc->...tc", weights, rows, preferred_element_type=jnp.float32)
+def _matmul(one: Array, other: Array) -> Array:
+    """float32 product [..., I, J] @ [..., J, K] of factors in the dtype of `other`."""
+    one = one.astype(other.dtype)
+    return jnp.matmul(one, other, preferred_element_type=jnp.float32)
 
 
 def _merge(one: _Partial, other: _Partial, top: Array | None = None) -> _Partial:
