@@ -28,7 +28,7 @@ def default() -> ConfigDict:
         "architecture": {},  # fields of DecoderConfig that differ from the preset
         "weights": "random",  # 'random', or a Hugging Face folder or Hub id
         "init_from": "",  # workdir (or one checkpoint) of another run, to start from its parameters
-        "attention": "auto",  # auto: by device; blocks: plain JAX; tpu: Pallas kernels
+        "attention": "auto",  # auto: by device; blocks: plain JAX; tpu: Pallas kernels; cudnn: CUDA GPUs
         "dtype": "bfloat16",  # of activations and caches; parameters are float32
         "tokenizer": {
             "path": "",  # folder or file; '' takes the one beside the weights or the model
@@ -184,7 +184,7 @@ def check(config: ConfigDict) -> None:
     _check_range("config.evaluation.top_p", config.evaluation.top_p, 1e-6, 1.0)
     for field, value, choices in (
         ("dtype", config.dtype, ("float32", "bfloat16")),
-        ("attention", config.attention, ("auto", "blocks", "tpu")),
+        ("attention", config.attention, ("auto", "blocks", "tpu", "cudnn")),
         ("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "linear")),
         ("data.overlong", config.data.overlong, ("error", "skip")),
         ("train.remat", config.train.remat, tuple(models.REMAT)),

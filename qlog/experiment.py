@@ -177,14 +177,18 @@ def attention(config: ConfigDict, mesh: Mesh) -> str:
     Raises:
       ConfigError: kernels of another device.
     """
-    platform = mesh.devices.flat[0].platform
-    if config.attention == "tpu" and platform != "tpu":
+    device = mesh.devices.flat[0]
+    kernels = {"tpu": "tpu", "gpu": "cudnn"}.get(device.platform, "blocks")
+    if kernels == "cudnn" and (
+        "cuda" not in device.client.platform_version or config.dtype != "bfloat16"
+    ):
+        kernels = "blocks"
+    if config.attention in ("tpu", "cudnn") and config.attention != kernels:
         raise ConfigError(
-            f"config.attention = 'tpu' does not run on {platform} devices: use 'auto' or 'blocks'."
+            f"config.attention = {config.attention!r} does not run on {device.platform} devices with "
+            f"config.dtype = {config.dtype!r}: use 'auto' or 'blocks'."
         )
-    if config.attention != "auto":
-        return config.attention
-    return "tpu" if platform == "tpu" else "blocks"
+    return kernels if config.attention == "auto" else config.attention
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:

@@ -23,7 +23,7 @@ class Policy:
       remat: none | dots | attention | full: what of a layer the backward pass finds kept
         (`models.REMAT`), and what it computes again.
       mesh: over which caches are held split by prompts and heads; None leaves it to the compiler.
-      attention: blocks (plain JAX, any backend) or tpu (Pallas kernels).
+      attention: blocks (plain JAX, any backend), tpu (Pallas kernels) or cudnn (CUDA GPUs).
     """
 
     config: DecoderConfig
@@ -39,6 +39,8 @@ class Policy:
         attend = models.attention.attend
         if self.attention == "tpu":
             attend = functools.partial(models.attention_tpu.attend, mesh=self.mesh)
+        elif self.attention == "cudnn":
+            attend = models.attention_cudnn.attend
         hold = functools.partial(sharding.keep_prompts, self.mesh)
         return {"dtype": self.dtype, "attend": attend, "hold": hold}
 

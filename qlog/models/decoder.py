@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
@@ -395,15 +396,17 @@ class _Sight:
         return self._per_row(offset + start), self._per_row(offset + lengths[..., None])
 
     def own(self, first: Array | None):
-        tokens = jnp.arange(self._shape[2])
-        offset = self._shape[2] * jnp.arange(self._shape[1])[:, None]
-        start = jnp.maximum(tokens - self._back, 0 if first is None else first)
-        return self._per_row(offset + start), self._per_row(offset + tokens + 1)
+        """NumPy arrays where nothing is traced: kernels may then choose by what is seen."""
+        xp = np if first is None and isinstance(self._back, int) else jnp
+        tokens = xp.arange(self._shape[2], dtype=xp.int32)
+        offset = self._shape[2] * xp.arange(self._shape[1], dtype=xp.int32)[:, None]
+        start = xp.maximum(tokens - self._back, 0 if first is None else first)
+        return self._per_row(offset + start, xp), self._per_row(offset + tokens + 1, xp)
 
-    def _per_row(self, x: Array) -> Array:
+    def _per_row(self, x: Array, xp=jnp) -> Array:
         x = x if x.ndim == 3 else x[None]
-        x = jnp.broadcast_to(x, (x.shape[0], *self._shape[1:]))
-        return jnp.repeat(x.reshape(x.shape[0], -1), self._groups, axis=1)
+        x = xp.broadcast_to(x, (x.shape[0], *self._shape[1:]))
+        return xp.repeat(x.reshape(x.shape[0], -1), self._groups, axis=1)
 
 
 def _rotations(config: DecoderConfig, positions: Array):
