@@ -155,7 +155,7 @@ def test_a_window_of_w_sees_w_tokens_its_own_included():
 def dense_attention(queries, segments):
     """The plain formula: all scores at once, one softmax over all segments."""
     scores, values = [], []
-    for keys, its_values, start, stop in segments:
+    for keys, its_values, start, stop, _ in segments:
         slots = np.arange(keys.shape[2])
         visible = (start[..., None] <= slots) & (slots < stop[..., None])
         score = jnp.einsum("bknc,bktc->bknt", queries, keys)
@@ -187,6 +187,39 @@ def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(size
 
     run = lambda attend: jit(jax.value_and_grad(functools.partial(loss, attend), (0, 1)))(queries, caches)  # noqa: E731
     for one, other in zip(jax.tree.leaves(run(attention.attend)), jax.tree.leaves(run(dense_attention))):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [6, 20], ids=["several runs a block", "a run fills blocks"])
+def test_runs_side_by_side_change_nothing(length, monkeypatch):
+    """Five runs over a shared prefix, slots of their own before, and their own tokens."""
+    monkeypatch.setattr(attention, "_ROWS", 16)
+    monkeypatch.setattr(attention, "_SLOTS", 4)
+    runs, heads, batch = 5, 2, 2
+    count, rng = runs * length, np.random.default_rng(0)
+    normal = lambda slots: jnp.asarray(rng.normal(size=(batch, heads, slots, 4)), jnp.float32)  # noqa: E731
+    run, token = np.divmod(np.arange(count)[None], length)
+    seen = rng.integers(0, 8, (batch, runs))[:, run[0]]
+    intervals = [
+        (np.zeros((batch, count), int), np.repeat([[9], [3]], count, 1)),
+        (7 * run + seen // 2, 7 * run + seen),
+        (length * run + token // 3, length * run + token + 1),
+    ]
+    caches = [(normal(n), normal(n)) for n in (9, 7 * runs, count)]
+    queries, cotangent = normal(count), normal(count)
+
+    def results(runs):
+        def out(queries, caches):
+            segments = [
+                attention.Segment(*cache, *map(jnp.int32, ends), 1 if i == 0 else runs)
+                for i, (cache, ends) in enumerate(zip(caches, intervals))
+            ]
+            return attention.attend(queries, segments)
+
+        value, back = jax.vjp(out, queries, caches)
+        return jax.tree.leaves((value, back(cotangent)))
+
+    for one, other in zip(jit(results, static_argnums=0)(runs), jit(results, static_argnums=0)(1), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 

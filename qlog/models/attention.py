@@ -28,12 +28,15 @@ class Segment(NamedTuple):
     """Keys and values that the queries may see.
 
     keys, values: [B, K, T, C]. start, stop: int32 [B or 1, N], each row's visible slots.
+    runs: rows and slots lie in so many runs of equal length, rollouts side by side, and rows see
+      slots of their own run alone.
     """
 
     keys: Array
     values: Array
     start: Array
     stop: Array
+    runs: int = 1
 
 
 class _Partial(NamedTuple):
@@ -56,14 +59,26 @@ def attend(queries: Array, segments: list[Segment]) -> Array:
     Returns:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
-    rows = min(_ROWS, queries.shape[2])
-    padding = -queries.shape[2] % rows
-    padded = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    visible = [
-        tuple(jnp.pad(x, ((0, 0), (0, padding))) for x in (s.start, s.stop)) for s in segments
-    ]
-    caches = [(segment.keys, segment.values) for segment in segments]
-    return _attend(padded, caches, visible, rows)[:, :, : queries.shape[2]]
+    count = queries.shape[2]
+    # Runs shorter than a block are visited several at a time, each with its own slots alone.
+    runs = max(segment.runs for segment in segments)
+    run = count // runs
+    together = min(runs, _ROWS // run) if runs > 1 else 0
+    rows = run * together or min(_ROWS, count)
+    padding = -count % rows
+    pad = lambda x, size=padding: jnp.pad(x, [(0, size if i == 2 else 0) for i in range(x.ndim)])  # noqa: E731
+    caches, visible = [], []
+    for keys, values, start, stop, its_runs in segments:
+        cache, ends = (keys, values), [pad(x[:, None]) for x in (start, stop)]
+        if together and its_runs > 1:
+            cache = tuple(_by_run(x, runs) for x in cache)
+            slots = cache[0].shape[3]
+            cache = tuple(pad(x, padding // run) for x in cache)
+            before = slots * (jnp.arange(count + padding) // run)
+            ends = [jnp.maximum(x - before, 0).reshape(len(x), 1, -1, run) for x in ends]
+        caches.append(cache)
+        visible.append(tuple(ends))
+    return _attend(pad(queries), caches, visible, rows)[:, :, :count]
 
 
 def attend_step(queries: Array, prefix: Segment, suffix: Segment) -> Array:
@@ -97,12 +112,14 @@ def _attend(queries, caches, visible, rows):
 
 
 def _attend_forward(queries, caches, visible, rows):
+    shared, private = _shared_and_private(caches, queries, rows)
+
     def block(inputs):
-        block_queries, block_visible, blocks = inputs
-        state = _forward(block_queries, caches, block_visible, blocks, _SLOTS)
+        block_queries, block_visible, blocks, its_own = inputs
+        state = _forward(block_queries, _either(shared, its_own), block_visible, blocks, _SLOTS)
         return _finish(state, queries.dtype), state.top + jnp.log(_positive(state.total))
 
-    inputs = (_split(queries, rows), _split_visible(visible, rows), _blocks(caches, visible, rows))
+    inputs = (_split(queries, rows), *_visible_blocks(caches, visible, queries, rows), private)
     out, log_total = (checkpoint_name(_join(x), ATTENTION) for x in jax.lax.map(block, inputs))
     return out, (queries, caches, visible, out, log_total)
 
@@ -110,15 +127,19 @@ def _attend_forward(queries, caches, visible, rows):
 def _attend_backward(rows, residuals, cotangent):
     queries, caches, visible, out, log_total = residuals
     shift = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    shared, private = _shared_and_private(caches, queries, rows)
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.mT.shape, jnp.float32), tree)  # noqa: E731
 
-    def block(cache_grads, inputs):
-        *arrays, block_visible, blocks = inputs
-        return _backward(*arrays, caches, block_visible, blocks, cache_grads)
+    def block(shared_grads, inputs):
+        *arrays, block_visible, blocks, its_own = inputs
+        grads = _either(shared_grads, zeros(its_own))
+        grads, query_grads = _backward(*arrays, _either(shared, its_own), block_visible, blocks, grads)
+        return _where(grads, shared), (query_grads, _where(grads, its_own))
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.mT.shape, jnp.float32), caches)
     split = [_split(x, rows) for x in (queries, cotangent, log_total, shift)]
-    inputs = (*split, _split_visible(visible, rows), _blocks(caches, visible, rows))
-    cache_grads, query_grads = jax.lax.scan(block, zeros, inputs)
+    inputs = (*split, *_visible_blocks(caches, visible, queries, rows), private)
+    shared_grads, (query_grads, own_grads) = jax.lax.scan(block, zeros(shared), inputs)
+    cache_grads = _either(shared_grads, jax.tree.map(_join, own_grads))
     cache_grads = jax.tree.map(lambda grad, x: grad.mT.astype(x.dtype), cache_grads, caches)
     return _join(query_grads).astype(queries.dtype), cache_grads, None
 
@@ -131,40 +152,48 @@ def _forward(queries, caches, visible, blocks, slots) -> _Partial:
     lead = queries.shape[:-1]
     state = _Partial(jnp.full(lead, _MASKED), jnp.zeros(lead), jnp.zeros(queries.shape))
     for (keys, values), interval, (first, last) in zip(caches, visible, blocks):
+        rows, *state = (_beside(keys, x, lead) for x in (queries, *state))
 
-        def visit(index, state, keys=keys, values=values, interval=interval):
-            scores = _scores(queries, keys, interval, index, slots)
+        def visit(index, state, rows=rows, keys=keys, values=values, interval=interval):
+            scores = _scores(rows, keys, interval, index, slots)
             top = jnp.maximum(state.top, scores.max(-1))
             weights = jnp.exp(scores - top[..., None])
             own = _Partial(top, weights.sum(-1), _matmul(weights, _block(values, index, slots)))
             return _merge(state, own, top)
 
-        state = jax.lax.fori_loop(first, last, visit, state)
+        state = jax.lax.fori_loop(first, last, visit, _Partial(*state))
+        state = _Partial(*(x.reshape(*lead, *x.shape[keys.ndim - 1 :]) for x in state))
     return state
 
 
 def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cache_grads):
     """Gradients of one block of queries; those of keys and values, [..., C, T], are added to
     `cache_grads`: so both factors of their matrix products lie as CPUs want them, twice as fast."""
+    lead = queries.shape[:-1]
     query_grads, total = jnp.zeros(queries.shape, jnp.float32), []
-    columns = [x.mT for x in (queries, cotangent)]
     for cache, interval, (first, last), grads in zip(caches, visible, blocks, cache_grads):
+        query_grads, *arrays = (
+            _beside(cache[0], x, lead) for x in (query_grads, queries, cotangent, log_total, shift)
+        )
+        columns = [x.mT for x in arrays[:2]]
 
-        def visit(index, carry, cache=cache, interval=interval):
+        def visit(index, carry, arrays=arrays, columns=columns, cache=cache, interval=interval):
             query_grads, *grads = carry
+            rows, cotangent, log_total, shift = arrays
             keys, values = (_block(x, index, _SLOTS) for x in cache)
             weights = jnp.exp(
-                _scores(queries, cache[0], interval, index, _SLOTS) - log_total[..., None]
+                _scores(rows, cache[0], interval, index, _SLOTS) - log_total[..., None]
             )
             weight_grads = jnp.einsum(
                 "...nc,...tc->...nt", cotangent, values, preferred_element_type=jnp.float32
             )
-            score_grads = (weights * (weight_grads - shift[..., None])).astype(queries.dtype)
-            parts = map(_matmul, columns, (score_grads, weights.astype(queries.dtype)))
+            score_grads = (weights * (weight_grads - shift[..., None])).astype(rows.dtype)
+            parts = map(_matmul, columns, (score_grads, weights.astype(rows.dtype)))
             grads = (_add_block(grad, part, index) for grad, part in zip(grads, parts))
             return query_grads + _matmul(score_grads, keys), *grads
 
         query_grads, *grads = jax.lax.fori_loop(first, last, visit, (query_grads, *grads))
+        query_grads = query_grads.reshape(queries.shape)
         total.append(tuple(grads))
     return total, query_grads
 
@@ -235,17 +264,43 @@ def _join(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _split_visible(visible, rows: int):
-    return jax.tree.map(lambda x: _split(x[:, None], rows), visible)
+def _by_run(x: Array, runs: int) -> Array:
+    """[B, K, runs * T, C] -> [B, K, runs, T, C]."""
+    return x.reshape(*x.shape[:2], runs, -1, x.shape[3])
 
 
-def _blocks(caches, visible, rows: int):
-    """For every block of rows the first block of slots that one of them sees, and the one after
-    the last: int32 [N / rows] each."""
-    found = []
-    for (keys, _), (start, stop) in zip(caches, visible):
+def _beside(keys: Array, x: Array, lead: tuple[int, ...]) -> Array:
+    """x [*lead, ...] with the leading axes of keys [..., T, C], then rows."""
+    return x.reshape(*keys.shape[:-2], -1, *x.shape[len(lead) :])
+
+
+def _shared_and_private(caches, queries: Array, rows: int):
+    """Caches that all rows may see, and those in runs [blocks of rows, B, K, runs of a block, T, C];
+    two lists, each with None in the other's places."""
+    blocks = queries.shape[2] // rows
+    split = lambda x: _split(x, x.shape[2] // blocks)  # noqa: E731
+    shared = [None if keys.ndim > 4 else (keys, values) for keys, values in caches]
+    return shared, [tuple(map(split, c)) if c[0].ndim > 4 else None for c in caches]
+
+
+def _either(shared, private):
+    return [private if mine is None else mine for mine, private in zip(shared, private)]
+
+
+def _where(values, there):
+    return [None if one is None else value for value, one in zip(values, there)]
+
+
+def _visible_blocks(caches, visible, queries: Array, rows: int):
+    """Every block of rows: its intervals, and of every cache the first block of slots that one of
+    its rows sees, and the one after the last, int32 [N / rows] each."""
+    count = queries.shape[2] // rows
+    intervals, found = [], []
+    for (keys, _), ends in zip(caches, visible):
+        intervals.append(tuple(_split(x, x.shape[2] // count) for x in ends))
+        start, stop = (x.reshape(count, -1) for x in intervals[-1])
         size = min(_SLOTS, keys.shape[-2])
-        first = start.min(0).reshape(-1, rows).min(1) // size
-        last = -(-stop.max(0).reshape(-1, rows).max(1) // size)
+        first = start.min(1) // size
+        last = -(-stop.max(1) // size)
         found.append((first, jnp.maximum(first, last)))
-    return found
+    return intervals, found

@@ -38,7 +38,7 @@ def attend(queries: Array, segments: list[Segment], implementation: str = "cudnn
 
 def _is_causal(queries: Array, segments: list[Segment]) -> bool:
     """Whether the rows are known to be the tokens of one sequence, each seeing all up to itself."""
-    keys, _, start, stop = segments[0]
+    keys, _, start, stop, _ = segments[0]
     rows, slots = queries.shape[2], keys.shape[2]
     if len(segments) > 1 or rows % slots or not isinstance(start, np.ndarray):
         return False

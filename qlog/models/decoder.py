@@ -263,11 +263,12 @@ def apply(
     def mix(queries, new, shared, own, window):
         """Attention of new tokens over prefix, suffix and themselves: like `queries`."""
         sight = _Sight(positions, window, groups)
-        segments = [Segment(*map(_flat, new), *sight.own(first))]
+        segments = [Segment(*map(_flat, new), *sight.own(first), tokens.shape[1])]
         if own is not None:
             seen = jnp.broadcast_to(suffix.lengths, tokens.shape[:2])
             slots = own[0].shape[3]
-            segments.insert(0, Segment(*map(_flat, own), *sight.suffix(prefix.lengths, seen, slots)))
+            seen = sight.suffix(prefix.lengths, seen, slots)
+            segments.insert(0, Segment(*map(_flat, own), *seen, tokens.shape[1]))
         if shared is not None:
             segments.insert(0, Segment(*_cast(shared, dtype), *sight.prefix(prefix.lengths)))
         return _rows_back(attend(_rows(queries), segments), queries)
