@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -98,3 +100,11 @@ def test_both_implementations_take_the_same_step(tmp_path):
 def test_peaks_are_positive():
     peaks = measure.measure_peaks(jnp.float32, size=64)
     assert peaks.flops > 0 and peaks.bandwidth > 0
+
+
+def test_peak_memory_is_this_processs_own():
+    """A process that a large one starts does not begin with its size."""
+    ballast = np.ones(1 << 26)  # 512 MiB
+    ask = "from qlog.benchmark import measure; print(measure.process_peak_memory())"
+    child = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert 0 < int(child.stdout) < ballast.nbytes < measure.process_peak_memory()

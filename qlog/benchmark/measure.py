@@ -1,5 +1,6 @@
 """Timing, the machine's measured peaks, memory, and how much arithmetic and traffic work needs."""
 
+import pathlib
 import resource
 import statistics
 import time
@@ -30,7 +31,11 @@ class Peaks(NamedTuple):
 
 
 class Need(NamedTuple):
-    """FLOPs and bytes that no implementation can avoid when M rollouts share their prompt."""
+    """FLOPs and bytes of the work when M rollouts share their prompt, logits where they are used.
+
+    Prompts count as whole forward passes, as is usual, though of their last layer only keys and
+    values are needed.
+    """
 
     flops: float
     bytes: float = 0.0
@@ -76,7 +81,14 @@ def peak_memory() -> tuple[str, float]:
 
 
 def process_peak_memory() -> int:
-    """Bytes that this process has taken at most."""
+    """Bytes that this process has taken at most.
+
+    Linux's maximum of resource.getrusage begins with what the process that started this one held.
+    """
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
