@@ -7,7 +7,6 @@ same arguments; and a CUDA program is made, though not run.
 import functools
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

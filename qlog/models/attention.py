@@ -60,25 +60,20 @@ def attend(queries: Array, segments: list[Segment]) -> Array:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
     count = queries.shape[2]
+    run = count // max(segment.runs for segment in segments)
     # Runs shorter than a block are visited several at a time, each with its own slots alone.
-    runs = max(segment.runs for segment in segments)
-    run = count // runs
-    together = min(runs, _ROWS // run) if runs > 1 else 0
-    rows = run * together or min(_ROWS, count)
+    is_short = run < count and run <= _ROWS
+    rows = run * min(count // run, _ROWS // run) if is_short else min(_ROWS, count)
     padding = -count % rows
-    pad = lambda x, size=padding: jnp.pad(x, [(0, size if i == 2 else 0) for i in range(x.ndim)])  # noqa: E731
     caches, visible = [], []
-    for keys, values, start, stop, its_runs in segments:
-        cache, ends = (keys, values), [pad(x[:, None]) for x in (start, stop)]
-        if together and its_runs > 1:
-            cache = tuple(_by_run(x, runs) for x in cache)
-            slots = cache[0].shape[3]
-            cache = tuple(pad(x, padding // run) for x in cache)
-            before = slots * (jnp.arange(count + padding) // run)
-            ends = [jnp.maximum(x - before, 0).reshape(len(x), 1, -1, run) for x in ends]
+    for segment in segments:
+        cache = segment.keys, segment.values
+        ends = tuple(_pad(x[:, None], padding) for x in (segment.start, segment.stop))
+        if is_short and segment.runs > 1:
+            cache, ends = _by_run(cache, ends, segment.runs, run)
         caches.append(cache)
-        visible.append(tuple(ends))
-    return _attend(pad(queries), caches, visible, rows)[:, :, :count]
+        visible.append(ends)
+    return _attend(_pad(queries, padding), caches, visible, rows)[:, :, :count]
 
 
 def attend_step(queries: Array, prefix: Segment, suffix: Segment) -> Array:
@@ -264,9 +259,19 @@ def _join(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _by_run(x: Array, runs: int) -> Array:
-    """[B, K, runs * T, C] -> [B, K, runs, T, C]."""
-    return x.reshape(*x.shape[:2], runs, -1, x.shape[3])
+def _by_run(cache, ends, runs: int, run: int):
+    """Keys and values [B, K, runs * T, C] -> [B, K, runs, T, C], with empty runs for padded rows; and
+    intervals [B or 1, 1, N] in them -> [B or 1, 1, runs, run], in the slots of each row's own run."""
+    padded = ends[0].shape[2] // run
+    cache = [x.reshape(*x.shape[:2], runs, -1, x.shape[3]) for x in cache]
+    before = cache[0].shape[3] * (jnp.arange(padded * run) // run)
+    ends = (jnp.maximum(x - before, 0).reshape(len(x), 1, padded, run) for x in ends)
+    return tuple(_pad(x, padded - runs) for x in cache), tuple(ends)
+
+
+def _pad(x: Array, size: int) -> Array:
+    """Zeros behind axis 2."""
+    return jnp.pad(x, [(0, size if axis == 2 else 0) for axis in range(x.ndim)])
 
 
 def _beside(keys: Array, x: Array, lead: tuple[int, ...]) -> Array:
