@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from models_attention_tpu_test import arrays, rollouts_of, up_to, value_and_gradients
 
 from qlog import experiment, learner, losses
@@ -62,6 +61,7 @@ def test_float32_stays_in_blocks():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_its_prompts(remat, monkeypatch):
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "cuda_versions", types.SimpleNamespace(cudnn_get_version=lambda: 91000))
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
