@@ -179,14 +179,12 @@ def attention(config: ConfigDict, mesh: Mesh) -> str:
     """
     device = mesh.devices.flat[0]
     kernels = {"tpu": "tpu", "gpu": "cudnn"}.get(device.platform, "blocks")
-    if kernels == "cudnn" and (
-        "cuda" not in device.client.platform_version or config.dtype != "bfloat16"
-    ):
+    if kernels == "cudnn" and "cuda" not in device.client.platform_version:
         kernels = "blocks"
     if config.attention in ("tpu", "cudnn") and config.attention != kernels:
         raise ConfigError(
-            f"config.attention = {config.attention!r} does not run on {device.platform} devices with "
-            f"config.dtype = {config.dtype!r}: use 'auto' or 'blocks'."
+            f"config.attention = {config.attention!r} does not run on these {device.platform} devices: "
+            "use 'auto' or 'blocks'."
         )
     return kernels if config.attention == "auto" else config.attention
 

@@ -23,7 +23,8 @@ class Policy:
       remat: none | dots | attention | full: what of a layer the backward pass finds kept
         (`models.REMAT`), and what it computes again.
       mesh: over which caches are held split by prompts and heads; None leaves it to the compiler.
-      attention: blocks (plain JAX, any backend), tpu (Pallas kernels) or cudnn (CUDA GPUs).
+      attention: blocks (plain JAX, any backend), tpu (Pallas kernels) or cudnn (CUDA GPUs; in
+        float32 blocks, too, of a GPU's size).
     """
 
     config: DecoderConfig
@@ -36,13 +37,13 @@ class Policy:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `models.apply` and `models.prefill`."""
-        attend = models.attention.attend
+        attend, attend_step = models.attention.attend, models.attention.attend_step
         if self.attention == "tpu":
             attend = functools.partial(models.attention_tpu.attend, mesh=self.mesh)
         elif self.attention == "cudnn":
-            attend = models.attention_cudnn.attend
+            attend, attend_step = models.attention_cudnn.attend, models.attention_cudnn.attend_step
         hold = functools.partial(sharding.keep_prompts, self.mesh)
-        return {"dtype": self.dtype, "attend": attend, "hold": hold}
+        return {"dtype": self.dtype, "attend": attend, "attend_step": attend_step, "hold": hold}
 
     def gathered(self, params: models.Params) -> models.Params:
         """Parameters whose tables lie whole on every device, but for the tensor axis.

@@ -33,7 +33,7 @@ def token_log_probs(
       targets: int32 [B, ...], below `valid_vocab`.
       valid_vocab: rows of the vocabulary that exist.
       temperature: scalar, or broadcastable to `targets`.
-      chunk: tokens per chunk, over all of B, and so over all devices that B is split over.
+      chunk: tokens per chunk at most, over all of B, and so over all devices that B is split over.
 
     Returns:
       float32 [B, ...], each at most 0.
@@ -55,9 +55,10 @@ def token_log_probs(
 
     # Rows stay outside the loop: on a mesh they are split, and looping over what is split would
     # have every device compute everybody's logits.
-    count, size = targets.size // rows, max(1, chunk // rows)
-    if count <= size:
+    count, most = targets.size // rows, max(1, chunk // rows)
+    if count <= most:
         return one_chunk(inputs).reshape(shape)
+    size = -(-count // -(-count // most))  # chunks of one size, the last one nearly full, too
 
     def split(x):
         padding = [(0, 0), (0, -count % size)] + [(0, 0)] * (x.ndim - 2)

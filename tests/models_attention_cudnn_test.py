@@ -7,6 +7,7 @@ same arguments; and a CUDA program is made, though not run.
 import functools
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,48 +20,76 @@ from qlog.errors import ConfigError
 from qlog.models import attention, attention_cudnn
 from qlog.policy import Policy
 
-CAUSAL = [(20, *rollouts_of([20], groups=2))]
-OTHERS = {
+PREFIX = (33, *up_to([33, 5], 60))
+OWN = (30, *rollouts_of([6, 9, 15], groups=2), 2)  # the first two are packed into one row
+SERVED = {
+    "causal": [(20, *rollouts_of([20], groups=2))],
     "packed": [(20, *rollouts_of([9, 11], groups=2))],
     "window": [(20, *rollouts_of([20], window=5, groups=2))],
-    "over a prefix": [(33, *up_to([33, 5], 40)), *CAUSAL],
-    "padded": [(20, *up_to([20, 5], 40))],
+    "rows over a prefix": [PREFIX, OWN],
+    "rows over two": [PREFIX, (8, np.full((1, 60), 3, np.int32), np.full((1, 60), 7, np.int32)), OWN],
 }
+OTHERS = {
+    "padded": [(20, *up_to([20, 5], 41))],
+    "on the rollouts' caches": [PREFIX, (8, *up_to([3], 60), 2), OWN],
+}
+PATTERNS = SERVED | OTHERS
 plain = functools.partial(attention_cudnn.attend, implementation="xla")
 
 
-@pytest.mark.parametrize("name", ["causal", *OTHERS])
+@pytest.fixture(autouse=True)
+def short_rollouts(monkeypatch):
+    monkeypatch.setattr(attention_cudnn, "_FEWEST_TOKENS", 4)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
 def test_equals_the_blockwise_attention_in_value_and_gradients(name):
-    pattern = OTHERS.get(name, CAUSAL)
-    given = arrays(pattern)
-    found = value_and_gradients(plain, pattern, *given)
-    for one, other in zip(found, value_and_gradients(attention.attend, pattern, *given), strict=True):
+    given = arrays(PATTERNS[name])
+    found = value_and_gradients(plain, PATTERNS[name], *given)
+    expected = value_and_gradients(attention.attend, PATTERNS[name], *given)
+    for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["causal", *OTHERS])
-def test_only_causal_attention_is_taken(name, monkeypatch):
-    pattern = OTHERS.get(name, CAUSAL)
-    queries, _, caches = arrays(pattern)
-    monkeypatch.setattr(attention_cudnn, "_causal", lambda queries, *_: jnp.full_like(queries, 7))
-    segments = [attention.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern)]
+def segments_of(pattern, caches):
+    return [attention.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern)]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_training_and_prompts_are_served(name, monkeypatch):
+    queries, _, caches = arrays(PATTERNS[name])
+    segments = segments_of(PATTERNS[name], caches)
+    monkeypatch.setattr(attention_cudnn, "_attend_by_run", lambda queries, *_, **__: jnp.full_like(queries, 7))
+    assert np.all(plain(queries, segments) == 7) == (name in SERVED)
+    monkeypatch.setattr(attention_cudnn, "_FEWEST_TOKENS", 40)
     assert np.all(plain(queries, segments) == 7) == (name == "causal")
-    traced = [s._replace(start=jnp.asarray(s.start), stop=jnp.asarray(s.stop)) for s in segments]
-    assert not np.any(plain(queries, traced) == 7)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_only_causal_attention_that_is_known_as_such_has_no_mask(name, monkeypatch):
+    queries, _, caches = arrays(SERVED[name])
+    masks, given = [], jax.nn.dot_product_attention
+    spy = lambda *args, mask, **options: masks.append(mask) or given(*args, mask=mask, **options)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    segments = segments_of(SERVED[name], caches)
+    plain(queries, segments)
+    plain(queries, [s._replace(start=jnp.asarray(s.start), stop=jnp.asarray(s.stop)) for s in segments])
+    assert [mask is None for mask in masks] == [name == "causal", False]
 
 
 def test_float32_stays_in_blocks():
-    given = arrays(CAUSAL)
+    pattern = SERVED["rows over a prefix"]
+    given = arrays(pattern)
     for one, other in zip(
-        value_and_gradients(attention_cudnn.attend, CAUSAL, *given),
-        value_and_gradients(attention.attend, CAUSAL, *given), strict=True,
+        value_and_gradients(attention_cudnn.attend, pattern, *given),
+        value_and_gradients(attention.attend, pattern, *given), strict=True,
     ):  # fmt: skip
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_its_prompts(remat, monkeypatch):
+def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(remat, monkeypatch):
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "cuda_versions", types.SimpleNamespace(cudnn_get_version=lambda: 91000))
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
@@ -73,20 +102,21 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_its_prompts(remat, monk
         None, surrogate=losses.linear(), microbatch=(2, 2),
     )  # fmt: skip
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaSoftmax(" in program and "__cudnn$fmhaSoftmaxBackward(" in program
+    for kernel in ("Softmax", "SoftmaxBackward", "ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward"):
+        assert f"__cudnn$fmha{kernel}(" in program
 
 
 @pytest.mark.parametrize(
     "asked, platform, version, dtype, chosen",
     [
         ("auto", "gpu", "PJRT C API\ncuda 13000", "bfloat16", "cudnn"),
-        ("auto", "gpu", "PJRT C API\ncuda 13000", "float32", "blocks"),
+        ("auto", "gpu", "PJRT C API\ncuda 13000", "float32", "cudnn"),
         ("auto", "gpu", "PJRT C API\nrocm 60000", "bfloat16", "blocks"),
         ("auto", "cpu", "", "bfloat16", "blocks"),
         ("auto", "tpu", "", "bfloat16", "tpu"),
         ("blocks", "gpu", "cuda", "bfloat16", "blocks"),
         ("cudnn", "cpu", "", "bfloat16", None),
-        ("cudnn", "gpu", "cuda", "float32", None),
+        ("cudnn", "gpu", "rocm", "bfloat16", None),
         ("tpu", "gpu", "cuda", "bfloat16", None),
     ],
 )

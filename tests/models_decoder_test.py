@@ -168,8 +168,7 @@ def dense_attention(queries, segments):
 @pytest.mark.parametrize("sizes", [(40, (70, 30)), (24, (24,))], ids=str)
 def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(sizes, monkeypatch):
     """Rows and slots that fill no block, intervals of all kinds, one segment partly unseen."""
-    monkeypatch.setattr(attention, "_ROWS", 16)
-    monkeypatch.setattr(attention, "_SLOTS", 32)
+    monkeypatch.setattr(attention, "BLOCKS", attention.Blocks(16, 32, 32))
     count, slots = sizes
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -193,8 +192,7 @@ def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(size
 @pytest.mark.parametrize("length", [6, 20], ids=["several runs a block", "a run fills blocks"])
 def test_runs_side_by_side_change_nothing(length, monkeypatch):
     """Five runs over a shared prefix, slots of their own before, and their own tokens."""
-    monkeypatch.setattr(attention, "_ROWS", 16)
-    monkeypatch.setattr(attention, "_SLOTS", 4)
+    monkeypatch.setattr(attention, "BLOCKS", attention.Blocks(16, 4, 4))
     runs, heads, batch = 5, 2, 2
     count, rng = runs * length, np.random.default_rng(0)
     normal = lambda slots: jnp.asarray(rng.normal(size=(batch, heads, slots, 4)), jnp.float32)  # noqa: E731

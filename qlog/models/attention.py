@@ -20,8 +20,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 ATTENTION = "attention"  # the name under which rematerialisation may keep results
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
-_ROWS, _SLOTS = 512, 256  # of a block of queries, and of a block of keys
-_STEP_SLOTS = 128  # of a block of private keys in a decode step: few are visible at first
+
+
+class Blocks(NamedTuple):
+    """Sizes of blocks: query rows, key slots, and private key slots in a decode step, where few are
+    visible at first."""
+
+    rows: int
+    slots: int
+    step_slots: int
+
+
+BLOCKS = Blocks(512, 256, 128)  # for CPUs, whose caches hold them
 
 
 class Segment(NamedTuple):
@@ -47,7 +57,7 @@ class _Partial(NamedTuple):
     mix: Array
 
 
-def attend(queries: Array, segments: list[Segment]) -> Array:
+def attend(queries: Array, segments: list[Segment], blocks: Blocks | None = None) -> Array:
     """Softmax attention over all segments together; differentiable in queries, keys and values.
 
     The backward pass recomputes the scores block by block (Dao et al., arXiv 2205.14135).
@@ -55,15 +65,16 @@ def attend(queries: Array, segments: list[Segment]) -> Array:
     Args:
       queries: [B, K, N, C], already scaled.
       segments: what they may see; every row must see a slot, or its result means nothing.
+      blocks: None is `BLOCKS`.
 
     Returns:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
-    count = queries.shape[2]
+    blocks, count = blocks or BLOCKS, queries.shape[2]
     run = count // max(segment.runs for segment in segments)
     # Runs shorter than a block are visited several at a time, each with its own slots alone.
-    is_short = run < count and run <= _ROWS
-    rows = run * min(count // run, _ROWS // run) if is_short else min(_ROWS, count)
+    is_short = run < count and run <= blocks.rows
+    rows = run * min(count // run, blocks.rows // run) if is_short else min(blocks.rows, count)
     padding = -count % rows
     caches, visible = [], []
     for segment in segments:
@@ -73,66 +84,71 @@ def attend(queries: Array, segments: list[Segment]) -> Array:
             cache, ends = _by_run(cache, ends, segment.runs, run)
         caches.append(cache)
         visible.append(ends)
-    return _attend(_pad(queries, padding), caches, visible, rows)[:, :, :count]
+    return _attend(_pad(queries, padding), caches, visible, rows, blocks.slots)[:, :, :count]
 
 
-def attend_step(queries: Array, prefix: Segment, suffix: Segment) -> Array:
+def attend_step(
+    queries: Array, prefix: Segment, suffix: Segment, blocks: Blocks | None = None
+) -> Array:
     """One query token of each rollout over a shared prefix and its own suffix; no gradient.
 
     Args:
       queries: [B, K, M, G, C], already scaled; G query heads per key/value head.
       prefix: keys [B, K, P, C], start and stop [B, 1].
       suffix: keys [B, K, M, S, C], start [B or 1, M or 1], stop alike.
+      blocks: None is `BLOCKS`.
 
     Returns:
       [B, K, M, G, C].
     """
+    blocks = blocks or BLOCKS
 
     def run(rows, segment, axes, slots):
         start, stop = (jnp.expand_dims(x, axes) for x in (segment.start, segment.stop))
         size = min(slots, segment.keys.shape[-2])
-        blocks = segment.start.min() // size, -(-segment.stop.max() // size)
-        return _forward(rows, [(segment.keys, segment.values)], [(start, stop)], [blocks], slots)
+        seen = segment.start.min() // size, -(-segment.stop.max() // size)
+        return _forward(rows, [(segment.keys, segment.values)], [(start, stop)], [seen], slots)
 
-    own = run(queries, suffix, (1, 3), _STEP_SLOTS)
+    own = run(queries, suffix, (1, 3), blocks.step_slots)
     rows = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
-    shared = run(rows, prefix, 1, _SLOTS)
+    shared = run(rows, prefix, 1, blocks.slots)
     shared = jax.tree.map(lambda x, like: x.reshape(like.shape), shared, own)
     return _finish(_merge(own, shared), queries.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(queries, caches, visible, rows):
-    return _attend_forward(queries, caches, visible, rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(queries, caches, visible, rows, slots):
+    return _attend_forward(queries, caches, visible, rows, slots)[0]
 
 
-def _attend_forward(queries, caches, visible, rows):
+def _attend_forward(queries, caches, visible, rows, slots):
     shared, private = _shared_and_private(caches, queries, rows)
 
     def block(inputs):
-        block_queries, block_visible, blocks, its_own = inputs
-        state = _forward(block_queries, _either(shared, its_own), block_visible, blocks, _SLOTS)
+        block_queries, block_visible, seen, its_own = inputs
+        state = _forward(block_queries, _either(shared, its_own), block_visible, seen, slots)
         return _finish(state, queries.dtype), state.top + jnp.log(_positive(state.total))
 
-    inputs = (_split(queries, rows), *_visible_blocks(caches, visible, queries, rows), private)
+    inputs = (_split(queries, rows), *_visible_blocks(caches, visible, queries, rows, slots), private)
     out, log_total = (checkpoint_name(_join(x), ATTENTION) for x in jax.lax.map(block, inputs))
     return out, (queries, caches, visible, out, log_total)
 
 
-def _attend_backward(rows, residuals, cotangent):
+def _attend_backward(rows, slots, residuals, cotangent):
     queries, caches, visible, out, log_total = residuals
     shift = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     shared, private = _shared_and_private(caches, queries, rows)
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.mT.shape, jnp.float32), tree)  # noqa: E731
 
     def block(shared_grads, inputs):
-        *arrays, block_visible, blocks, its_own = inputs
+        *arrays, block_visible, seen, its_own = inputs
         grads = _either(shared_grads, zeros(its_own))
-        grads, query_grads = _backward(*arrays, _either(shared, its_own), block_visible, blocks, grads)
+        found = _backward(*arrays, _either(shared, its_own), block_visible, seen, grads, slots)
+        grads, query_grads = found
         return _where(grads, shared), (query_grads, _where(grads, its_own))
 
     split = [_split(x, rows) for x in (queries, cotangent, log_total, shift)]
-    inputs = (*split, *_visible_blocks(caches, visible, queries, rows), private)
+    inputs = (*split, *_visible_blocks(caches, visible, queries, rows, slots), private)
     shared_grads, (query_grads, own_grads) = jax.lax.scan(block, zeros(shared), inputs)
     cache_grads = _either(shared_grads, jax.tree.map(_join, own_grads))
     cache_grads = jax.tree.map(lambda grad, x: grad.mT.astype(x.dtype), cache_grads, caches)
@@ -142,11 +158,11 @@ def _attend_backward(rows, residuals, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(queries, caches, visible, blocks, slots) -> _Partial:
+def _forward(queries, caches, visible, seen, slots) -> _Partial:
     """The softmax of one block of queries [..., N, C] over the visible blocks of every cache."""
     lead = queries.shape[:-1]
     state = _Partial(jnp.full(lead, _MASKED), jnp.zeros(lead), jnp.zeros(queries.shape))
-    for (keys, values), interval, (first, last) in zip(caches, visible, blocks):
+    for (keys, values), interval, (first, last) in zip(caches, visible, seen):
         rows, *state = (_beside(keys, x, lead) for x in (queries, *state))
 
         def visit(index, state, rows=rows, keys=keys, values=values, interval=interval):
@@ -156,17 +172,17 @@ def _forward(queries, caches, visible, blocks, slots) -> _Partial:
             own = _Partial(top, weights.sum(-1), _matmul(weights, _block(values, index, slots)))
             return _merge(state, own, top)
 
-        state = jax.lax.fori_loop(first, last, visit, _Partial(*state))
+        state = _visit(first, last, visit, _Partial(*state), keys.shape[-2] <= slots)
         state = _Partial(*(x.reshape(*lead, *x.shape[keys.ndim - 1 :]) for x in state))
     return state
 
 
-def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cache_grads):
+def _backward(queries, cotangent, log_total, shift, caches, visible, seen, cache_grads, slots):
     """Gradients of one block of queries; those of keys and values, [..., C, T], are added to
     `cache_grads`: so both factors of their matrix products lie as CPUs want them, twice as fast."""
     lead = queries.shape[:-1]
     query_grads, total = jnp.zeros(queries.shape, jnp.float32), []
-    for cache, interval, (first, last), grads in zip(caches, visible, blocks, cache_grads):
+    for cache, interval, (first, last), grads in zip(caches, visible, seen, cache_grads):
         query_grads, *arrays = (
             _beside(cache[0], x, lead) for x in (query_grads, queries, cotangent, log_total, shift)
         )
@@ -175,10 +191,9 @@ def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cac
         def visit(index, carry, arrays=arrays, columns=columns, cache=cache, interval=interval):
             query_grads, *grads = carry
             rows, cotangent, log_total, shift = arrays
-            keys, values = (_block(x, index, _SLOTS) for x in cache)
-            weights = jnp.exp(
-                _scores(rows, cache[0], interval, index, _SLOTS) - log_total[..., None]
-            )
+            keys, values = (_block(x, index, slots) for x in cache)
+            scores = _scores(rows, cache[0], interval, index, slots)
+            weights = jnp.exp(scores - log_total[..., None])
             weight_grads = jnp.einsum(
                 "...nc,...tc->...nt", cotangent, values, preferred_element_type=jnp.float32
             )
@@ -187,10 +202,17 @@ def _backward(queries, cotangent, log_total, shift, caches, visible, blocks, cac
             grads = (_add_block(grad, part, index) for grad, part in zip(grads, parts))
             return query_grads + _matmul(score_grads, keys), *grads
 
-        query_grads, *grads = jax.lax.fori_loop(first, last, visit, (query_grads, *grads))
+        carry = query_grads, *grads
+        query_grads, *grads = _visit(first, last, visit, carry, cache[0].shape[-2] <= slots)
         query_grads = query_grads.reshape(queries.shape)
         total.append(tuple(grads))
     return total, query_grads
+
+
+def _visit(first, last, visit, state, is_single):
+    """`visit` of every visible block; a single one is visited in any case, without a loop, whose end
+    GPUs would have to tell the host before it goes on."""
+    return visit(0, state) if is_single else jax.lax.fori_loop(first, last, visit, state)
 
 
 def _scores(queries, keys, interval, index, slots) -> Array:
@@ -296,7 +318,7 @@ def _where(values, there):
     return [None if one is None else value for value, one in zip(values, there)]
 
 
-def _visible_blocks(caches, visible, queries: Array, rows: int):
+def _visible_blocks(caches, visible, queries: Array, rows: int, slots: int):
     """Every block of rows: its intervals, and of every cache the first block of slots that one of
     its rows sees, and the one after the last, int32 [N / rows] each."""
     count = queries.shape[2] // rows
@@ -304,7 +326,7 @@ def _visible_blocks(caches, visible, queries: Array, rows: int):
     for (keys, _), ends in zip(caches, visible):
         intervals.append(tuple(_split(x, x.shape[2] // count) for x in ends))
         start, stop = (x.reshape(count, -1) for x in intervals[-1])
-        size = min(_SLOTS, keys.shape[-2])
+        size = min(slots, keys.shape[-2])
         first = start.min(1) // size
         last = -(-stop.max(1) // size)
         found.append((first, jnp.maximum(first, last)))

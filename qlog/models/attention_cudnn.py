@@ -1,9 +1,13 @@
-"""The attention of `attention.attend` on CUDA GPUs: cuDNN's kernels where their masks reach.
+"""The attention of `attention.attend` on CUDA GPUs: cuDNN's kernels, where there is one.
 
-cuDNN serves causal self-attention, with which prompts are prefilled, in training and in sampling.
-Rollouts over a shared prefix stay with `attention.attend`: merging the softmaxes of two segments
-takes their log-sum-exps, which `jax.nn.dot_product_attention` rounds to 16 bits and has no gradient
-through, and it has no mask for rollouts that are packed into one row.
+cuDNN serves training and the prompts of sampling. Prompts are its causal attention. Rollouts are its
+attention with a mask: each packed row beside a copy of its prompt's keys, of one layer at a time,
+so that prefix and suffix are one softmax. (Two, merged, would need their log-sum-exps, which
+`jax.nn.dot_product_attention` rounds to 16 bits and has no gradient through.) Nothing of queries by
+keys by heads is stored: the mask is one for all heads, and so is the gradient that cuDNN makes of it.
+
+Everything else stays in blocks: float32, decoding, and gold answers on the rollouts' caches, whose
+queries are too few to copy keys for.
 """
 
 import jax
@@ -13,9 +17,13 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from qlog.models import attention
-from qlog.models.attention import ATTENTION, Segment
+from qlog.models.attention import ATTENTION, Blocks, Segment
 
+# A block is half a dozen GPU kernels, each of which takes microseconds to start, and after each the
+# device tells the host whether there is another: few and large ones. Not measured on a GPU.
+_BLOCKS = Blocks(2048, 1024, 1024)
 _LARGEST_HEAD = 128  # of cuDNN on every GPU that it serves
+_FEWEST_TOKENS = 128  # of a rollout, to be worth a copy of its prompt's keys
 
 
 def attend(queries: Array, segments: list[Segment], implementation: str = "cudnn") -> Array:
@@ -23,17 +31,26 @@ def attend(queries: Array, segments: list[Segment], implementation: str = "cudnn
 
     Args:
       queries: [B, K, N, C], already scaled; bfloat16 or float16, or cuDNN is not used.
-      segments: what they may see; every row must see a slot, or its result means nothing. Causal
-        attention is known as such if `start` and `stop` are NumPy arrays.
+      segments: what they may see; every row must see a slot, or its result means nothing. The query
+        heads of a token see the same. Causal attention is known as such if `start` and `stop` are
+        NumPy arrays.
       implementation: of `jax.nn.dot_product_attention`; "xla" runs on every device, for tests.
 
     Returns:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
-    if not _is_causal(queries, segments) or implementation == "cudnn" and not _fits(queries):
-        return attention.attend(queries, segments)
-    keys, values = (x.astype(queries.dtype) for x in segments[0][:2])
-    return _causal(queries, keys, values, implementation)
+    if implementation == "cudnn" and not _fits(queries):
+        return attention.attend(queries, segments, _BLOCKS)
+    if _is_causal(queries, segments):
+        return _attend_by_run(queries, segments, implementation, is_causal=True)
+    if _are_rollouts(queries, segments):
+        return _attend_by_run(queries, segments, implementation, is_causal=False)
+    return attention.attend(queries, segments, _BLOCKS)
+
+
+def attend_step(queries: Array, prefix: Segment, suffix: Segment) -> Array:
+    """`attention.attend_step` in blocks of a GPU's size."""
+    return attention.attend_step(queries, prefix, suffix, _BLOCKS)
 
 
 def _is_causal(queries: Array, segments: list[Segment]) -> bool:
@@ -45,19 +62,68 @@ def _is_causal(queries: Array, segments: list[Segment]) -> bool:
     return bool(np.all(start == 0) and np.all(stop == np.arange(rows) // (rows // slots) + 1))
 
 
+def _are_rollouts(queries: Array, segments: list[Segment]) -> bool:
+    """Whether the last segment is the queries' own tokens, and the others are seen by all of them."""
+    *shared, own = segments
+    slots = own.keys.shape[2]
+    is_own = queries.shape[2] % slots == 0 and slots // own.runs >= _FEWEST_TOKENS
+    return is_own and all(segment.runs == 1 for segment in shared)
+
+
 def _fits(queries: Array) -> bool:
     """Whether cuDNN has a kernel for these numbers."""
     size = queries.shape[-1]
     return queries.dtype in (jnp.bfloat16, jnp.float16) and size % 8 == 0 and size <= _LARGEST_HEAD
 
 
-def _causal(queries: Array, keys: Array, values: Array, implementation: str) -> Array:
-    """Rows are T tokens with their G query heads: [B, K, T * G, C] over [B, K, T, C]."""
-    batch, heads, slots, size = keys.shape
-    rows = queries.reshape(batch, heads, slots, -1, size).transpose(0, 2, 1, 3, 4)
+def _attend_by_run(queries, segments, implementation, is_causal):
+    """The runs of the last segment, T tokens with G query heads each, are the batch: [B * runs, T,
+    K * G, C] over what all see and their own, [B * runs, S, K, C]."""
+    *shared, own = segments
+    batch, heads, slots, size = own.keys.shape
+    runs, tokens = own.runs, slots // own.runs
+    grid = batch, heads, runs, tokens, queries.shape[2] // slots, size  # [B, K, runs, T, G, C]
+    rows = queries.reshape(grid).transpose(0, 2, 3, 1, 4, 5)
+
+    def beside(copied, its_own):
+        copied = (jnp.broadcast_to(x[:, :, None], (*grid[:3], *x.shape[2:])) for x in copied)
+        parts = [*copied, its_own.reshape(*grid[:4], size)]
+        parts = [x.astype(queries.dtype).transpose(0, 2, 3, 1, 4) for x in parts]
+        return _even(_by_run(jnp.concatenate(parts, 2)), 1)
+
     mixed = jax.nn.dot_product_attention(
-        rows.reshape(batch, slots, -1, size), *(x.transpose(0, 2, 1, 3) for x in (keys, values)),
-        scale=1.0, is_causal=True, implementation=implementation,
-    )  # fmt: skip
-    mixed = mixed.reshape(rows.shape).transpose(0, 2, 1, 3, 4).reshape(queries.shape)
+        _even(_by_run(rows).reshape(batch * runs, tokens, -1, size), 1),
+        beside([segment.keys for segment in shared], own.keys),
+        beside([segment.values for segment in shared], own.values),
+        mask=None if is_causal else _even(_even(_mask(segments, grid), 2), 3),
+        scale=1.0, is_causal=is_causal, implementation=implementation,
+    )[:, :tokens]  # fmt: skip
+    mixed = mixed.reshape(rows.shape).transpose(0, 3, 1, 2, 4, 5).reshape(queries.shape)
     return checkpoint_name(mixed, ATTENTION)
+
+
+def _mask(segments: list[Segment], grid) -> Array:
+    """bool [B * runs, 1, T, S]: what the tokens of each run see of all segments, side by side."""
+    batch, _, runs, tokens, groups, _ = grid
+    parts = []
+    for segment in segments:
+        count = segment.keys.shape[2] // segment.runs
+        first = count * jnp.arange(segment.runs)[:, None]  # slot of each run
+        numbers = (first + jnp.arange(count))[:, None]  # [runs or 1, 1, S]
+        start, stop = (
+            jnp.asarray(x).reshape(-1, runs, tokens, groups)[..., :1]
+            for x in (segment.start, segment.stop)
+        )
+        sees = (start <= numbers) & (numbers < stop)
+        parts.append(jnp.broadcast_to(sees, (batch, runs, tokens, count)))
+    return _by_run(jnp.concatenate(parts, 3))[:, None]
+
+
+def _by_run(x: Array) -> Array:
+    """[B, runs, ...] -> [B * runs, ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _even(x: Array, axis: int) -> Array:
+    """One more slot where they are odd, which nobody sees: with a mask, cuDNN takes even numbers."""
+    return jnp.pad(x, [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)])

@@ -211,6 +211,7 @@ def apply(
     dtype=jnp.float32,
     remat: str = "none",
     attend=attend,
+    attend_step=attend_step,
     hold=lambda hidden: hidden,
     state_only: bool = False,
 ) -> tuple[Array, Any]:
@@ -234,7 +235,7 @@ def apply(
         are packed into one row; None is 0.
       dtype: of the activations and of the caches.
       remat: what the backward pass recomputes of each layer, of `REMAT`.
-      attend: `attention.attend`, or another that gives the same.
+      attend, attend_step: those of `attention`, or others that give the same.
       hold: applied to the hidden states [B, M, R, D] after the embedding and every layer, to say
         how they lie on a mesh.
       state_only: the caller needs the keys and values alone. Of the last layer nothing else is
