@@ -179,7 +179,7 @@ def attention(config: ConfigDict, mesh: Mesh) -> str:
     """
     device = mesh.devices.flat[0]
     kernels = {"tpu": "tpu", "gpu": "cudnn"}.get(device.platform, "blocks")
-    if kernels == "cudnn" and "cuda" not in device.client.platform_version:
+    if kernels == "cudnn" and not _has_cudnn_attention(device):
         kernels = "blocks"
     if config.attention in ("tpu", "cudnn") and config.attention != kernels:
         raise ConfigError(
@@ -187,6 +187,11 @@ def attention(config: ConfigDict, mesh: Mesh) -> str:
             "use 'auto' or 'blocks'."
         )
     return kernels if config.attention == "auto" else config.attention
+
+
+def _has_cudnn_attention(gpu) -> bool:
+    """cuDNN's fused attention wants CUDA, and Ampere or later."""
+    return "cuda" in gpu.client.platform_version and float(gpu.compute_capability) >= 8.0
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:

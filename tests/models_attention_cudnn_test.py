@@ -106,25 +106,31 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(re
         assert f"__cudnn$fmha{kernel}(" in program
 
 
+CUDA, ROCM = "PJRT C API\ncuda 13000", "PJRT C API\nrocm 60000"
+
+
 @pytest.mark.parametrize(
-    "asked, platform, version, dtype, chosen",
+    "asked, platform, version, capability, chosen",
     [
-        ("auto", "gpu", "PJRT C API\ncuda 13000", "bfloat16", "cudnn"),
-        ("auto", "gpu", "PJRT C API\ncuda 13000", "float32", "cudnn"),
-        ("auto", "gpu", "PJRT C API\nrocm 60000", "bfloat16", "blocks"),
-        ("auto", "cpu", "", "bfloat16", "blocks"),
-        ("auto", "tpu", "", "bfloat16", "tpu"),
-        ("blocks", "gpu", "cuda", "bfloat16", "blocks"),
-        ("cudnn", "cpu", "", "bfloat16", None),
-        ("cudnn", "gpu", "rocm", "bfloat16", None),
-        ("tpu", "gpu", "cuda", "bfloat16", None),
+        ("auto", "gpu", CUDA, "9.0", "cudnn"),
+        ("auto", "gpu", CUDA, "12.0", "cudnn"),
+        ("auto", "gpu", CUDA, "7.5", "blocks"),
+        ("auto", "gpu", ROCM, "gfx942", "blocks"),
+        ("auto", "cpu", "", None, "blocks"),
+        ("auto", "tpu", "", None, "tpu"),
+        ("blocks", "gpu", CUDA, "9.0", "blocks"),
+        ("cudnn", "gpu", CUDA, "8.0", "cudnn"),
+        ("cudnn", "gpu", CUDA, "7.5", None),
+        ("cudnn", "cpu", "", None, None),
+        ("cudnn", "gpu", ROCM, "gfx942", None),
+        ("tpu", "gpu", CUDA, "9.0", None),
     ],
 )
-def test_kernels_are_chosen_by_device_and_dtype(asked, platform, version, dtype, chosen):
+def test_kernels_are_chosen_by_device(asked, platform, version, capability, chosen):
     client = types.SimpleNamespace(platform_version=version)
-    device = types.SimpleNamespace(platform=platform, client=client)
+    device = types.SimpleNamespace(platform=platform, client=client, compute_capability=capability)
     mesh = types.SimpleNamespace(devices=np.array([device]))
-    config = tiny.config(attention=asked, dtype=dtype)
+    config = tiny.config(attention=asked)
     if chosen:
         assert experiment.attention(config, mesh) == chosen
     else:

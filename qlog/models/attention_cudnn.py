@@ -3,8 +3,8 @@
 cuDNN serves training and the prompts of sampling. Prompts are its causal attention. Rollouts are its
 attention with a mask: each packed row beside a copy of its prompt's keys, of one layer at a time,
 so that prefix and suffix are one softmax. (Two, merged, would need their log-sum-exps, which
-`jax.nn.dot_product_attention` rounds to 16 bits and has no gradient through.) Nothing of queries by
-keys by heads is stored: the mask is one for all heads, and so is the gradient that cuDNN makes of it.
+`jax.nn.dot_product_attention` rounds to 16 bits and has no gradient through.) Scores are not stored;
+the mask is, in 16 bits, one for all heads, and in JAX up to 0.10 a gradient of it that nobody reads.
 
 Everything else stays in blocks: float32, decoding, and gold answers on the rollouts' caches, whose
 queries are too few to copy keys for.
