@@ -1,13 +1,14 @@
 """The attention of `attention.attend` on CUDA GPUs: cuDNN's kernels, where there is one.
 
 cuDNN serves training and the prompts of sampling. Prompts are its causal attention. Rollouts are its
-attention with a mask: each packed row beside a copy of its prompt's keys, of one layer at a time,
-so that prefix and suffix are one softmax. (Two, merged, would need their log-sum-exps, which
-`jax.nn.dot_product_attention` rounds to 16 bits and has no gradient through.) Scores are not stored;
-the mask is, in 16 bits, one for all heads, and in JAX up to 0.10 a gradient of it that nobody reads.
+attention with a mask: each packed row beside a copy of its prompt's keys, so that prefix and suffix
+are one softmax. (Two, merged, would need their log-sum-exps, which `jax.nn.dot_product_attention`
+rounds to 16 bits and has no gradient through.) Scores are not stored; what a layer holds for it of T
+tokens over S slots is the mask, 2 T S bytes a row, one for all heads, in JAX up to 0.10 as much again
+for a gradient of it that nobody reads, and the copies. Fewer rows in a microbatch take less.
 
-Everything else stays in blocks: float32, decoding, and gold answers on the rollouts' caches, whose
-queries are too few to copy keys for.
+Everything else stays in blocks: float32, decoding, prompts under sliding windows, and gold answers
+on the rollouts' caches, whose queries are too few to copy keys for.
 """
 
 import jax
@@ -19,11 +20,13 @@ from jax.ad_checkpoint import checkpoint_name
 from qlog.models import attention
 from qlog.models.attention import ATTENTION, Blocks, Segment
 
-# A block is half a dozen GPU kernels, each of which takes microseconds to start, and after each the
-# device tells the host whether there is another: few and large ones. Not measured on a GPU.
-_BLOCKS = Blocks(2048, 1024, 1024)
+# A block is half a dozen GPU kernels, each of which takes microseconds to start, and after each block
+# the device tells the host whether there is another: few and large ones, and one for most prompts.
+# Not measured on a GPU.
+_BLOCKS = Blocks(512, 2048, 1024)
 _LARGEST_HEAD = 128  # of cuDNN on every GPU that it serves
 _FEWEST_TOKENS = 128  # of a rollout, to be worth a copy of its prompt's keys
+_TILE = 64  # tokens and slots come in multiples of it: before 9.5, cuDNN's masks take no others
 
 
 def attend(queries: Array, segments: list[Segment], implementation: str = "cudnn") -> Array:
@@ -63,11 +66,14 @@ def _is_causal(queries: Array, segments: list[Segment]) -> bool:
 
 
 def _are_rollouts(queries: Array, segments: list[Segment]) -> bool:
-    """Whether the last segment is the queries' own tokens, and the others are seen by all of them."""
+    """Whether the last segment is the queries' own tokens, and the ones before are nobody's own.
+
+    Without one before, on a mesh, JAX would not split the mask as it splits the queries: intervals
+    of the own tokens alone may be the same for all prompts."""
     *shared, own = segments
     slots = own.keys.shape[2]
     is_own = queries.shape[2] % slots == 0 and slots // own.runs >= _FEWEST_TOKENS
-    return is_own and all(segment.runs == 1 for segment in shared)
+    return is_own and bool(shared) and all(segment.runs == 1 for segment in shared)
 
 
 def _fits(queries: Array) -> bool:
@@ -89,13 +95,13 @@ def _attend_by_run(queries, segments, implementation, is_causal):
         copied = (jnp.broadcast_to(x[:, :, None], (*grid[:3], *x.shape[2:])) for x in copied)
         parts = [*copied, its_own.reshape(*grid[:4], size)]
         parts = [x.astype(queries.dtype).transpose(0, 2, 3, 1, 4) for x in parts]
-        return _even(_by_run(jnp.concatenate(parts, 2)), 1)
+        return _whole_tiles(_by_run(jnp.concatenate(parts, 2)), 1)
 
     mixed = jax.nn.dot_product_attention(
-        _even(_by_run(rows).reshape(batch * runs, tokens, -1, size), 1),
+        _whole_tiles(_by_run(rows).reshape(batch * runs, tokens, -1, size), 1),
         beside([segment.keys for segment in shared], own.keys),
         beside([segment.values for segment in shared], own.values),
-        mask=None if is_causal else _even(_even(_mask(segments, grid), 2), 3),
+        mask=None if is_causal else _whole_tiles(_whole_tiles(_mask(segments, grid), 2), 3),
         scale=1.0, is_causal=is_causal, implementation=implementation,
     )[:, :tokens]  # fmt: skip
     mixed = mixed.reshape(rows.shape).transpose(0, 3, 1, 2, 4, 5).reshape(queries.shape)
@@ -124,6 +130,7 @@ def _by_run(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _even(x: Array, axis: int) -> Array:
-    """One more slot where they are odd, which nobody sees: with a mask, cuDNN takes even numbers."""
-    return jnp.pad(x, [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)])
+def _whole_tiles(x: Array, axis: int) -> Array:
+    """Zeros behind the axis up to whole tiles: slots that nobody sees, tokens that nobody asks for."""
+    padding = -x.shape[axis] % _TILE
+    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])

@@ -24,7 +24,11 @@ Params = Any
 _UNROLLED_LAYERS = 4
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 _NO_WINDOW = 1 << 30  # longer than any context
-_keep_attention = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+_keep_attention = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    # cuDNN's backward pass wants what its forward pass gave, which has no name.
+    lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
+)
 # What a layer keeps for its backward pass, beside its input: everything; its matrix products and
 # the attention, so that the cheap rest is computed again; the attention, for which long rollouts
 # pay most; nothing.
