@@ -4,6 +4,7 @@ Values and gradients are those of `jax.nn.dot_product_attention`'s other impleme
 same arguments; and a CUDA program is made, though not run.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.interpreters import mlir
 from models_attention_tpu_test import arrays, rollouts_of, up_to, value_and_gradients
 
-from qlog import experiment, learner, losses
+from qlog import experiment, learner, losses, sharding
 from qlog.benchmark import work
 from qlog.errors import ConfigError
 from qlog.models import attention, attention_cudnn
@@ -86,23 +88,84 @@ def test_float32_stays_in_blocks():
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat, forwards", [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
-def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(remat, forwards, monkeypatch):
-    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(cudnn, "cuda_versions", types.SimpleNamespace(cudnn_get_version=lambda: 91000))
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
-    policy = Policy(tiny.SHAPE, tiny.VALID_VOCAB, jnp.bfloat16, remat, attention="cudnn")
-    batch = work.make_batch(policy, work.Size(prompts=2, rollouts=2, prompt=12, rationale=5, answer=3))
-    zeros = jnp.zeros((2, 2))
-    traced = learner.gradient.trace(
-        tiny.params(), policy, batch.prompts, batch.trajectories, losses.Coefficients(*[zeros] * 4),
-        None, surrogate=losses.linear(), microbatch=(2, 2),
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX's own module, told that there is a GPU."""
+    module = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    versions = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(module, "cuda_versions", versions)
+    monkeypatch.setattr(module, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(module, "is_cuda_compute_capability_equal", lambda capability: False)
+    return module
+
+
+def gradient_of(policy, size, mesh=None):
+    """`learner.gradient` and what it takes."""
+    batch = work.make_batch(policy, size)
+    params = tiny.params()
+    if mesh is not None:
+        params = jax.device_put(params, sharding.tree_shardings(mesh, params))
+    coefficients = losses.Coefficients(*[jnp.asarray(batch.advantages)] * 4)
+    return functools.partial(learner.gradient, surrogate=losses.linear(), microbatch=(size.prompts, 2)), (
+        params, policy, batch.prompts, batch.trajectories, coefficients, None,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("remat, forwards", [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
+def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(remat, forwards, cudnn):
+    policy = Policy(tiny.SHAPE, tiny.VALID_VOCAB, jnp.bfloat16, remat, attention="cudnn")
+    size = work.Size(prompts=2, rollouts=2, prompt=12, rationale=5, answer=3)
+    gradient, arguments = gradient_of(policy, size)
+    traced = learner.gradient.trace(*arguments, **gradient.keywords)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("Softmax", "ScaleBiasSoftmax"):
         assert program.count(f"@__cudnn$fmha{kernel}(") == forwards
         assert program.count(f"@__cudnn$fmha{kernel}Backward(") == 1
+
+
+def compute_on_cpus(cudnn):
+    """Gives cuDNN's two primitives, which JAX splits over a mesh by its own rules, a CPU's arithmetic."""
+
+    def attend(queries, keys, values, bias, mask_type):
+        keys, values = (jnp.repeat(x, queries.shape[2] // x.shape[2], 2) for x in (keys, values))
+        scores = jnp.einsum("btnh,bsnh->bnts", *map(jnp.float32, (queries, keys)))
+        if bias.size:
+            assert bias.shape[0] == queries.shape[0]
+            scores += bias
+        if mask_type == cudnn.MaskType.CAUSAL:
+            scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -1e30)
+        mixed = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), jnp.float32(values))
+        return mixed.astype(queries.dtype)
+
+    def forward(*arrays, mask_type, is_training, **_):
+        batch, tokens, heads, _ = arrays[0].shape
+        log_total = jnp.zeros((batch, heads, tokens), jnp.float32)  # `backward` does without
+        return attend(*arrays[:4], mask_type), *[log_total] * is_training
+
+    def backward(*arrays, mask_type, variadic_args, **_):
+        *primals, bias = arrays[:4]
+        _, pull = jax.vjp(lambda *primals: attend(*primals, bias, mask_type), *primals)
+        return *pull(arrays[-1]), *[jnp.zeros_like(bias)] * variadic_args[1]
+
+    for name, rule in ("fwd", forward), ("bwd", backward):
+        primitive = getattr(cudnn, f"_dot_product_attention_{name}_p")
+        lowered = mlir.lower_fun(rule, multiple_results=True)
+        mlir.register_lowering(primitive, lowered, platform="cpu")
+
+
+@pytest.mark.parametrize("windows", [(0,), (4, 0)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 2, 2)], ids=str)
+def test_cudnn_split_over_a_mesh_gives_what_one_device_gives_in_blocks(sizes, windows, cudnn):
+    compute_on_cpus(cudnn)
+    shape = dataclasses.replace(tiny.SHAPE, layer_windows=windows)
+    found = []
+    for mesh, kernels in (None, "blocks"), (sharding.make_mesh(*sizes, devices=jax.devices()[:4]), "cudnn"):
+        policy = Policy(shape, tiny.VALID_VOCAB, jnp.bfloat16, "full", mesh=mesh, attention=kernels)
+        size = work.Size(prompts=8, rollouts=2, prompt=12, rationale=5, answer=3)
+        gradient, arguments = gradient_of(policy, size, mesh)
+        found.append(jax.tree.leaves(gradient(*arguments)[0]))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.05 * np.abs(one).max())
 
 
 CUDA, ROCM = "PJRT C API\ncuda 13000", "PJRT C API\nrocm 60000"
