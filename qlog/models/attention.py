@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
     step_slots: int
 
 
-BLOCKS = Blocks(512, 256, 128)  # for CPUs, whose caches hold them
+BLOCKS = Blocks(512, 256, 128)  # for CPUs, whose caches hold them; TPUs decode in them, too
 
 
 class Segment(NamedTuple):

@@ -42,13 +42,11 @@ def attend(queries: Array, segments: list[Segment], implementation: str = "cudnn
     Returns:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
-    if implementation == "cudnn" and not _fits(queries):
+    is_causal = _is_causal(queries, segments)
+    is_served = is_causal or _are_rollouts(queries, segments)
+    if not is_served or implementation == "cudnn" and not _fits(queries):
         return attention.attend(queries, segments, _BLOCKS)
-    if _is_causal(queries, segments):
-        return _attend_by_run(queries, segments, implementation, is_causal=True)
-    if _are_rollouts(queries, segments):
-        return _attend_by_run(queries, segments, implementation, is_causal=False)
-    return attention.attend(queries, segments, _BLOCKS)
+    return _attend_by_run(queries, segments, implementation, is_causal)
 
 
 def attend_step(queries: Array, prefix: Segment, suffix: Segment) -> Array:
