@@ -7,19 +7,20 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from qlog.errors import ConfigError
+from qlog.errors import QLOG_ERRORS
 
 
 def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> None:
-    """`app.run(main)`; a wrong flag or a ConfigError is one sentence on stderr and status 2.
+    """`app.run(main)`; a wrong flag is one sentence on stderr and status 2, an exception of
+    `qlog.errors` one sentence and its own status.
 
     Args:
       config: of the command's --config.
     """
     try:
         app.run(main, flags_parser=functools.partial(_parse, config))
-    except ConfigError as error:
-        _fail(str(error))
+    except QLOG_ERRORS as error:
+        _fail(str(error), error.status)
 
 
 def _parse(config: flags.FlagHolder, argv: list[str]) -> list[str]:
@@ -46,6 +47,6 @@ def _sentence(error: Exception, argv: list[str]) -> str:
     return sentence.removeprefix("qlog.errors.ConfigError: ")
 
 
-def _fail(sentence: str):
+def _fail(sentence: str, status: int = 2):
     print(f"qlog: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

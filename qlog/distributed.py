@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from qlog.errors import ConfigError
+from qlog.errors import QLOG_ERRORS, ConfigError, PassingError
 from qlog.telemetry import say
 
 CHOICES = ("auto", "on", "off")
@@ -52,9 +53,9 @@ def processes(choice: str) -> Iterator[None]:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        if isinstance(error, ConfigError):
+        if isinstance(error, QLOG_ERRORS):
             print(f"qlog: {error}", file=sys.stderr)
-            _leave(2)
+            _leave(error.status)
         traceback.print_exc()
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 
@@ -94,6 +95,44 @@ def agree(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def first(function: Callable[[], Any]) -> Any:
+    """What `function` returns on process 0, on every process: for what steers control flow.
+
+    Values that JSON keeps (tuples become lists). Every process must ask; the others do not call it.
+
+    Raises:
+      ConfigError, TrainingError, PassingError: what process 0 raised, on every process. Another
+        exception of process 0 is a PassingError on the others.
+    """
+    if jax.process_count() == 1:
+        return function()
+    value, error = None, None
+    if jax.process_index() == 0:
+        try:
+            value = function()
+        except Exception as caught:
+            error = caught
+    kind = next((i for i, kind in enumerate(QLOG_ERRORS) if isinstance(error, kind)), -1)
+    failed = None if error is None else [kind, str(error)]
+    value, failed = broadcast([value, failed])
+    if error is not None:
+        raise error
+    if failed is not None:
+        kind, text = failed
+        raise QLOG_ERRORS[kind](text) if kind >= 0 else PassingError(f"process 0 failed: {text}")
+    return value
+
+
+def broadcast(value: Any) -> Any:
+    """Process 0's value, of JSON, on every process; every process must call."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
+    padded = np.resize(text, size) if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
 
 def gather(rows: list[dict]) -> list[dict]:

@@ -1,9 +1,28 @@
-"""The one exception type that a user is meant to read."""
+"""The exceptions that a user is meant to read, and the exit status that each stands for."""
 
 
 class ConfigError(ValueError):
-    """A setting, a file or a device layout that qlog cannot work with.
+    """A setting, a file or a device layout that qlog cannot work with: status 2, never tried again.
 
     The message is one sentence that names the field, its value and the remedy;
-    `qlog.command_line` prints it without a traceback and exits with status 2.
+    `qlog.command_line` prints it without a traceback.
     """
+
+    status = 2
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong and would again, since a run resumes bit for bit: status 3, never tried
+    again. Gradients stay non-finite, sampler and learner disagree."""
+
+    status = 3
+
+
+class PassingError(RuntimeError):
+    """Something outside the run that passes: a server, a network, another run in the workdir.
+    Status 75 (EX_TEMPFAIL of sysexits.h): launchers try again."""
+
+    status = 75
+
+
+QLOG_ERRORS = (ConfigError, TrainingError, PassingError)

@@ -30,10 +30,14 @@ LAYERS = """
     distributed
     metrics telemetry sharding roofline runtime
     models data losses command_line
+    paths
     errors chips
 """
 # All that these packages may import from the rest of qlog.
-KNOWS = {"losses": set(), "models": {"errors"}, "data": {"errors"}, "errors": set()}
+KNOWS = {
+    "losses": set(), "models": {"errors", "paths"}, "data": {"errors", "paths"}, "errors": set(),
+    "paths": {"errors"},
+}  # fmt: skip
 # Who may import what from outside; everybody may import what is not named.
 ONLY_IN = {
     "flax": {"models"},
