@@ -157,6 +157,23 @@ def put_rows(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
+def put_own(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
+    """Host arrays [devices], another on each process -> a global array; a device has its process's."""
+    if mesh is None:
+        return jax.numpy.asarray(x)
+    return jax.make_array_from_callback(x.shape, _own(mesh), lambda index: x[index])
+
+
+def own_shape(mesh: Mesh, dtype) -> jax.ShapeDtypeStruct:
+    """The shape and place of what `put_own` makes."""
+    return jax.ShapeDtypeStruct((mesh.size,), dtype, sharding=_own(mesh))
+
+
+def _own(mesh: Mesh) -> NamedSharding:
+    """[devices]: an element each."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
 def _row_sharding(mesh: Mesh, x, rows: int = 0) -> NamedSharding:
     spec = [None] * rows + [_BATCH[0]] if x.ndim > rows else []
     if x.ndim - rows >= 4:
