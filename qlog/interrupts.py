@@ -30,42 +30,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qlog import distributed, sharding
-from qlog.errors import PassingError
+from qlog.errors import PassingError, Stop
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 2.0  # seconds for the main thread to reach a call, where there is nothing to lose
 _PATIENCE_TOGETHER = 5.0  # ... for all processes to reach it together
 
 
-class Stop(BaseException):
-    """A signal asked this run to end. A BaseException, so that no handler of errors takes it for one.
-
-    Attributes:
-      status: what a shell calls a process that the signal ended, 130 or 143.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
-
-
 class Interrupts:
     """This process's signals and signs of life; made by `listening`.
 
     Attributes:
-      at_exit: called before this process ends from the thread, each within a second or two.
-      is_saved: whether the process may end at any point without losing anything.
       speaks: whether this process tells the user; of several, the first.
     """
 
     def __init__(self):
-        self.at_exit: list[Callable[[], None]] = []
-        self.is_saved = True
         self.speaks = True
         self._number = 0  # of the first signal
         self._deferred = 0
         self._is_leaving = False  # the main thread has taken note
         self._flags: dict[tuple[Mesh | None, bool], jax.Array] = {}
+        self._is_saved: Callable[[], bool] = lambda: True
+        self._at_exit: Callable[[], None] = lambda: None
         self._alive = time.monotonic()
         self._limit: float | None = None
         self._seconds: list[float] = []
@@ -110,18 +96,29 @@ class Interrupts:
 
     # ---- The watchdog ----
 
-    def watch(self, first_seconds: float) -> None:
-        """From now on, `first_seconds` without a sign of life end the process with status 75."""
+    @contextlib.contextmanager
+    def watching(
+        self, first_seconds: float, is_saved: Callable[[], bool], at_exit: Callable[[], None]
+    ) -> Iterator[None]:
+        """While inside, too long a time without a sign of life ends the process with status 75.
+
+        Args:
+          first_seconds: how long that is until `step_done` knows better; 0 is no limit.
+          is_saved: whether the process may end at any point without losing anything.
+          at_exit: called before the thread ends the process; may take a few seconds.
+        """
         self._alive, self._limit, self._seconds = time.monotonic(), first_seconds or None, []
+        self._is_saved, self._at_exit = is_saved, at_exit
+        try:
+            yield
+        finally:
+            self._limit, self._is_saved, self._at_exit = None, lambda: True, lambda: None
 
     def step_done(self, seconds: float, steps: float, least_seconds: float) -> None:
         """After a step: from the third on the limit is `steps` median steps, 0 for no limit."""
         self._seconds = [*self._seconds[-100:], seconds]
         if len(self._seconds) >= 3 and self._limit is not None:
             self._limit = max(least_seconds, steps * statistics.median(self._seconds)) if steps else None
-
-    def unwatch(self) -> None:
-        self._limit = None
 
     # ---- The thread ----
 
@@ -155,7 +152,7 @@ class Interrupts:
             ticked = now
             patience = _PATIENCE_TOGETHER if jax.distributed.is_initialized() else _PATIENCE
             stuck = asked_at and not self._is_leaving and now - asked_at > patience
-            if stuck and (self.is_saved or not self._deferred):
+            if stuck and (self._is_saved() or not self._deferred):
                 self._say("ended; everything that was done is saved" if self._deferred else "ended")
                 self._exit(0 if self._deferred else 128 + self._number)
             if self._limit is not None and now - self._alive > self._limit:
@@ -171,21 +168,20 @@ class Interrupts:
             f"process ends with status {PassingError.status}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         self._exit(PassingError.status)
 
     def _exit(self, status: int) -> None:
-        helper = threading.Thread(target=self._clean, daemon=True)
+        def clean():
+            with contextlib.suppress(Exception):
+                self._at_exit()
+
+        helper = threading.Thread(target=clean, daemon=True)
         helper.start()
         helper.join(timeout=5)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-    def _clean(self) -> None:
-        for function in self.at_exit:
-            with contextlib.suppress(Exception):
-                function()
 
 
 _current: Interrupts | None = None
@@ -202,9 +198,10 @@ def listening() -> Iterator[Interrupts]:
         yield _current
         return
     _current = interrupts = Interrupts()
-    faulthandler.enable()
+    if not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)
     if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
     read, write = os.pipe()
     os.set_blocking(write, False)
     previous, wakeup = {}, None

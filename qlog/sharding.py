@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qlog.errors import ConfigError
@@ -185,6 +186,13 @@ def put_batch(mesh: Mesh, tree):
     """Host arrays of this process's prompts -> global arrays split over data and fsdp."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def on_host(tree):
+    """Global arrays, whole, on every process; small ones."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
 def local_rows(mesh: Mesh, tree):
