@@ -72,7 +72,8 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Ch
 
 
 def topology_devices(topology: str):
-    """Descriptions of the devices of a TPU slice; raises ConfigError."""
+    """Descriptions of the devices of a TPU slice, 'v5e:4x4', or of several, '2*v5e:4x4'; raises
+    ConfigError."""
     from jax.experimental import topologies
 
     try:
@@ -82,12 +83,14 @@ def topology_devices(topology: str):
             "--mode=compile needs the TPU compiler: install the extra 'tpu' (pip install libtpu)."
         ) from None
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used: nothing to lock
+    count, star, one = topology.rpartition("*")
     try:
-        return topologies.get_topology_desc(topology, platform="tpu").devices
+        several = {"num_slices": int(count)} if star else {}
+        return topologies.get_topology_desc(one, platform="tpu", **several).devices
     except Exception as error:
         raise ConfigError(
             f"--topology={topology!r} is not known to libtpu ({str(error).splitlines()[0]}): "
-            "write v5e:4x4, v6e:2x4, v5p:4x4x4."
+            "write v5e:4x4, v6e:2x4, v5p:4x4x4, or 2*v5e:4x4 for two slices."
         ) from None
 
 
@@ -133,7 +136,7 @@ def _rollout_programs(run: parts.Experiment):
     Evaluation's decoding is there for its memory alone: it runs between steps.
     """
     config, policy = run.config, run.policy
-    wave = config.rollout.prompts_per_wave or config.train.prompts_per_step
+    wave = run.prompts_at_once(config.rollout.prompts_per_wave) or config.train.prompts_per_step
     waves = config.train.prompts_per_step // wave
     opt_state, params = _bytes_per_chip(run.abstract_state().opt_state), run.abstract_params()
     weights = _results(sampling.decoding_weights, (params, policy), (params, policy))
@@ -154,7 +157,7 @@ def _rollout_programs(run: parts.Experiment):
     yield "score", sampling.leave.lower(weights, policy, pool, results, golds), waves, beside
     if config.evaluation.every:
         evaluation, law = config.evaluation, run.evaluation_sampling
-        batch = (evaluation.prompts_per_batch, evaluation.rollouts_per_prompt)
+        batch = (run.prompts_at_once(evaluation.prompts_per_batch), evaluation.rollouts_per_prompt)
         lowered, held = decode(law, *_pool(run, law, *batch)[1:])
         yield "evaluate", lowered, 0, held
 
@@ -193,10 +196,6 @@ def _learner_programs(run: parts.Experiment):
     log_probs = rows(rollouts_count, longest, dtype=jnp.float32)
     per_rollout = rows(rollouts_count, dtype=jnp.float32)
     params, whole = run.abstract_params(), run.abstract_state()
-    microbatch = (
-        config.train.prompts_per_microbatch or part,
-        config.train.rollouts_per_microbatch or rollouts_count,
-    )
     batch = (
         learner.Prompts(rows(config.data.max_prompt_tokens), rows(), rows(dtype=bool)),
         learner.Trajectories(tokens, mask, mask, log_probs, mask, rows(rollouts_count)),
@@ -207,9 +206,9 @@ def _learner_programs(run: parts.Experiment):
     grads, *packing = _results(learner.begin, begun, begun)
     gradient = learner.add_microbatch.lower(
         grads, *begun, *packing, jax.ShapeDtypeStruct((), jnp.int32),
-        surrogate=estimator.surrogate, temperature=run.sampling.temperature, microbatch=microbatch,
+        surrogate=estimator.surrogate, temperature=run.sampling.temperature, microbatch=run.microbatch,
     )
-    runs = updates * (part // microbatch[0])
+    runs = updates * (part // run.microbatch[0])
     yield "gradient", gradient, runs, _bytes_per_chip(whole.opt_state)
     update = learner.update.lower(
         whole, whole.loss_state, params, optimizer=run.optimizer, mesh=run.mesh
@@ -330,12 +329,8 @@ def remedies(phases: Mapping[str, Phase], chip: Chip, config: ConfigDict) -> lis
         elif name == "update":
             advice.append(f"{over}: raise mesh.fsdp = {mesh.fsdp} or mesh.tensor = {mesh.tensor}")
         else:
-            lower = "train.prompts_per_step"
-            value = train.prompts_per_step
-            if "prompts_per_wave" in rollout:
-                lower, value = "rollout.prompts_per_wave", f"{rollout.prompts_per_wave} (0 is all)"
             advice.append(
-                f"{over}: lower {lower} = {value}, raise mesh.fsdp = {mesh.fsdp}, or "
+                f"{over}: lower rollout.prompts_per_wave = {rollout.prompts_per_wave} (0 is all), raise mesh.fsdp = {mesh.fsdp}, or "
                 f"mesh.tensor = {mesh.tensor} (a divisor of the key/value heads)"
             )
     return advice

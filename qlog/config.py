@@ -51,7 +51,7 @@ def default() -> ConfigDict:
             "rationale_budget": 2944,  # free tokens before the thinking-end token is forced
             "answer_reserve": 128,  # tokens kept for the answer, sampled or gold
             "temperature": 1.0,  # of the sampled law, in sampling and in the gradient alike
-            "prompts_per_wave": 0,  # prompts whose rollouts' caches are in memory at a time; 0 is all
+            "prompts_per_wave": 0,  # of a shard, prompts whose rollouts' caches are in memory at a time; 0 all
             "closing_text": "",  # written before a forced thinking-end token
         },
         # Loss: the name of a recipe of qlog.losses, or a function that returns an Estimator
@@ -69,11 +69,11 @@ def default() -> ConfigDict:
             "steps": 500,
             "prompts_per_step": 32,  # B
             "updates_per_batch": 1,  # optimizer steps per batch of rollouts, in slices of prompts
-            "prompts_per_microbatch": 0,  # prompts in memory at a time; 0 is all
+            "prompts_per_microbatch": 0,  # of a shard, prompts in memory at a time; 0 is all
             "rollouts_per_microbatch": 0,  # rollouts of a prompt in memory at a time, if they are of
             # full length: shorter ones share rows; 0 is all
             "remat": "full",  # layers the backward pass recomputes: full; attention or dots keep those; none
-            "max_mismatch": 0.0,  # stop when mean |sampler - learner log_prob| exceeds this; 0 never
+            "max_mismatch": 0.05,  # stop when mean |sampler - learner log_prob| exceeds this; 0 never
             "rollouts_every": 10,  # steps between rollouts written to disk
             "rollouts_prompts": 2,  # prompts whose rollouts are written
         },
@@ -81,7 +81,7 @@ def default() -> ConfigDict:
             "every": 50,  # steps between evaluations; the last step always counts; 0 is never
             "split": "validation",
             "prompts": 0,  # at most so many; 0 is the whole split
-            "prompts_per_batch": 32,
+            "prompts_per_batch": 32,  # of a shard
             "rollouts_per_prompt": 16,
             "temperature": 1.0,  # 0 is greedy
             "top_k": 0,  # of the most probable tokens; 0 is all. Evaluation only, as top_p:
@@ -100,7 +100,9 @@ def default() -> ConfigDict:
             "first_seconds": 7200.0,  # before the third step is done: programs compile
         },
         "profile": {"steps": ()},  # steps, from 1, traced into WORKDIR/profile; as a flag: 12,13
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices per axis; -1 is the rest
+        # Devices per axis of one slice (of TPUs; a node of GPUs); -1 is the rest. Each slice holds a replica.
+        # Prompts are split over slices x data x fsdp shards.
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 0},  # 0: as they are; 1: all devices as one
         "runs": {},  # a sweep: name of a run -> what differs in it from this config
     })  # fmt: skip
 
@@ -210,19 +212,13 @@ def check(config: ConfigDict) -> None:
     for step in config.profile.steps:
         if type(step) is not int or step < 0:
             raise ConfigError(f"config.profile.steps = {config.profile.steps!r} must hold whole numbers.")
-    slice_ = train.prompts_per_step // train.updates_per_batch
-    for section, key, whole in (
-        ("train", "prompts_per_microbatch", slice_),
-        ("train", "rollouts_per_microbatch", rollout.rollouts_per_prompt),
-        ("rollout", "prompts_per_wave", train.prompts_per_step),
-    ):
-        value = config[section][key]
-        if value and whole % value:
-            divisors = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
-            raise ConfigError(
-                f"config.{section}.{key} = {value} must divide {whole}: use 0 (all) or one of "
-                f"{divisors}."
-            )
+    whole, rows = rollout.rollouts_per_prompt, train.rollouts_per_microbatch
+    if rows and whole % rows:
+        divisors = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
+        raise ConfigError(
+            f"config.train.rollouts_per_microbatch = {rows} must divide {whole}: use 0 (all) or one of "
+            f"{divisors}."
+        )
     estimator(config)
 
 

@@ -228,7 +228,7 @@ def sample_answers(
 
     From question number `start` on; Stop is raised when a signal came while decoding.
 
-    Each process samples its share of every batch, and all of them yield all rows. The keys depend
+    Each process decodes the texts of its rows of a batch, and all of them yield all rows. The keys depend
     on (seed, question, sample) alone, so runs and checkpoints are compared on the same random
     numbers.
     """
@@ -236,9 +236,9 @@ def sample_answers(
     count = config.evaluation.rollouts_per_prompt
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     batches = data.evaluation_batches(
-        experiment.evaluation_data, batch_size=config.evaluation.prompts_per_batch,
+        experiment.evaluation_data,
+        batch_size=experiment.prompts_at_once(config.evaluation.prompts_per_batch),
         limit=config.evaluation.prompts or None, start=start,
-        process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     for batch in batches:
         tokens, lengths, gold, gold_lengths, uids = sharding.put_batch(
@@ -251,16 +251,28 @@ def sample_answers(
             interrupts=interrupts,
         )
         rollouts, log_w = sharding.local_rows(experiment.mesh, (rollouts, log_w))
-        yield distributed.gather(_rows(formatter, batch, rollouts, log_w))
+        size = len(batch.examples)
+        found = _rows(
+            formatter, batch, sharding.held_rows(experiment.mesh, size),
+            set(sharding.owned_rows(experiment.mesh, size)), rollouts, log_w,
+        )  # fmt: skip
+        yield [row for _, row in sorted(distributed.gather(found), key=lambda pair: pair[0])]
 
 
-def _rows(formatter, batch: data.PromptBatch, rollouts: sampling.Rollouts, log_w) -> list[dict]:
-    """A batch's rows of `sample_answers`; arrays on the host."""
+def _rows(
+    formatter, batch: data.PromptBatch, held: np.ndarray, owned: set[int],
+    rollouts: sampling.Rollouts, log_w: np.ndarray,
+) -> list[tuple[int, dict]]:  # fmt: skip
+    """(row of the batch, its row of `sample_answers`), for those that this process answers for.
+
+    Args:
+      held: the rows of the batch that `rollouts` and `log_w`, on the host, have.
+    """
     rows = []
-    for row, example in enumerate(batch.examples):
-        if batch.is_prompt[row]:
-            texts = rollout_texts(formatter, rollouts, row)
-            rows.append({
+    for row, index in enumerate(held):
+        if batch.is_prompt[index] and index in owned:
+            example, texts = batch.examples[index], rollout_texts(formatter, rollouts, row)
+            rows.append((int(index), {
                 "id": example.id,
                 "golds": [example.answer, *example.aliases],
                 "official_answer": example.official_answer,
@@ -271,7 +283,7 @@ def _rows(formatter, batch: data.PromptBatch, rollouts: sampling.Rollouts, log_w
                 "log_p": float(np.logaddexp.reduce(log_w[row]) - np.log(log_w.shape[1])),
                 "forced": rollouts.forced[row].tolist(),
                 "complete": rollouts.complete[row].tolist(),
-            })  # fmt: skip
+            }))  # fmt: skip
     return rows
 
 

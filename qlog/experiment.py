@@ -50,6 +50,18 @@ class Experiment:
     def rollouts_per_prompt(self) -> int:
         return self.config.rollout.rollouts_per_prompt
 
+    @property
+    def microbatch(self) -> tuple[int, int]:
+        """Prompts, and rows of packed rollouts of a prompt, that the gradient has in memory at a time."""
+        train = self.config.train
+        prompts = self.prompts_at_once(train.prompts_per_microbatch)
+        part = train.prompts_per_step // train.updates_per_batch
+        return prompts or part, train.rollouts_per_microbatch or self.rollouts_per_prompt
+
+    def prompts_at_once(self, per_shard: int) -> int:
+        """Prompts over the whole mesh, for a field that counts those of a shard."""
+        return per_shard * sharding.batch_shards(self.mesh)
+
     def write_split_ids(self, path: pathlib.Path) -> None:
         """Writes which records each split holds, or checks them against an earlier run's.
 
@@ -123,7 +135,8 @@ def prepare(
     settings.check(config)
     estimator = settings.estimator(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    check_batches(config, mesh)
+    if train:
+        check_batches(config, mesh)
     if config.init_from:
         checkpoints.find_checkpoint(config.init_from, "config.init_from")
     world = _world(config)
@@ -195,19 +208,29 @@ def _has_cudnn_attention(gpu) -> bool:
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises ConfigError unless every batch of prompts splits evenly over the mesh."""
-    shards = sharding.batch_shards(mesh)
-    rows = config.train.prompts_per_step // config.train.updates_per_batch
-    for field, size in (
-        ("train.prompts_per_step", rows),
-        ("train.prompts_per_microbatch", config.train.prompts_per_microbatch),
-        ("rollout.prompts_per_wave", config.rollout.prompts_per_wave),
-        ("evaluation.prompts_per_batch", config.evaluation.prompts_per_batch),
+    """Raises ConfigError unless a step's prompts split evenly over the mesh, and a shard's over waves
+    and microbatches."""
+    shards, train = sharding.batch_shards(mesh), config.train
+    prompts, updates = train.prompts_per_step, train.updates_per_batch
+    if prompts % (shards * updates):
+        wanted = -(-prompts // (shards * updates)) * shards * updates
+        why = f"the {shards} shards (mesh.data x mesh.fsdp over all slices) that prompts are split over"
+        if updates > 1:
+            why += f", times train.updates_per_batch = {updates}"
+        raise ConfigError(
+            f"config.train.prompts_per_step = {prompts} is not a multiple of {why}: give "
+            f"--config.train.prompts_per_step={wanted}, or a larger mesh.tensor, or run several seeds side "
+            "by side on fewer chips each."
+        )
+    for field, size, whole in (
+        ("train.prompts_per_microbatch", train.prompts_per_microbatch, prompts // shards // updates),
+        ("rollout.prompts_per_wave", config.rollout.prompts_per_wave, prompts // shards),
     ):
-        if size % shards:
+        if size and whole % size:
+            divisors = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
             raise ConfigError(
-                f"config.{field} = {size} must be a multiple of mesh.data x mesh.fsdp = {shards}, "
-                f"over which prompts are split (counted per optimizer step)."
+                f"config.{field} = {size} must divide the {whole} prompts of each of the {shards} shards: "
+                f"use 0 (all) or one of {divisors}."
             )
 
 

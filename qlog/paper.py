@@ -63,10 +63,12 @@ def _our_choices(config: ConfigDict, max_prompt_tokens: int, tensor: int) -> Non
     train.updates_per_batch = 1  # on policy, as the estimators assume
     # These change memory and speed alone; --mode=compile tells whether they fit:
     train.remat = "full"
-    train.prompts_per_microbatch, train.rollouts_per_microbatch = 16 // tensor, 8
-    rollout.prompts_per_wave = 16 // tensor  # on 16 chips 7 to 11 GiB of caches each
-    config.evaluation.prompts_per_batch = 2 * rollout.prompts_per_wave  # of half the rollouts each
-    config.mesh.data, config.mesh.fsdp = 1, -1  # 16 GiB chips have no room for copies of the state
+    train.prompts_per_microbatch, train.rollouts_per_microbatch = 1, 8
+    rollout.prompts_per_wave = 1  # 7 to 11 GiB of caches on each of a shard's chips
+    config.evaluation.prompts_per_batch = 2  # of half the rollouts each
+    # 16 GiB chips have no room for copies of the state; each slice of several holds one. On more than
+    # 32 x tensor chips train.prompts_per_step has to grow with them: the one flag that is needed.
+    config.mesh.data, config.mesh.fsdp = 1, -1
     config.mesh.tensor = tensor
     config.seed = 0  # of data order and sampling; the weights are given
     config.evaluation.temperature = 1.0  # as in training; p@16 needs samples that differ

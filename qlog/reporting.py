@@ -1,7 +1,6 @@
 """What a run tells about itself: a step's metrics, its progress line, its rollouts, the first table."""
 
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +56,12 @@ def measure(
 def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
     """FLOPs that a step needs, by phase (`models.flops`): gold answers count with training."""
     shape, flops = experiment.policy.config, models.flops
-    lengths = sharding.on_host((groups.prompts.lengths, groups.rollouts.lengths, groups.gold_lengths))
-    starts, rollouts, gold = lengths
+    lengths = (
+        groups.prompts.lengths, groups.rollouts.lengths, groups.rollouts.rationale_lengths, groups.gold_lengths,
+    )  # fmt: skip
+    starts, rollouts, rationales, gold = sharding.on_host(experiment.mesh, lengths)
     prompts = flops.prefill_need(shape, 1, starts).flops.sum()
-    if experiment.estimator.answer == "gold":
-        trained = sharding.on_host(groups.rollouts.rationale_lengths) + gold[:, None]
-    else:
-        trained = rollouts
+    trained = rationales + gold[:, None] if experiment.estimator.answer == "gold" else rollouts
     own = flops.continuation_need(shape, 1, starts[:, None], trained).flops.sum()
     decode = prompts + flops.continuation_need(shape, 1, starts[:, None], rollouts).flops.sum()
     need = {"train": 3 * (prompts + own)}
@@ -93,30 +91,32 @@ def progress(values: dict[str, float]) -> str:
     return "  ".join(words) + f"  [tokens/s: {', '.join(speeds)}]"
 
 
-def rollout_rows(
-    experiment: Experiment, groups: Groups, batch: data.PromptBatch
-) -> Iterator[dict]:
-    """Rollouts of the batch's first prompts as text, for rollouts.jsonl."""
-    if experiment.estimator.rationale == "annotated":
-        return
-    local = sharding.local_rows(
-        experiment.mesh, groups._replace(prompts=(), gold=(), gold_lengths=(), row_steps=())
+def rollout_rows(experiment: Experiment, groups: Groups, batch: data.PromptBatch) -> list[dict]:
+    """Rollouts of the batch's first prompts as text, for rollouts.jsonl. Every process must call."""
+    count = min(experiment.config.train.rollouts_prompts, len(batch.examples))
+    if experiment.estimator.rationale == "annotated" or not count:
+        return []
+    found = (groups.rollouts, groups.log_w, groups.reward)
+    rollouts, log_w, reward = sharding.on_host(
+        experiment.mesh, jax.tree.map(lambda x: x[:count], found)
     )
-    for row in range(min(experiment.config.train.rollouts_prompts, len(batch.examples))):
+    rows = []
+    for row in range(count):
         prompt = batch.tokens[row, : batch.lengths[row]].tolist()
-        texts = evaluation.rollout_texts(experiment.formatter, local.rollouts, row)
+        texts = evaluation.rollout_texts(experiment.formatter, rollouts, row)
         for column, (rationale, answer) in enumerate(texts):
-            yield {
+            rows.append({
                 "id": batch.examples[row].id,
                 "prompt": experiment.formatter.tokenizer.decode(prompt, show_control=True),
                 "rollout": column,
                 "rationale": rationale,
                 "answer": answer,
                 "gold": batch.examples[row].answer,
-                "log_w": float(local.log_w[row, column]),
-                "reward": float(local.reward[row, column]),
-                "forced": bool(local.rollouts.forced[row, column]),
-            }
+                "log_w": float(log_w[row, column]),
+                "reward": float(reward[row, column]),
+                "forced": bool(rollouts.forced[row, column]),
+            })  # fmt: skip
+    return rows
 
 
 def best_metric(config: ConfigDict) -> str:

@@ -3,8 +3,8 @@
     python -m qlog.main --config=configs/hotpotqa.py --mode=compile --workdir=FOLDER \\
         --topology=v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16
 
-The config is that of the first topology; on a slice of n times the chips every number of prompts
-is n times as large. Writes weak_scaling.md and weak_scaling.json, with what they were made from.
+The config is that of the first topology; on a slice of n times the chips the prompts of a step
+are n times as many. Writes weak_scaling.md and weak_scaling.json, with what they were made from.
 """
 
 import importlib.metadata
@@ -21,13 +21,6 @@ from qlog import config as settings
 from qlog.chips import Chip
 from qlog.errors import ConfigError
 from qlog.telemetry import say
-
-# Whatever counts prompts; 0 means all, and stays.
-_PROMPTS = (
-    ("train", "prompts_per_step"), ("train", "prompts_per_microbatch"),
-    ("rollout", "prompts_per_wave"), ("evaluation", "prompts_per_batch"),
-)  # fmt: skip
-
 
 class Row(NamedTuple):
     """One slice; seconds of a step on each of its chips, at the roofline or of one resource alone."""
@@ -78,12 +71,8 @@ def measure(config: ConfigDict, topologies: list[str]) -> tuple[list[Row], Chip]
 
 
 def grown(config: ConfigDict, times: int) -> ConfigDict:
-    """`config` with `times` as many prompts wherever prompts are counted."""
-    changes = {}
-    for section, field in _PROMPTS:
-        if field in config[section]:
-            changes.setdefault(section, {})[field] = times * config[section][field]
-    return settings.merge(config, changes)
+    """`config` with `times` as many prompts per step: whatever else counts prompts does so per shard."""
+    return settings.merge(config, {"train": {"prompts_per_step": times * config.train.prompts_per_step}})
 
 
 def conclusion(rows: list[Row]) -> str:

@@ -1,11 +1,14 @@
 """One mesh, and where arrays live on it: rules outside the model."""
 
+import collections
+import functools
+import math
 import re
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qlog.errors import ConfigError
@@ -25,29 +28,70 @@ PARAMETER_RULES = (
 
 
 def make_mesh(
-    data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+    data: int, fsdp: int, tensor: int, slices: int = 0, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh (data, fsdp, tensor) over all devices; one size may be -1, for the rest of them.
+    """A mesh (data, fsdp, tensor) over all devices.
+
+    Sizes are those of one slice: a TPU slice, a node of GPUs, or else all devices. Every slice holds
+    a replica: the mesh's data axis is slices x `data`, so gradients alone cross the slow network.
+
+    Args:
+      data, fsdp, tensor: one may be -1, for the rest of a slice's devices.
+      slices: 0 takes them as they are; 1 takes all devices for one slice, whatever lies between.
 
     Raises:
-      ConfigError: sizes whose product is not the number of devices.
+      ConfigError: sizes whose product is not the number of a slice's devices, slices of different
+        sizes, or a layout that the slice's chips cannot have.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = dict(zip(AXES, (data, fsdp, tensor)))
+    groups = _slices(list(jax.devices() if devices is None else devices), slices)
+    count = len(groups[0])
+    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     named = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"{named}: sizes must be at least 1; at most one may be -1 (the rest).")
-    taken = int(np.prod([size for size in sizes.values() if size != -1]))
-    if free and len(devices) % taken == 0:
-        sizes[free[0]] = len(devices) // taken
-    if int(np.prod(list(sizes.values()))) != len(devices):
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free and count % taken == 0:
+        sizes[free[0]] = count // taken
+    if math.prod(sizes.values()) != count:
+        which = f"in each of the {len(groups)} slices" if len(groups) > 1 else "here"
         raise ConfigError(
-            f"{named} does not fit the {len(devices)} devices here: the product must be "
-            f"{len(devices)} (set one size to -1 to take the rest)."
+            f"{named} does not fit the {count} devices {which}: the product must be "
+            f"{count} (set one size to -1 to take the rest)."
         )
+    shape = tuple(sizes.values())
+    try:
+        parts = [_arranged(group, shape) for group in groups]
+    except Exception as error:  # NotImplementedError, AssertionError, ValueError: by kind of chip
+        raise ConfigError(
+            f"{named} cannot be laid out on {count} x {groups[0][0].device_kind} "
+            f"({' '.join(str(error).split())[:200]}): choose powers of two."
+        ) from None
     # jax.make_mesh defaults to Explicit axes, on which Flax's gathers fail.
-    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _slices(devices: list, slices: int) -> list[list]:
+    """The devices of each slice, in the slices' order."""
+    if slices not in (0, 1):
+        raise ConfigError(f"mesh.slices={slices} must be 0 (as they are) or 1 (all devices as one).")
+    by_slice = collections.defaultdict(list)
+    for device in devices:
+        by_slice[0 if slices == 1 else getattr(device, "slice_index", 0)].append(device)
+    groups = [by_slice[index] for index in sorted(by_slice)]
+    if len({len(group) for group in groups}) > 1:
+        raise ConfigError(
+            f"the slices have {', '.join(str(len(group)) for group in groups)} devices: a mesh needs as "
+            "many in each; start on equal ones, or set mesh.slices=1."
+        )
+    return groups
+
+
+def _arranged(devices: list, shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in `shape`, the last axes between neighbours."""
+    if devices[0].platform == "tpu" and len({getattr(d, "slice_index", 0) for d in devices}) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.array(devices).reshape(shape)  # in order, so those of a process beside each other
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -152,7 +196,7 @@ def by_shard(mesh: Mesh | None, function, x: jax.Array, index: jax.Array) -> jax
 
 
 def put_rows(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
-    """The same host array on every process -> a global array split over data and fsdp."""
+    """`put_batch` of one array."""
     if mesh is None:
         return jax.numpy.asarray(x)
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
@@ -183,20 +227,41 @@ def _row_sharding(mesh: Mesh, x, rows: int = 0) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, tree):
-    """Host arrays of this process's prompts -> global arrays split over data and fsdp."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+    """Host arrays [B, ...], on every process those of the whole batch -> global arrays split over
+    data and fsdp. Of rows that a process does not hold its values are not looked at."""
+    return jax.tree.map(functools.partial(put_rows, mesh), tree)
 
 
-def on_host(tree):
-    """Global arrays, whole, on every process; small ones."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+def on_host(mesh: Mesh | None, tree):
+    """Global arrays, whole, on the host of every process; small ones. Every process must call."""
+    return jax.device_get(_everywhere(tree, mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _everywhere(tree, mesh):
+    return keep_everywhere(mesh, tree)
+
+
+def held_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """int [n]: the rows of a batch that lie on devices of this process, ascending.
+
+    Where a tensor group spans processes they hold the same rows; `owned_rows` says who answers for
+    them.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    return np.unique([row for (part,) in places.values() for row in range(batch)[part]])
+
+
+def owned_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """int [n]: the rows that this process answers for: of those who hold a row, the first process."""
+    owner = np.full(batch, np.iinfo(int).max)
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((batch,)).items():
+        owner[part] = np.minimum(owner[part], device.process_index)
+    return np.flatnonzero(owner == jax.process_index())
 
 
 def local_rows(mesh: Mesh, tree):
-    """The way back of `put_batch`: global arrays -> this process's rows of them, on the host."""
+    """The way back of `put_batch`: global arrays [B, ...] -> this process's `held_rows`, on the host."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 

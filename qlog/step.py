@@ -66,7 +66,8 @@ def collect(
             sampling.sample(
                 params, experiment.policy, prompts.tokens, prompts.lengths, keys,
                 sampling.Golds(gold, gold_lengths), experiment.sampling,
-                experiment.config.rollout.prompts_per_wave, rehearse, interrupts,
+                experiment.prompts_at_once(experiment.config.rollout.prompts_per_wave), rehearse,
+                interrupts,
             )
         )  # fmt: skip
     reward = jnp.zeros_like(log_w)
@@ -86,11 +87,7 @@ def learn(
       Stop: a signal came before the first update; `state` is as it was.
     """
     config, estimator = experiment.config, experiment.estimator
-    rows = config.train.prompts_per_step // config.train.updates_per_batch
-    microbatch = (
-        config.train.prompts_per_microbatch or rows,
-        config.train.rollouts_per_microbatch or experiment.rollouts_per_prompt,
-    )
+    microbatch = experiment.microbatch
     gradient = functools.partial(
         learner.gradient, surrogate=estimator.surrogate,
         temperature=experiment.sampling.temperature, microbatch=microbatch,
@@ -166,11 +163,13 @@ def _prompts_slice(tree, index: int, count: int):
 
 
 def _rewards(experiment: Experiment, rollouts: sampling.Rollouts, batch: data.PromptBatch):
-    """Exact match of the sampled answers, float32 [B, M], of this process's prompts."""
-    local = sharding.local_rows(experiment.mesh, rollouts)
-    reward = np.zeros(local.lengths.shape, np.float32)
-    for row, example in enumerate(batch.examples):
+    """Exact match of the sampled answers, float32 [B, M], in the rows that this process holds."""
+    mesh, size = experiment.mesh, len(batch.examples)
+    local = sharding.local_rows(mesh, rollouts)
+    reward = np.zeros((size, experiment.rollouts_per_prompt), np.float32)
+    for index, row in enumerate(sharding.held_rows(mesh, size)):
+        example = batch.examples[row]
         golds = (example.answer, *example.aliases)
-        for column, (_, answer) in enumerate(evaluation.rollout_texts(experiment.formatter, local, row)):
+        for column, (_, answer) in enumerate(evaluation.rollout_texts(experiment.formatter, local, index)):
             reward[row, column] = experiment.grader(answer, golds)
     return reward

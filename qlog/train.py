@@ -125,7 +125,6 @@ class _Training:
         batches = data.train_batches(
             self._experiment.train_data, seed=config.seed, start_step=self.step,
             prompts_per_step=config.train.prompts_per_step,
-            process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         for step, batch in batches:
             if step >= config.train.steps:
@@ -239,7 +238,7 @@ def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> No
             "were skipped; look at metrics.jsonl, then lower optimizer.learning_rate."
         )
     limit = config.train.max_mismatch
-    if limit and values.get("mismatch", 0.0) > limit:
+    if limit and not values.get("mismatch", 0.0) <= limit:  # NaN, too
         raise TrainingError(
             f"step {step}: sampler and learner disagree by {values['mismatch']:.3g} nats per token, "
             f"more than train.max_mismatch = {limit}: the run would train on wrong numbers (0 trains on)."

@@ -31,7 +31,7 @@ def test_what_does_not_fit_names_the_setting_to_change():
 
 def test_a_step_compiles_for_a_slice_and_fits(capsys):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
-    config = tiny.config(train={"prompts_per_step": 8}, evaluation={"prompts_per_batch": 8}, mesh={"data": 2, "fsdp": 2})
+    config = tiny.config(train={"prompts_per_step": 8}, evaluation={"prompts_per_batch": 2}, mesh={"data": 2, "fsdp": 2})
     config.architecture.num_layers = 1
     assert aot.run_compile(config, "v5e:2x2") == 0
     output = capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_a_step_compiles_for_a_slice_and_fits(capsys):
 
 def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
     config = tiny.config(
-        train={"prompts_per_step": 8, "rollouts_per_microbatch": 2}, evaluation={"prompts_per_batch": 8},
+        train={"prompts_per_step": 8, "rollouts_per_microbatch": 2}, evaluation={"prompts_per_batch": 2},
         rollout={"rationale_budget": 1023, "answer_reserve": 128}, data={"max_prompt_tokens": 512},
         mesh={"data": 8},
     )  # fmt: skip

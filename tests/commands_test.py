@@ -95,7 +95,7 @@ def trained(tmp_path_factory):
         },
         rollout={"answer_reserve": 24},
         train={"steps": 1, "prompts_per_step": 8},
-        evaluation={"every": 1, "prompts_per_batch": 8, "without_rationale": True},
+        evaluation={"every": 1, "prompts_per_batch": 1, "without_rationale": True},
     )  # fmt: skip
     train.run(config, root / "run")
     return config, root / "run", shape
@@ -151,7 +151,7 @@ def test_what_is_exported_is_what_the_config_names(trained, tmp_path):
     task = tiny.config(init_from="", model=str(workdir / "export"), architecture={})
     task.weights = str(pathlib.Path(config.weights))
     commands.run("export", qconfig.merge(task, {"train": {"prompts_per_step": 8}, "evaluation": {
-        "prompts_per_batch": 8}}), tmp_path / "task", checkpoint="base")  # fmt: skip
+        "prompts_per_batch": 1}}), tmp_path / "task", checkpoint="base")  # fmt: skip
     assert (tmp_path / "task" / "export" / "tokenizer.json").is_file()
 
 

@@ -19,7 +19,7 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 
 def _config(mesh):
     config = tiny.config(
-        train={"prompts_per_step": 8, "remat": "full"}, evaluation={"prompts_per_batch": 8}, mesh=mesh,
+        train={"prompts_per_step": 8, "remat": "full"}, evaluation={"prompts_per_batch": 2}, mesh=mesh,
         rollout={"rollouts_per_prompt": 8, "rationale_budget": 1023, "answer_reserve": 16},
         data={"max_prompt_tokens": 256}, dtype="bfloat16",
     )  # fmt: skip

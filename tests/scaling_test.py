@@ -17,12 +17,11 @@ def _row(chips, interconnect, seconds=10.0, fits=True):
     )
 
 
-def test_every_number_of_prompts_grows_with_the_chips():
+def test_the_prompts_of_a_step_grow_with_the_chips():
     config = tiny.config(train={"prompts_per_microbatch": 2})
     grown = scaling.grown(config, 16)
-    assert grown.train.prompts_per_step == 64 and grown.train.prompts_per_microbatch == 32
-    assert grown.evaluation.prompts_per_batch == 64
-    assert grown.train.rollouts_per_microbatch == 0 and config.train.prompts_per_step == 4
+    assert grown.train.prompts_per_step == 64 and grown.train.prompts_per_microbatch == 2
+    assert config.train.prompts_per_step == 4
 
 
 def test_the_conclusion_names_where_communication_dominates():

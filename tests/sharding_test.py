@@ -21,7 +21,7 @@ def _config(**mesh):
     config = tiny.config(
         train={"steps": 1, "prompts_per_step": 8, "rollouts_prompts": 8},
         loss=qconfig.loss(tiny.graded_garl, q=0.75), optimizer={"eps": 1e-3}, mesh=mesh,
-        evaluation={"prompts_per_batch": 8},
+        evaluation={"prompts_per_batch": 1},
     )  # fmt: skip
     config.architecture.num_layers = 1
     return config

@@ -21,7 +21,7 @@ def swept(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sweep")
     changes = {
         "train": {"steps": 2, "prompts_per_step": 8},
-        "evaluation": {"every": 2, "prompts_per_batch": 8, "without_rationale": True},
+        "evaluation": {"every": 2, "prompts_per_batch": 1, "without_rationale": True},
     }
     config = tiny.config(**changes)
     config.runs = {

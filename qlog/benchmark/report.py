@@ -36,16 +36,13 @@ def report(
         prompt or config.data.max_prompt_tokens,
         rationale or config.rollout.rationale_budget, answer,
     )  # fmt: skip
-    microbatch = (
-        config.train.prompts_per_microbatch or size.prompts,
-        config.train.rollouts_per_microbatch or size.rollouts,
-    )
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract_params())
     init = jax.jit(lambda key: models.init(policy.config, key), out_shardings=places)
     params = init(jax.random.key(0))
     batch = work.make_batch(policy, size)
-    phases = work.rollout_phases(params, policy, size, batch, config.rollout.prompts_per_wave)
-    trainer = work.Trainer(params, policy, size, batch, microbatch)
+    wave = run.prompts_at_once(config.rollout.prompts_per_wave)
+    phases = work.rollout_phases(params, policy, size, batch, wave)
+    trainer = work.Trainer(params, policy, size, batch, run.microbatch)
     phases["train"] = trainer.phase()
 
     peaks = measure.measure_peaks(policy.dtype)
@@ -71,7 +68,7 @@ def report(
         "device": f"{count} x {device.device_kind}", "jax": jax.__version__,
         "dtype": str(jnp.dtype(policy.dtype)), "matmul_peak_flops": peaks.flops,
         "bandwidth_bytes_per_s": peaks.bandwidth, "repeats": repeats, **size._asdict(),
-        "microbatch": microbatch, "phases": rows, "train_parts": parts,
+        "microbatch": run.microbatch, "phases": rows, "train_parts": parts,
     }  # fmt: skip
     show(facts)
     if out:

@@ -54,10 +54,6 @@ class PromptBatch:
     is_prompt: np.ndarray
     examples: tuple[Example, ...]
 
-    def rows(self, rows: slice) -> "PromptBatch":
-        """The same batch, some of its rows, the same padded lengths."""
-        return PromptBatch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
-
 
 class Encoded(NamedTuple):
     """One example with its token ids."""
@@ -209,8 +205,6 @@ def train_batches(
     seed: int,
     prompts_per_step: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
     threads: int = 2,
     prefetch: int = 4,
 ) -> Iterator[tuple[int, PromptBatch]]:
@@ -218,27 +212,22 @@ def train_batches(
 
     Step s holds prompts s * B to (s + 1) * B - 1 of one global order: the dataset shuffled anew
     in every epoch, epoch after epoch. The order depends on the seed alone, so a resumed run needs
-    no state but its step, and neither threads nor the number of processes change it. Each process
-    gets its contiguous rows of the global batch, padded to the global batch's length.
+    no state but its step, and threads do not change it. Several processes each get the whole batch:
+    which rows of it they compute on is the mesh's business.
 
     Args:
         dataset: from `open_dataset`.
         seed: decides the order.
-        prompts_per_step: B over all processes.
+        prompts_per_step: B.
         start_step: the first step to return.
-        process_index, process_count: this process and their number.
         threads, prefetch: threads that prepare batches and the batches they keep ready.
-
-    Raises:
-        ConfigError: prompts_per_step that is not a positive multiple of process_count.
     """
-    mine = _rows(prompts_per_step, "config.train.prompts_per_step", process_index, process_count)
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
 
     def batch(step: int) -> tuple[int, PromptBatch]:
         rows = range(step * prompts_per_step, (step + 1) * prompts_per_step)
         encoded = [dataset.encode(order[row]) for row in rows]
-        return int(step), collate(dataset, encoded).rows(mine)
+        return int(step), collate(dataset, encoded)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -251,28 +240,21 @@ def evaluation_batches(
     batch_size: int,
     limit: int | None = None,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[PromptBatch]:
     """The dataset once, in its own order; filling rows of the last batch are no prompts.
 
     Args:
         dataset: from `open_dataset`.
-        batch_size: prompts per batch over all processes, a multiple of process_count.
+        batch_size: prompts per batch.
         limit: only the first so many examples.
         start: the first example.
-        process_index, process_count: as in `train_batches`.
-
-    Raises:
-        ConfigError: batch_size that is not a positive multiple of process_count.
     """
-    mine = _rows(batch_size, "config.evaluation.prompts_per_batch", process_index, process_count)
     size = len(dataset) if limit is None else min(limit, len(dataset))
 
     def batches() -> Iterator[PromptBatch]:
         for first in range(start, size, batch_size):
             encoded = [dataset.encode(i) for i in range(first, min(first + batch_size, size))]
-            yield collate(dataset, encoded, batch_size).rows(mine)
+            yield collate(dataset, encoded, batch_size)
 
     return batches()
 
@@ -310,17 +292,6 @@ def bucket(length: int, maximum: int) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return max(length, min(size, maximum))
-
-
-def _rows(size: int, field: str, process_index: int, process_count: int) -> slice:
-    """This process's rows of a global batch."""
-    if size < 1 or size % process_count:
-        raise ConfigError(
-            f"{field} = {size} is not a positive multiple of the {process_count} "
-            "processes: give each of them the same number."
-        )
-    share = size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
 
 
 def _encode(formatter: Formatter, example: Example, rationales: bool) -> Encoded:
