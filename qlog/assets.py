@@ -294,6 +294,7 @@ def _faults(where: str) -> Iterator[None]:
             any(str(code) in map(str, _LASTING_STATUS) for code in codes)
             or isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
             or "Credentials" in type(error).__name__
+            or str(error).startswith("Forbidden")  # gcsfs: 403
             or type(error).__module__.startswith("google.auth")
         )
         if is_lasting:

@@ -183,7 +183,7 @@ def identity(experiment: Experiment) -> dict:
     """
     weights = experiment.weights
     splits = {"train": experiment.train_data, experiment.config.evaluation.split: experiment.evaluation_data}
-    return {
+    found = {
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
         "tokenizer": experiment.formatter.tokenizer.digest,
@@ -192,6 +192,7 @@ def identity(experiment: Experiment) -> dict:
             if dataset is not None and isinstance(dataset.source, data.Converted)
         },
     }  # fmt: skip
+    return json.loads(json.dumps(found))  # as it is read again, tuples being lists
 
 
 def _records_digest(records: Sequence[dict]) -> str:
