@@ -62,8 +62,7 @@ def run_export(config: ConfigDict, workdir: pathlib.Path) -> int:
         carried = models.huggingface.tokenizer_files(tokenizer.path.parent)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        file = tokenizer.save(folder)
-        file.rename(file.with_stem("tokenizer"))  # where transformers looks for it
+        tokenizer.save(folder)
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if tokenizer.bos_id is not None:
         ids["bos_token_id"] = tokenizer.bos_id
