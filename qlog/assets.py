@@ -77,7 +77,12 @@ def find(
       ConfigError, PassingError: as `local`.
     """
     base = root()
-    return None if base is None else _find(base / name, ENVIRONMENT, is_complete, wanted)
+    if base is None:
+        return None
+    found = _find(base / name, ENVIRONMENT, is_complete, wanted)
+    if found is None:
+        _say(f"{base / name} is not there, or not whole: looking elsewhere (launch/stage brings it there)")
+    return found
 
 
 def local(
@@ -103,6 +108,11 @@ def local(
     return found
 
 
+def is_there(path: pathlib.Path) -> bool:
+    """Whether another host's rename is seen: NFS may answer a look from memory, not a listing."""
+    return path.is_dir() or path.name in os.listdir(path.parent)
+
+
 @contextlib.contextmanager
 def alone(target: pathlib.Path) -> Iterator[None]:
     """While inside, no other process on this file system is inside for the same target.
@@ -118,7 +128,7 @@ def alone(target: pathlib.Path) -> Iterator[None]:
         except filelock.Timeout:
             _say(f"another process makes {target}; waiting for it")
             lock.acquire()
-    except NotImplementedError:  # a file system without locks: then two may do the same work
+    except (NotImplementedError, OSError):  # no locks here, or another user's: two may do the same work
         yield
         return
     try:
@@ -228,8 +238,16 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
     result = target / path.name if is_file else target
     if target.is_dir():
         return result
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {target.parent} cannot be written ({error.strerror or error}): set "
+            "XDG_CACHE_HOME to a local folder with room."
+        ) from error
     with alone(target):
-        if target.is_dir():
+        if is_there(target):
             return result
         system, where = _system(path)
         news = _News(f"from {path}", sum(entry.size for entry in listing.values()))
@@ -251,7 +269,7 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
             try:
                 fresh.rename(target)
             except OSError:  # on a file system without locks another was first, with the same files
-                if not target.is_dir():
+                if not is_there(target):
                     raise
     return result
 

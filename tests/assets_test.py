@@ -93,7 +93,9 @@ def copies(tmp_path) -> list[pathlib.Path]:
 def test_a_bucket_is_copied_once_and_again_when_it_changes(place, tmp_path):
     for name, text in (("a.json", "1"), ("sub/b.txt", "two"), ("c.safetensors", "3")):
         paths.write(place / name, text)
+    paths.write(place.parent / f"{place.name}-Base/d.json", "of another whose name begins alike")
     folder = assets.local(place, "config.model")
+    assert not paths.is_remote(place) or len(list(folder.rglob("*.*"))) == 3
     assert (folder / "sub/b.txt").read_text() == "two"
     if not paths.is_remote(place):
         assert folder == pathlib.Path(place) and not copies(tmp_path)
@@ -133,6 +135,26 @@ def test_publishing_copies_what_changed_and_the_mark_last(place, tmp_path):
     assert paths.read(place / "a.txt") == "A.TXT"
     assert not (place / "sub/b.txt").exists(), "what no longer belongs to it is gone"
     assert paths.read(place / "config.json") == "config.json"
+
+
+def test_runs_side_by_side_on_one_host_copy_once(google, tmp_path):
+    """Two processes that know nothing of each other, as a sweep's are."""
+    environment = os.environ | google | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    where = f"gs://bucket/{tmp_path.name}"
+    fill = f"from qlog import paths; p = paths.parse('{where}'); paths.write(p / 'a', b'x' * 4_000_000)"
+    run([sys.executable, "-c", fill], environment)
+    program = f"from qlog import assets; print(assets.local('{where}', 'x'))"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "".join(outputs).count("copying") == 1
+    assert len({output.split()[-1] for output in outputs}) == 1 and len(copies(tmp_path)) == 1
 
 
 # ---- Models ----

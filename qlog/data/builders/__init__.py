@@ -139,7 +139,7 @@ def prepare(
             return staged
     _make(root)
     with assets.alone(folder):
-        if not folder.is_dir():
+        if not assets.is_there(folder):
             _prepare(builder, folder, found)
     if found and raw.fingerprint(found) != key:
         shutil.rmtree(folder)
@@ -246,7 +246,7 @@ def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Pa
         temporary.chmod(0o755)  # temporary folders are private, data may be shared
         temporary.rename(folder)
     except (OSError, tfds.download.DownloadError) as error:
-        if not folder.is_dir():  # else another process was first, with the same files
+        if not assets.is_there(folder):  # else another process was first, with the same files
             raise _failed(builder_class, folder.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
