@@ -104,7 +104,9 @@ def local(
         return pathlib.Path(path)
     found = _find(path, field, bool, wanted)
     if found is None:
-        raise ConfigError(f"{field} = {os.fspath(spec)!r} holds no files: stage them (launch/stage), or mend the name.")
+        raise ConfigError(
+            f"{field} = {os.fspath(spec)!r} holds no files: stage them (launch/stage), or mend the name."
+        )
     return found
 
 

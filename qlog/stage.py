@@ -49,41 +49,47 @@ class Asset:
 
 
 def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
-    """What a config's runs read; fetches nothing.
+    """What a config's runs read, each thing once; fetches nothing.
 
     Raises:
-      ConfigError: the config is wrong, or names no tokenizer.
+      ConfigError: the config is wrong, or --model is no Hub id.
     """
-    found = {}
+    wanted = []
     if model:
         if not models.huggingface.is_hub_id(model):
             raise ConfigError(f"--model={model} is no Hub id of the form owner/name.")
-        found[model] = _model("--model", model, weights=True)
-    if config is None:
-        return list(found.values())
-    settings.check(config)
+        wanted.append(_model("--model", model, weights=True))
+    runs = [settings.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()] if config else []
+    for each in (runs or [config]) if config else []:
+        settings.check(each)
+        wanted += _read_by(each)
+    # A model wanted with its weights and without is wanted with them.
+    wanted.sort(key=lambda asset: not asset.is_wanted("model.safetensors"))
+    return list({asset.name: asset for asset in reversed(wanted)}.values())[::-1]
+
+
+def _read_by(config: ConfigDict) -> list[Asset]:
+    found, path, section = [], config.tokenizer.path, config.data
     if config.weights != "random":
-        found[config.weights] = _model("weights", config.weights, weights=True)
+        found.append(_model("weights", config.weights, weights=True))
     if config.model not in models.PRESETS:
-        found.setdefault(config.model, _model("model", config.model, weights=False))
-    path = config.tokenizer.path
+        found.append(_model("model", config.model, weights=False))
     if path and models.huggingface.is_hub_id(path):
-        found.setdefault(path, _model("tokenizer.path", path, weights=False))
-    elif path and path not in found:
-        found[path] = Asset(
+        found.append(_model("tokenizer.path", path, weights=False))
+    elif path:
+        found.append(Asset(
             f"config.tokenizer.path = {path!r}", f"tokenizers/{_last(path)}",
             lambda: tokenizer_path(config), _files_of_model(weights=False), "tokenizer.path",
-        )  # fmt: skip
-    if config.data.name in data.TASKS:
-        section = config.data
-        found["data"] = Asset(
+        ))  # fmt: skip
+    if section.name in data.TASKS:
+        found.append(Asset(
             f"config.data.name = {section.name!r}", f"data/{builders.staged_name(section.name)}",
             lambda: builders.prepare(
                 section.name, manual_dir=section.manual_dir or None, data_dir=section.data_dir or None
             ),
             lambda name: True,
-        )  # fmt: skip
-    return list(found.values())
+        ))  # fmt: skip
+    return found
 
 
 def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
@@ -96,7 +102,7 @@ def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
     for asset in wanted:
         source = pathlib.Path(asset.fetch())
         folder = source.parent if source.is_file() else source
-        names = [source.name] if source.is_file() else list(filter(asset.is_wanted, _names(source)))
+        names = [source.name] if source.is_file() else list(filter(asset.is_wanted, files(source)))
         last = next((n for n in ("ids.json", "config.json", "tokenizer.json") if n in names), names[-1])
         copied = assets.publish(folder, target / asset.name, names, last)
         say(f"{asset.what}: {target / asset.name} ({copied} of {len(names)} files copied)")
@@ -129,7 +135,7 @@ def _last(spec: str) -> str:
     return pathlib.PurePath(spec.partition("://")[2] or spec).name
 
 
-def _names(folder: pathlib.Path) -> list[str]:
+def files(folder: pathlib.Path) -> list[str]:
     """All its files, relative to it, without what tools keep there for themselves."""
     names = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
     return [str(name) for name in names if not name.parts[0].startswith(".")]

@@ -1,5 +1,5 @@
-"""First use of a Hub id by two processes, of one host and of two, against a server on this machine that speaks the Hub's
-protocol and drops one connection halfway."""
+"""First use of a Hub id by two processes, of one host and of two, against a server on this machine that
+speaks the Hub's protocol, drops one connection halfway, and has faults when asked."""
 
 import hashlib
 import http.server

@@ -63,7 +63,9 @@ def resolve(
     folder = None if is_hub_id(spec) else assets.local(spec, field, wanted)
     if folder is not None and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"{field} = {str(spec)!r} holds no config.json, so it is not a Hugging Face model.")
+            raise ConfigError(
+                f"{field} = {str(spec)!r} holds no config.json, so it is not a Hugging Face model."
+            )
         return folder
     if folder is not None:
         raise ConfigError(

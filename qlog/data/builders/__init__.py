@@ -1,6 +1,7 @@
 """FinQA, HotPotQA and MuSiQue through TensorFlow Datasets, without TensorFlow.
 
-`prepare` makes or finds a dataset, `open_prepared` opens it, `open_records` does both. TFDS itself can read what it prepares, too:
+`prepare` makes or finds a dataset, `open_prepared` opens it, `open_records` does both. TFDS itself can
+read what it prepares, too:
 `tfds.builder_from_directory(folder).as_data_source("train")`.
 """
 
