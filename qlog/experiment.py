@@ -151,7 +151,7 @@ def prepare(
     )  # fmt: skip
     if evaluate is None:
         evaluate = config.evaluation.every > 0 or not train
-    prepared = _prepare_data(config) if (train or evaluate) and not world else None
+    prepared = prepare_data(config) if (train or evaluate) and not world else None
     open_split = functools.partial(_open_split, config, formatter, world, prepared)
     experiment = Experiment(
         config=config, estimator=estimator, optimizer=optimizer.build(config), mesh=mesh,
@@ -364,7 +364,7 @@ def model_shape(config: ConfigDict) -> models.DecoderConfig:
         raise ConfigError(f"config.architecture: {error}.") from None
 
 
-def _prepare_data(config: ConfigDict) -> pathlib.Path:
+def prepare_data(config: ConfigDict) -> pathlib.Path:
     """The folder of the prepared dataset, made or copied once per host."""
     section = config.data
     return pathlib.Path(distributed.once_per_host(lambda: str(data.prepare(

@@ -339,3 +339,29 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
     save_file({k: v + 1e-3 for k, v in tensors.items()}, tmp_path / "b/model.safetensors")
     other = identity(tmp_path / "b")
     assert {part for part in first if first[part] != other[part]} == {"weights"}
+
+
+# ---- One process per host ----
+
+_PREPARE = """
+import sys
+from qlog import distributed, experiment, paper
+
+config = paper.experiment("cold", dataset="musique", total_budget=192, max_prompt_tokens=512)
+config.data.manual_dir = sys.argv[1]
+with distributed.processes("on"):
+    print("prepared", experiment.prepare_data(config))
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_process_of_a_host_prepares_for_all(broken, tmp_path):
+    raw = shutil.copytree(DATA / "musique", tmp_path / "raw")
+    if broken:
+        (raw / "musique_ans_v1.0_dev.jsonl").write_text("{")
+    (tmp_path / "program.py").write_text(_PREPARE)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "launch/local", "--processes=2", "--", tmp_path / "program.py", raw]
+    printed = run(command, environment, status=2 if broken else 0)
+    assert printed.count("Downloading and preparing dataset") == 1, printed
+    assert printed.count("is damaged or was not downloaded whole" if broken else "] prepared /") == 2, printed
