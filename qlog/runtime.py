@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import threading
 
 import jax
 
@@ -12,6 +13,9 @@ from qlog import assets, paths
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 _SHARED_TUNING = "xla_gpu_shard_autotuning"  # in XLA_FLAGS
+_PATIENCE = 20.0  # seconds for a bucket to answer
+_NOTE = """Programs that JAX compiled. They are code: whoever may write here, runs as every user who reads.
+"""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them
 _LARGE = 16 << 20  # bytes
 
@@ -20,7 +24,7 @@ def set_up() -> None:
     """Keeps compiled programs, so that a restarted run compiles nothing; call it before JAX has devices.
 
     In JAX_COMPILATION_CACHE_DIR, a folder, gs:// or s3://, where that is set (empty: nowhere), else in
-    the user's cache folder. Compiled programs are code: whoever can write there runs theirs as every
+    the user's cache folder; there, too, and said, where the bucket does not answer. Compiled programs are code: whoever can write there runs theirs as every
     later run's user. So nothing that others may write is ever taken by default.
 
     Raises:
@@ -31,7 +35,7 @@ def set_up() -> None:
         folder = str(assets.cache("xla"))
         jax.config.update("jax_compilation_cache_dir", folder)
     elif folder:
-        folder = str(paths.parse(folder, "JAX_COMPILATION_CACHE_DIR"))
+        folder = _reachable(paths.parse(folder, "JAX_COMPILATION_CACHE_DIR"))
         jax.config.update("jax_compilation_cache_dir", folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # A run has a hundred programs that compile within JAX's default of a second. In a bucket each
@@ -46,6 +50,35 @@ def set_up() -> None:
         set_option(_MMAP_THRESHOLD, _LARGE)
         set_option(_TRIM_THRESHOLD, 4 * _LARGE)
         jax.monitoring.register_event_duration_secs_listener(_after_compiling)
+
+
+def _reachable(folder: paths.Path) -> str:
+    """The folder, or the user's where it is in a bucket that cannot be used: JAX would ask for half a
+    minute at each of a hundred programs, and go on without."""
+    if not paths.is_remote(folder):
+        return str(folder)
+    told = []
+
+    def ask():
+        try:
+            if not folder.exists():  # a team's cache may be there to read alone
+                (folder / "README.txt").write_text(_NOTE)
+            told.append("")
+        except Exception as error:  # each client has its own kinds
+            told.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    reason = told[0] if told else f"no answer within {_PATIENCE:g} s"
+    if not reason:
+        return str(folder)
+    own = str(assets.cache("xla"))
+    print(
+        f"qlog: JAX_COMPILATION_CACHE_DIR={folder} cannot be used ({reason}): compiled programs go to {own}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return own
 
 
 def _compile_alone() -> None:

@@ -69,6 +69,9 @@ def test_a_bucket_keeps_compiled_programs(tmp_path):
             ).stdout  # fmt: skip
 
         assert output(_SETTINGS).split() == ["gs://bucket/xla", "1.0"]
+        missing = output(_SETTINGS, JAX_COMPILATION_CACHE_DIR="gs://none/xla", XDG_CACHE_HOME=str(tmp_path))
+        assert missing.startswith("qlog: JAX_COMPILATION_CACHE_DIR=gs://none/xla cannot be used (FileNotFound")
+        assert missing.split()[-2:] == [f"{tmp_path}/qlog/xla", "0.0"]
         every = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         assert output(_HITS, **every).split() == ["42", "0"]
         assert output(_HITS, **every).split() == ["42", "1"]
