@@ -69,7 +69,7 @@ def resolve(
         return folder
     if folder is not None:
         raise ConfigError(
-            f"{field} = {str(spec)!r} is neither a folder nor a Hub id of the form 'owner/name'."
+            f"{field} = {str(spec)!r} is no folder here and no Hub id of the form 'owner/name'."
         )
     staged = assets.find(f"models/{spec}", functools.partial(_is_complete, weights), wanted)
     return staged or _from_hub(str(spec), weights)
