@@ -121,7 +121,7 @@ def open_split(
     *,
     manual_dir: str | os.PathLike | None = None,
     data_dir: str | os.PathLike | None = None,
-    prepared: pathlib.Path | None = None,
+    prepared: str | os.PathLike | None = None,
 ) -> Split:
     """Opens a split of the paper: "train", "validation" or "test" of finqa, hotpotqa or musique.
 
