@@ -47,14 +47,18 @@ class Checkpoints:
         newest = self._checkpointer.latest
         self.latest_step: int | None = distributed.broadcast(newest and newest.step)
 
-    def save(self, state: TrainState, *, step: int, config: str) -> None:
-        """Starts writing `state` as of `step`, with the resolved config's JSON; it may go on being
-        used, but for the donation of its buffers, as soon as this returns."""
+    def save(self, state: TrainState, *, step: int, config: str, identity: dict | None = None) -> None:
+        """Starts writing `state` as of `step`; it may be used again as soon as this returns.
+
+        Args:
+          config: the resolved config's JSON.
+          identity: `experiment.identity`: what the run is made of.
+        """
         if self.latest_step is not None and self.latest_step >= step:
             return
         parts = {"params": state.params, "training": state._replace(params=None)._asdict()}
         self._checkpointer.save_checkpointables_async(
-            step, parts, custom_metadata={"config": json.loads(config)}
+            step, parts, custom_metadata={"config": json.loads(config), "identity": identity or {}}
         )
         self.latest_step = step
 
@@ -89,9 +93,10 @@ class Checkpoints:
         loaded = self._checkpointer.load_checkpointables(self.latest_step, parts)
         return TrainState(**loaded["training"])._replace(params=loaded["params"])
 
-    def config(self) -> dict:
-        """The resolved config that the newest checkpoint was written under."""
-        return self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata["config"]
+    def made_of(self) -> tuple[dict, dict]:
+        """The config and the identity that the newest checkpoint was written under."""
+        about = self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata
+        return about["config"], about["identity"]
 
     def keep_best_params(self) -> None:
         """Deletes all but the parameters of the best checkpoint (the newest, without scores)."""

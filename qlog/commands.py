@@ -2,10 +2,8 @@
 
 import itertools
 import os
-import pathlib
 import shlex
 import sys
-import tempfile
 
 import jax
 from ml_collections import ConfigDict
@@ -72,11 +70,8 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     carried = []
     if tokenizer.path:
         carried = models.huggingface.tokenizer_files(tokenizer.path.parent)
-    with tempfile.TemporaryDirectory() as scratch:
-        if jax.process_index() == 0:
-            file = tokenizer.save(pathlib.Path(scratch))
-            name = file.with_stem("tokenizer").name  # where transformers looks for it
-            paths.write(folder / name, file.read_bytes())
+    if jax.process_index() == 0:
+        tokenizer.save(folder)
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if tokenizer.bos_id is not None:
         ids["bos_token_id"] = tokenizer.bos_id

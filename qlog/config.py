@@ -24,22 +24,22 @@ def default() -> ConfigDict:
     return ConfigDict({
         "seed": 0,  # data order, sampling keys, random weights
         # Model
-        "model": "qwen3_0p6b",  # a preset of qlog.models, or a Hugging Face folder or Hub id
+        "model": "qwen3_0p6b",  # a preset of qlog.models, a Hugging Face folder (gs://, s3:// too) or Hub id
         "architecture": {},  # fields of DecoderConfig that differ from the preset
-        "weights": "random",  # 'random', or a Hugging Face folder or Hub id
+        "weights": "random",  # 'random', or as model; Hub ids are looked for in QLOG_ASSETS first
         "init_from": "",  # workdir (or one checkpoint) of another run, to start from its parameters
         "attention": "auto",  # auto: by device; blocks: plain JAX; tpu: Pallas kernels; cudnn: CUDA GPUs
         "dtype": "bfloat16",  # of activations and caches; parameters are float32
         "tokenizer": {
-            "path": "",  # folder or file; '' takes the one beside the weights or the model
+            "path": "",  # folder, file or Hub id; '' takes the one beside the weights or the model
             "think_start": "<think>",  # piece that opens a rationale
             "think_end": "</think>",  # piece that closes it
         },
         # Data
         "data": {
             "name": "hotpotqa",  # finqa | hotpotqa | musique | multihop | multihop_text
-            "manual_dir": "",  # folder with the official raw files; '' downloads them
-            "data_dir": "",  # where prepared data live; '' is a cache folder
+            "manual_dir": "",  # folder with the official raw files; '' takes QLOG_ASSETS', or downloads
+            "data_dir": "",  # where prepared data live, in a bucket read alone; '' is a cache folder
             "style": "cold",  # warm: instructions and chat template; cold: the input alone
             "max_prompt_tokens": 2048,  # a longer prompt is an error, or skipped
             "overlong": "error",  # error | skip

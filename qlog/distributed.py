@@ -5,8 +5,11 @@ its own rows, and, process 0, write files.
 """
 
 import contextlib
+import itertools
 import json
 import os
+import pathlib
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed  # its client has no public name; Orbax, too
 from jax.experimental import multihost_utils
 
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 from qlog.telemetry import say
 
 CHOICES = ("auto", "on", "off")
+HOST = "QLOG_HOST"
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -110,21 +115,41 @@ def first(function: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return function()
-    value, error = None, None
-    if jax.process_index() == 0:
-        try:
-            value = function()
-        except Exception as caught:
-            error = caught
-    kind = next((i for i, kind in enumerate(QLOG_ERRORS) if isinstance(error, kind)), -1)
-    failed = None if error is None else [kind, str(error)]
-    value, failed = broadcast([value, failed])
+    value, error = _attempt(function) if jax.process_index() == 0 else (None, None)
+    value, failed = broadcast([value, _told(error)])
     if error is not None:
         raise error
     if failed is not None:
-        kind, text = failed
-        raise QLOG_ERRORS[kind](text) if kind >= 0 else PassingError(f"process 0 failed: {text}")
+        _raise(failed, "process 0 failed")
     return value
+
+
+def once_per_host(function: Callable[[], Any]) -> Any:
+    """What `function` returns on the lowest process of this host, which alone calls it here: for what
+    fills a host's disk, downloads say. The others wait, however long it takes.
+
+    Values that JSON keeps, as of `first`; a path belongs to the host. Every process must ask. A host is
+    a running kernel with a host name, so two containers of one machine are two; QLOG_HOST, where it
+    is set, is the name instead.
+
+    Raises:
+      ConfigError, TrainingError, PassingError: what the first host that failed raised, on every
+        process. Another exception is a PassingError elsewhere.
+    """
+    if jax.process_count() == 1:
+        return function()
+    hosts = gather([{"host": _host()}])
+    leaders = [hosts.index(host) for host in hosts]
+    mine = leaders[jax.process_index()]
+    value, error = _attempt(function) if jax.process_index() == mine else (None, None)
+    _wait_for(sorted(set(leaders)))
+    outcomes = gather([{"value": value, "failed": _told(error)}])
+    if error is not None:
+        raise error
+    for index, outcome in enumerate(outcomes):
+        if outcome["failed"] is not None:
+            _raise(outcome["failed"], f"process {index} failed")
+    return outcomes[mine]["value"]
 
 
 def broadcast(value: Any) -> Any:
@@ -147,6 +172,56 @@ def gather(rows: list[dict]) -> list[dict]:
     padded[: text.size] = text
     texts = multihost_utils.process_allgather(padded)
     return [row for size, text in zip(sizes, texts) for row in json.loads(text[:size].tobytes())]
+
+
+def _attempt(function):
+    """(value, None) or (None, the exception)."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _told(error: Exception | None) -> list | None:
+    """An exception as JSON: [its kind among QLOG_ERRORS or -1, its text]."""
+    if error is None:
+        return None
+    return [next((i for i, kind in enumerate(QLOG_ERRORS) if isinstance(error, kind)), -1), str(error)]
+
+
+def _raise(told: list, who: str):
+    kind, text = told
+    raise QLOG_ERRORS[kind](text) if kind >= 0 else PassingError(f"{who}: {text}")
+
+
+def _host() -> str:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    which = boot.read_text().strip() if boot.is_file() else ""
+    return os.environ.get(HOST) or f"{platform.node()} {which}"
+
+
+_turns = itertools.count()
+
+
+def _wait_for(processes: list[int]) -> None:
+    """Returns when all of these processes have come here.
+
+    Through the coordinator: a collective that a process is late for by an hour may give up.
+    """
+    client = jax_distributed.global_state.client
+    turn = f"qlog/once_per_host/{next(_turns)}"
+    if client is None:  # the runtime was started by something else
+        return
+    if jax.process_index() in processes:
+        client.key_value_set(f"{turn}/{jax.process_index()}", "done")
+    for process in processes:
+        while True:
+            try:  # in short waits: between them Python sees signals
+                client.blocking_key_value_get(f"{turn}/{process}", 2_000)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
 
 
 def _above_one(value: str) -> bool:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -11,13 +13,15 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qlog import checkpoints, data, losses, models, optimizer, sharding
+from qlog import assets, checkpoints, data, distributed, losses, models, optimizer, sharding
 from qlog import config as settings
 from qlog.data import multihop
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, PassingError
 from qlog.learner import TrainState
 from qlog.policy import Policy
 from qlog.sampling import Sampling
+
+_RECORDS_DIGESTED = 32  # of each split, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Experiment:
       sampling: how training rollouts are drawn. evaluation_sampling: how evaluation's are.
       formatter: examples to tokens and back.
       grader: exact match for the training reward; counts its failures.
+      weights: local folder with them; None: random, or from `init_from`.
       train_data: None when only an evaluation is wanted; evaluation_data: None without one.
     """
 
@@ -45,6 +50,7 @@ class Experiment:
     grader: data.Grader
     train_data: data.Dataset | None
     evaluation_data: data.Dataset | None
+    weights: pathlib.Path | None = None
 
     @property
     def rollouts_per_prompt(self) -> int:
@@ -88,10 +94,9 @@ class Experiment:
         if self.config.init_from:
             return checkpoints.load_params(self.config.init_from, abstract, "config.init_from")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        if self.config.weights != "random":
-            folder = models.huggingface.resolve(self.config.weights)
+        if self.weights is not None:
             return models.huggingface.load(
-                folder, self.policy.config, dtype=jnp.float32, shardings=places
+                self.weights, self.policy.config, dtype=jnp.float32, shardings=places
             )
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         init = functools.partial(models.init, self.policy.config)
@@ -140,6 +145,7 @@ def prepare(
     if config.init_from:
         checkpoints.find_checkpoint(config.init_from, "config.init_from")
     world = _world(config)
+    weights = resolve_weights(config)  # missing ones are named before data are read
     tokenizer = world.tokenizer() if world else _load_tokenizer(config)
     shape = model_shape(config)
     if tokenizer.vocab_size > shape.vocab_size:
@@ -158,8 +164,9 @@ def prepare(
     )  # fmt: skip
     if evaluate is None:
         evaluate = config.evaluation.every > 0 or not train
-    open_split = functools.partial(_open_split, config, formatter, world)
-    return Experiment(
+    prepared = prepare_data(config) if (train or evaluate) and not world else None
+    open_split = functools.partial(_open_split, config, formatter, world, prepared)
+    experiment = Experiment(
         config=config, estimator=estimator, optimizer=optimizer.build(config), mesh=mesh,
         policy=Policy(
             config=shape, valid_vocab=tokenizer.vocab_size,
@@ -172,7 +179,53 @@ def prepare(
         grader=data.Grader(data.exact_match),
         train_data=open_split("train", estimator.rationale == "annotated") if train else None,
         evaluation_data=open_split(config.evaluation.split, False) if evaluate else None,
+        weights=weights,
     )  # fmt: skip
+    if jax.process_count() > 1:
+        _check_hosts(identity(experiment))
+    return experiment
+
+
+def identity(experiment: Experiment) -> dict:
+    """What a run is made of, by content, wherever it was read from; JSON, in seconds.
+
+    model: the fields of its DecoderConfig. weights: `models.huggingface.digest`, or '' where they do
+    not come from a folder (then `config` says all). tokenizer: `Tokenizer.digest`. splits: of each
+    split that is open, a digest of all ids in their order, and of 32 records spread over it, whole; the
+    synthetic tasks' are in `config`.
+    """
+    weights = experiment.weights
+    splits = {"train": experiment.train_data, experiment.config.evaluation.split: experiment.evaluation_data}
+    found = {
+        "model": dataclasses.asdict(experiment.policy.config),
+        "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
+        "tokenizer": experiment.formatter.tokenizer.digest,
+        "splits": {
+            name: _records_digest(dataset.source.records) for name, dataset in splits.items()
+            if dataset is not None and isinstance(dataset.source, data.Converted)
+        },
+    }  # fmt: skip
+    return json.loads(json.dumps(found))  # as it is read again, tuples being lists
+
+
+def _records_digest(records: Sequence[dict]) -> str:
+    count = min(len(records), _RECORDS_DIGESTED)
+    sample = [records[i * len(records) // count] for i in range(count)]
+    text = json.dumps([list(records.ids), sample], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_hosts(found: dict) -> None:
+    """Raises unless all processes, each of which read its own host's copies, read the same."""
+    everyone = distributed.gather([found])
+    for index, other in enumerate(everyone):
+        for part in found:
+            if other[part] != everyone[0][part]:
+                raise PassingError(
+                    f"the {part} that process {index} reads differ from those of process 0 "
+                    f"({other[part]} and {everyone[0][part]}): they changed while the run started, or "
+                    "hosts keep copies of their own; name one revision, or stage them (launch/stage)."
+                )
 
 
 def evaluation_law(config: ConfigDict, sampling: Sampling) -> Sampling:
@@ -264,36 +317,63 @@ def _world(config: ConfigDict) -> multihop.World | None:
     return multihop.World(**config.data.world)
 
 
+def resolve(spec: str, field: str, weights: bool = False) -> pathlib.Path:
+    """`models.huggingface.resolve`, once per host; every process must call it."""
+    found = functools.partial(models.huggingface.resolve, spec, weights=weights, field=field)
+    return pathlib.Path(distributed.once_per_host(lambda: str(found())))
+
+
+def resolve_weights(config: ConfigDict) -> pathlib.Path | None:
+    """The local folder of config.weights, downloaded once per host; None where they are random or
+    another run's. Every process must call it.
+
+    Raises:
+      ConfigError, PassingError: as `models.huggingface.resolve`.
+    """
+    if config.weights == "random":
+        return None
+    return resolve(config.weights, "config.weights", weights=True)
+
+
 def _load_tokenizer(config: ConfigDict) -> data.Tokenizer:
     section = config.tokenizer
-    path = section.path or (config.weights if config.weights != "random" else config.model)
-    if not section.path and path in models.PRESETS:
-        raise ConfigError(
-            f"config.tokenizer.path is empty and model {path!r} with random weights brings none: "
-            "set it to a folder or file with tokenizer.json or a SentencePiece *.model."
-        )
-    if not section.path:
-        path = models.huggingface.resolve(path)
-    return data.load(path, think_start=section.think_start, think_end=section.think_end)
+    return data.load(
+        distributed.once_per_host(lambda: str(tokenizer_path(config))),
+        think_start=section.think_start, think_end=section.think_end,
+    )  # fmt: skip
+
+
+def tokenizer_path(config: ConfigDict) -> pathlib.Path:
+    """The local file or folder of a config's tokenizer; fetched where it must be.
+
+    Raises:
+      ConfigError: config.tokenizer.path is empty and neither weights nor model brings one.
+    """
+    field, path = "config.tokenizer.path", config.tokenizer.path
+    if not path:
+        field = "config.weights" if config.weights != "random" else "config.model"
+        path = config.weights if config.weights != "random" else config.model
+        if path in models.PRESETS:
+            raise ConfigError(
+                f"config.tokenizer.path is empty and model {path!r} with random weights brings none: "
+                "set it to a folder or file with tokenizer.json or a SentencePiece *.model, or a Hub id."
+            )
+    if models.huggingface.is_hub_id(path):
+        return models.huggingface.resolve(path, weights=False, field=field)
+    return assets.local(path, field, lambda name: not name.endswith(".safetensors"))
 
 
 def model_shape(config: ConfigDict) -> models.DecoderConfig:
+    """What config.model and config.architecture say; every process must call it."""
     if config.model in models.PRESETS:
         shape = models.PRESETS[config.model]
     elif "/" in config.model or pathlib.Path(config.model).is_dir():
-        shape = models.huggingface.read_config(models.huggingface.resolve(config.model))
+        shape = models.huggingface.read_config(resolve(config.model, "config.model"))
     else:
         raise ConfigError(
             f"config.model = {config.model!r} is unknown: use one of {', '.join(models.PRESETS)}, "
             "a Hugging Face folder, or a Hub id such as Qwen/Qwen3-0.6B."
         )
-    if config.weights != "random":
-        if "/" not in config.weights and not pathlib.Path(config.weights).is_dir():
-            raise ConfigError(
-                f"config.weights = {config.weights!r} is no folder: give a folder with "
-                "*.safetensors, a Hub id, or 'random'."
-            )
-        models.huggingface.resolve(config.weights)  # missing ones are named before data are read
     fields = {field.name for field in dataclasses.fields(models.DecoderConfig)}
     for key in config.architecture:
         if key not in fields:
@@ -307,15 +387,20 @@ def model_shape(config: ConfigDict) -> models.DecoderConfig:
         raise ConfigError(f"config.architecture: {error}.") from None
 
 
-def _open_split(config, formatter, world, split: str, rationales: bool) -> data.Dataset:
+def prepare_data(config: ConfigDict) -> pathlib.Path:
+    """The folder of the prepared dataset, made or copied once per host."""
+    section = config.data
+    return pathlib.Path(distributed.once_per_host(lambda: str(data.prepare(
+        section.name, manual_dir=section.manual_dir or None, data_dir=section.data_dir or None
+    ))))  # fmt: skip
+
+
+def _open_split(config, formatter, world, prepared, split: str, rationales: bool) -> data.Dataset:
     section = config.data
     if world:
         source = multihop.open_examples(section.name, split, world)
     else:
-        source = data.open_examples(
-            section.name, split,
-            manual_dir=section.manual_dir or None, data_dir=section.data_dir or None,
-        )  # fmt: skip
+        source = data.open_examples(section.name, split, prepared=prepared)
     return data.open_dataset(
         source, formatter,
         max_prompt_tokens=section.max_prompt_tokens,

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from qlog import config as settings
 from qlog import checkpoints, data, distributed, evaluation, interrupts, paths, reporting, runtime
 from qlog.errors import ConfigError, Stop, TrainingError
-from qlog.experiment import Experiment, prepare
+from qlog.experiment import Experiment, identity, prepare
 from qlog.interrupts import Interrupts
 from qlog.learner import TrainState
 from qlog.paths import Path
@@ -59,7 +59,7 @@ def run(
         saved = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep)
         stack.enter_context(contextlib.closing(saved))
         if saved.latest_step:
-            _check_same_run(saved.config(), config)
+            _check_same_run(*saved.made_of(), config, identity(experiment))
         finished = distributed.first(lambda: _finished(workdir, config))
         if finished is not None:
             say(f"finished before, in {workdir}")
@@ -92,6 +92,7 @@ class _Training:
         self._saved, self._stop = saved, stop
         self.step = self._start = saved.latest_step or 0
         self.metrics: dict[str, float] = {}
+        self._identity = identity(experiment)
         experiment.write_split_ids(workdir / "splits.json")
         show_table("run", reporting.describe(experiment, workdir, self.step))
         self.state: TrainState = experiment.init_state(experiment.init_params())
@@ -173,7 +174,8 @@ class _Training:
         """Starts saving the state, unless the newest checkpoint has it."""
         if self.step > (self._saved.latest_step or 0):
             self._log.flush()
-            self._saved.save(self.state, step=self.step, config=settings.to_json(self._config))
+            text = settings.to_json(self._config)
+            self._saved.save(self.state, step=self.step, config=text, identity=self._identity)
             self._saved_at = time.monotonic()
 
     def _evaluates(self) -> bool:
@@ -258,6 +260,8 @@ def _writable(workdir: Path) -> Path:
 
 # What may change between a run and its resumption: nothing here changes what a step computes.
 _MAY_CHANGE = {"attention", "checkpoint", "evaluation", "mesh", "profile", "runs", "watchdog"}
+# Where things are read; what is read is compared by content (`experiment.identity`).
+_MAY_CHANGE |= {"architecture", "model", "weights"}
 _MAY_CHANGE_IN = {
     "train": {
         "steps", "rollouts_every", "rollouts_prompts", "prompts_per_microbatch", "remat",
@@ -265,15 +269,19 @@ _MAY_CHANGE_IN = {
     },
     "rollout": {"prompts_per_wave"},
     "optimizer": {"max_skipped_in_a_row"},
+    "data": {"data_dir", "manual_dir"},
+    "tokenizer": {"path"},
 }  # fmt: skip
 
 
-def _check_same_run(before: dict, config: ConfigDict) -> None:
-    """A run resumes under the config that it began with."""
+def _check_same_run(before: dict, made_of: dict, config: ConfigDict, makes: dict) -> None:
+    """A run resumes under the config that it began with, on the same model, weights and data.
+
+    Args:
+      before, made_of: config and identity of the newest checkpoint; config, makes: of this start.
+    """
     now = json.loads(settings.to_json(config))
-    for key in sorted(set(before) | set(now)):
-        if key in _MAY_CHANGE:
-            continue
+    for key in sorted((set(before) | set(now)) - _MAY_CHANGE):
         old, new = before.get(key), now.get(key)
         if key in _MAY_CHANGE_IN:
             old, new = ({k: v for k, v in x.items() if k not in _MAY_CHANGE_IN[key]} for x in (old, new))
@@ -281,4 +289,13 @@ def _check_same_run(before: dict, config: ConfigDict) -> None:
             raise ConfigError(
                 f"config.{key} = {new!r} differs from the run in --workdir, which began with "
                 f"{old!r}: use another --workdir, or the old value."
+            )
+    splits = {name: (old, makes["splits"].get(name, old)) for name, old in made_of["splits"].items()}
+    pairs = {f"split {name}": pair for name, pair in splits.items()}
+    pairs |= {part: (made_of[part], makes[part]) for part in ("model", "weights", "tokenizer")}
+    for part, (old, new) in pairs.items():
+        if old != new:
+            raise ConfigError(
+                f"the {part} differs from that of the run in --workdir ({new} is not {old}): use another "
+                "--workdir, or what the run began with."
             )

@@ -22,7 +22,7 @@ from qlog.data import builders, finqa_program
 from qlog.data.builders import raw
 from qlog.data.builders.finqa import finqa_dataset_builder
 from qlog.data.builders.musique import musique_dataset_builder
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, PassingError
 
 DUMMY = pathlib.Path(__file__).parent / "data"
 FILES = {
@@ -40,6 +40,11 @@ def official_records(path: pathlib.Path) -> list[dict]:
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in text.splitlines()]
     return json.loads(text)
+
+
+def prepared_in(data_dir: pathlib.Path) -> list[pathlib.Path]:
+    """What is there beside downloads and locks: a temporary folder would be, too."""
+    return [p for p in data_dir.iterdir() if p.name != "downloads" and p.suffix != ".lock"]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +160,7 @@ def test_processes_may_prepare_at_the_same_time(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     expected = official_records(DUMMY / FILES["musique", "train"])
     assert {out for out, _ in outputs} == {f"16 {expected[15]['id']}\n"}
-    assert len([p for p in tmp_path.iterdir() if p.name != "downloads"]) == 1
+    assert len(prepared_in(tmp_path)) == 1
 
 
 def test_a_failed_preparation_leaves_nothing_behind(manual_dir, tmp_path):
@@ -165,7 +170,7 @@ def test_a_failed_preparation_leaves_nothing_behind(manual_dir, tmp_path):
     path.write_text(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match="train.json cannot be read.*damaged"):
         builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
-    assert not [p for p in data_dir.iterdir() if p.name != "downloads"]
+    assert not prepared_in(data_dir)
     path.write_text(whole)
     records = builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
     assert len(records) == 12
@@ -222,6 +227,7 @@ def test_fields_that_the_schema_does_not_know_survive(manual_dir, tmp_path):
         (dict(name="finqa", split="dev", manual_dir="/no/such"), "dir = '/no/such' is not a"),
         (dict(name="musique", split="dev", manual_dir=DUMMY / "finqa"), "none of musique's files"),
         (dict(name="finqa", split="dev", manual_dir=DUMMY, data_dir="gs://b"), "data_dir.*remote"),
+        (dict(name="finqa", split="dev", manual_dir="ftp://b/x"), "gs://BUCKET"),
         (dict(name="finqa", split="dev", manual_dir=DUMMY, data_dir=__file__), "data_dir.*written"),
     ],
 )
@@ -293,6 +299,13 @@ def test_downloads_are_checked(server, monkeypatch, tmp_path):
     assert len(builders.open_records("finqa", "train", data_dir=data_dir)) == 16
 
 
+def test_a_page_in_the_place_of_a_file_is_a_fault_that_passes(server, monkeypatch, tmp_path):
+    serve_finqa(server, monkeypatch)
+    (server[0] / "dev.json").write_text("<!DOCTYPE html><html>Quota exceeded</html>")
+    with pytest.raises(PassingError, match="dev.json served a page instead of the file.*wait, or"):
+        builders.open_records("finqa", "train", data_dir=tmp_path / "data")
+
+
 def test_downloads_from_an_archive(server, monkeypatch, tmp_path):
     folder, address = server
     with zipfile.ZipFile(folder / "musique.zip", "w") as archive:
@@ -315,7 +328,7 @@ def test_without_a_network_one_sentence_says_what_to_do(server, monkeypatch, tmp
         builders.open_records("finqa", "dev", data_dir=tmp_path / "data")
     unreachable = raw.RawFile("dev.json", "http://127.0.0.1:9/dev.json", size=1)
     monkeypatch.setattr(finqa_dataset_builder.Builder, "FILES", {"dev": unreachable})
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(PassingError) as caught:
         builders.open_records("finqa", "dev", data_dir=tmp_path / "data")
     url = "http://127.0.0.1:9/dev.json"
     for part in ("data.name = 'finqa'", url, "put dev.json", "set config.data.manual_dir"):

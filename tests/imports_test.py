@@ -31,13 +31,15 @@ LAYERS = """
     metrics telemetry sharding roofline runtime
     console
     models data losses command_line
+    assets
     paths
     errors chips
 """
 # All that these packages may import from the rest of qlog.
 KNOWS = {
-    "losses": set(), "models": {"errors", "paths"}, "data": {"errors", "paths"}, "errors": set(),
-    "paths": {"errors"},
+    "losses": set(), "models": {"assets", "errors", "paths"},
+    "data": {"assets", "errors", "paths"}, "errors": set(),
+    "assets": {"errors", "paths"}, "paths": {"errors"},
 }  # fmt: skip
 # Who may import what from outside; everybody may import what is not named.
 ONLY_IN = {

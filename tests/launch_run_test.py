@@ -134,13 +134,6 @@ def test_supervise_reads_secrets_from_files(tmp_path):
     assert output == f"key {tmp_path}/hf_token\n"
 
 
-def test_stage_copies_to_a_shared_folder(tmp_path):
-    (tmp_path / "data/sub").mkdir(parents=True)
-    (tmp_path / "data/sub/records").write_text("text")
-    run(LAUNCH / "stage", f"--to={tmp_path}/shared", f"--data={tmp_path}/data")
-    assert (tmp_path / "shared/data/sub/records").read_text() == "text"
-
-
 def test_sweep_runs_every_line_and_reports_failures(tmp_path):
     runs = tmp_path / "runs.txt"
     runs.write_text("# comment\ngood --config=a.py:x,q=0.5\n\nbad --config=b.py  # why\n")

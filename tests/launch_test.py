@@ -128,14 +128,6 @@ GOLDEN = {
     "tpu_vm delete --name=n --zone=z --project=p": [
         "gcloud compute tpus queued-resources delete n --zone=z --project=p --force --quiet"
     ],
-    "stage --to=gs://b/assets/ --model=Qwen/Qwen3-0.6B": [
-        f"{ROOT}/.venv/bin/hf download Qwen/Qwen3-0.6B '--include=*.safetensors*' "
-        "'--include=*.json' '--include=*.txt' '--include=*.model' "
-        f"--local-dir={ROOT}/.cache/models/Qwen3-0.6B",
-        f"rm -rf {ROOT}/.cache/models/Qwen3-0.6B/.cache",
-        f"gcloud storage rsync --recursive {ROOT}/.cache/models/Qwen3-0.6B "
-        "gs://b/assets/models/Qwen3-0.6B",
-    ],
 }
 
 
@@ -236,8 +228,6 @@ def test_gke_options_add_their_lines():
         ("gcluster --cluster=c", "--location is needed"),
         ("xpk --cluster=c --zone=z --image=I --type=v6e-16 -- --config=x", "--workdir=gs://"),
         ("slurm --gpus-per-node=8 -- --config=x", "--workdir="),
-        ("stage --to=gs://b", "give a --model"),
-        ("stage --to=s3://b --data=tests", "a gs:// bucket or a folder"),
         ("tpu_vm create --name=n --zone=z --type=tpu7x-8", "use launch/gke"),
         ("tpu_vm run --name=n --zone=z -- --workdir=runs/x", "--workdir=gs://"),
         ("skypilot --gpus=H100:8 -- --workdir=runs/x", "a bucket is needed"),

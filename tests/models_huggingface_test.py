@@ -13,7 +13,7 @@ from models_fixtures import CONFIGS, jit, random_params
 from safetensors.numpy import load_file, save_file
 
 from qlog import models
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, PassingError
 from qlog.models import huggingface
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -203,12 +203,12 @@ def test_incomplete_folders_are_named(tmp_path):
 def test_a_spec_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):
     assert huggingface.resolve(GOLDEN / "qwen3") == GOLDEN / "qwen3"
     for spec in ("no/such/folder", "./missing", "name"):
-        with pytest.raises(ConfigError, match=f"'{re.escape(spec)}' is neither a folder nor a Hub"):
+        with pytest.raises(ConfigError, match=f"'{re.escape(spec)}' is no folder here and no Hub id"):
             huggingface.resolve(spec)
     # A port where nothing listens stands for a machine without a network.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(PassingError) as caught:
         huggingface.resolve("Qwen/Qwen3-0.6B")
     message = str(caught.value)
     assert "\n" not in message and "hf download Qwen/Qwen3-0.6B --local-dir FOLDER" in message

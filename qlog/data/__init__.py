@@ -1,5 +1,6 @@
 """Tasks, tokenizers, formatting and the input pipeline; nothing here imports JAX."""
 
+from qlog.data.builders import prepare
 from qlog.data.examples import Converted, Example, Task
 from qlog.data.formatting import Formatter
 from qlog.data.graders import Grader, contains, exact_match
@@ -32,6 +33,7 @@ __all__ = [
     "measure_lengths",
     "open_dataset",
     "open_examples",
+    "prepare",
     "train_batches",
     "word_level",
     "write_ids",

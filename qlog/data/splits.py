@@ -121,14 +121,23 @@ def open_split(
     *,
     manual_dir: str | os.PathLike | None = None,
     data_dir: str | os.PathLike | None = None,
+    prepared: str | os.PathLike | None = None,
 ) -> Split:
     """Opens a split of the paper: "train", "validation" or "test" of finqa, hotpotqa or musique.
 
-    Args and raises: as `builders.open_records` and `draw`.
+    Args:
+        manual_dir, data_dir: as in `builders.prepare`, where `prepared` is None.
+        prepared: what `builders.prepare` returned.
+
+    Raises:
+        as `builders.open_records` and `draw`.
     """
-    available = builders.official_splits(name, manual_dir)
+    if prepared is None:
+        official_split(name, split, builders.official_splits(name, manual_dir))  # or download nothing
+        prepared = builders.prepare(name, manual_dir=manual_dir, data_dir=data_dir)
+    available = builders.prepared_splits(prepared)  # what was staged may lack some
     official = official_split(name, split, available)
-    records = builders.open_records(name, official, manual_dir=manual_dir, data_dir=data_dir)
+    records = builders.open_prepared(name, official, prepared)
     return Split(records, draw(name, split, records.ids, available), official)
 
 

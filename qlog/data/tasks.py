@@ -5,6 +5,7 @@ first and the question last. Rationales are for supervised fine-tuning alone and
 answer, which follows the thinking-end token.
 """
 
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,22 +103,28 @@ TASKS = {
 
 
 def open_examples(
-    name: str, split: str, *, manual_dir: str | None = None, data_dir: str | None = None
+    name: str,
+    split: str,
+    *,
+    manual_dir: str | None = None,
+    data_dir: str | None = None,
+    prepared: pathlib.Path | None = None,
 ) -> Converted:
     """The examples of one of the paper's splits, read when asked for.
 
     Args:
         name: a key of TASKS.
         split: 'train', 'validation' or 'test'; `qlog.data.splits` says how they are drawn.
-        manual_dir: folder with the official files, None to download them.
-        data_dir: where prepared datasets are kept, None for TFDS's own default.
+        manual_dir, data_dir, prepared: as in `qlog.data.splits.open_split`.
 
     Raises:
         ConfigError: unknown name or split, or records that cannot be read.
     """
     if name not in TASKS:
         raise ConfigError(f"config.data.name = {name!r} is unknown: use one of {', '.join(TASKS)}.")
-    records = splits.open_split(name, split, manual_dir=manual_dir, data_dir=data_dir)
+    records = splits.open_split(
+        name, split, manual_dir=manual_dir, data_dir=data_dir, prepared=prepared
+    )
     return Converted(records, TASKS[name])
 
 

@@ -5,8 +5,10 @@ context that contains "</think>" or "<|im_end|>" cannot end a rationale or a tur
 encoder is built without the control tokens. Whoever needs one takes its id from `control`.
 """
 
+import hashlib
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 import sentencepiece
 import tokenizers as hf_tokenizers
 
+from qlog import paths
 from qlog.errors import ConfigError
 
 # Names under which the known families keep their tokens, turn ends before ends of text.
@@ -141,13 +144,23 @@ class Tokenizer:
             return self._names[id_]
         return self._decode([id_]) if id_ < self.vocab_size else f"<padding row {id_}>"
 
-    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
-        """Writes the tokenizer's file into `folder`, unchanged, and returns its path."""
+    def save(self, folder: str | os.PathLike) -> paths.Path:
+        """Writes the tokenizer's file into `folder`, here or in a bucket, under the name that
+        transformers looks for, its content unchanged; returns its path."""
         if self.path is None:
             raise ValueError("this tokenizer was made in memory from a file's text only")
-        target = pathlib.Path(folder) / self.path.name
-        target.write_bytes(self.path.read_bytes())
+        target = paths.parse(folder) / f"tokenizer{self.path.suffix}"
+        paths.write(target, self.path.read_bytes())
         return target
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of its content and of the tokens chosen around rationales."""
+        content = self._content() + f"{self.think_start_id} {self.think_end_id}".encode()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    def _content(self) -> bytes:
+        return self.path.read_bytes()
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
@@ -210,10 +223,13 @@ class JsonTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._plain.decode(ids, skip_special_tokens=False)
 
-    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
-        target = pathlib.Path(folder) / "tokenizer.json"
-        target.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
+    def save(self, folder: str | os.PathLike) -> paths.Path:
+        target = paths.parse(folder) / "tokenizer.json"
+        paths.write(target, json.dumps(self.spec, ensure_ascii=False))
         return target
+
+    def _content(self) -> bytes:
+        return json.dumps(self.spec, sort_keys=True).encode()  # however the file was laid out
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -1,11 +1,13 @@
 """Hugging Face folders in and out: safetensors straight onto the mesh, and back."""
 
 import contextlib
+import fnmatch
 import functools
+import hashlib
 import json
 import os
 import pathlib
-import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,7 +19,8 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from qlog.errors import ConfigError
+from qlog import assets, paths
+from qlog.errors import ConfigError, PassingError
 from qlog.models import families
 from qlog.models.config import DecoderConfig
 from qlog.models.decoder import Params, shapes
@@ -27,8 +30,10 @@ _TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WHOLE = "model.safetensors"
+_SAMPLE = 16 << 10  # bytes
 _INDEX = "model.safetensors.index.json"
 _IS_IT_THE_MODEL = (
     "is config.model (with config.architecture) the model of these weights, and were all of their "
@@ -36,56 +41,94 @@ _IS_IT_THE_MODEL = (
 )
 
 
-def resolve(spec: str | os.PathLike) -> pathlib.Path:
-    """The local folder for `spec`: a folder, or a Hub id 'owner/name' or 'owner/name@revision'.
+def resolve(
+    spec: str | os.PathLike, *, weights: bool = True, field: str = "config.model"
+) -> pathlib.Path:
+    """The local folder for `spec`: a folder here or in a bucket, or a Hub id 'owner/name' or
+    'owner/name@revision'.
 
-    A Hub id is downloaded on first use into the cache of huggingface_hub (set HF_HOME to move it),
-    by process 0 alone; an interrupted download goes on where it stopped. All processes must call
-    this. Raises ConfigError when the folder is no model, or the Hub gives nothing.
+    A Hub id is looked for in QLOG_ASSETS first (qlog.assets), then in the Hub, which downloads it on
+    first use into the cache of huggingface_hub (set HF_HOME to move it); an interrupted download goes
+    on where it stopped. Several processes: within `distributed.once_per_host`.
+
+    Args:
+      weights: False does without *.safetensors, where only the shape or the tokenizer is wanted.
+      field: what named it, for messages.
+
+    Raises:
+      ConfigError: the folder is no model, or the Hub does not have or give it.
+      PassingError: a bucket or the Hub cannot be reached now.
     """
-    folder = pathlib.Path(spec).expanduser()
-    if folder.is_dir():
+    wanted = functools.partial(is_wanted, weights=weights)
+    folder = None if is_hub_id(spec) else assets.local(spec, field, wanted)
+    if folder is not None and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds no config.json, so it is not a Hugging Face model.")
+            raise ConfigError(
+                f"{field} = {str(spec)!r} holds no config.json, so it is not a Hugging Face model."
+            )
         return folder
-    name, _, revision = str(spec).partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"{spec!r} is neither a folder nor a Hub id of the form 'owner/name'.")
-
-    def fetch(**options):
-        return huggingface_hub.snapshot_download(
-            name, revision=revision or None,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], **options,
-        )  # fmt: skip
-
-    found, reason = None, ""
-    if jax.process_index() == 0:
-        try:
-            found = fetch()
-        except Exception as error:  # the Hub's client raises what its layers below raise
-            reason = f"{type(error).__name__}: {_one_line(error)}"
-    if jax.process_count() > 1:
-        if not multihost_utils.broadcast_one_to_all(np.array(found is not None)):
-            reason = reason or "process 0 could not download it"
-        elif jax.process_index() > 0:
-            try:
-                found = fetch(local_files_only=True)
-            except Exception as error:
-                reason = f"this process does not see the download of process 0: {_one_line(error)}"
-        # All give up together: one alone would leave the others waiting for it.
-        everywhere = multihost_utils.process_allgather(np.array(found is not None)).all()
-        if found is not None and not everywhere:
-            found, reason = None, "another process does not see the download of process 0"
-    if found is None:
-        which = f"{name} --revision {revision}" if revision else name
+    if folder is not None:
         raise ConfigError(
-            f"{name!r} is no folder here, and the Hugging Face Hub does not give it ({reason}): "
-            "where there is a network, "
-            f"run `hf download {which} --local-dir FOLDER` (config.json, the tokenizer's files and "
-            "all *.safetensors), put FOLDER where every host of this run can read it, and give its "
-            f"path instead of {name!r}."
+            f"{field} = {str(spec)!r} is no folder here and no Hub id of the form 'owner/name'."
         )
-    return pathlib.Path(found)
+    staged = assets.find(f"models/{spec}", functools.partial(_is_complete, weights), wanted)
+    return staged or _from_hub(str(spec), weights)
+
+
+def is_hub_id(spec: str | os.PathLike) -> bool:
+    """Whether it has the form 'owner/name' and no folder here has that name."""
+    text = os.fspath(spec)
+    name = text.partition("@")[0]
+    return (
+        name.count("/") == 1 and not name.startswith((".", "/", "~")) and not pathlib.Path(text).is_dir()
+    )
+
+
+def is_wanted(name: str, weights: bool) -> bool:
+    """Whether qlog reads a model's file of this name; with `weights`, safetensors too."""
+    patterns = _HUB_PATTERNS if weights else _HUB_PATTERNS[1:]
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns) and "/" not in name
+
+
+def _is_complete(weights: bool, names: set[str]) -> bool:
+    return "config.json" in names and (not weights or any(n.endswith(".safetensors") for n in names))
+
+
+def _from_hub(spec: str, weights: bool) -> pathlib.Path:
+    name, _, revision = spec.partition("@")
+    try:
+        patterns = _HUB_PATTERNS if weights else _HUB_PATTERNS[1:]
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=list(patterns)
+            )
+        )
+    except Exception as error:  # the Hub's client raises what its layers below raise
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        command = f"{name} --revision {revision}" if revision else name
+        message = (
+            f"{name!r} is no folder here, and the Hugging Face Hub does not give it ({reason}): where "
+            f"there is a network, run `launch/stage --model={spec} --to=FOLDER` and set "
+            f"{assets.ENVIRONMENT}=FOLDER (or gs://BUCKET/...) where every host of this run can read it; or "
+            f"run `hf download {command} --local-dir FOLDER` and give FOLDER instead of {name!r}."
+        )
+        raise (PassingError if _passes(error) else ConfigError)(message) from error
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether asking the Hub again later may help: no answer, or an answer that says so."""
+    while error is not None:
+        if isinstance(error, huggingface_hub.errors.OfflineModeIsEnabled | ValueError):
+            return False
+        response = getattr(error, "response", None)
+        if response is not None:
+            return response.status_code in (408, 425, 429) or response.status_code >= 500
+        if isinstance(error, TimeoutError | ConnectionError) or "Timeout" in type(error).__name__:
+            return True
+        if "Connect" in type(error).__name__ or "ProtocolError" in type(error).__name__:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def read_config(folder: str | os.PathLike) -> DecoderConfig:
@@ -140,17 +183,23 @@ def export(
 
     Args:
       params: as `init` or `load` gives them, on any mesh.
-      folder: created; must not hold safetensors yet.
+      folder: created; in a bucket too (each file is made here, then uploaded). Must not hold
+        safetensors yet.
       tokenizer_files: copied along, see `tokenizer_files`; a generation_config.json among them
         also supplies config.json's token ids.
       generation: fields that override or supply generation_config.json's, such as eos_token_id.
       dtype: of the written tensors; None keeps that of `params`, bit for bit.
       max_file_bytes: tensors are spread over several files beyond this size.
+
+    Raises:
+      ConfigError: the folder holds safetensors; on every process.
     """
-    folder = pathlib.Path(folder)
+    folder = paths.parse(folder, "the folder to export to")
+    is_writer = jax.process_index() == 0
     fields = families.to_hf_config(config)
     carried = {pathlib.Path(file).name: pathlib.Path(file) for file in tokenizer_files}
-    if any(folder.glob("*.safetensors")):
+    # Process 0 looks, or a late process would see the files of this very export.
+    if _agreed(is_writer and assets.exists(folder, "*.safetensors")):
         raise ConfigError(
             f"{folder} holds safetensors already, and export needs a folder of its own: delete "
             "them, or move the folder."
@@ -161,13 +210,12 @@ def export(
     dtype = np.dtype(dtype or params["embed"].dtype)
     fields |= {"torch_dtype": dtype.name}
     fields |= {name: generation[name] for name in _TOKEN_IDS if name in generation}
-    is_writer = jax.process_index() == 0
-    if is_writer:
+    if is_writer and not paths.is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer)
     if is_writer:
         for name, source in carried.items():
-            shutil.copyfile(source, folder / name)
+            assets.put(source, folder / name)
         _write_json(folder / "generation_config.json", generation)
         _write_json(folder / "config.json", fields)  # last: its presence says the rest is there
 
@@ -177,6 +225,37 @@ def tokenizer_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     settings."""
     candidates = (pathlib.Path(folder) / name for name in _TOKENIZER_FILES)
     return [file for file in candidates if file.is_file()]
+
+
+def digest(folder: str | os.PathLike, config: DecoderConfig) -> str:
+    """16 hexadecimal digits of the weights in a folder, however they are spread over files.
+
+    Of the names, types and shapes of all tensors, and of the first, middle and last 16 KiB of each:
+    other weights of the same model (trained further, another seed) differ there, a change of single
+    numbers elsewhere is not seen. Reads 48 KiB per tensor: seconds, whatever the size.
+
+    Raises:
+      ConfigError: no safetensors, or damaged ones.
+    """
+    folder = pathlib.Path(folder)
+    parts = {}
+    with contextlib.ExitStack() as stack:
+        for path in _tensor_files(folder):
+            _open_safetensors(path, stack)  # says what is damaged
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+                for key, entry in header.items():
+                    name = None if key == "__metadata__" else families.canonical_name(key, config)
+                    if name is None:
+                        continue
+                    start, end = (8 + size + offset for offset in entry["data_offsets"])
+                    seen = hashlib.sha256(f"{name} {entry['dtype']} {entry['shape']}".encode())
+                    for at in (start, (start + end - _SAMPLE) // 2, end - _SAMPLE):
+                        file.seek(max(start, at))
+                        seen.update(file.read(min(_SAMPLE, end - max(start, at))))
+                    parts[name] = seen.hexdigest()
+    return hashlib.sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()[:16]
 
 
 def _one_line(error: Exception) -> str:
@@ -204,8 +283,8 @@ def _expected_shapes(config, leaves):
     return expected
 
 
-def _open_tensors(folder, config, stack):
-    """{canonical tensor name: (open file, name in it)} over all files of the folder."""
+def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors of a model's folder, all of them there."""
     index = folder / _INDEX
     if (folder / _WHOLE).is_file():  # before an index, as transformers has it
         names = [_WHOLE]
@@ -220,18 +299,26 @@ def _open_tensors(folder, config, stack):
     if absent or not names:
         what = f"lacks {', '.join(absent)}" if absent else "holds no *.safetensors"
         raise ConfigError(f"{folder} {what}: download the model again, safetensors included.")
+    return [folder / name for name in names]
+
+
+def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack):
+    try:
+        return stack.enter_context(safe_open(path, framework="np"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): download it again.") from error
+
+
+def _open_tensors(folder, config, stack):
+    """{canonical tensor name: (open file, name in it)} over all files of the folder."""
     tensors = {}
-    for name in names:
-        try:
-            file = stack.enter_context(safe_open(folder / name, framework="np"))
-        except (SafetensorError, OSError, ValueError) as error:
-            message = f"{folder / name} is damaged ({error}): download it again."
-            raise ConfigError(message) from error
+    for path in _tensor_files(folder):
+        file = _open_safetensors(path, stack)
         for key in file.keys():
             canonical = families.canonical_name(key, config)
             if canonical in tensors:
                 raise ConfigError(
-                    f"{folder} holds the tensor {canonical!r} twice, the second time in {name}: "
+                    f"{folder} holds the tensor {canonical!r} twice, the second time in {path.name}: "
                     "keep the safetensors of one model alone."
                 )
             if canonical is not None:
@@ -323,14 +410,33 @@ def _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer):
             on_host[tensor] = np.ascontiguousarray(part, dtype=dtype)
             weight_map[tensor] = file
         if is_writer:
-            (folder / file).touch()
-            mode = (folder / file).stat().st_mode  # the umask's; save_file's own is private
-            save_file(on_host, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(mode)
+            _write_safetensors(on_host, folder / file)
     if is_writer and len(files) > 1:
         _write_json(
             folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
+
+
+def _write_safetensors(tensors: dict[str, np.ndarray], target: paths.Path) -> None:
+    """Through a file beside the target, or, for a bucket, on this host's disk: it needs a local one."""
+    remote = paths.is_remote(target)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=None if remote else target.parent) as folder:
+        fresh = pathlib.Path(folder) / target.name
+        fresh.touch()
+        mode = fresh.stat().st_mode  # the umask's; save_file's own is private
+        save_file(tensors, fresh, metadata={"format": "pt"})
+        fresh.chmod(mode)
+        if remote:
+            assets.put(fresh, target)
+        else:
+            os.replace(fresh, target)
+
+
+def _agreed(flag: bool) -> bool:
+    """Process 0's flag, on every process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
 
 
 def _to_host(array) -> np.ndarray:
@@ -352,5 +458,5 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     return fields
 
 
-def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(fields, indent=2) + "\n")
+def _write_json(file: paths.Path, fields: Mapping[str, Any]) -> None:
+    paths.write(file, json.dumps(fields, indent=2) + "\n")

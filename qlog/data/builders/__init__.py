@@ -1,6 +1,7 @@
 """FinQA, HotPotQA and MuSiQue through TensorFlow Datasets, without TensorFlow.
 
-`open_records` is all that the rest needs. TFDS itself can read what it prepares, too:
+`prepare` makes or finds a dataset, `open_prepared` opens it, `open_records` does both. TFDS itself can
+read what it prepares, too:
 `tfds.builder_from_directory(folder).as_data_source("train")`.
 """
 
@@ -11,14 +12,16 @@ import logging
 import operator
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlog import assets, paths
 from qlog.data.builders import raw
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, PassingError
 
 NAMES = ("finqa", "hotpotqa", "musique")
 _IDS = "ids.json"  # beside what TFDS writes: {official split: [id]}
@@ -64,21 +67,16 @@ def open_records(
 ) -> Records:
     """Opens an official split, preparing the dataset first where that has not been done.
 
-    Preparing writes array_record files once, into a folder that appears only when it is complete:
-    any number of processes may ask at the same time. The folder's name has the builder's version
-    and a digest of the raw files' content, so that changed files are prepared anew.
-
     Args:
         name: "finqa", "hotpotqa" or "musique".
         split: "train", "dev", for FinQA also "test": the official files. The paper's splits, drawn
             from these, are opened by `qlog.data.splits.open_split`.
-        manual_dir: folder with the official raw files; None or "" downloads them, and checks their
-            digests and sizes. Only the splits whose files are there can be opened.
-        data_dir: where to prepare; None or "" means qlog/datasets in the user's cache folder.
+        manual_dir, data_dir: as in `prepare`. Of a manual download only the splits whose files are
+            there can be opened.
 
     Raises:
-        ConfigError: unknown name or split, missing, damaged or unreachable files, or a data_dir
-            that cannot be written.
+        ConfigError: unknown split, and as `prepare`.
+        PassingError: as `prepare`.
     """
     builder = _builder_class(name)
     if split not in builder.FILES:
@@ -86,25 +84,92 @@ def open_records(
             f"config.data.name = {name!r} has no labelled official split {split!r}: use one of "
             f"{', '.join(builder.FILES)}."
         )
-    paths = raw.find(manual_dir, builder.FILES, name) if manual_dir else {}
-    if manual_dir and split not in paths:
+    if manual_dir and split not in official_splits(name, manual_dir):
         raise ConfigError(
             f"config.data.manual_dir = {str(manual_dir)!r} has no {builder.FILES[split].name}, the "
             f"{split} split of {name}: put the file there."
         )
-    root = _root(data_dir)
-    key = raw.fingerprint(paths) if paths else "official"
-    folder = root / f"{name}-{builder.VERSION}-{key}"
-    if not folder.is_dir():
-        _prepare(builder, folder, paths)
-        if paths and raw.fingerprint(paths) != key:
-            shutil.rmtree(folder)
+    return open_prepared(name, split, prepare(name, manual_dir=manual_dir, data_dir=data_dir))
+
+
+def prepare(
+    name: str,
+    *,
+    manual_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike | None = None,
+) -> pathlib.Path:
+    """The local folder of a prepared dataset, for `open_prepared`; prepares it where there is none.
+
+    Without manual_dir, looks into data_dir, then into QLOG_ASSETS (qlog.assets), and only then
+    downloads. Preparing writes array_record files once, into a folder that appears only when it is
+    complete; of processes that ask at the same time one does it and the others wait. The folder's name
+    has the builder's version and a digest of the raw files' content, so that changed files are prepared
+    anew. Several processes of one run: within `distributed.once_per_host`.
+
+    Args:
+        name: "finqa", "hotpotqa" or "musique".
+        manual_dir: folder with the official raw files, here or in a bucket; None or "" downloads them,
+            and checks their digests and sizes.
+        data_dir: where to prepare; None or "" means qlog/datasets in the user's cache folder. In a
+            bucket: the prepared datasets that `launch/stage` put there, read alone.
+
+    Raises:
+        ConfigError: unknown name, missing or damaged files, or a data_dir that cannot be written.
+        PassingError: the files cannot be downloaded now.
+    """
+    builder = _builder_class(name)
+    if data_dir and paths.is_remote(data_dir):
+        if manual_dir:
             raise ConfigError(
-                f"config.data.manual_dir = {str(manual_dir)!r}: files of {name} changed while they "
-                "were read: start again when they are complete."
+                f"config.data.data_dir = {str(data_dir)!r} is remote and read alone: name a local "
+                "folder beside config.data.manual_dir, or leave one of the two empty."
             )
+        folder = assets.local(f"{str(data_dir).rstrip('/')}/{staged_name(name)}", "config.data.data_dir")
+        return _whole(folder)
+    found = raw.find(_local(manual_dir, builder), builder.FILES, name) if manual_dir else {}
+    root = _root(data_dir)
+    key = raw.fingerprint(found) if found else "official"
+    folder = root / f"{name}-{builder.VERSION}-{key}"
+    if folder.is_dir():
+        return folder
+    if not found:
+        if (root / staged_name(name) / _IDS).is_file():
+            return root / staged_name(name)
+        staged = assets.find(f"data/{staged_name(name)}", lambda names: _IDS in names)
+        if staged is not None:
+            return staged
+    _make(root)
+    with assets.alone(folder):
+        if not assets.is_there(folder):
+            _prepare(builder, folder, found)
+    if found and raw.fingerprint(found) != key:
+        shutil.rmtree(folder)
+        raise ConfigError(
+            f"config.data.manual_dir = {str(manual_dir)!r}: files of {name} changed while they "
+            "were read: start again when they are complete."
+        )
+    return folder
+
+
+def open_prepared(name: str, split: str, folder: pathlib.Path) -> Records:
+    """Opens an official split of what `prepare` returned.
+
+    Raises:
+        ConfigError: damaged files, or the split is not there.
+    """
+    builder = _builder_class(name)
     source, ids = _read(folder, folder / name / str(builder.VERSION), split)
     return Records(source, builder.FIELDS, ids)
+
+
+def prepared_splits(folder: pathlib.Path) -> tuple[str, ...]:
+    """The official splits in what `prepare` returned; ConfigError where it is damaged."""
+    return tuple(_ids(folder))
+
+
+def staged_name(name: str) -> str:
+    """The folder of a dataset's one prepared copy among staged assets: 'hotpotqa-1.0.0'."""
+    return f"{name}-{_builder_class(name).VERSION}"
 
 
 def official_splits(name: str, manual_dir: str | os.PathLike | None = None) -> tuple[str, ...]:
@@ -113,8 +178,10 @@ def official_splits(name: str, manual_dir: str | os.PathLike | None = None) -> t
     Raises:
         ConfigError: unknown name, or a manual_dir without any of the files.
     """
-    files = _builder_class(name).FILES
-    return tuple(raw.find(manual_dir, files, name) if manual_dir else files)
+    builder = _builder_class(name)
+    if not manual_dir:
+        return tuple(builder.FILES)
+    return tuple(raw.find(_local(manual_dir, builder), builder.FILES, name))
 
 
 def _builder_class(name: str):
@@ -125,18 +192,29 @@ def _builder_class(name: str):
     return importlib.import_module(f"qlog.data.builders.{name}.{name}_dataset_builder").Builder
 
 
+def _local(manual_dir: str | os.PathLike, builder) -> pathlib.Path:
+    names = {file.name for file in builder.FILES.values()}
+    return assets.local(
+        manual_dir, "config.data.manual_dir", lambda name: pathlib.PurePath(name).name in names
+    )
+
+
 def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = pathlib.Path(data_dir or pathlib.Path(cache) / "qlog" / "datasets").expanduser()
-    if "://" in str(data_dir or ""):
-        raise ConfigError(
-            f"config.data.data_dir = {str(data_dir)!r} is remote: name a local folder."
-        )
+    return pathlib.Path(data_dir).expanduser().absolute() if data_dir else assets.cache("datasets")
+
+
+def _make(root: pathlib.Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise _unwritable(root, error) from error
-    return root.absolute()
+
+
+def _whole(folder: pathlib.Path) -> pathlib.Path:
+    if not (folder / _IDS).is_file():
+        raise ConfigError(f"{folder} is no prepared dataset, it holds no {_IDS}: stage it again.")
+    return folder
 
 
 def _unwritable(root: pathlib.Path, error: OSError) -> ConfigError:
@@ -169,13 +247,13 @@ def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Pa
         temporary.chmod(0o755)  # temporary folders are private, data may be shared
         temporary.rename(folder)
     except (OSError, tfds.download.DownloadError) as error:
-        if not folder.is_dir():  # else another process was first, with the same files
+        if not assets.is_there(folder):  # else another process was first, with the same files
             raise _failed(builder_class, folder.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _failed(builder_class, root: pathlib.Path, error: Exception) -> ConfigError:
+def _failed(builder_class, root: pathlib.Path, error: Exception) -> Exception:
     import requests
 
     # requests' errors are OSErrors, too.
@@ -197,13 +275,20 @@ def _check_reachable(builder_class) -> None:
             raise _unreachable(builder_class, error) from error
 
 
-def _unreachable(builder_class, error: Exception) -> ConfigError:
+def _unreachable(builder_class, error: Exception) -> ConfigError | PassingError:
+    """A refusal is a ConfigError; what may pass, a PassingError: no answer, or a server's own fault."""
     files = builder_class.FILES.values()
     urls = " and ".join(dict.fromkeys(file.url for file in files))
     names = " and ".join(file.name for file in files)
-    return ConfigError(
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None:  # TFDS has it in the text alone
+        seen = re.search(r"HTTP code: (\d+)", str(error))
+        status = int(seen[1]) if seen else None
+    kind = ConfigError if status in (400, 401, 403, 404, 405, 410) else PassingError
+    return kind(
         f"config.data.name = {builder_class.name!r} cannot be downloaded "
-        f"({type(error).__name__}): download {urls} where there is a network, put {names}, "
+        f"({type(error).__name__}{f', status {status}' if status else ''}): run launch/stage where "
+        f"there is a network, or download {urls} there, put {names}, "
         "unpacked, into a folder, and set config.data.manual_dir to it."
     )
 
@@ -214,14 +299,27 @@ def _read(
     import tensorflow_datasets as tfds
 
     try:
-        ids = json.loads((folder / _IDS).read_text())[split]
+        ids = _ids(folder)[split]
         source = tfds.builder_from_directory(prepared).as_data_source(split=split)
         if len(source) != len(ids):
             raise ValueError(f"{len(source)} examples but {len(ids)} ids")
         source[len(source) - 1]  # opens the files
+    except ConfigError:
+        raise
     except Exception as error:  # TFDS and array_record raise many kinds
-        raise ConfigError(
-            f"config.data.data_dir: the dataset prepared in {folder} is damaged ({error}): delete "
-            "that folder, and it will be prepared again."
-        ) from error
+        raise _damaged(folder, error) from error
     return source, ids
+
+
+def _ids(folder: pathlib.Path) -> dict[str, list[str]]:
+    try:
+        return dict(json.loads((folder / _IDS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: pathlib.Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"config.data.data_dir: the dataset prepared in {folder} is damaged ({error}): delete "
+        "that folder, and it will be prepared again."
+    )

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, PassingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,7 @@ def verify(file: RawFile, path: pathlib.Path) -> None:
 
     Raises:
         ConfigError: another digest, as of a truncated or an intercepted download.
+        PassingError: a page in the file's place, as servers send whose quota is used up.
     """
     if file.sha256:
         expected, actual = file.sha256, _sha256(path)
@@ -90,7 +91,14 @@ def verify(file: RawFile, path: pathlib.Path) -> None:
     else:
         return
     if actual != expected:
+        with path.open("rb") as opened:
+            is_page = opened.read(512).lstrip().lower().startswith((b"<!doctype html", b"<html"))
         path.unlink()  # a cached download would fail for ever
+        if is_page:
+            raise PassingError(
+                f"{file.url} served a page instead of the file, as when too many people ask: wait, or "
+                f"set config.data.manual_dir to a folder with {file.name}."
+            )
         raise ConfigError(
             f"{file.url} served another file than the official one (digest {actual}, not "
             f"{expected}): try again, or set config.data.manual_dir to a folder with {file.name}."

@@ -1,0 +1,162 @@
+"""Brings what runs of a config read to where every host finds it: model, weights, tokenizer, data.
+
+    python -m qlog.stage --config=configs/hotpotqa.py --to=gs://BUCKET/assets   # or s3://..., a folder
+    python -m qlog.stage --model=Qwen/Qwen3-1.7B --to=gs://BUCKET/assets
+
+Downloads and prepares here what is not here yet, then copies; a second call copies what changed.
+Runs on every host with QLOG_ASSETS=gs://BUCKET/assets then find it by the names that the config has,
+and ask neither the Hub nor a dataset's server. Uses no accelerator.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shlex
+from collections.abc import Callable, Iterable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from qlog import assets, command_line, data, models, paths
+from qlog import config as settings
+from qlog.data import builders
+from qlog.errors import ConfigError
+from qlog.experiment import tokenizer_path
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_MODEL = flags.DEFINE_string("model", "", "A Hub id to bring beside, or instead of, a config's.")
+_TO = flags.DEFINE_string("to", "", "gs://BUCKET/FOLDER, s3://BUCKET/FOLDER, or a folder all hosts see.")
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Say what would be copied where, and stop.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asset:
+    """One folder of the layout in qlog/assets.py.
+
+    Attributes:
+      what: for the user: 'config.model = ...'.
+      name: where it goes, relative to --to.
+      fetch: makes or finds it here; returns the local folder, or one file of it.
+      is_wanted: which files of the folder go there.
+      flag: of the runs that shall use it; '' where its name in the config finds it.
+    """
+
+    what: str
+    name: str
+    fetch: Callable[[], pathlib.Path]
+    is_wanted: Callable[[str], bool]
+    flag: str = ""
+
+
+def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
+    """What a config's runs read, each thing once; fetches nothing.
+
+    Raises:
+      ConfigError: the config is wrong, or --model is no Hub id.
+    """
+    wanted = []
+    if model:
+        if not models.huggingface.is_hub_id(model):
+            raise ConfigError(f"--model={model} is no Hub id of the form owner/name.")
+        wanted.append(_model("--model", model, weights=True))
+    runs = [settings.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()] if config else []
+    for each in (runs or [config]) if config else []:
+        settings.check(each)
+        wanted += _read_by(each)
+    # A model wanted with its weights and without is wanted with them.
+    wanted.sort(key=lambda asset: not asset.is_wanted("model.safetensors"))
+    return list({asset.name: asset for asset in reversed(wanted)}.values())[::-1]
+
+
+def _read_by(config: ConfigDict) -> list[Asset]:
+    found, path, section = [], config.tokenizer.path, config.data
+    if config.weights != "random":
+        found.append(_model("weights", config.weights, weights=True))
+    if config.model not in models.PRESETS:
+        found.append(_model("model", config.model, weights=False))
+    if path and models.huggingface.is_hub_id(path):
+        found.append(_model("tokenizer.path", path, weights=False))
+    elif path:
+        found.append(Asset(
+            f"config.tokenizer.path = {path!r}", f"tokenizers/{_last(path)}",
+            lambda: tokenizer_path(config), _files_of_model(weights=False), "tokenizer.path",
+        ))  # fmt: skip
+    if section.name in data.TASKS:
+        found.append(Asset(
+            f"config.data.name = {section.name!r}", f"data/{builders.staged_name(section.name)}",
+            lambda: builders.prepare(
+                section.name, manual_dir=section.manual_dir or None, data_dir=section.data_dir or None
+            ),
+            lambda name: True,
+        ))  # fmt: skip
+    return found
+
+
+def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
+    """Fetches and copies; says what it does, and what runs must be told.
+
+    Raises:
+      ConfigError, PassingError: whatever fetching and copying raise.
+    """
+    target, flags_ = paths.parse(to, "--to"), []
+    for asset in wanted:
+        source = pathlib.Path(asset.fetch())
+        folder = source.parent if source.is_file() else source
+        names = [source.name] if source.is_file() else list(filter(asset.is_wanted, files(source)))
+        last = next((n for n in ("ids.json", "config.json", "tokenizer.json") if n in names), names[-1])
+        copied = assets.publish(folder, target / asset.name, names, last)
+        say(f"{asset.what}: {target / asset.name} ({copied} of {len(names)} files copied)")
+        if asset.flag:
+            where = target / asset.name / (source.name if source.is_file() else "")
+            flags_.append(f"--config.{asset.flag}={where}")
+    say(f"Runs find this with {assets.ENVIRONMENT}={shlex.quote(str(target))}")
+    if flags_:
+        say(f"and, for what the config names by a local path, {shlex.join(flags_)}")
+
+
+def _model(field: str, spec: str, weights: bool) -> Asset:
+    what = spec if field.startswith("--") else f"config.{field}"
+    label = f"{field}={spec}" if field.startswith("--") else f"{what} = {spec!r}"
+    local = not models.huggingface.is_hub_id(spec)
+    return Asset(
+        label,
+        f"models/local/{_last(spec)}" if local else f"models/{spec}",
+        lambda: models.huggingface.resolve(spec, weights=weights, field=what),
+        _files_of_model(weights),
+        field if local else "",
+    )
+
+
+def _files_of_model(weights: bool) -> Callable[[str], bool]:
+    return functools.partial(models.huggingface.is_wanted, weights=weights)
+
+
+def _last(spec: str) -> str:
+    return pathlib.PurePath(spec.partition("://")[2] or spec).name
+
+
+def files(folder: pathlib.Path) -> list[str]:
+    """All its files, relative to it, without what tools keep there for themselves."""
+    names = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [str(name) for name in names if not name.parts[0].startswith(".")]
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
+    logging.set_verbosity(logging.WARNING)
+    if not _TO.value:
+        raise ConfigError("--to is needed: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.")
+    if not (_CONFIG.value or _MODEL.value):
+        raise ConfigError("give a --config, a --model, or both.")
+    wanted = plan(_CONFIG.value, _MODEL.value)
+    if _DRY_RUN.value:
+        for asset in wanted:
+            print(f"{asset.what}: to {paths.parse(_TO.value, '--to') / asset.name}")
+        return 0
+    stage(wanted, _TO.value)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main, _CONFIG)
