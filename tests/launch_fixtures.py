@@ -262,7 +262,7 @@ def _srun(folder, command, options, rest, words):
     at = words.index("python")
     flags = dict(w.partition("=")[::2] for w in words[at:])
     (folder / "started").write_text(json.dumps(words[1:]))
-    for word in filter(None, lines[0].split(", ")):
+    for word in filter(None, (lines or [""])[0].split(", ")):
         verb, _, argument = word.partition(" ")
         if verb == "wait":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
