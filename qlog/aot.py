@@ -138,9 +138,10 @@ def _rollout_programs(run: parts.Experiment):
     opt_state, params = _bytes_per_chip(run.abstract_state().opt_state), run.abstract_params()
     weights = _results(sampling.decoding_weights, (params, policy), (params, policy))
     beside, step = opt_state + _bytes_per_chip(params), jax.ShapeDtypeStruct((), jnp.int32)
+    flags = sharding.own_shape(run.mesh, bool)
 
     def decode(law, pool, results):
-        lowered = sampling.decode.lower(weights, policy, pool, law, step)
+        lowered = sampling.decode.lower(weights, policy, pool, law, step, flags)
         return lowered, beside + _bytes_per_chip(results)
 
     prompts, pool, results = _pool(run, run.sampling, wave, run.rollouts_per_prompt)
@@ -192,19 +193,24 @@ def _learner_programs(run: parts.Experiment):
     log_probs = rows(rollouts_count, longest, dtype=jnp.float32)
     per_rollout = rows(rollouts_count, dtype=jnp.float32)
     params, whole = run.abstract_params(), run.abstract_state()
-    gradient = learner.gradient.lower(
-        params, run.policy,
+    microbatch = (
+        config.train.prompts_per_microbatch or part,
+        config.train.rollouts_per_microbatch or rollouts_count,
+    )
+    batch = (
         learner.Prompts(rows(config.data.max_prompt_tokens), rows(), rows(dtype=bool)),
         learner.Trajectories(tokens, mask, mask, log_probs, mask, rows(rollouts_count)),
         losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields)),
         log_probs if estimator.reference else None,
-        surrogate=estimator.surrogate, temperature=run.sampling.temperature,
-        microbatch=(
-            config.train.prompts_per_microbatch or part,
-            config.train.rollouts_per_microbatch or rollouts_count,
-        ),
-    )  # fmt: skip
-    yield "gradient", gradient, updates, _bytes_per_chip(whole.opt_state)
+    )
+    begun = (params, run.policy, *batch)
+    grads, *packing = _results(learner.begin, begun, begun)
+    gradient = learner.add_microbatch.lower(
+        grads, *begun, *packing, jax.ShapeDtypeStruct((), jnp.int32),
+        surrogate=estimator.surrogate, temperature=run.sampling.temperature, microbatch=microbatch,
+    )
+    runs = updates * (part // microbatch[0])
+    yield "gradient", gradient, runs, _bytes_per_chip(whole.opt_state)
     update = learner.update.lower(
         whole, whole.loss_state, params, optimizer=run.optimizer, mesh=run.mesh
     )

@@ -1,83 +1,142 @@
-"""Orbax checkpoints of a run: parameters apart from the rest, so that either can be read alone."""
+"""Orbax checkpoints of a run: parameters apart from the rest, so that either can be read alone.
 
+A run saves first and evaluates then, so a checkpoint's score comes later: WORKDIR/scores.json has
+{step: score} of the steps that were evaluated, and tells which of the checkpoints is the best.
+"""
+
+import dataclasses
 import json
-import pathlib
+import os
+from collections.abc import Mapping
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from qlog import distributed, paths
 from qlog.errors import ConfigError
 from qlog.learner import TrainState
+from qlog.paths import Path
 
-_PRESERVE = ocp.training.preservation_policies
+WHICH = "best, latest, base or a step"
+_SCORES = "scores.json"
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, one per saved step, written asynchronously.
+    """The checkpoints of the run in `workdir`, one per saved step, written asynchronously.
 
-    Kept: the `keep` latest, and the one with the highest score, if any was saved with one. The
-    data position is the step itself (see data/pipeline.py).
+    Kept: the `keep` latest, and the one with the highest score. The data position is the step
+    itself (see data/pipeline.py). On several processes each has one, and all call alike.
+
+    Attributes:
+      latest_step: of the newest checkpoint, None without one; the same on every process.
+      scores: by step, of those that were evaluated.
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
-        best = _PRESERVE.BestN(
-            get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
-        )
-        policies = [_PRESERVE.LatestN(keep), best]
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
+        self._folder = paths.parse(workdir)
+        self.scores = {int(k): v for k, v in distributed.first(lambda: _read_scores(self._folder)).items()}
+        latest = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(folder).absolute(),
+            _absolute(self._folder / "checkpoints"),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_PRESERVE.AnyPreservationPolicy(policies),
+            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(
+                [latest, _Best(self.scores)]
+            ),
             cleanup_tmp_directories=True,
         )
+        newest = self._checkpointer.latest
+        self.latest_step: int | None = distributed.broadcast(newest and newest.step)
 
-    @property
-    def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
-
-    def save(self, state: TrainState, *, step: int, config: str, score: float | None = None):
-        """Starts writing `state` as of `step`.
-
-        Args:
-          config: the resolved config's JSON.
-          score: by which the best checkpoint is kept; None when the step was not evaluated.
-        """
+    def save(self, state: TrainState, *, step: int, config: str) -> None:
+        """Starts writing `state` as of `step`, with the resolved config's JSON; it may go on being
+        used, but for the donation of its buffers, as soon as this returns."""
         if self.latest_step is not None and self.latest_step >= step:
             return
         parts = {"params": state.params, "training": state._replace(params=None)._asdict()}
         self._checkpointer.save_checkpointables_async(
-            step, parts, metrics=None if score is None else {"score": score},
-            custom_metadata={"config": json.loads(config)},
+            step, parts, custom_metadata={"config": json.loads(config)}
         )
+        self.latest_step = step
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """The whole state, placed as `abstract` (ShapeDtypeStructs with shardings) says."""
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._checkpointer.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._checkpointer.wait()
+
+    def score(self, step: int, value: float) -> None:
+        """Notes how good the parameters of `step` are; the best checkpoint is kept by it."""
+        self.scores[step] = value
+        if jax.process_index() == 0:
+            paths.write(self._folder / _SCORES, json.dumps(self.scores))
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest state, placed as `abstract` (ShapeDtypeStructs with shardings) says.
+
+        Raises:
+          ConfigError: `keep_best_params` was here.
+        """
+        training = self._folder / "checkpoints" / str(self.latest_step) / "training"
+        if not distributed.first(training.exists):
+            raise ConfigError(
+                f"{self._folder} kept parameters only (config.checkpoint.finished = 'best_params'), so the "
+                f"run cannot go on: begin another with --config.init_from={self._folder}."
+            )
         parts = {"params": abstract.params, "training": abstract._replace(params=None)._asdict()}
-        loaded = self._checkpointer.load_checkpointables(step, parts)
+        loaded = self._checkpointer.load_checkpointables(self.latest_step, parts)
         return TrainState(**loaded["training"])._replace(params=loaded["params"])
 
-    def config(self, step: int | None = None) -> dict:
-        """The resolved config that the checkpoint was written under."""
-        return self._checkpointer.checkpointables_metadata(step).custom_metadata["config"]
+    def config(self) -> dict:
+        """The resolved config that the newest checkpoint was written under."""
+        return self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata["config"]
 
-    def close(self):
+    def keep_best_params(self) -> None:
+        """Deletes all but the parameters of the best checkpoint (the newest, without scores)."""
+        self.wait()
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        best = _best(steps, self.scores)
+        for step in steps:
+            if step != best:
+                self._checkpointer.delete(step)
+        if jax.process_index() == 0:
+            training = self._folder / "checkpoints" / str(best) / "training"
+            if training.exists():
+                training.rmtree()
+
+    def close(self) -> None:
         """Waits for the write under way; a run must not end before."""
         self._checkpointer.close()
 
 
-def load_params(folder: str | pathlib.Path, abstract_params, field: str = "init_from"):
-    """Parameters alone, from the best (else the latest) checkpoint of another run.
+@dataclasses.dataclass
+class _Best:
+    """Orbax's PreservationPolicy for scores that come after the save."""
+
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        scored = [c.step for c in checkpoints if c.step in self.scores]
+        best = _best(scored, self.scores) if scored else None
+        return [c.step == best for c in checkpoints]
+
+
+def load_params(
+    folder: str | os.PathLike, abstract_params, field: str = "init_from", which: str = "best"
+):
+    """Parameters alone, from a checkpoint of another run.
 
     Args:
-      folder: a run's workdir, its `checkpoints` folder, or one step's folder in it.
+      folder, which: as `find_checkpoint` takes them.
       abstract_params: ShapeDtypeStructs with shardings.
       field: the config field that named the folder, for messages.
 
     Raises:
       ConfigError: nothing there, or parameters of another shape.
     """
-    path = find_checkpoint(folder, field)
+    path = find_checkpoint(folder, field, which)
     try:
         return ocp.load_checkpointables(path, {"params": abstract_params})["params"]
     except (ValueError, KeyError) as error:
@@ -86,22 +145,68 @@ def load_params(folder: str | pathlib.Path, abstract_params, field: str = "init_
         ) from error
 
 
-def find_checkpoint(folder: str | pathlib.Path, field: str) -> pathlib.Path:
-    """The step's folder to read: the one with the best metric, else the latest; or ConfigError."""
-    named, folder = str(folder), pathlib.Path(folder).absolute()
-    if (folder / "params").is_dir():
-        return folder
-    for candidate in (folder / "checkpoints", folder):
-        if candidate.is_dir():
-            with ocp.training.Checkpointer(candidate) as checkpointer:
-                found = list(checkpointer.checkpoints)
-            if found:
-                scored = [checkpoint for checkpoint in found if checkpoint.metrics]
-                best = max(scored, key=lambda c: _score(c.metrics)) if scored else found[-1]
-                return candidate / str(best.step)
+def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") -> Path:
+    """The folder of one step, the same on every process.
+
+    Args:
+      folder: a run's workdir, its `checkpoints` folder, or one step's folder in it.
+      field: what named the folder, for messages.
+      which: best (by score; the latest where none was evaluated), latest, or a step's number. Of a
+        folder that is one step's, only that.
+
+    Raises:
+      ConfigError: no checkpoint there, or not the one that was asked for.
+    """
+    named, folder = os.fspath(folder), _absolute(paths.parse(folder, field))
+    place = distributed.first(lambda: _place(folder))
+    steps = []
+    if place:
+        with ocp.training.Checkpointer(paths.parse(place)) as checkpointer:  # all: it has barriers
+            steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    return paths.parse(distributed.first(lambda: _choose(folder, place, steps, f"{field} = {named!r}", which)))
+
+
+def _place(folder: Path) -> str:
+    """The folder above all steps; '' where there is none, as in one step's."""
+    for place in (folder / "checkpoints", folder):
+        if place.exists() and place.name == "checkpoints":
+            return str(place)
+    return ""
+
+
+def _choose(folder: Path, place: str, steps: list[int], named: str, which: str) -> str:
+    if (folder / "params").exists():
+        return str(folder)
+    if not steps:
+        raise ConfigError(
+            f"{named} has no checkpoint: name a run's workdir, or one step's folder."
+        )
+    if which == "latest":
+        return f"{place}/{steps[-1]}"
+    if which == "best":
+        return f"{place}/{_best(steps, _read_scores(paths.parse(place).parent))}"
+    if which.isdigit() and int(which) in steps:
+        return f"{place}/{which}"
     raise ConfigError(
-        f"{field} = {named!r} has no checkpoint: name a run's workdir, or one step's folder."
+        f"--checkpoint={which}: {named} has the steps {', '.join(map(str, steps))}; ask for {WHICH}."
     )
+
+
+def _best(steps: list[int], scores: Mapping[int, float]) -> int:
+    """The first of the steps with the highest score; the last step where none has one."""
+    scored = [step for step in steps if step in scores]
+    return max(scored, key=lambda step: (scores[step], -step)) if scored else steps[-1]
+
+
+def _read_scores(workdir: Path) -> dict[int, float]:
+    try:
+        return {int(step): score for step, score in json.loads(paths.read(workdir / _SCORES)).items()}
+    except FileNotFoundError:
+        return {}
+
+
+def _absolute(path: Path) -> Path:
+    return path if paths.is_remote(path) else Path(os.path.abspath(path))
 
 
 def abstract_like(tree, shardings=None):
@@ -111,10 +216,6 @@ def abstract_like(tree, shardings=None):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
-
-
-def _score(metrics: dict) -> float:
-    return metrics["score"]
 
 
 def _first_line(error: Exception) -> str:

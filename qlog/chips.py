@@ -27,3 +27,13 @@ CHIPS = {
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 31.25 * 2**30),
     "TPU7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 300e9, 94.75 * 2**30),
 }
+# FLOP/s alone, dense bfloat16: NVIDIA's data sheets of A100 and H100/H200 (SXM).
+GPU_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12,
+}  # fmt: skip
+
+
+def peak_flops(kind: str) -> float | None:
+    """bf16 FLOP/s of a device of this kind; None where nobody has written it down here."""
+    return CHIPS[kind].flops if kind in CHIPS else GPU_FLOPS.get(kind)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from qlog.errors import QLOG_ERRORS
+from qlog.errors import QLOG_ERRORS, Stop
 
 
 def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> None:
@@ -21,6 +21,8 @@ def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> No
         app.run(main, flags_parser=functools.partial(_parse, config))
     except QLOG_ERRORS as error:
         _fail(str(error), error.status)
+    except Stop as stop:
+        sys.exit(stop.status)
 
 
 def _parse(config: flags.FlagHolder, argv: list[str]) -> list[str]:

@@ -1,69 +1,82 @@
 """What `--mode` can ask for."""
 
-import json
+import itertools
+import os
 import pathlib
 import shlex
 import sys
+import tempfile
 
 import jax
 from ml_collections import ConfigDict
 
-from qlog import aot, checkpoints, evaluation, models, scaling, sweep, train
+from qlog import aot, checkpoints, evaluation, interrupts, models, paths, scaling, sweep, train
 from qlog import config as settings
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, prepare
+from qlog.paths import Path
 from qlog.telemetry import say
 
 _SHOWN = 3  # rollouts of each prompt that --mode=sample prints
 
 
-def run_train(config: ConfigDict, workdir: pathlib.Path) -> int:
+def run_train(config: ConfigDict, workdir: Path) -> int:
     """Trains, one run or a sweep. An interruption that saved everything is no failure."""
-    if config.runs:
-        sweep.run(config, workdir)
-    else:
-        train.run(config, workdir)
+    try:
+        if config.runs:
+            sweep.run(config, workdir)
+        else:
+            train.run(config, workdir)
+    except Stop as stop:
+        say("stopped before the first step: the same command begins again.")
+        stop.status = 0
+        raise
     return 0
 
 
-def run_evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Evaluates what `_load` finds on the evaluation split; prints and writes the numbers."""
+def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
+    """Evaluates a checkpoint on the evaluation split; prints and writes the numbers."""
+    path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
-    params = _load(experiment, workdir)
-    split, law = config.evaluation.split, experiment.evaluation_sampling
-    say(f"answers: temperature {law.temperature}, top_k {law.top_k}, top_p {law.top_p}")
-    summary = evaluation.evaluate(experiment, params, workdir / "samples" / f"{split}.jsonl")
-    _report(workdir, split, summary)
+    params, source, step = _load(experiment, path)
+    split, draws = config.evaluation.split, experiment.evaluation_sampling
+    say(f"answers: temperature {draws.temperature}, top_k {draws.top_k}, top_p {draws.top_p}")
+    samples = workdir / "samples" / f"{split}.jsonl"
+    with interrupts.listening() as stop, stop.deferred():
+        try:
+            summary = evaluation.evaluate(experiment, params, samples, source=source, interrupts=stop)
+        except Stop:
+            say(f"stopped; what was sampled is in {samples}.parts: the same command goes on.")
+            raise
+    _report(workdir, split, evaluation.record(config, summary, source, step))
     return 0
 
 
-def run_from_samples(config: ConfigDict, workdir: pathlib.Path, samples: pathlib.Path) -> int:
+def run_from_samples(config: ConfigDict, workdir: Path, samples: Path) -> int:
     """The numbers of an earlier evaluation from the samples it saved; no model, no data."""
     settings.check(config)
-    _report(workdir, samples.stem, evaluation.recompute(config, samples))
+    summary = evaluation.recompute(config, samples)
+    _report(workdir, samples.stem, evaluation.record(config, summary, f"samples of {samples}", None))
     return 0
 
 
-def run_export(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Writes what `_load` finds as a Hugging Face folder, workdir/export, in float32.
+def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
+    """Writes a checkpoint as a Hugging Face folder, workdir/export, in float32.
 
     The tokenizer's file and what lies beside it (chat template, generation settings) go along.
     """
+    path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False, evaluate=False)
-    if config.weights == "random" and not config.init_from and not _is_trained(workdir):
-        raise ConfigError(
-            f"--workdir={workdir} holds no checkpoints to export, and neither config.init_from nor "
-            "config.weights names any parameters: give one of the three."
-        )
+    params, _, _ = _load(experiment, path)
     folder, tokenizer = workdir / "export", experiment.formatter.tokenizer
-    params = _load(experiment, workdir)
     carried = []
     if tokenizer.path:
         carried = models.huggingface.tokenizer_files(tokenizer.path.parent)
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = tokenizer.save(folder)
-        file.rename(file.with_stem("tokenizer"))  # where transformers looks for it
+    with tempfile.TemporaryDirectory() as scratch:
+        if jax.process_index() == 0:
+            file = tokenizer.save(pathlib.Path(scratch))
+            name = file.with_stem("tokenizer").name  # where transformers looks for it
+            paths.write(folder / name, file.read_bytes())
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if tokenizer.bos_id is not None:
         ids["bos_token_id"] = tokenizer.bos_id
@@ -74,66 +87,93 @@ def run_export(config: ConfigDict, workdir: pathlib.Path) -> int:
     return 0
 
 
-def run_sample(config: ConfigDict, workdir: pathlib.Path) -> int:
+def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """Prints prompts of the evaluation split with sampled rationales and answers."""
+    path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
-    params = _load(experiment, workdir)
-    for row in evaluation.sample_answers(experiment, params, experiment.evaluation_sampling):
+    params, _, _ = _load(experiment, path)
+    batches = evaluation.sample_answers(experiment, params, experiment.evaluation_sampling)
+    for row in itertools.chain.from_iterable(batches):
         say(f"--- {row['id']}\n{row['source']}\n--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})")
-        for rationale, answer, log_w in list(zip(row["rationales"], row["answers"], row["log_w"]))[:_SHOWN]:
+        shown = itertools.islice(zip(row["rationales"], row["answers"], row["log_w"], strict=True), _SHOWN)
+        for rationale, answer, log_w in shown:
             say(f"  [log w {log_w:.2f}] {rationale} => {answer}")
     return 0
 
 
-def _load(experiment: Experiment, workdir: pathlib.Path) -> models.Params:
-    """The best checkpoint of the workdir; without one, or where config.init_from is not what that
-    run itself began from, the parameters that a run of this config would begin with."""
+def _find(workdir: Path, checkpoint: str) -> Path | None:
+    """The checkpoint's folder, looked for before anything is read; None for base.
+
+    Raises:
+      ConfigError: none there; the base model never takes its place unasked.
+    """
+    if checkpoint == "base":
+        return None
+    try:
+        return checkpoints.find_checkpoint(workdir, "--workdir", checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"{error} The model before training is --checkpoint=base.") from None
+
+
+def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str, int | None]:
+    """Parameters, what they are in words, and their step.
+
+    Args:
+      path: a checkpoint; None for what a run of this config begins with.
+    """
     config = experiment.config
-    if _is_trained(workdir):
-        began_from = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["init_from"]
-        if config.init_from in ("", began_from):
-            say(f"parameters: the best checkpoint of {workdir}")
-            return checkpoints.load_params(workdir, experiment.abstract_params(), "--workdir")
-    say(f"parameters: {config.init_from or config.weights}")
-    return experiment.init_params()
+    if path is None:
+        params, step, source = experiment.init_params(), None, f"base: {config.init_from or config.weights}"
+    else:
+        params = checkpoints.load_params(path, experiment.abstract_params(), "--workdir")
+        step, source = int(path.name), str(path)
+    say(f"parameters: {source}")
+    return params, source, step
 
 
-def _is_trained(workdir: pathlib.Path) -> bool:
-    return (workdir / "checkpoints").is_dir() and (workdir / "config.json").is_file()
-
-
-def _report(workdir: pathlib.Path, name: str, summary: dict[str, float]) -> None:
-    text = json.dumps(summary, indent=2, sort_keys=True)
+def _report(workdir: Path, name: str, record: str) -> None:
+    """Prints the numbers and writes evaluation_NAME.json."""
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / f"evaluation_{name}.json").write_text(text, encoding="utf-8")
-    say(text)
+        paths.write(workdir / f"evaluation_{name}.json", record)
+    say(record)
 
 
 def run(
-    mode: str, config: ConfigDict, workdir: pathlib.Path, from_samples: str = "", topology: str = ""
-) -> int:
-    """What --mode asks for; returns the exit status. `from_samples` is read by evaluate alone,
-    `topology` by compile: one slice, or several after commas to compare."""
+    mode: str, config: ConfigDict, workdir: str | os.PathLike, *, checkpoint: str = "best",
+    from_samples: str = "", topology: str = "",
+) -> int:  # fmt: skip
+    """What --mode asks for; returns the exit status.
+
+    Args:
+      checkpoint: read by evaluate, sample and export.
+      from_samples: read by evaluate alone.
+      topology: by compile: one slice, or several after commas to compare.
+    """
+    workdir = paths.parse(workdir, "--workdir")
     if (mode == "compile") != bool(topology):
         raise ConfigError(
             f"--topology={topology} and --mode={mode}: --mode=compile and a topology such as v5e:4x4 "
             "need each other."
+        )
+    if from_samples and mode != "evaluate":
+        raise ConfigError(
+            f"--from_samples={from_samples} is not read by --mode={mode}: add --mode=evaluate."
+        )
+    if mode not in _READING and checkpoint != "best":
+        raise ConfigError(
+            f"--checkpoint={checkpoint} is not read by --mode={mode}: it is for {', '.join(_READING)}; "
+            "training begins from --config.init_from."
         )
     if mode == "compile" and "," in topology:
         command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
         return scaling.run(config, topology.split(","), workdir, command)
     if mode == "compile":
         return aot.run_compile(config, topology)
-    if not from_samples:
-        return _COMMANDS[mode](config, workdir)
-    if mode != "evaluate":
-        raise ConfigError(
-            f"--from_samples={from_samples} is not read by --mode={mode}: add --mode=evaluate."
-        )
-    return run_from_samples(config, workdir, pathlib.Path(from_samples))
+    if from_samples:
+        return run_from_samples(config, workdir, paths.parse(from_samples, "--from_samples"))
+    if mode == "train":
+        return run_train(config, workdir)
+    return _READING[mode](config, workdir, checkpoint)
 
 
-_COMMANDS = {
-    "train": run_train, "evaluate": run_evaluate, "sample": run_sample, "export": run_export
-}  # fmt: skip
+_READING = {"evaluate": run_evaluate, "sample": run_sample, "export": run_export}

@@ -90,8 +90,16 @@ def default() -> ConfigDict:
         },
         "checkpoint": {
             "every": 50,  # steps between checkpoints; the last step always counts
+            "minutes": 10.0,  # ... and minutes, whichever is sooner; 0 is steps alone
             "keep": 2,  # latest ones kept, beside the best by validation m@k
+            "finished": "all",  # of a finished run: all, or best_params: the best one's parameters
         },
+        "watchdog": {  # a run in which nothing happens ends with status 75, for the launcher to start again
+            "steps": 10.0,  # median steps without a sign of life; 0 is for ever
+            "seconds": 600.0,  # but at least so long
+            "first_seconds": 7200.0,  # before the third step is done: programs compile
+        },
+        "profile": {"steps": ()},  # steps traced into WORKDIR/profile; as a flag: 12,13
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices per axis; -1 is the rest
         "runs": {},  # a sweep: name of a run -> what differs in it from this config
     })  # fmt: skip
@@ -173,7 +181,9 @@ def check(config: ConfigDict) -> None:
         ("train", "rollouts_per_microbatch", 0), ("train", "rollouts_every", 1),
         ("train", "rollouts_prompts", 0), ("evaluation", "every", 0), ("evaluation", "prompts", 0),
         ("evaluation", "prompts_per_batch", 1), ("evaluation", "rollouts_per_prompt", 1),
-        ("evaluation", "top_k", 0), ("checkpoint", "every", 1), ("checkpoint", "keep", 1), ("data", "max_prompt_tokens", 2),
+        ("evaluation", "top_k", 0), ("checkpoint", "every", 1), ("checkpoint", "keep", 1),
+        ("checkpoint", "minutes", 0), ("watchdog", "steps", 0), ("watchdog", "seconds", 1),
+        ("watchdog", "first_seconds", 0), ("data", "max_prompt_tokens", 2),
         ("optimizer", "warmup_steps", 0), ("optimizer", "max_skipped_in_a_row", 1),
     ):  # fmt: skip
         _check_range(f"config.{section}.{key}", config[section][key], low, math.inf)
@@ -187,6 +197,7 @@ def check(config: ConfigDict) -> None:
         ("attention", config.attention, ("auto", "blocks", "tpu", "cudnn")),
         ("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "linear")),
         ("data.overlong", config.data.overlong, ("error", "skip")),
+        ("checkpoint.finished", config.checkpoint.finished, ("all", "best_params")),
         ("train.remat", config.train.remat, tuple(models.REMAT)),
     ):
         if value not in choices:
@@ -196,6 +207,9 @@ def check(config: ConfigDict) -> None:
             f"config.train.updates_per_batch = {train.updates_per_batch} must divide "
             f"train.prompts_per_step = {train.prompts_per_step}."
         )
+    for step in config.profile.steps:
+        if type(step) is not int or step < 0:
+            raise ConfigError(f"config.profile.steps = {config.profile.steps!r} must hold whole numbers.")
     slice_ = train.prompts_per_step // train.updates_per_batch
     for section, key, whole in (
         ("train", "prompts_per_microbatch", slice_),

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from qlog.errors import QLOG_ERRORS, ConfigError, PassingError
+from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 from qlog.telemetry import say
 
 CHOICES = ("auto", "on", "off")
@@ -55,6 +55,8 @@ def processes(choice: str) -> Iterator[None]:
             raise
         if isinstance(error, QLOG_ERRORS):
             print(f"qlog: {error}", file=sys.stderr)
+            _leave(error.status)
+        if isinstance(error, Stop):
             _leave(error.status)
         traceback.print_exc()
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -152,6 +154,8 @@ def _above_one(value: str) -> bool:
 
 
 def _connect(seen: str) -> None:
+    # Its handler would take SIGTERM, and look at it once a second; `qlog.interrupts` reads signals.
+    jax.config.update("jax_enable_preemption_service", False)
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     named = {}

@@ -1,5 +1,7 @@
 """The exceptions that a user is meant to read, and the exit status that each stands for."""
 
+import signal
+
 
 class ConfigError(ValueError):
     """A setting, a file or a device layout that qlog cannot work with: status 2, never tried again.
@@ -26,3 +28,16 @@ class PassingError(RuntimeError):
 
 
 QLOG_ERRORS = (ConfigError, TrainingError, PassingError)
+
+
+class Stop(BaseException):
+    """A signal asked this run to end. A BaseException, so that no handler of errors takes it for one.
+
+    Attributes:
+      status: what a shell calls a process that the signal ended, 130 or 143; 0 of a training that
+        lost nothing.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number

@@ -1,47 +1,158 @@
 """Evaluation: n sampled answers per question, graded, saved; one path for training and commands."""
 
 import dataclasses
+import hashlib
 import json
-import pathlib
+import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qlog import data, distributed, metrics, models, sampling, sharding
+from qlog import config as settings
+from qlog import data, distributed, metrics, models, paths, sampling, sharding
+from qlog.console import ProgressLine, clock
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment
+from qlog.interrupts import Interrupts
+from qlog.paths import Path
+from qlog.telemetry import say
 
 _BARE = "no_rationale/"  # before the names of metrics without a rationale
 _FIELDS = {"id", "golds", "answers", "log_p", "forced", "complete"}  # that a row must have
 
 
 def evaluate(
-    experiment: Experiment, params: models.Params, samples: pathlib.Path | None = None
-) -> dict[str, float]:
+    experiment: Experiment, params: models.Params, samples: Path | None = None, *,
+    source: str = "", interrupts: Interrupts | None = None,
+) -> dict[str, float]:  # fmt: skip
     """p@1, p@k, m@k (k = evaluation.rollouts_per_prompt), mean log P and the rest of `summarise`.
 
     With evaluation.without_rationale also `no_rationale/...`: the same with a budget of 0.
 
     Args:
-      samples: JSON-lines file for all samples, from which `recompute` gets every number again.
+      samples: JSON-lines file for all samples, from which `recompute` gets every number again. Until
+        it is there, the rows of each batch lie beside it, and an evaluation that was interrupted
+        goes on after them.
+      source: what the parameters are; only rows of the same source are gone on after.
+      interrupts: looked at while decoding.
+
+    Raises:
+      Stop: a signal came.
     """
     passes = {"": experiment.evaluation_sampling}
     if experiment.config.evaluation.without_rationale:
         passes[_BARE] = dataclasses.replace(experiment.evaluation_sampling, rationale_budget=0)
     summary = {}
-    for prefix, settings in passes.items():
-        rows = list(sample_answers(experiment, params, settings))
-        if samples is not None and jax.process_index() == 0:
-            samples.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            _samples_file(samples, prefix).write_text("".join(lines), encoding="utf-8")
-        summary |= _prefixed(prefix, summarise(experiment.config, rows))
+    for prefix, draws in passes.items():
+        file = samples and _samples_file(samples, prefix)
+        rows = _sample_all(experiment, params, draws, file, source, interrupts)
+        found = distributed.first(lambda rows=rows: summarise(experiment.config, rows))
+        summary |= _prefixed(prefix, found)
     return summary
 
 
-def recompute(config: ConfigDict, samples: pathlib.Path) -> dict[str, float]:
+def _sample_all(experiment, params, draws, file: Path | None, source: str, interrupts) -> list[dict]:
+    """All rows, on the first process; [] on the others."""
+    config = experiment.config
+    parts = file and _Parts(file, {"source": source, **_what_decides(config)})
+    rows: list[dict] = []
+
+    def read() -> int:
+        rows.extend(parts.read())
+        return len(rows)
+
+    first = done = distributed.first(read) if parts else 0
+    total = len(experiment.evaluation_data)
+    total = min(total, config.evaluation.prompts or total)
+    if done:
+        say(f"evaluation goes on after {done} of {total} questions")
+    line, began, is_writer = ProgressLine(), time.monotonic(), jax.process_index() == 0
+    for batch in sample_answers(experiment, params, draws, done, interrupts):
+        if is_writer:
+            rows += batch
+            if parts:
+                parts.write(first, batch)
+        first += len(batch)
+        left = (time.monotonic() - began) / (first - done) * (total - first)
+        line.show(f"evaluating {source}: {first}/{total} questions  {clock(left)} left")
+    if parts and is_writer:
+        parts.join(rows)
+    return rows
+
+
+def _what_decides(config: ConfigDict) -> dict:
+    """The settings on which samples depend."""
+    evaluation = config.evaluation
+    names = ("split", "prompts", "rollouts_per_prompt", "temperature", "top_k", "top_p")
+    return {"seed": config.seed} | {name: evaluation[name] for name in names}
+
+
+class _Parts:
+    """Rows of an evaluation under way: one file per batch in FILE.parts, whole objects for buckets.
+
+    Args:
+      file: where all rows are put in the end.
+      settings: parts of other settings are thrown away.
+    """
+
+    def __init__(self, file: Path, settings: dict):
+        self._file, self._settings = file, settings
+        self._folder = file.with_name(f"{file.name}.parts")
+
+    def read(self) -> list[dict]:
+        """The rows that are there, in their order, without a gap."""
+        settings = self._folder / "settings.json"
+        try:
+            before = json.loads(paths.read(settings))
+        except FileNotFoundError:
+            before = None
+        if before != self._settings:
+            if before is not None:
+                self._folder.rmtree()
+            paths.write(settings, json.dumps(self._settings))
+            return []
+        rows = []
+        while True:
+            try:
+                lines = paths.read(self._part(len(rows))).split("\n")[:-1]  # not at U+2028
+            except FileNotFoundError:
+                return rows
+            rows += [json.loads(line) for line in lines]
+
+    def write(self, first: int, rows: list[dict]) -> None:
+        """Rows from number `first` on."""
+        paths.write(self._part(first), _lines(rows))
+
+    def join(self, rows: list[dict]) -> None:
+        """Writes the file of all rows in the parts' place."""
+        paths.write(self._file, _lines(rows))
+        self._folder.rmtree()
+
+    def _part(self, first: int) -> Path:
+        return self._folder / f"{first:06d}.jsonl"
+
+
+def _lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def record(config: ConfigDict, metrics: dict[str, float], source: str, step: int | None) -> str:
+    """The JSON of a file of numbers: what they are of stands beside them.
+
+    source: the parameters, in words; step: of training, None where there is none. `config` is a
+    digest of the resolved config, which config.json beside it has in full.
+    """
+    digest = hashlib.sha256(settings.to_json(config).encode()).hexdigest()[:16]
+    about = {
+        "data": config.data.name, "split": config.evaluation.split, "source": source, "step": step,
+        "config": digest, "evaluation": config.evaluation.to_dict(),
+    }  # fmt: skip
+    return json.dumps(about | {"metrics": metrics}, indent=2, sort_keys=True)
+
+
+def recompute(config: ConfigDict, samples: Path) -> dict[str, float]:
     """What `evaluate` returned when it wrote `samples`, from the file alone.
 
     Raises:
@@ -49,12 +160,12 @@ def recompute(config: ConfigDict, samples: pathlib.Path) -> dict[str, float]:
     """
     summary = _recompute(config, samples)
     bare = _samples_file(samples, _BARE)
-    if bare.is_file():
+    if bare.exists():
         summary |= _prefixed(_BARE, _recompute(config, bare))
     return summary
 
 
-def _recompute(config: ConfigDict, file: pathlib.Path) -> dict[str, float]:
+def _recompute(config: ConfigDict, file: Path) -> dict[str, float]:
     rows = _read_samples(file)
     try:
         return summarise(config, rows)
@@ -62,12 +173,12 @@ def _recompute(config: ConfigDict, file: pathlib.Path) -> dict[str, float]:
         raise ConfigError(f"{file}: {error}; give a file as evaluation wrote it.") from None
 
 
-def _read_samples(file: pathlib.Path) -> list[dict]:
+def _read_samples(file: Path) -> list[dict]:
     try:
         with file.open(encoding="utf-8") as lines:  # splitlines() would break rows at U+2028
             rows = [json.loads(line) for line in lines]
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
         raise ConfigError(f"{file} holds no samples: {error}.") from None
     for number, row in enumerate(rows, 1):
@@ -100,7 +211,7 @@ def summarise(config: ConfigDict, rows: list[dict]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _samples_file(samples: pathlib.Path, prefix: str) -> pathlib.Path:
+def _samples_file(samples: Path, prefix: str) -> Path:
     """STEM.jsonl, and STEM.no_rationale.jsonl beside it."""
     return samples.with_suffix(f".{_BARE[:-1]}{samples.suffix}") if prefix else samples
 
@@ -110,9 +221,12 @@ def _prefixed(prefix: str, summary: dict[str, float]) -> dict[str, float]:
 
 
 def sample_answers(
-    experiment: Experiment, params: models.Params, settings: sampling.Sampling
-) -> Iterator[dict]:
-    """One row per question of the evaluation split: id, golds, answers, log_w, log_p, flags.
+    experiment: Experiment, params: models.Params, draws: sampling.Sampling, start: int = 0,
+    interrupts: Interrupts | None = None,
+) -> Iterator[list[dict]]:  # fmt: skip
+    """By batch, a row per question of the evaluation split: id, golds, answers, log_w, log_p, flags.
+
+    From question number `start` on; Stop is raised when a signal came while decoding.
 
     Each process samples its share of every batch, and all of them yield all rows. The keys depend
     on (seed, question, sample) alone, so runs and checkpoints are compared on the same random
@@ -123,7 +237,7 @@ def sample_answers(
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     batches = data.evaluation_batches(
         experiment.evaluation_data, batch_size=config.evaluation.prompts_per_batch,
-        limit=config.evaluation.prompts or None,
+        limit=config.evaluation.prompts or None, start=start,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     for batch in batches:
@@ -133,10 +247,11 @@ def sample_answers(
         )
         keys = sampling.rollout_keys(key, uids, count)
         rollouts, log_w, _ = sampling.sample(
-            params, experiment.policy, tokens, lengths, keys, sampling.Golds(gold, gold_lengths), settings
+            params, experiment.policy, tokens, lengths, keys, sampling.Golds(gold, gold_lengths), draws,
+            interrupts=interrupts,
         )
         rollouts, log_w = sharding.local_rows(experiment.mesh, (rollouts, log_w))
-        yield from distributed.gather(_rows(formatter, batch, rollouts, log_w))
+        yield distributed.gather(_rows(formatter, batch, rollouts, log_w))
 
 
 def _rows(formatter, batch: data.PromptBatch, rollouts: sampling.Rollouts, log_w) -> list[dict]:

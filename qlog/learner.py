@@ -11,6 +11,7 @@ rows pass through the model is decided as the program runs, so it is compiled on
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -251,9 +252,6 @@ def reference_log_probs(
     return jnp.moveaxis(jax.lax.map(prompts_chunk, parts), 0, 1).reshape(trajectories.tokens.shape)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch")
-)
 def gradient(
     params: models.Params,
     policy: Policy,
@@ -265,6 +263,7 @@ def gradient(
     surrogate: losses.Surrogate,
     temperature: float = 1.0,
     microbatch: tuple[int, int],
+    before_each: Callable[[], None] | None = None,
 ) -> tuple[models.Params, losses.Sums, Gauges]:
     """Gradient of the surrogate's mean over the batch's real prompts, in microbatches.
 
@@ -274,22 +273,58 @@ def gradient(
       surrogate: token-level loss of `qlog.losses`, which adds over microbatches.
       microbatch: prompts, and rows of packed rollouts per prompt, that are in memory at a time;
         divisors of B and M.
+      before_each: called before each microbatch of prompts; may raise to give up.
 
     Returns:
       float32 gradients like `params`, the surrogate's sums over prompts, and the gauges.
     """
+    batch = prompts, trajectories, coefficients, reference
+    grads, packing, share = begin(params, policy, *batch)
+    total = None
+    for index in range(len(prompts.lengths) // microbatch[0]):
+        if before_each:
+            jax.block_until_ready(grads)  # else it would look while the devices are far behind
+            before_each()
+        grads, *found = add_microbatch(
+            grads, params, policy, *batch, packing, share, index,
+            surrogate=surrogate, temperature=temperature, microbatch=microbatch,
+        )  # fmt: skip
+        total = found if total is None else _add(total, found)
+    return grads, *total
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def begin(params, policy: Policy, prompts: Prompts, trajectories, coefficients, reference):
+    """What the microbatches of a gradient start from: zeros like `params`, the packing of the whole
+    batch, and the share of a prompt in the mean, float32 scalar."""
     is_needed = (coefficients.score != 0) | (coefficients.path != 0)
     if reference is not None:
         is_needed = jnp.ones_like(is_needed)  # the penalty is on all
     is_needed = is_needed.at[0, 0].set(True)  # without a rollout the gauges would know nothing
     packing = pack(trajectories.lengths, is_needed, trajectories.tokens.shape[-1])
-    share = 1 / jnp.maximum(prompts.is_prompt.sum(), 1).astype(jnp.float32)  # of a prompt, in the mean
+    packing = sharding.keep_rows(policy.mesh, packing)
+    share = 1 / jnp.maximum(prompts.is_prompt.sum(), 1).astype(jnp.float32)
+    return sharding.keep(policy.mesh, _zeros(params)), packing, share
 
+
+@functools.partial(
+    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch"),
+    donate_argnames=("grads",),
+)  # fmt: skip
+def add_microbatch(
+    grads, params, policy, prompts: Prompts, trajectories, coefficients, reference, packing: Packing,
+    share, index, *, surrogate, temperature: float, microbatch: tuple[int, int],
+):  # fmt: skip
+    """`grads` plus those of microbatch number `index`, and that microbatch's sums and gauges.
+
+    One whose prompts have nothing to learn costs nothing. Every microbatch takes prompts from all
+    over the batch, so that on a mesh each device keeps its share.
+    """
     # Every pull-back adds to these in place, layer by layer: one tree of gradients, however many
     # microbatches there are.
-    total = _references(sharding.keep(policy.mesh, _zeros(params)))
+    total = _references(grads)
 
-    def prompts_chunk(chunk):
+    def of_prompts(chunk):
         its_prompts, mine, coefficient, its_reference, its_packing = chunk
         prefix, last, pull_prefix = _prefix_vjp(params, policy, its_prompts)
         caches = prefix.keys, prefix.values
@@ -317,27 +352,15 @@ def gradient(
         return found
 
     batch = (prompts, trajectories, coefficients, reference, packing)
-    sums, gauges = _sum_over_prompts(prompts_chunk, batch, microbatch[0])
-    return jax.tree.map(jax.freeze, total), sums, gauges
-
-
-def _sum_over_prompts(function, batch, size: int):
-    """The sum of `function` over chunks of `size` prompts; those that have nothing to learn cost
-    nothing. `batch` ends with the packing.
-
-    Every chunk takes prompts from all over the batch, so that on a mesh each device keeps its share.
-    """
-    chunks = len(batch[0].lengths) // size
+    chunks = len(prompts.lengths) // microbatch[0]
     if chunks == 1:
-        return function(batch)
-    parts = jax.tree.map(lambda x: _split(x, chunks), batch)
-    zeros = _zeros(jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts)))
-
-    def add(total, chunk):
+        found = of_prompts(batch)
+    else:
+        chunk = jax.tree.map(lambda x: _split(x, chunks)[index], batch)
+        zeros = _zeros(jax.eval_shape(of_prompts, chunk))
         has_rows = chunk[-1].rows.max() > 0
-        return jax.lax.cond(has_rows, lambda: _add(total, function(chunk)), lambda: total), None
-
-    return jax.lax.scan(add, zeros, parts)[0]
+        found = jax.lax.cond(has_rows, lambda: of_prompts(chunk), lambda: zeros)
+    return jax.tree.map(jax.freeze, total), *found
 
 
 def _sum_over_rows(function, packing: Packing, size: int):
@@ -359,6 +382,7 @@ def _sum_over_rows(function, packing: Packing, size: int):
     )
 
 
+@jax.jit
 def _add(total, part):
     is_gauges = lambda x: isinstance(x, Gauges)  # noqa: E731
     add = lambda a, b: a.merge(b) if is_gauges(a) else a + b  # noqa: E731

@@ -11,6 +11,10 @@ from qlog import command_line
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export", "compile"], "What to do.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "best", "What evaluate, sample and export read: best, latest, a step, or base: the model "
+    "that training begins with."
+)
 _FROM_SAMPLES = flags.DEFINE_string(
     "from_samples", "", "With --mode=evaluate: compute the metrics of this file of samples again."
 )
@@ -32,13 +36,14 @@ def main(argv: list[str]) -> int:
 
     runtime.set_up()
 
-    workdir = pathlib.Path(_WORKDIR.value or default_workdir(sys.argv))
     with distributed.processes(_DISTRIBUTED.value):
-        from qlog import commands
+        from qlog import commands, interrupts
 
-        return commands.run(
-            _MODE.value, _CONFIG.value, workdir, _FROM_SAMPLES.value, _TOPOLOGY.value
-        )
+        with interrupts.listening():
+            return commands.run(
+                _MODE.value, _CONFIG.value, _WORKDIR.value or default_workdir(sys.argv),
+                checkpoint=_CHECKPOINT.value, from_samples=_FROM_SAMPLES.value, topology=_TOPOLOGY.value,
+            )
 
 
 def default_workdir(argv: list[str]) -> str:

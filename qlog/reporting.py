@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from qlog import data, evaluation, losses, sharding
+from qlog import chips, data, evaluation, losses, models, sharding
 from qlog.experiment import Experiment
 from qlog.step import Groups, Stopwatch
 
@@ -37,11 +37,47 @@ def measure(
         if experiment.estimator.reward:
             values |= {"reward": groups.reward.mean(), "truncated_answers": 1 - rollouts.complete.mean()}
         tokens["decode"] = prompts.lengths.sum() + rollouts.lengths.sum()
+    devices = experiment.mesh.devices
+    need = _flops(experiment, groups)
+    peak = chips.peak_flops(devices.flat[0].device_kind)
     for phase, seconds in watch.seconds.items():
         values[f"seconds/{phase}"] = seconds
         if phase in tokens:
             values[f"tokens_per_s/{phase}"] = tokens[phase] / seconds
-    return {name: float(value) for name, value in jax.device_get(values).items()}
+            values[f"tokens_per_s_per_chip/{phase}"] = tokens[phase] / seconds / devices.size
+        if peak and phase in need:
+            values[f"flops_utilization/{phase}"] = need[phase] / seconds / devices.size / peak
+    if peak:
+        values["flops_utilization/step"] = (
+            sum(need.values()) / sum(watch.seconds.values()) / devices.size / peak
+        )
+    return {name: float(value) for name, value in jax.device_get(values).items()} | _memory()
+
+
+def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
+    """FLOPs that a step needs, by phase (`models.flops`): gold answers count with training."""
+    shape, flops = experiment.policy.config, models.flops
+    lengths = sharding.on_host((groups.prompts.lengths, groups.rollouts.lengths, groups.gold_lengths))
+    starts, rollouts, gold = lengths
+    prompts = flops.prefill_need(shape, 1, starts).flops.sum()
+    if experiment.estimator.answer == "gold":
+        trained = sharding.on_host(groups.rollouts.rationale_lengths) + gold[:, None]
+    else:
+        trained = rollouts
+    own = flops.continuation_need(shape, 1, starts[:, None], trained).flops.sum()
+    decode = prompts + flops.continuation_need(shape, 1, starts[:, None], rollouts).flops.sum()
+    need = {"train": 3 * (prompts + own)}
+    return need | ({"decode": decode} if experiment.estimator.rationale == "sampled" else {})
+
+
+def _memory() -> dict[str, float]:
+    """GiB of device memory, of the fullest device of the first process; {} where none is reported."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
+    return {
+        f"memory_gib/{name}": max(s[key] for s in stats) / 2**30
+        for name, key in names.items() if all(key in s for s in stats)
+    }  # fmt: skip
 
 
 def progress(values: dict[str, float]) -> str:

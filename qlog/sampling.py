@@ -35,6 +35,7 @@ from jax import Array
 
 from qlog import models, scoring, sharding
 from qlog.drawing import draw
+from qlog.interrupts import Interrupts
 from qlog.policy import Policy
 from qlog.pool import Plan, levels, nobody_in, regroup
 
@@ -159,6 +160,7 @@ def sample(
     settings: Sampling,
     prompts_per_wave: int = 0,
     rehearse: bool = False,
+    interrupts: Interrupts | None = None,
 ) -> Samples:
     """Draws the rollouts of a batch of prompts and scores their gold answers.
 
@@ -168,13 +170,18 @@ def sample(
       prompts_per_wave: prompts whose caches are in memory at a time, a divisor of B; 0 is all.
       rehearse: visit the pool's sizes that this batch has no use for, too, so that later batches
         of the same shapes compile nothing.
+      interrupts: looked at between chunks of decode steps.
+
+    Raises:
+      Stop: a signal has reached any process; on every process after the same chunk.
     """
     weights = decoding_weights(params, policy)
     waves = len(prompts) // (prompts_per_wave or len(prompts))
     batch = (prompts, lengths, keys, golds)
     parts = [
         _sample_wave(
-            params, weights, policy, *_wave(batch, index, waves), settings, rehearse and index == 0
+            params, weights, policy, *_wave(batch, index, waves), settings,
+            rehearse and index == 0, interrupts,
         )
         for index in range(waves)
     ]
@@ -183,7 +190,7 @@ def sample(
 
 
 def _sample_wave(
-    params, weights, policy, prompts, lengths, keys, golds, settings, rehearse
+    params, weights, policy, prompts, lengths, keys, golds, settings, rehearse, interrupts
 ) -> Samples:
     count, rollouts = keys.shape
     shards = sharding.batch_shards(policy.mesh) if policy.mesh else 1
@@ -191,6 +198,9 @@ def _sample_wave(
     sizes = levels(count // shards, rollouts, slots, prompts.shape[1])
     nobody = count * rollouts
     fit = functools.partial(regroup, shards=shards, rollouts=rollouts, nobody=nobody)
+
+    def flags():
+        return interrupts.flags(policy.mesh) if interrupts else jnp.zeros(1, bool)
 
     def begin():
         prefix = prefill(params, policy, prompts, lengths)
@@ -201,7 +211,7 @@ def _sample_wave(
         pool, results = begin()
         for size in sizes[1:]:
             pool = _move(policy, pool, nobody_in(size, shards, nobody), nobody)
-            pool, *_ = decode(weights, policy, pool, settings, 0)
+            pool, *_ = decode(weights, policy, pool, settings, 0, flags())
             results = leave(weights, policy, pool, results, golds)
     pool, results = begin()
     source = np.arange(nobody, dtype=np.int32).reshape(count, rollouts)
@@ -209,8 +219,10 @@ def _sample_wave(
     going = np.ones(source.shape, bool)
     while going.any():
         step, before = min(step + _CHUNK, slots), step
-        pool, executed, going = decode(weights, policy, pool, settings, step)
-        going = np.asarray(going)  # waits for the chunk
+        pool, *found = decode(weights, policy, pool, settings, step, flags())
+        executed, going, is_asked = jax.device_get(found)  # waits for the chunk
+        if interrupts:
+            interrupts.beat(bool(is_asked))
         row_steps += source.size * (int(executed) - before)
         plan = None
         if len(sizes) > 1 and going.any():
@@ -273,11 +285,17 @@ def _no_rollouts(shape, settings: Sampling) -> Rollouts:
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "settings"), donate_argnames=("pool",))
-def decode(weights, policy, pool: Pool, settings, until) -> tuple[Pool, Array, Array]:
+def decode(
+    weights, policy, pool: Pool, settings, until, flags: Array
+) -> tuple[Pool, Array, Array, Array]:
     """Steps up to `until`, fewer when every rollout is done before.
 
+    Args:
+      flags: bool [devices]; each process has set its own.
+
     Returns:
-      The pool, the step it is at, and bool [N, m], the rows that go on, both on every device.
+      The pool, and on every device: the step it is at, bool [N, m] of the rows that go on, and
+      whether any flag is set.
     """
     table, prefix = models.unembedding(weights), pool.prefix  # the loop only reads them
 
@@ -300,7 +318,7 @@ def decode(weights, policy, pool: Pool, settings, until) -> tuple[Pool, Array, A
 
     pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))._replace(prefix=prefix)
     pool = sharding.keep_rows(policy.mesh, pool)
-    return pool, *sharding.keep_everywhere(policy.mesh, (pool.step, ~pool.done))
+    return pool, *sharding.keep_everywhere(policy.mesh, (pool.step, ~pool.done, flags.any()))
 
 
 @functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("results",))

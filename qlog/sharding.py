@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qlog.errors import ConfigError
@@ -157,6 +158,23 @@ def put_rows(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
+def put_own(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
+    """Host arrays [devices], another on each process -> a global array; a device has its process's."""
+    if mesh is None:
+        return jax.numpy.asarray(x)
+    return jax.make_array_from_callback(x.shape, _own(mesh), lambda index: x[index])
+
+
+def own_shape(mesh: Mesh, dtype) -> jax.ShapeDtypeStruct:
+    """The shape and place of what `put_own` makes."""
+    return jax.ShapeDtypeStruct((mesh.size,), dtype, sharding=_own(mesh))
+
+
+def _own(mesh: Mesh) -> NamedSharding:
+    """[devices]: an element each."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
 def _row_sharding(mesh: Mesh, x, rows: int = 0) -> NamedSharding:
     spec = [None] * rows + [_BATCH[0]] if x.ndim > rows else []
     if x.ndim - rows >= 4:
@@ -168,6 +186,13 @@ def put_batch(mesh: Mesh, tree):
     """Host arrays of this process's prompts -> global arrays split over data and fsdp."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def on_host(tree):
+    """Global arrays, whole, on every process; small ones."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
 def local_rows(mesh: Mesh, tree):

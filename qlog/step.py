@@ -12,6 +12,7 @@ from jax import Array
 
 from qlog import data, evaluation, learner, losses, models, runtime, sampling, sharding
 from qlog.experiment import Experiment
+from qlog.interrupts import Interrupts
 
 
 class Stopwatch:
@@ -41,11 +42,16 @@ class Groups(NamedTuple):
 
 def collect(
     experiment: Experiment, params: models.Params, batch: data.PromptBatch, key: Array,
-    watch: Stopwatch, rehearse: bool = False,
+    watch: Stopwatch, interrupts: Interrupts | None = None, rehearse: bool = False,
 ) -> Groups:  # fmt: skip
     """Rollouts of a batch of prompts, their log w and rewards; annotated ones as they come.
 
-    rehearse: compile what later batches may need and this one does not.
+    Args:
+      interrupts: looked at while decoding.
+      rehearse: compile what later batches may need and this one does not.
+
+    Raises:
+      Stop: a signal came.
     """
     put = functools.partial(sharding.put_batch, experiment.mesh)
     prompts = learner.Prompts(*put((batch.tokens, batch.lengths, batch.is_prompt)))
@@ -60,7 +66,7 @@ def collect(
             sampling.sample(
                 params, experiment.policy, prompts.tokens, prompts.lengths, keys,
                 sampling.Golds(gold, gold_lengths), experiment.sampling,
-                experiment.config.rollout.prompts_per_wave, rehearse,
+                experiment.config.rollout.prompts_per_wave, rehearse, interrupts,
             )
         )  # fmt: skip
     reward = jnp.zeros_like(log_w)
@@ -70,8 +76,15 @@ def collect(
     return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward, row_steps)
 
 
-def learn(experiment, state: learner.TrainState, groups: Groups, reference, key: Array, watch):
-    """Coefficients, gradient and update; returns the new state, sums, gauges and norms."""
+def learn(
+    experiment: Experiment, state: learner.TrainState, groups: Groups, reference, key: Array,
+    watch: Stopwatch, interrupts: Interrupts | None = None,
+):  # fmt: skip
+    """Coefficients, gradient and update; returns the new state, sums, gauges and norms.
+
+    Raises:
+      Stop: a signal came before the first update; `state` is as it was.
+    """
     config, estimator = experiment.config, experiment.estimator
     rows = config.train.prompts_per_step // config.train.updates_per_batch
     microbatch = (
@@ -99,8 +112,10 @@ def learn(experiment, state: learner.TrainState, groups: Groups, reference, key:
                     microbatch,
                 )  # fmt: skip
             grads, sums, gauges = gradient(
-                state.params, experiment.policy, prompts, slice_, coefficient, reference_log_probs
-            )
+                state.params, experiment.policy, prompts, slice_, coefficient, reference_log_probs,
+                # After an update nothing can be given up: it takes the state's buffers.
+                before_each=interrupts.check if interrupts and index == 0 else None,
+            )  # fmt: skip
             state, norms = learner.update(
                 state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
             )

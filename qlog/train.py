@@ -1,9 +1,10 @@
 """The training loop: prompts -> rollouts -> scores -> coefficients -> gradient -> update."""
 
 import contextlib
+import functools
 import json
-import pathlib
-import signal
+import os
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,11 +13,17 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from qlog import config as settings
-from qlog import checkpoints, data, distributed, evaluation, reporting, runtime
-from qlog.errors import ConfigError
-from qlog.experiment import prepare
+from qlog import checkpoints, data, distributed, evaluation, interrupts, paths, reporting, runtime
+from qlog.errors import ConfigError, Stop, TrainingError
+from qlog.experiment import Experiment, prepare
+from qlog.interrupts import Interrupts
+from qlog.learner import TrainState
+from qlog.paths import Path
+from qlog.profiling import profiled
 from qlog.step import Stopwatch, collect, learn
-from qlog.telemetry import RunLog, say, show_table
+from qlog.telemetry import RunLog, read_jsonl, say, show_table
+
+RESULTS = "results.json"
 
 
 class Outcome(NamedTuple):
@@ -27,133 +34,238 @@ class Outcome(NamedTuple):
 
 
 def run(
-    config: ConfigDict, workdir: str | pathlib.Path, devices: Sequence[jax.Device] | None = None
+    config: ConfigDict, workdir: str | os.PathLike, devices: Sequence[jax.Device] | None = None
 ) -> Outcome:
     """Trains as `config` says, from scratch or from the latest checkpoint in `workdir`.
 
     Leaves behind config.json, metrics.jsonl, rollouts.jsonl, TensorBoard events, samples of every
-    evaluation, checkpoints, and results.json when it finishes. SIGINT and SIGTERM save and return.
+    evaluation, checkpoints, and results.json when it finishes. SIGINT and SIGTERM give up the step
+    under way, save the state as of its begin, and return.
+
+    Args:
+      workdir: a folder, or gs://BUCKET/..., s3://BUCKET/...; all processes must see the same.
 
     Raises:
       ConfigError: before anything compiles.
-      RuntimeError: the run went wrong: gradients stay non-finite, sampler and learner disagree.
+      TrainingError: gradients stay non-finite, sampler and learner disagree.
+      PassingError: another run has the workdir.
+      Stop: a signal before the first step.
     """
-    experiment = prepare(config, devices)
-    workdir = pathlib.Path(workdir)
-
-    # ---- State: new, or the latest checkpoint ----
-    saved = checkpoints.Checkpoints(_writable(workdir) / "checkpoints", keep=config.checkpoint.keep)
-    start_step = saved.latest_step or 0
-    if start_step:
-        _check_same_run(saved.config(), config)
-    experiment.write_split_ids(workdir / "splits.json")
-    show_table("run", reporting.describe(experiment, workdir, start_step))
-    state = experiment.init_state(experiment.init_params())
-    reference = state.params if experiment.estimator.reference else None
-    if start_step:
-        # The update donates its state: the reference must keep buffers of its own.
-        state = saved.restore(checkpoints.abstract_like(state))
-        say(f"resumed from step {start_step} in {workdir}")
-    elif reference is not None:
-        reference = jax.tree.map(jnp.copy, reference)
-    _write(workdir / "config.json", settings.to_json(config))
-
-    # ---- Train loop ----
-    log = RunLog(workdir, start_step, config.train.steps)
-    batches = data.train_batches(
-        experiment.train_data, seed=config.seed, prompts_per_step=config.train.prompts_per_step,
-        start_step=start_step, process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )  # fmt: skip
-    metrics, last_evaluated, compiled = {}, -1, runtime.Compilations()
     with contextlib.ExitStack() as stack:
-        stopping = stack.enter_context(_stop_signals())
-        for each in (compiled, log, saved):
-            stack.enter_context(contextlib.closing(each))
+        stop = stack.enter_context(interrupts.listening())
+        stop.speaks = jax.process_index() == 0
+        experiment = prepare(config, devices)
+        workdir = _writable(paths.parse(workdir, "--workdir"))
+        saved = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep)
+        stack.enter_context(contextlib.closing(saved))
+        if saved.latest_step:
+            _check_same_run(saved.config(), config)
+        finished = distributed.first(lambda: _finished(workdir, config))
+        if finished is not None:
+            say(f"finished before, in {workdir}")
+            return Outcome(finished, False)
+        training = _Training(experiment, workdir, saved, stop, stack)
+        with stop.deferred():
+            try:
+                training.loop()
+                return training.finish()
+            except Stop:
+                training.save()
+                say(f"stopped at step {training.step}, saved in {workdir}: the same command resumes.")
+                return Outcome(training.metrics, True)
+
+
+class _Training:
+    """A run under way: its state, and the phases that change it.
+
+    Attributes:
+      step: batches of prompts that `state` has learned from.
+      metrics: of the last evaluation.
+    """
+
+    def __init__(
+        self, experiment: Experiment, workdir: Path, saved: checkpoints.Checkpoints,
+        stop: Interrupts, stack: contextlib.ExitStack,
+    ):  # fmt: skip
+        """The state is new, or that of the latest checkpoint. Opens the log on `stack`."""
+        self._experiment, self._config, self._workdir = experiment, experiment.config, workdir
+        self._saved, self._stop = saved, stop
+        self.step = self._start = saved.latest_step or 0
+        self.metrics: dict[str, float] = {}
+        experiment.write_split_ids(workdir / "splits.json")
+        show_table("run", reporting.describe(experiment, workdir, self.step))
+        self.state: TrainState = experiment.init_state(experiment.init_params())
+        self._reference = self.state.params if experiment.estimator.reference else None
+        if self.step:
+            # The update donates its state: the reference must keep buffers of its own.
+            self.state = saved.restore(checkpoints.abstract_like(self.state))
+            say(f"resumed from step {self.step} in {workdir}")
+        elif self._reference is not None:
+            self._reference = jax.tree.map(jnp.copy, self._reference)
+        if jax.process_index() == 0:
+            paths.write(workdir / "config.json", settings.to_json(self._config))
+        self._log = stack.enter_context(
+            contextlib.closing(RunLog(workdir, self.step, self._config.train.steps))
+        )
+        self._compiled = stack.enter_context(contextlib.closing(runtime.Compilations()))
+        self._saved_at = time.monotonic()
+        stack.enter_context(
+            stop.watching(self._config.watchdog.first_seconds, self._is_saved, self._log.flush)
+        )
+
+    def _is_saved(self) -> bool:
+        """Whether the process may end as it is, and lose no step that is done."""
+        return self.step in (self._start, self._saved.latest_step) and not self._saved.is_saving
+
+    def loop(self) -> None:
+        """Steps until train.steps are done; raises Stop when a signal has come."""
+        config = self._config
+        if self.step and self._evaluates():
+            self.evaluate()  # interrupted before: it goes on
+        batches = data.train_batches(
+            self._experiment.train_data, seed=config.seed, start_step=self.step,
+            prompts_per_step=config.train.prompts_per_step,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
         for step, batch in batches:
             if step >= config.train.steps:
                 break
-            watch, compiled_before = Stopwatch(), compiled.count
-            key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
-            groups = collect(experiment, state.params, batch, key, watch, rehearse=step == start_step)
-            state, sums, gauges, norms = learn(experiment, state, groups, reference, key, watch)
-            values = reporting.measure(experiment, state, groups, sums, gauges, norms, watch)
-            values["compilations"] = compiled.count - compiled_before
-            log.scalars(step, "train", values)
-            log.progress(step, reporting.progress(values))
-            _check_health(config, step, values)
-            if step % config.train.rollouts_every == 0:
-                log.rollouts(step, reporting.rollout_rows(experiment, groups, batch))
+            with profiled(step, config.profile.steps, self._workdir):
+                self._learn_from(step, batch)
+            if self._is_due():
+                self.save()  # first: a preempted host may have no time for the evaluation
+            if self._evaluates():
+                self.evaluate()
+            self._stop.check()
 
-            done = step + 1
-            ends = done == config.train.steps
-            if experiment.evaluation_data and (ends or done % config.evaluation.every == 0):
-                samples = workdir / "samples" / f"step_{done:06d}.jsonl"
-                metrics = evaluation.evaluate(experiment, state.params, samples)
-                last_evaluated = done
-                log.scalars(step, config.evaluation.split, metrics)
-                say(f"step {done}: {config.evaluation.split} " + reporting.brief(config, metrics))
-            stop = distributed.agree(stopping())  # a signal may have reached one process alone
-            if ends or done % config.checkpoint.every == 0 or last_evaluated == done or stop:
-                log.flush()
-                score = metrics[reporting.best_metric(config)] if last_evaluated == done else None
-                saved.save(state, step=done, config=settings.to_json(config), score=score)
-            if stop:
-                break
-    interrupted = int(state.step) < config.train.steps
-    if interrupted:
-        say(f"stopped at step {int(state.step)}, saved in {workdir}: the same command resumes.")
-    else:
-        results = workdir / "results.json"
-        if not metrics and results.exists():  # finished before
-            metrics = json.loads(results.read_text())
-        elif not metrics and experiment.evaluation_data:  # killed between checkpoint and results
-            metrics = evaluation.evaluate(experiment, state.params)
-        _write(workdir / "results.json", json.dumps(metrics, indent=2, sort_keys=True))
-    return Outcome(metrics, interrupted)
+    def _learn_from(self, step: int, batch: data.PromptBatch) -> None:
+        """One step: rollouts, gradient, update; until the update the state is as it was."""
+        config, experiment, started = self._config, self._experiment, time.monotonic()
+        watch, compiled = Stopwatch(), self._compiled.count
+        key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
+        groups = collect(
+            experiment, self.state.params, batch, key, watch, self._stop, rehearse=step == self._start
+        )
+        self.state, sums, gauges, norms = learn(
+            experiment, self.state, groups, self._reference, key, watch, self._stop
+        )
+        self.step = step + 1
+        values = reporting.measure(experiment, self.state, groups, sums, gauges, norms, watch)
+        values["compilations"] = self._compiled.count - compiled
+        values["steps_since_checkpoint"] = float(self.step - (self._saved.latest_step or 0))
+        self._log.scalars(step, "train", values)
+        self._log.progress(step, reporting.progress(values))
+        _check_health(config, step, values)
+        if step % config.train.rollouts_every == 0:
+            self._log.rollouts(step, reporting.rollout_rows(experiment, groups, batch))
+        limit = config.watchdog
+        self._stop.step_done(time.monotonic() - started, limit.steps, limit.seconds)
+
+    def _is_due(self) -> bool:
+        """Whether to save now; by the first process's clock."""
+        config = self._config
+        if self.step == config.train.steps or self.step % config.checkpoint.every == 0 or self._evaluates():
+            return True
+        minutes = (time.monotonic() - self._saved_at) / 60
+        is_late = bool(config.checkpoint.minutes) and minutes >= config.checkpoint.minutes
+        return distributed.agree(is_late and jax.process_index() == 0)
+
+    def save(self) -> None:
+        """Starts saving the state, unless the newest checkpoint has it."""
+        if self.step > (self._saved.latest_step or 0):
+            self._log.flush()
+            self._saved.save(self.state, step=self.step, config=settings.to_json(self._config))
+            self._saved_at = time.monotonic()
+
+    def _evaluates(self) -> bool:
+        """Whether the state is to be evaluated, and has not been."""
+        config = self._config
+        due = self.step == config.train.steps or (
+            config.evaluation.every and self.step % config.evaluation.every == 0
+        )
+        return bool(self._experiment.evaluation_data and due) and self.step not in self._saved.scores
+
+    def evaluate(self) -> None:
+        """Evaluates the state, whose checkpoint is written; Stop leaves what was done to the next start."""
+        split, source = self._config.evaluation.split, f"step {self.step}"
+        before = functools.partial(_evaluated, self._workdir, self.step - 1, split)
+        self.metrics = distributed.first(before)
+        if not self.metrics:
+            samples = self._workdir / "samples" / f"step_{self.step:06d}.jsonl"
+            self.metrics = evaluation.evaluate(
+                self._experiment, self.state.params, samples, source=source, interrupts=self._stop
+            )
+            self._log.scalars(self.step - 1, split, self.metrics)
+            self._log.flush()
+        say(f"{source}: {split} " + reporting.brief(self._config, self.metrics))
+        self._saved.score(self.step, self.metrics[reporting.best_metric(self._config)])
+
+    def finish(self) -> Outcome:
+        """Writes the results of the last evaluation."""
+        config = self._config
+        if not self.metrics and self._experiment.evaluation_data:  # evaluated by an earlier start
+            last = functools.partial(_evaluated, self._workdir, self.step - 1, config.evaluation.split)
+            self.metrics = distributed.first(last)
+        self._saved.wait()
+        if config.checkpoint.finished == "best_params":
+            self._saved.keep_best_params()
+        if jax.process_index() == 0:
+            record = evaluation.record(config, self.metrics, f"{self._workdir}, step {self.step}", self.step)
+            paths.write(self._workdir / RESULTS, record)
+        return Outcome(self.metrics, False)
+
+
+def _evaluated(workdir: Path, step: int, split: str) -> dict[str, float]:
+    """The metrics of an evaluation that metrics.jsonl has; {} of another."""
+    for row in read_jsonl(workdir / "metrics.jsonl"):
+        if (row["step"], row["phase"]) == (step, split):
+            return {name: value for name, value in row.items() if name not in ("step", "phase")}
+    return {}
+
+
+def _finished(workdir: Path, config: ConfigDict) -> dict | None:
+    """The metrics of a run that has finished with these steps; None of one that has more to do."""
+    try:
+        record = json.loads(paths.read(workdir / RESULTS))
+    except FileNotFoundError:
+        return None
+    return record["metrics"] if record["step"] >= config.train.steps else None
 
 
 def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> None:
     if values["skipped_in_a_row"] >= config.optimizer.max_skipped_in_a_row:
-        raise RuntimeError(
+        raise TrainingError(
             f"step {step}: {values['skipped_in_a_row']:.0f} gradients in a row were not finite and "
             "were skipped; look at metrics.jsonl, then lower optimizer.learning_rate."
         )
     limit = config.train.max_mismatch
     if limit and values.get("mismatch", 0.0) > limit:
-        raise RuntimeError(
+        raise TrainingError(
             f"step {step}: sampler and learner disagree by {values['mismatch']:.3g} nats per token, "
-            f"more than train.max_mismatch = {limit}."
+            f"more than train.max_mismatch = {limit}: the run would train on wrong numbers (0 trains on)."
         )
 
 
-# ---- Files and signals ----
-
-
-def _writable(workdir: pathlib.Path) -> pathlib.Path:
+def _writable(workdir: Path) -> Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write_test_{jax.process_index()}"
-        probe.touch()
+        probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}.") from None
+        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror or error}.") from None
     return workdir
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all; process 0 alone."""
-    if jax.process_index() == 0:
-        fresh = path.with_name(path.name + ".tmp")
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-
-
 # What may change between a run and its resumption: nothing here changes what a step computes.
-_MAY_CHANGE = {"evaluation", "checkpoint", "mesh", "runs"}
-_MAY_CHANGE_IN_TRAIN = {
-    "steps", "rollouts_every", "rollouts_prompts", "prompts_per_microbatch", "remat",
-    "rollouts_per_microbatch", "max_mismatch",
+_MAY_CHANGE = {"attention", "checkpoint", "evaluation", "mesh", "profile", "runs", "watchdog"}
+_MAY_CHANGE_IN = {
+    "train": {
+        "steps", "rollouts_every", "rollouts_prompts", "prompts_per_microbatch", "remat",
+        "rollouts_per_microbatch", "max_mismatch",
+    },
+    "rollout": {"prompts_per_wave"},
+    "optimizer": {"max_skipped_in_a_row"},
 }  # fmt: skip
 
 
@@ -164,37 +276,10 @@ def _check_same_run(before: dict, config: ConfigDict) -> None:
         if key in _MAY_CHANGE:
             continue
         old, new = before.get(key), now.get(key)
-        if key == "train":
-            old, new = ({k: v for k, v in x.items() if k not in _MAY_CHANGE_IN_TRAIN} for x in (old, new))
+        if key in _MAY_CHANGE_IN:
+            old, new = ({k: v for k, v in x.items() if k not in _MAY_CHANGE_IN[key]} for x in (old, new))
         if old != new:
             raise ConfigError(
                 f"config.{key} = {new!r} differs from the run in --workdir, which began with "
                 f"{old!r}: use another --workdir, or the old value."
             )
-
-
-@contextlib.contextmanager
-def _stop_signals():
-    """While inside, SIGINT and SIGTERM only ask: the yielded function says whether one came.
-
-    A second signal raises KeyboardInterrupt at once.
-    """
-    received = []
-
-    def receive(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        say(f"{signal.Signals(number).name}: finishing this step and saving; again to stop at once")
-
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, receive)
-    except ValueError:  # not the main thread: signals are somebody else's business
-        pass
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: set outside Python

@@ -29,13 +29,13 @@ def test_needed_work_is_what_enumeration_counts():
 
     prompt = sum(2 * body + token(t) for t in range(start))
     own = sum(2 * (body + head) + token(t) for t in range(start, start + length))
-    assert measure.prefill_need(shape, prompts, start).flops == prompts * prompt
-    need = measure.train_need(shape, prompts, rollouts, start, length)
+    assert flops.prefill_need(shape, prompts, start).flops == prompts * prompt
+    need = flops.train_need(shape, prompts, rollouts, start, length)
     assert need.flops == 3 * prompts * (prompt + rollouts * own)
     slot = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
     read = sum(body + head + slot * prompts * (start + rollouts * t) for t in range(1, length + 1))
-    decode = measure.decode_need(shape, prompts, rollouts, start, length, 2)
-    assert decode == measure.Need(prompts * rollouts * own, 2 * read)
+    decode = flops.decode_need(shape, prompts, rollouts, start, length, 2)
+    assert decode == flops.Need(prompts * rollouts * own, 2 * read)
 
 
 @pytest.mark.slow

@@ -130,11 +130,17 @@ def test_a_folder_is_trained_exported_and_read_again(trained):
 
 def test_what_is_exported_is_what_the_config_names(trained, tmp_path):
     config, workdir, _ = trained
-    with pytest.raises(ConfigError, match=r"--workdir=.* holds no checkpoints to export"):
-        commands.run("export", qconfig.merge(config, {"weights": "random"}), tmp_path)
+    for mode in ("export", "evaluate", "sample"):  # a mistyped workdir is not the base model
+        with pytest.raises(ConfigError, match=r"--workdir = .* has no checkpoint.*--checkpoint=base"):
+            commands.run(mode, config, tmp_path / "mistyped")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"--checkpoint=7: .*has the steps 1; ask for best, latest"):
+        commands.run("export", config, workdir, checkpoint="7")
+    with pytest.raises(ConfigError, match="--checkpoint=latest is not read by --mode=train"):
+        commands.run("train", config, workdir, checkpoint="latest")
 
     def exported(changes, into):
-        commands.run("export", qconfig.merge(config, changes), into)
+        commands.run("export", qconfig.merge(config, changes), into, checkpoint="base")
         return (into / "export" / "model.safetensors").read_bytes()
 
     weights = exported({}, tmp_path / "weights")
@@ -145,22 +151,26 @@ def test_what_is_exported_is_what_the_config_names(trained, tmp_path):
     task = tiny.config(init_from="", model=str(workdir / "export"), architecture={})
     task.weights = str(pathlib.Path(config.weights))
     commands.run("export", qconfig.merge(task, {"train": {"prompts_per_step": 8}, "evaluation": {
-        "prompts_per_batch": 8}}), tmp_path / "task")  # fmt: skip
+        "prompts_per_batch": 8}}), tmp_path / "task", checkpoint="base")  # fmt: skip
     assert (tmp_path / "task" / "export" / "tokenizer.json").is_file()
 
 
 def test_metrics_are_computed_again_from_saved_samples(trained, tmp_path, capsys):
     config, workdir, _ = trained
     samples = workdir / "samples" / "step_000001.jsonl"
-    assert commands.run("evaluate", config, tmp_path, str(samples)) == 0
-    again = json.loads((tmp_path / "evaluation_step_000001.json").read_text())
-    assert again == json.loads((workdir / "results.json").read_text())
-    assert "no_rationale/m@4" in again and again == json.loads(capsys.readouterr().out)
+    assert commands.run("evaluate", config, tmp_path, from_samples=str(samples)) == 0
+    report = json.loads((tmp_path / "evaluation_step_000001.json").read_text())
+    again = report["metrics"]
+    assert again == json.loads((workdir / "results.json").read_text())["metrics"]
+    assert "no_rationale/m@4" in again and report == json.loads(capsys.readouterr().out)
+    assert report["source"] == f"samples of {samples}" and report["step"] is None
 
     # A command evaluates the checkpoint as training did, sample for sample.
     assert commands.run("evaluate", config, workdir) == 0
     assert (workdir / "samples" / "validation.jsonl").read_text() == samples.read_text()
-    assert json.loads((workdir / "evaluation_validation.json").read_text()) == again
+    report = json.loads((workdir / "evaluation_validation.json").read_text())
+    assert report["metrics"] == again and report["step"] == 1
+    assert report["source"] == f"{workdir}/checkpoints/1" and report["split"] == "validation"
 
     # No model and no data are needed; other numbers come from the same samples.
     elsewhere = qconfig.merge(config, {"data": {"manual_dir": "/nowhere"}, "model": "gone",
@@ -169,8 +179,8 @@ def test_metrics_are_computed_again_from_saved_samples(trained, tmp_path, capsys
     right = row | {"answers": [row["golds"][0] + "\u2028", "x", "x", "x"]}
     file = tmp_path / "right.jsonl"
     file.write_text(json.dumps(right, ensure_ascii=False) + "\n", encoding="utf-8")
-    commands.run("evaluate", elsewhere, tmp_path, str(file))
-    numbers = json.loads((tmp_path / "evaluation_right.json").read_text())
+    commands.run("evaluate", elsewhere, tmp_path, from_samples=str(file))
+    numbers = json.loads((tmp_path / "evaluation_right.json").read_text())["metrics"]
     assert numbers["p@1"] == 0.25 and numbers["p@2"] == 0.5 and numbers["m@2"] == 0.5
 
 
@@ -189,9 +199,9 @@ def test_samples_that_cannot_be_read_are_named(tmp_path):
         if text is not None:
             file.write_text(text)
         with pytest.raises(ConfigError, match=message):
-            commands.run("evaluate", config, tmp_path, str(file))
+            commands.run("evaluate", config, tmp_path, from_samples=str(file))
     with pytest.raises(ConfigError, match="is not read by --mode=train: add --mode=evaluate"):
-        commands.run("train", config, tmp_path, str(file))
+        commands.run("train", config, tmp_path, from_samples=str(file))
 
 
 @pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "qwen3_0p6b"])

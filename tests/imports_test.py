@@ -22,13 +22,14 @@ LAYERS = """
     checkpoints report
     learner
     sampling
-    scoring
+    interrupts scoring
     drawing pool
     policy optimizer
     paper
     config
-    distributed
+    distributed profiling
     metrics telemetry sharding roofline runtime
+    console
     models data losses command_line
     paths
     errors chips

@@ -190,9 +190,9 @@ def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
     policy = dataclasses.replace(tiny.POLICY, config=shape, remat="full")
     _, prompts, trajectories, coefficients = batch
     params = models.shapes(shape)
-    lowered = learner.gradient.lower(
-        params, policy, prompts, trajectories, coefficients, None,
-        surrogate=losses.linear(), microbatch=(2, 2),
+    lowered = learner.add_microbatch.lower(
+        *tiny.microbatch(params, policy, prompts, trajectories, coefficients, None),
+        surrogate=losses.linear(), temperature=1.0, microbatch=(2, 2),
     )  # fmt: skip
     memory = lowered.compile().memory_analysis()
     gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

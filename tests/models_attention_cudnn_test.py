@@ -116,7 +116,9 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(re
     policy = Policy(tiny.SHAPE, tiny.VALID_VOCAB, jnp.bfloat16, remat, attention="cudnn")
     size = work.Size(prompts=2, rollouts=2, prompt=12, rationale=5, answer=3)
     gradient, arguments = gradient_of(policy, size)
-    traced = learner.gradient.trace(*arguments, **gradient.keywords)
+    traced = learner.add_microbatch.trace(
+        *tiny.microbatch(*arguments), temperature=1.0, **gradient.keywords
+    )
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("Softmax", "ScaleBiasSoftmax"):
         assert program.count(f"@__cudnn$fmha{kernel}(") == forwards

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlog import config as qconfig
-from qlog import losses, models
+from qlog import learner, losses, models
 from qlog.learner import Prompts
 from qlog.policy import Policy
 
@@ -27,6 +27,14 @@ def prompts(lengths=(5, 3, 4), width: int = 6, seed: int = 0) -> Prompts:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(5, VALID_VOCAB, (len(lengths), width)).astype(np.int32)
     return Prompts(jnp.array(tokens), jnp.array(lengths, jnp.int32), jnp.ones(len(lengths), bool))
+
+
+def microbatch(params, policy, *batch):
+    """The arrays that `learner.add_microbatch` takes for `batch`, the first microbatch."""
+    grads, *begun = jax.eval_shape(
+        lambda params, *batch: learner.begin(params, policy, *batch), params, *batch
+    )
+    return grads, params, policy, *batch, *begun, 0
 
 
 def full_log_probs(tree, prompt, tokens, temperature: float = 1.0):

@@ -59,7 +59,9 @@ def test_a_run_leaves_everything_behind(six_steps):
     assert list(workdir.glob("events.out.tfevents.*"))
     samples = read_jsonl(workdir / "samples" / "step_000006.jsonl")
     assert len(samples) == 6 and all(len(row["answers"]) == 4 for row in samples)
-    assert json.loads((workdir / "results.json").read_text()) == outcome.metrics
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["metrics"] == outcome.metrics and results["step"] == 6
+    assert results["source"] == f"{workdir}, step 6" and results["split"] == "validation"
     assert not outcome.interrupted
 
 

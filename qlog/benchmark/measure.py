@@ -1,4 +1,4 @@
-"""Timing, the machine's measured peaks, memory, and how much arithmetic and traffic work needs."""
+"""Timing, the machine's measured peaks, and memory."""
 
 import pathlib
 import resource
@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from qlog.models import DecoderConfig
 
 
 class Times(NamedTuple):
@@ -28,17 +26,6 @@ class Peaks(NamedTuple):
 
     flops: float
     bandwidth: float
-
-
-class Need(NamedTuple):
-    """FLOPs and bytes of the work when M rollouts share their prompt, logits where they are used.
-
-    Prompts count as whole forward passes, as is usual, though of their last layer only keys and
-    values are needed.
-    """
-
-    flops: float
-    bytes: float = 0.0
 
 
 def repeat(call: Callable[[], object], repeats: int) -> Times:
@@ -90,50 +77,3 @@ def process_peak_memory() -> int:
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def prefill_need(config: DecoderConfig, prompts: int, length: int) -> Need:
-    """Prompts of `length` tokens; no logits."""
-    return Need(prompts * (2 * _body(config) * length + _attention(config, 0, length)))
-
-
-def continuation_need(config: DecoderConfig, count: int, start: int, length: int) -> Need:
-    """`count` continuations of `length` tokens after `start` others, with logits."""
-    weights = _body(config) + _head(config)
-    return Need(count * (2 * weights * length + _attention(config, start, start + length)))
-
-
-def decode_need(
-    config: DecoderConfig, prompts: int, rollouts: int, start: int, length: int, itemsize: int
-) -> Need:
-    """As `continuation_need`; each step reads the weights, each group's prompt and each rollout's
-    own keys and values once."""
-    flops = continuation_need(config, prompts * rollouts, start, length).flops
-    per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    slots = prompts * start * length + prompts * rollouts * length * (length + 1) / 2
-    weights = (_body(config) + _head(config)) * length
-    return Need(flops, itemsize * (weights + per_slot * slots))
-
-
-def train_need(config: DecoderConfig, prompts: int, rollouts: int, start: int, length: int) -> Need:
-    """Forward and backward, three times the forward pass: prompts once, continuations each."""
-    forward = prefill_need(config, prompts, start).flops
-    forward += continuation_need(config, prompts * rollouts, start, length).flops
-    return Need(3 * forward)
-
-
-def _body(config: DecoderConfig) -> float:
-    """Weights of the layers' matrices."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    per_layer = config.width * (heads * config.head_dim + 3 * config.mlp_width)
-    return config.num_layers * per_layer
-
-
-def _head(config: DecoderConfig) -> float:
-    return config.vocab_size * config.width
-
-
-def _attention(config: DecoderConfig, first: int, last: int) -> float:
-    """Scores and mix of causal queries at positions first to last - 1."""
-    keys = (last - first) * (first + 1 + last) / 2
-    return 4 * config.num_layers * config.num_heads * config.head_dim * keys

@@ -14,7 +14,8 @@ import optax
 
 from qlog import learner, losses, models, runtime, sampling, scoring, sharding
 from qlog.benchmark import measure
-from qlog.benchmark.measure import Need
+from qlog.models import flops
+from qlog.models.flops import Need
 from qlog.policy import Policy
 
 FIRST_TOKEN = 10  # random tokens are drawn from here on
@@ -130,9 +131,9 @@ def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Bat
         )[:2]
 
     start = size.prompt + size.rationale
-    scored = measure.continuation_need(config, count, start, size.answer)
-    prefilled = measure.prefill_need(config, size.prompts, size.prompt)
-    decoded = measure.decode_need(
+    scored = flops.continuation_need(config, count, start, size.answer)
+    prefilled = flops.prefill_need(config, size.prompts, size.prompt)
+    decoded = flops.decode_need(
         config, size.prompts, size.rollouts, size.prompt, size.rationale, itemsize
     )
     whole = Need(sum(n.flops for n in (scored, prefilled, decoded)), decoded.bytes)
@@ -181,7 +182,7 @@ class Trainer:
         size = self._size
         length = size.rationale + size.answer
         tokens = size.prompts * (size.prompt + size.rollouts * length)
-        need = measure.train_need(self._policy.config, size.prompts, size.rollouts, size.prompt, length)
+        need = flops.train_need(self._policy.config, size.prompts, size.rollouts, size.prompt, length)
         return Phase(self.step, tokens, need)
 
     def breakdown(self, seconds: float, repeats: int) -> dict[str, float]:

@@ -250,6 +250,7 @@ def evaluation_batches(
     *,
     batch_size: int,
     limit: int | None = None,
+    start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[PromptBatch]:
@@ -259,6 +260,7 @@ def evaluation_batches(
         dataset: from `open_dataset`.
         batch_size: prompts per batch over all processes, a multiple of process_count.
         limit: only the first so many examples.
+        start: the first example.
         process_index, process_count: as in `train_batches`.
 
     Raises:
@@ -268,8 +270,8 @@ def evaluation_batches(
     size = len(dataset) if limit is None else min(limit, len(dataset))
 
     def batches() -> Iterator[PromptBatch]:
-        for start in range(0, size, batch_size):
-            encoded = [dataset.encode(i) for i in range(start, min(start + batch_size, size))]
+        for first in range(start, size, batch_size):
+            encoded = [dataset.encode(i) for i in range(first, min(first + batch_size, size))]
             yield collate(dataset, encoded, batch_size).rows(mine)
 
     return batches()

@@ -1,6 +1,6 @@
 """The decoder, its presets, and weights in and out (`models.huggingface`)."""
 
-from qlog.models import attention, attention_cudnn, attention_tpu, huggingface
+from qlog.models import attention, attention_cudnn, attention_tpu, flops, huggingface
 from qlog.models.config import PRESETS, DecoderConfig, RopeScaling
 from qlog.models.decoder import (
     REMAT,
@@ -21,6 +21,6 @@ from qlog.models.families import from_hf_config
 __all__ = [
     "PRESETS", "REMAT", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply", "attention",
     "attention_cudnn", "attention_tpu",
-    "decoding_weights", "empty_suffix", "from_hf_config", "huggingface", "init", "prefill", "shapes",
+    "decoding_weights", "empty_suffix", "flops", "from_hf_config", "huggingface", "init", "prefill", "shapes",
     "unembedding", "unstack",
 ]  # fmt: skip

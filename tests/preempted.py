@@ -1,0 +1,86 @@
+"""A run that gets signals at chosen points, as a program: preempted.py WORKDIR POINT NTH SIGNALS [STEPS].
+
+POINT is where the NTH time (from 1) a signal comes: decode, gradient, evaluation, save, compile,
+weights (before the first step), finished, stall (no signal: it stands still), or never. SIGNALS are names, sent one after the other.
+"""
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+import tiny
+
+from qlog import checkpoints, commands, distributed, evaluation, experiment, learner, sampling
+from qlog.errors import Stop
+
+WORKDIR, POINT, NTH, SIGNALS = sys.argv[1:5]
+STEPS = int(sys.argv[5]) if len(sys.argv) > 5 else 4
+PROCESS = os.environ.get("JAX_PROCESS_ID", "0")
+
+
+def get_config(**watchdog):
+    """Two microbatches a step, an evaluation of three batches after every second."""
+    return tiny.config(
+        train={"steps": STEPS, "prompts_per_microbatch": 2}, checkpoint={"every": 100, "minutes": 0.0},
+        rollout={"rationale_budget": 20},  # three chunks of decode steps
+        evaluation={"every": 2, "prompts": 6, "prompts_per_batch": 2}, watchdog=watchdog,
+    )  # fmt: skip
+
+
+def signals():
+    if PROCESS == os.environ.get("SIGNALLED", PROCESS):
+        for name in SIGNALS.split(","):
+            print(f"sending {name}", flush=True)
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(0.3)
+
+
+def before(owner, name, point, act=signals):
+    """Has `act` called before the NTH call of owner.name."""
+    if point != POINT:
+        return
+    function, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == int(NTH):
+            act()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def compile_for_long():
+    """Like the compiler: minutes in C, without Python's lock, which no signal ends."""
+    threading.Timer(0.5, signals).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+
+def sleep_for_long():
+    print("standing still", flush=True)
+    time.sleep(3600)
+
+
+def main():
+    before(sampling, "decode", "decode")
+    before(learner, "add_microbatch", "gradient")
+    before(checkpoints.Checkpoints, "save", "save")
+    before(sampling, "prefill", "compile", compile_for_long)
+    before(learner, "add_microbatch", "stall", sleep_for_long)
+    before(experiment.Experiment, "init_params", "weights")
+    before(evaluation, "record", "finished")
+    before(evaluation, "_rows", "evaluation")  # after a batch was sampled
+    watchdog = {"seconds": 2.0} if POINT == "stall" else {}
+    with distributed.processes("auto"):
+        try:
+            commands.run("train", get_config(**watchdog), WORKDIR)
+        except Stop as stop:
+            sys.exit(stop.status)
+
+
+if __name__ == "__main__":
+    main()

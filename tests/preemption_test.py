@@ -1,0 +1,150 @@
+"""Signals in every phase of a run, on real processes: noticed at once, nothing lost, nothing twice."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from qlog import checkpoints, train
+from qlog.experiment import prepare
+from qlog.telemetry import read_jsonl
+
+HERE = pathlib.Path(__file__).parent
+STEPS = 4
+
+
+def run(workdir, point, nth=1, signals="SIGTERM", code=0, launcher=(), cache="", **environment):
+    """Starts tests/preempted.py and returns its output."""
+    start = launcher or (sys.executable,)
+    result = subprocess.run(
+        [*start, str(HERE / "preempted.py"), str(workdir), point, str(nth), signals, str(STEPS)],
+        capture_output=True, text=True, timeout=240, check=False,
+        env=os.environ | {
+            "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}",
+            "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        } | environment,
+    )  # fmt: skip
+    output = result.stdout + result.stderr
+    assert result.returncode == code, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Programs that the processes of this file compile once."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    run(workdir, "never", cache=cache)
+    return workdir
+
+
+def params(workdir):
+    config = tiny.config(mesh={"data": 1})
+    abstract = prepare(config, jax.devices()[:1], train=False, evaluate=False).abstract_params()
+    return checkpoints.load_params(workdir, abstract, which="latest")
+
+
+def latest(workdir):
+    return max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
+
+
+def assert_same_run(workdir, whole):
+    """Parameters, metrics, samples: bit for bit, each row once."""
+    pairs = zip(jax.tree.leaves(params(workdir)), jax.tree.leaves(params(whole)), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_array_equal(ours, theirs)
+    timed = ("seconds", "per_s", "compilations", "steps_since", "utilization")
+    rows = [
+        [{k: v for k, v in row.items() if not any(t in k for t in timed)}
+         for row in read_jsonl(d / "metrics.jsonl")]
+        for d in (workdir, whole)
+    ]  # fmt: skip
+    assert rows[0] == rows[1]
+    for name in ("step_000002.jsonl", "step_000004.jsonl"):
+        assert (workdir / "samples" / name).read_text() == (whole / "samples" / name).read_text()
+    assert not list((workdir / "samples").glob("*.parts"))
+    results = [json.loads((d / "results.json").read_text())["metrics"] for d in (workdir, whole)]
+    assert results[0] == results[1]
+
+
+# point, the how manieth, the step whose state is saved (None: nothing had to be)
+POINTS = {
+    "mid-decode": ("decode", 5, 1),
+    "mid-decode of the first step": ("decode", 2, None),
+    "mid-gradient": ("gradient", 3, 1),
+    "mid-evaluation": ("evaluation", 1, 2),
+    "mid-save": ("save", 1, 2),
+    "mid-compile": ("compile", 1, None),
+    "before the first step": ("weights", 1, None),
+}
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_a_signal_is_noticed_saves_and_loses_nothing(name, uninterrupted, cache, tmp_path):
+    point, nth, step = POINTS[name]
+    # A second one changes nothing: systemd, SLURM and shells send several.
+    output = run(tmp_path, point, nth, "SIGTERM,SIGTERM", cache=cache)
+    assert output.count("sending") == 2 or point in ("compile", "weights")
+    assert "Traceback" not in output
+    trained = [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if row["phase"] == "train"]
+    if step is None:
+        assert trained == [] and not list((tmp_path / "checkpoints").glob("*"))
+    else:
+        assert trained == list(range(step)) and latest(tmp_path) == step
+        assert f"stopped at step {step}, saved in" in output
+    output = run(tmp_path, "never", cache=cache)
+    if point == "evaluation":
+        assert "evaluation goes on after 2 of 6 questions" in output
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_ctrl_c_saves_and_twice_stops_at_once(uninterrupted, cache, tmp_path):
+    assert "again to stop at once" in run(tmp_path / "once", "decode", 5, "SIGINT", cache=cache)
+    assert latest(tmp_path / "once") == 1
+    run(tmp_path / "twice", "decode", 5, "SIGINT,SIGINT", code=130, cache=cache)
+    assert not list((tmp_path / "twice" / "checkpoints").glob("[0-9]"))
+    run(tmp_path / "twice", "never", cache=cache)
+    assert_same_run(tmp_path / "twice", uninterrupted)
+
+
+def test_a_signal_after_the_last_step_leaves_a_finished_run(uninterrupted, cache, tmp_path):
+    run(tmp_path, "finished", cache=cache)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_run_that_stands_still_shows_its_stacks_and_ends_for_another_try(uninterrupted, cache, tmp_path):
+    output = run(tmp_path, "stall", 7, code=75, cache=cache)
+    assert "nothing has happened for" in output and "sleep_for_long" in output
+    run(tmp_path, "never", cache=cache)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_sigusr1_shows_the_stacks_and_the_run_goes_on(uninterrupted, cache, tmp_path):
+    output = run(tmp_path, "gradient", 3, "SIGUSR1", cache=cache)
+    assert "Current thread" in output and "in gradient" in output
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["mid-decode", "mid-gradient", "mid-evaluation"])
+def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_path):
+    """Hosts are preempted one by one; the second is signalled, which writes no metrics."""
+    point, nth, step = POINTS[name]
+    local = (sys.executable, str(HERE.parent / "launch/local"), "--processes=2", "--")
+    output = run(tmp_path, point, nth, "SIGTERM,SIGTERM", launcher=local, cache=cache, SIGNALLED="1")
+    assert f"stopped at step {step}, saved in" in output and "exit codes 0: 0, 1: 0" in output
+    assert latest(tmp_path) == step
+    run(tmp_path, "never", launcher=local, cache=cache)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["phase"]) for row in rows] == [
+        (0, "train"), (1, "train"), (1, "validation"), (2, "train"), (3, "train"), (3, "validation"),
+    ]  # fmt: skip
