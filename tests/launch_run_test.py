@@ -310,7 +310,7 @@ def test_tpu_vm_keep_starts_the_run_of_a_restarted_host(tpu):
 @pytest.mark.parametrize("code", [2, 3])
 def test_tpu_vm_keep_gives_up_on_what_would_go_wrong_again(tpu, code):
     tpu.exits(code)
-    output = tpu("keep", "--delete", code=1)
+    output = tpu("keep", "--delete", code=code)
     assert f"the run failed (exited {code})" in output and not tpu.state.exists()
     assert tpu.starts() == 1
 
@@ -440,7 +440,8 @@ def test_slurm_saves_and_queues_again_before_the_time_limit_and_when_preempted(s
 @pytest.mark.parametrize(
     "plan, code, requeued",
     [("", 0, True),  # SLURM's default preemption signals the steps alone
-     ("finish", 0, False), ("exit 2", 2, False), ("exit 3", 3, False), ("exit 75", 75, True), ("exit 1", 1, True)],
+     ("finish", 0, False), ("exit 2", 2, False), ("exit 3", 3, False), ("exit 75", 75, True), ("exit 1", 1, True),
+     ("exit 143", 143, True)],
 )  # fmt: skip
 def test_slurm_asks_whether_the_run_is_finished(slurm, plan, code, requeued):
     assert slurm(plan).wait(timeout=60) == code and slurm.requeued() == requeued

@@ -354,6 +354,95 @@ def test_gke_knows_the_chips_of_a_host(options, hosts, chips):
     assert (slice_["completions"], limits["google.com/tpu"]) == (hosts, chips)
 
 
+# The flags against the tools themselves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in DOCUMENTED if c.split()[0] in ("gcloud", "kubectl", "sbatch", "srun")])
+def test_the_tools_know_the_flags(command):
+    """Where they are installed: `TOOL --help` names every flag that the stand-in takes."""
+    tool = command.split()[0]
+    if not shutil.which(tool):
+        pytest.skip(f"no {tool} on this machine")
+    known = re.sub(r"\x1b\[[0-9;]*m", "", run(*command.split(), "--help"))
+    pyxis = {flag for flag in DOCUMENTED[command] if flag.startswith("--container-")}
+    assert not [f for f in DOCUMENTED[command] - pyxis if not re.search(rf"{f}\b", known)]
+
+
+@pytest.fixture(scope="module")
+def pypi(tmp_path_factory):
+    """A Python of its own with xpk and Kubernetes' client; needs a package registry."""
+    folder = tmp_path_factory.mktemp("pypi")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin/python"
+    packages = ["xpk==1.16.0", "kubernetes==35.0.0", "pyyaml"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True, timeout=900)
+    return python
+
+
+XPK = """
+import argparse, sys
+from xpk.parser.core import set_parser
+
+parser = argparse.ArgumentParser()
+set_parser(parser)
+options = parser.parse_args(sys.argv[1:])
+print(options.workload, options.tpu_type, options.max_restarts, options.termination_grace_period_seconds)
+print(options.command)
+"""
+
+
+@pytest.mark.slow
+def test_xpk_parses_what_it_is_given(pypi):
+    call = ["--project=p", "--spot", "--slices=2", "--name=mine", "--grace=60", "--dry-run", "--", *FLAGS]
+    ((_, *words),) = printed(run(LAUNCH / "xpk", *ON_CLOUD["xpk"].split()[1:], *call))
+    output = run(pypi, "-c", XPK, *words).splitlines()
+    assert output[-2] == "mine v6e-16 3 60"
+    assert shlex.split(output[-1]) == ["env", "JAX_PLATFORMS=tpu,cpu", *SUPERVISE, *PROGRAM]
+
+
+# Every field of the Job's template is one of the API's models, with the model's type.
+TEMPLATE = """
+import sys, yaml
+from kubernetes.client import models
+
+def check(value, kind, where):
+    if kind.lower().startswith("list["):
+        assert isinstance(value, list), where
+        for item in value:
+            check(item, kind[5:-1], where)
+    elif kind.lower().startswith("dict("):
+        for key, item in value.items():
+            check(item, kind[5:-1].split(", ")[1], f"{where}.{key}")
+    elif hasattr(models, kind):
+        model = getattr(models, kind)
+        fields = {name: field for field, name in model.attribute_map.items()}
+        for key, item in value.items():
+            assert key in fields, f"{where}.{key}: {kind} has no such field"
+            check(item, model.openapi_types[fields[key]], f"{where}.{key}")
+        checked.append(where)
+    elif ".limits." not in where:  # a quantity may be a number
+        assert type(value).__name__ == kind, f"{where}: {value!r} is no {kind}"
+
+checked = []
+check(yaml.safe_load(sys.stdin)["spec"]["replicatedJobs"][0]["template"], "V1JobTemplateSpec", "template")
+print(len(checked))
+"""
+
+
+@pytest.mark.slow
+def test_kubernetes_models_take_the_job(pypi):
+    call = ["--image=I", "--type=v6e", "--topology=4x4", "--slices=2", "--assets=gs://b/a", "--service-account=s",
+            "--dry-run", "--", *FLAGS]  # fmt: skip
+    manifest = run(LAUNCH / "gke", *call)
+    result = subprocess.run([pypi, "-c", TEMPLATE], input=manifest, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 15
+
+
+# Mistakes
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
