@@ -2,8 +2,9 @@
 tools do not have. `install(folder, *names)` puts them on a PATH of their own.
 
 The flags were read in `gcloud ... --help` (SDK 528.0.0) and `kubectl ... --help` (1.32.4), in the
-manuals of sbatch, srun and scontrol (Slurm 24.05, pyxis 0.20), in cmd/job/submit.go of Cluster
-Toolkit (104708037) and in xpk's parser (1.16.0). Only flags that qlog might use are listed.
+manuals of sbatch and srun (SchedMD/slurm 284c3b95f0; the --container ones are pyxis's), in
+cmd/job/submit.go of Cluster Toolkit (104708037), in xpk's parser (1.16.0) and in SkyPilot's command
+line (0.14.1). Only flags that qlog might use are listed.
 """
 
 import json
