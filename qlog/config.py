@@ -99,7 +99,7 @@ def default() -> ConfigDict:
             "seconds": 600.0,  # but at least so long
             "first_seconds": 7200.0,  # before the third step is done: programs compile
         },
-        "profile": {"steps": ()},  # steps traced into WORKDIR/profile; as a flag: 12,13
+        "profile": {"steps": ()},  # steps, from 1, traced into WORKDIR/profile; as a flag: 12,13
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices per axis; -1 is the rest
         "runs": {},  # a sweep: name of a run -> what differs in it from this config
     })  # fmt: skip

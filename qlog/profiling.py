@@ -14,7 +14,8 @@ from qlog.telemetry import say
 
 @contextlib.contextmanager
 def profiled(step: int, steps: Sequence[int], workdir: Path) -> Iterator[None]:
-    """While inside, every process traces into WORKDIR/profile/step_N, if `step` is one of `steps`.
+    """While inside, every process traces into WORKDIR/profile/step_N, if N = `step` is one of `steps`;
+    both count from 1, as the progress line does.
 
     A profiler writes local files only: for a bucket they are copied when the step is done.
     """
@@ -32,4 +33,4 @@ def profiled(step: int, steps: Sequence[int], workdir: Path) -> Iterator[None]:
             for file in local.rglob("*"):
                 if file.is_file():
                     paths.write(folder / file.relative_to(local).as_posix(), file.read_bytes())
-    say(f"step {step + 1}: traced in {folder}")
+    say(f"step {step}: traced in {folder}")

@@ -130,7 +130,7 @@ class _Training:
         for step, batch in batches:
             if step >= config.train.steps:
                 break
-            with profiled(step, config.profile.steps, self._workdir):
+            with profiled(step + 1, config.profile.steps, self._workdir):
                 self._learn_from(step, batch)
             if self._is_due():
                 self.save()  # first: a preempted host may have no time for the evaluation
