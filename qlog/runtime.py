@@ -7,6 +7,8 @@ import sys
 
 import jax
 
+from qlog.errors import ConfigError
+
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them
 _LARGE = 16 << 20  # bytes
@@ -30,6 +32,18 @@ def set_up() -> None:
         set_option(_MMAP_THRESHOLD, _LARGE)
         set_option(_TRIM_THRESHOLD, 4 * _LARGE)
         jax.monitoring.register_event_duration_secs_listener(_after_compiling)
+
+
+def refuse_fallback() -> None:
+    """Raises ConfigError where JAX_PLATFORMS names an accelerator first, as launchers say it, and JAX
+    uses the CPU: it leaves CUDA out without a word where it sees no NVIDIA GPU."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    wanted = platforms.split(",")[0]
+    if wanted not in ("", "cpu") and jax.default_backend() == "cpu":
+        raise ConfigError(
+            f"JAX_PLATFORMS={platforms}, and no {wanted} device is visible here: ask the scheduler or the "
+            "container for one, or unset it to train on the CPU."
+        )
 
 
 def release_memory() -> None:

@@ -420,7 +420,7 @@ def slurm(tmp_path):
         wait_until((tmp_path / "started").exists)
         return process
 
-    start.folder = tmp_path
+    start.folder, start.env = tmp_path, env
     start.requeued = lambda: ["scontrol", "requeue", "17"] in launch_fixtures.calls(tmp_path)
     return start
 
@@ -435,6 +435,15 @@ def test_slurm_saves_and_queues_again_before_the_time_limit_and_when_preempted(s
     ]  # fmt: skip
     process.send_signal(number)
     assert process.wait(timeout=60) == 0 and slurm.requeued()
+
+
+def test_slurm_mounts_into_a_container_what_is_not_in_a_bucket(slurm):
+    assets = slurm.folder / "assets"
+    slurm.env |= {"QLOG_CONTAINER_IMAGE": "I", "QLOG_ASSETS": str(assets), "JAX_COMPILATION_CACHE_DIR": "gs://b/xla"}
+    slurm("finish").wait(timeout=60)
+    words = json.loads((slurm.folder / "started").read_text())
+    folders = [slurm.folder, slurm.folder / "run", assets]
+    assert "--container-mounts=" + ",".join(f"{f}:{f}" for f in folders) in words and "--container-image=I" in words
 
 
 @pytest.mark.parametrize(
@@ -463,6 +472,15 @@ def test_slurm_leaves_a_cancelled_job_alone(slurm):
     process = slurm("wait")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0 and not slurm.requeued()
+
+
+def test_a_run_that_asked_for_gpus_never_trains_on_the_cpu(tmp_path):
+    if list(pathlib.Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("there is a GPU")
+    call = ["--config=configs/quickstart.py", f"--workdir={tmp_path}", "--distributed=off"]
+    env = environment(JAX_PLATFORMS="cuda,cpu")
+    output = run(sys.executable, "-m", "qlog.main", *call, code=2, env=env)
+    assert "no cuda device is visible here" in output and len(output.splitlines()) == 1
 
 
 # Several processes on this machine
