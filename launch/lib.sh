@@ -68,6 +68,11 @@ quote() {
     echo "${line# }"
 }
 
+# number WORD: a step as it is; -1 for anything else, as for a checkpoint that is not there.
+number() {
+    case $1 in '' | *[!0-9]*) echo -1 ;; *) echo "$1" ;; esac
+}
+
 # run COMMAND...: shows the command, and runs it unless this is a dry run.
 run() {
     echo "+ $(quote "$@")"

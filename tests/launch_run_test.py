@@ -439,18 +439,20 @@ def test_slurm_saves_and_queues_again_before_the_time_limit_and_when_preempted(s
 
 def test_slurm_mounts_into_a_container_what_is_not_in_a_bucket(slurm):
     assets = slurm.folder / "assets"
-    slurm.env |= {"QLOG_CONTAINER_IMAGE": "I", "QLOG_ASSETS": str(assets), "JAX_COMPILATION_CACHE_DIR": "gs://b/xla"}
+    slurm.env |= {"QLOG_CONTAINER_IMAGE": "I", "QLOG_ASSETS": str(assets),
+                  "JAX_COMPILATION_CACHE_DIR": "gs://b/xla"}  # fmt: skip
     slurm("finish").wait(timeout=60)
     words = json.loads((slurm.folder / "started").read_text())
     folders = [slurm.folder, slurm.folder / "run", assets]
-    assert "--container-mounts=" + ",".join(f"{f}:{f}" for f in folders) in words and "--container-image=I" in words
+    assert "--container-mounts=" + ",".join(f"{f}:{f}" for f in folders) in words
+    assert "--container-image=I" in words
 
 
 @pytest.mark.parametrize(
     "plan, code, requeued",
     [("", 0, True),  # SLURM's default preemption signals the steps alone
-     ("finish", 0, False), ("exit 2", 2, False), ("exit 3", 3, False), ("exit 75", 75, True), ("exit 1", 1, True),
-     ("exit 143", 143, True)],
+     ("finish", 0, False), ("exit 2", 2, False), ("exit 3", 3, False), ("exit 75", 75, True),
+     ("exit 1", 1, True), ("exit 143", 143, True)],
 )  # fmt: skip
 def test_slurm_asks_whether_the_run_is_finished(slurm, plan, code, requeued):
     assert slurm(plan).wait(timeout=60) == code and slurm.requeued() == requeued

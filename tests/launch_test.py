@@ -183,16 +183,18 @@ def test_gcluster_and_xpk_hand_over_one_command():
     assert command == (
         "gcluster job submit --cluster=c --location=l --name=cold-garl --image=I "
         "--compute-type=ct6e-standard-4t --topology=4x4 --num-slices=1 --restarts=3 "
-        "--grace-period=300s --service-account=s --mount=gs://b:/bucket:ro"
+        "--grace-period=300s --restart-on-exit-codes=1,75,132,134,135,136,137,139,143 "
+        "--service-account=s --mount=gs://b:/bucket:ro"
     ).split()
     environment = ["env", "JAX_PLATFORMS=tpu,cpu", "QLOG_ASSETS=/bucket/some/assets"]
     assert words == [*environment, *SUPERVISE, *PROGRAM]
-    command, words = on_host("xpk", "--name=mine", "--grace=60", "--compile-cache=gs://b/xla", "--assets=gs://b/a")
+    options = ["--name=mine", "--grace=60", "--compile-cache=gs://b/xla", "--assets=gs://b/a"]
+    command, words = on_host("xpk", *options)
     assert command == (
         "xpk workload create --cluster=c --zone=z --workload=mine --tpu-type=v6e-16 "
         "--num-slices=1 --docker-image=I --max-restarts=3 --termination-grace-period-seconds=60"
     ).split()
-    environment = ["env", "JAX_PLATFORMS=tpu,cpu", "QLOG_ASSETS=gs://b/a", "JAX_COMPILATION_CACHE_DIR=gs://b/xla"]
+    environment = environment[:2] + ["QLOG_ASSETS=gs://b/a", "JAX_COMPILATION_CACHE_DIR=gs://b/xla"]
     assert words == [*environment, *SUPERVISE, *PROGRAM]
 
 
@@ -288,8 +290,8 @@ def test_gke_fills_in_the_jobset():
 
 
 # The messages of Kubernetes' Job controller (pkg/controller/job/pod_failure_policy.go).
-EXITED = "Container qlog for pod default/n-slice-0-1-x failed with exit code {} matching FailJob rule at index 0"
-EVICTED = "Pod default/n-slice-0-1-x has condition DisruptionTarget matching FailJob rule at index 1"
+EXITED = "Container qlog for pod default/n-0-1 failed with exit code {} matching FailJob rule at index 0"
+EVICTED = "Pod default/n-0-1 has condition DisruptionTarget matching FailJob rule at index 1"
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_gke_knows_the_chips_of_a_host(options, hosts, chips):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in DOCUMENTED if c.split()[0] in ("gcloud", "kubectl", "sbatch", "srun")])
+@pytest.mark.parametrize("command", [c for c in DOCUMENTED if c.startswith(("gcloud", "kubectl", "sbatch", "srun"))])
 def test_the_tools_know_the_flags(command):
     """Where they are installed: `TOOL --help` names every flag that the stand-in takes."""
     tool = command.split()[0]
@@ -432,8 +434,8 @@ print(len(checked))
 
 @pytest.mark.slow
 def test_kubernetes_models_take_the_job(pypi):
-    call = ["--image=I", "--type=v6e", "--topology=4x4", "--slices=2", "--assets=gs://b/a", "--service-account=s",
-            "--dry-run", "--", *FLAGS]  # fmt: skip
+    call = ["--image=I", "--type=v6e", "--topology=4x4", "--slices=2", "--assets=gs://b/a",
+            "--service-account=s", "--dry-run", "--", *FLAGS]  # fmt: skip
     manifest = run(LAUNCH / "gke", *call)
     result = subprocess.run([pypi, "-c", TEMPLATE], input=manifest, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -455,8 +457,7 @@ def test_kubernetes_models_take_the_job(pypi):
         ("tpu_vm create --name=n --zone=z --type=tpu7x-8", "use launch/gke"),
         ("tpu_vm run --name=n --zone=z -- --workdir=runs/x", "--workdir=gs://"),
         ("tpu_vm create --name=n --zone=z --type=v6e-16 --slices=2", "launch/gke --slices"),
-        ("gcluster --cluster=c --location=l --image=I --type=t --topology=4x4 --assets=gs://b -- --workdir=gs://b/r",
-         "give gs://BUCKET/FOLDER"),
+        (f"{ON_CLOUD['gcluster']} --assets=gs://b -- --workdir=gs://b/r", "give gs://BUCKET/FOLDER"),
         ("supervise --restarts=x -- true", "--restarts=x"),
         ("skypilot --gpus=H100:8 -- --workdir=runs/x", "a bucket is needed"),
         ("supervise", "give the command to run"),
