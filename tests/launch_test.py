@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import os
 import pathlib
 import re
@@ -371,15 +372,41 @@ def test_the_tools_know_the_flags(command):
     assert not [f for f in DOCUMENTED[command] - pyxis if not re.search(rf"{f}\b", known)]
 
 
+def environment_with(folder, *packages):
+    """The Python of a new environment with the packages; needs a package registry."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([folder / "bin/pip", "install", "--quiet", *packages], check=True, timeout=900)
+    return folder / "bin/python"
+
+
 @pytest.fixture(scope="module")
 def pypi(tmp_path_factory):
-    """A Python of its own with xpk and Kubernetes' client; needs a package registry."""
-    folder = tmp_path_factory.mktemp("pypi")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin/python"
-    packages = ["xpk==1.16.0", "kubernetes==35.0.0", "pyyaml"]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True, timeout=900)
-    return python
+    return environment_with(tmp_path_factory.mktemp("pypi"), "xpk==1.16.0", "kubernetes==35.0.0", "pyyaml")
+
+
+SKYPILOT = """
+import json, sys
+import jsonschema, yaml
+from sky.client.cli.command import cli
+from sky.utils import schemas
+
+task = yaml.safe_load(open(sys.argv[1]))
+jsonschema.validate(task, schemas.get_task_schema())
+jsonschema.validate(task["resources"], schemas.get_resources_schema())
+for words, flags in json.loads(sys.argv[2]).items():
+    command = cli
+    for word in words.split()[1:]:
+        command = command.commands[word]
+    known = {flag for parameter in command.params for flag in getattr(parameter, "opts", [])}
+    assert set(flags) <= known, (words, set(flags) - known)
+"""
+
+
+@pytest.mark.slow
+def test_skypilot_takes_the_task_and_the_flags(tmp_path):
+    python = environment_with(tmp_path / "sky", "skypilot==0.14.1")
+    flags = {name: sorted(flags) for name, flags in DOCUMENTED.items() if name.startswith("sky")}
+    run(python, "-c", SKYPILOT, LAUNCH / "skypilot.yaml", json.dumps(flags), env={"HOME": str(tmp_path)})
 
 
 XPK = """
