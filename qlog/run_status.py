@@ -6,6 +6,7 @@ Prints one line of JSON, without starting JAX:
 """
 
 import json
+import signal
 import sys
 from typing import TypedDict
 
@@ -13,6 +14,8 @@ from qlog import paths
 from qlog.errors import QLOG_ERRORS
 
 _COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint on gs://
+
+_PATIENCE = 60  # seconds
 
 
 class Status(TypedDict):
@@ -57,6 +60,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print("usage: python -m qlog.run_status WORKDIR", file=sys.stderr)
         return 2
+    signal.alarm(_PATIENCE)  # ends this process: whoever asks has something to decide
     try:
         print(json.dumps(of(paths.parse(argv[1], "WORKDIR"))))
     except QLOG_ERRORS as error:

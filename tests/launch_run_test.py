@@ -153,6 +153,23 @@ def test_supervise_goes_on_while_the_checkpoint_advances(tmp_path):
     assert "tried again 1 times without a newer checkpoint" in log.read_text()
 
 
+@pytest.mark.parametrize("code", [None, 7], ids=["while it runs", "after a failure"])
+def test_supervise_hears_signals_while_the_bucket_is_silent(tmp_path, code):
+    started = tmp_path / "started"
+    write_program(tmp_path / "bin/python", "#!/bin/sh\nexec sleep 60\n")  # qlog.run_status
+    program = write_program(
+        tmp_path / "program", SAVES_ON_TERM if code is None else "#!/bin/sh\ntouch @STARTED@\nexit @CODE@\n",
+        PYTHON=sys.executable, STARTED=started, CODE=code,
+    )  # fmt: skip
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    call = [LAUNCH / "supervise", "--restarts=3", "--", program, "--workdir=gs://b/run"]
+    process = subprocess.Popen(call, env=env)
+    wait_until(started.exists)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == (code or 143)
+
+
 def test_supervise_copies_the_log_while_the_run_goes_on(tmp_path):
     log, copy, go = tmp_path / "log", tmp_path / "bucket/host.log", tmp_path / "go"
     call = [LAUNCH / "supervise", f"--log={log}", f"--copy-log={copy}", "--", "bash", "-c",
