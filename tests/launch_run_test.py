@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -240,6 +241,38 @@ def test_sweep_runs_every_line_and_reports_failures(tmp_path):
     assert [line.split(maxsplit=1)[1] for line in output.splitlines()[-4:]] == [
         "ok", "ok", "exit code 3", "exit code 3",
     ]  # fmt: skip
+
+
+def test_run_status_and_logs_in_a_bucket(tmp_path):
+    """Against an object store on loopback; on gs:// a checkpoint is whole when its last file is there."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}",
+               "--in-memory", "--default-bucket=b"]  # fmt: skip
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    host = f"http://127.0.0.1:{port}"
+    env = environment(STORAGE_EMULATOR_HOST=host, no_proxy="127.0.0.1", NO_PROXY="127.0.0.1")
+    try:
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        program = """
+            import sys
+            from qlog import paths
+            for name in sys.argv[1:]:
+                paths.write(paths.parse(f"gs://b/run/{name}"), '{"step": 6, "time": 5.0}')
+        """
+        names = ["checkpoints/5/commit_success.txt", "checkpoints/6/params/x", "owner.json"]
+        run(sys.executable, "-c", textwrap.dedent(program), *names, env=env)
+        call = [LAUNCH / "supervise", f"--log={tmp_path}/log", "--copy-log=gs://b/run/logs/h.log", "--"]
+        run(*call, "echo", "last words", env=env)
+        output = run(sys.executable, "-m", "qlog.run_status", "gs://b/run", env=env)
+        status = json.loads(output.splitlines()[0])  # gcsfs may complain on stderr
+        assert status == {"finished": False, "checkpoint": 5, "beat": {"step": 6, "time": 5.0}}
+        program = 'from qlog import paths; print(paths.read(paths.parse("gs://b/run/logs/h.log")))'
+        assert "last words" in run(sys.executable, "-c", program, env=env)
+    finally:
+        server.kill()
+        server.wait()
 
 
 # Stand-ins for clusters: what would run on their hosts runs here
