@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
     runtime.set_up()
 
     with distributed.processes(_DISTRIBUTED.value):
+        if _MODE.value != "compile":
+            runtime.refuse_fallback()
         from qlog import commands, interrupts
 
         with interrupts.listening():

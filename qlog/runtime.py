@@ -9,6 +9,7 @@ import threading
 import jax
 
 from qlog import assets, paths
+from qlog.errors import ConfigError
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
@@ -92,6 +93,18 @@ def _compile_alone() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if any(map(importlib.util.find_spec, _GPU_PLUGINS)) and _SHARED_TUNING not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{_SHARED_TUNING}=false".lstrip()
+
+
+def refuse_fallback() -> None:
+    """Raises ConfigError where JAX_PLATFORMS names an accelerator first, as launchers say it, and JAX
+    uses the CPU: it leaves CUDA out without a word where it sees no NVIDIA GPU."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    wanted = platforms.split(",")[0]
+    if wanted not in ("", "cpu") and jax.default_backend() == "cpu":
+        raise ConfigError(
+            f"JAX_PLATFORMS={platforms}, and no {wanted} device is visible here: ask the scheduler or the "
+            "container for one, or unset it to train on the CPU."
+        )
 
 
 def release_memory() -> None:
