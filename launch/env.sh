@@ -25,15 +25,9 @@ export PYTHONUNBUFFERED=1
 # Compiler options that you measured to help; none is set by default.
 # export LIBTPU_INIT_ARGS=...
 
-# XLA shares the autotuning of a program out over the processes of a run, and each waits, up to a day,
-# for the others' part; one that finds the program in the compile cache never sends its own.
-case ${JAX_PLATFORMS-} in
-    cuda*) export XLA_FLAGS="--xla_gpu_shard_autotuning=false ${XLA_FLAGS-}" ;;
-esac
-
 # NVIDIA GPUs. None of these was measured with qlog.
 # export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92  # JAX takes 0.75 of the memory by default
-# export XLA_FLAGS="$XLA_FLAGS --xla_gpu_enable_latency_hiding_scheduler=true"  # collectives beside compute
+# export XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_enable_latency_hiding_scheduler=true"  # collectives beside compute
 # export NCCL_DEBUG=WARN
 # export NCCL_SOCKET_IFNAME=eth0              # the network between nodes, where NCCL picks another
 # export NCCL_IB_HCA=mlx5                     # InfiniBand adapters to use

@@ -31,15 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from qlog import config as settings
-from qlog import checkpoints, distributed, experiment, models, sharding
+from qlog import checkpoints, distributed, experiment, models, runtime, sharding
 from qlog.errors import ConfigError
 
 _PATIENCE = 120  # seconds for the all-reduce, its compilation included
 _MIB_PER_DEVICE = 16  # reduced to take its speed
 _BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 parameters and AdamW's two moments
 _LEAST_FREE = 5 * 10**9  # bytes, where no config says how large checkpoints are
-# What shows that an accelerator is plugged in: path -> the extra that drives it.
-_HARDWARE = {"/dev/accel0": "tpu", "/dev/vfio/0": "tpu", "/dev/nvidia0": "cuda"}
 
 
 class Check(NamedTuple):
@@ -128,13 +126,7 @@ def _settings(config: ConfigDict) -> str:
 def _devices() -> str:
     devices = jax.devices()
     kind, backend = devices[0].device_kind, jax.default_backend()
-    for path, extra in _HARDWARE.items():
-        if backend == "cpu" and pathlib.Path(path).exists():
-            chosen = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}" if "JAX_PLATFORMS" in os.environ else ""
-            raise ConfigError(
-                f"{path} is here but JAX uses the CPU: "
-                + (f"unset {chosen}, or " if chosen else "") + f"run launch/install {extra}."
-            )  # fmt: skip
+    runtime.refuse_fallback()
     memory = (devices[0].memory_stats() or {}) if backend != "cpu" else {}
     size = f", {memory['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in memory else ""
     return (

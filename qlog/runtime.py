@@ -14,6 +14,8 @@ from qlog.errors import ConfigError
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 _SHARED_TUNING = "xla_gpu_shard_autotuning"  # in XLA_FLAGS
+# What shows that an accelerator is plugged in: path -> the extra that drives it.
+_HARDWARE = {"/dev/accel0": "tpu", "/dev/vfio/0": "tpu", "/dev/nvidia0": "cuda"}
 _PATIENCE = 20.0  # seconds for a bucket to answer
 _NOTE = """Programs that JAX compiled. They are code: whoever may write here, runs as every user who reads.
 """
@@ -96,15 +98,26 @@ def _compile_alone() -> None:
 
 
 def refuse_fallback() -> None:
-    """Raises ConfigError where JAX_PLATFORMS names an accelerator first, as launchers say it, and JAX
-    uses the CPU: it leaves CUDA out without a word where it sees no NVIDIA GPU."""
+    """Raises ConfigError where JAX uses the CPU of a machine that has an accelerator.
+
+    JAX goes on on the CPU without a word where a driver or a package is missing, and with
+    JAX_PLATFORMS=cuda,cpu where it sees no GPU.
+    """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     wanted = platforms.split(",")[0]
-    if wanted not in ("", "cpu") and jax.default_backend() == "cpu":
+    if wanted == "cpu" or jax.default_backend() != "cpu":
+        return
+    if wanted:
         raise ConfigError(
             f"JAX_PLATFORMS={platforms}, and no {wanted} device is visible here: ask the scheduler or the "
-            "container for one, or unset it to train on the CPU."
+            "container for one, or set it to cpu to train on the CPU."
         )
+    for path, extra in _HARDWARE.items():
+        if os.path.exists(path):
+            raise ConfigError(
+                f"{path} is here but JAX uses the CPU: run launch/install {extra}, or set JAX_PLATFORMS=cpu "
+                "to train on the CPU."
+            )
 
 
 def release_memory() -> None:

@@ -9,7 +9,7 @@ import jax
 import pytest
 import tiny
 
-from qlog import doctor
+from qlog import doctor, runtime
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "qwen3"
@@ -73,11 +73,15 @@ def test_a_collective_that_never_ends_is_reported(monkeypatch):
 def test_an_accelerator_that_jax_does_not_use_is_named(monkeypatch, tmp_path):
     device = tmp_path / "accel0"
     device.touch()
-    monkeypatch.setattr(doctor, "_HARDWARE", {str(device): "tpu"})
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(runtime, "_HARDWARE", {str(device): "tpu"})
+    monkeypatch.delenv("JAX_PLATFORMS")
     check = doctor._check("devices", doctor._devices)
-    assert not check.is_ok
-    assert "unset JAX_PLATFORMS=cpu, or run launch/install tpu" in check.text
+    assert not check.is_ok and "run launch/install tpu, or set JAX_PLATFORMS=cpu" in check.text
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    check = doctor._check("devices", doctor._devices)
+    assert not check.is_ok and "JAX_PLATFORMS=tpu,cpu, and no tpu device is visible here" in check.text
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert doctor._check("devices", doctor._devices).is_ok
 
 
 @pytest.mark.parametrize(

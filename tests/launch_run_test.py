@@ -190,14 +190,6 @@ def test_supervise_reads_secrets_from_files_and_leaves_the_environment_alone(tmp
     assert output == f"{tmp_path}/hf_token tpu,cpu /assets\n"
 
 
-def test_gpu_processes_do_not_wait_for_each_others_autotuning():
-    """One that finds its program in the compile cache has nothing to send; and XLA knows the flag."""
-    program = 'import jax, os; jax.config.update("jax_platforms", "cpu"); jax.devices(); print(os.environ["XLA_FLAGS"])'
-    env = environment(JAX_PLATFORMS="cuda,cpu", XLA_FLAGS="--xla_dump_to=")
-    output = run(LAUNCH / "supervise", "--", sys.executable, "-c", program, env=env)
-    assert output.split() == ["--xla_gpu_shard_autotuning=false", "--xla_dump_to="]
-
-
 def test_run_status_tells_of_a_workdir_without_jax(tmp_path):
     def status(workdir, code=0):
         program = ("import sys; from qlog import run_status; code = run_status.main(sys.argv); "
