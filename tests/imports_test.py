@@ -27,6 +27,7 @@ LAYERS = """
     policy optimizer
     paper
     config
+    ownership
     distributed
     metrics telemetry sharding roofline runtime
     models data losses command_line
