@@ -84,7 +84,7 @@ class Checkpoints:
           ConfigError: `keep_best_params` was here.
         """
         training = self._folder / "checkpoints" / str(self.latest_step) / "training"
-        if not distributed.first(training.exists):
+        if not distributed.first(lambda: paths.exists(training)):
             raise ConfigError(
                 f"{self._folder} kept parameters only (config.checkpoint.finished = 'best_params'), so the "
                 f"run cannot go on: begin another with --config.init_from={self._folder}."
@@ -108,7 +108,7 @@ class Checkpoints:
                 self._checkpointer.delete(step)
         if jax.process_index() == 0:
             training = self._folder / "checkpoints" / str(best) / "training"
-            if training.exists():
+            if paths.exists(training):
                 training.rmtree()
 
     def close(self) -> None:
@@ -174,13 +174,13 @@ def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") 
 def _place(folder: Path) -> str:
     """The folder above all steps; '' where there is none, as in one step's."""
     for place in (folder / "checkpoints", folder):
-        if place.exists() and place.name == "checkpoints":
+        if place.name == "checkpoints" and paths.exists(place):
             return str(place)
     return ""
 
 
 def _choose(folder: Path, place: str, steps: list[int], named: str, which: str) -> str:
-    if (folder / "params").exists():
+    if paths.exists(folder / "params"):
         return str(folder)
     if not steps:
         raise ConfigError(

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from packaging.requirements import Requirement
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlog import config as settings
-from qlog import checkpoints, distributed, experiment, models, runtime, sharding
+from qlog import checkpoints, distributed, experiment, models, ownership, paths, runtime, sharding
 from qlog.errors import ConfigError
 
 _PATIENCE = 120  # seconds for the all-reduce, its compilation included
@@ -185,29 +184,16 @@ def _all_reduce() -> str:
 
 
 def _writes(workdir: str) -> str:
-    folder = epath.Path(workdir)
-    probe = folder / f".doctor_{jax.process_index()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("qlog")
-        if probe.read_text() != "qlog":
-            raise OSError("what was written came back changed")
-        probe.unlink()
-    except Exception as error:  # buckets raise what their client does
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        remedy = "give --workdir a folder that this user may write"
-        if "://" in workdir:
-            remedy = (
-                "install the extra 'tpu' for gs://, run `gcloud auth application-default login`, and "
-                "let this account (on a TPU VM, its service account) create objects there"
-            )
-        raise ConfigError(f"{workdir} ({reason}): {remedy}.") from error
-    return f"{workdir}: written, read, removed"
+    folder = paths.parse(workdir, "--workdir")
+    ownership.prove_shared(folder, "--workdir")
+    shared = f", by {jax.process_count()} processes that see the same" if jax.process_count() > 1 else ""
+    return f"{folder}: written, read, removed{shared}"
 
 
 def _free_disk(config: ConfigDict | None, workdir: str) -> str:
-    if "://" in workdir:
-        return f"{workdir} is a bucket: no limit"
+    folder = paths.parse(workdir, "--workdir")
+    if paths.is_remote(folder):
+        return f"{folder} is a bucket: no limit"
     needed, why = _LEAST_FREE, "no config given"
     if config is not None:
         shapes = jax.tree.leaves(models.shapes(experiment.model_shape(config)))
@@ -215,7 +201,7 @@ def _free_disk(config: ConfigDict | None, workdir: str) -> str:
         kept = config.checkpoint.keep + 2  # beside the latest: the best, and the one being written
         needed = kept * _BYTES_PER_PARAMETER * parameters
         why = f"{kept} checkpoints of {parameters / 1e9:.2f}e9 parameters"
-    place = pathlib.Path(workdir).absolute()
+    place = pathlib.Path(folder).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

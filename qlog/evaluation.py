@@ -160,7 +160,7 @@ def recompute(config: ConfigDict, samples: Path) -> dict[str, float]:
     """
     summary = _recompute(config, samples)
     bare = _samples_file(samples, _BARE)
-    if bare.exists():
+    if paths.exists(bare):
         summary |= _prefixed(_BARE, _recompute(config, bare))
     return summary
 
@@ -175,8 +175,8 @@ def _recompute(config: ConfigDict, file: Path) -> dict[str, float]:
 
 def _read_samples(file: Path) -> list[dict]:
     try:
-        with file.open(encoding="utf-8") as lines:  # splitlines() would break rows at U+2028
-            rows = [json.loads(line) for line in lines]
+        # splitlines() would break rows at U+2028.
+        rows = [json.loads(line) for line in paths.read(file).split("\n") if line]
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qlog import assets, checkpoints, data, distributed, losses, models, optimizer, sharding
+from qlog import assets, checkpoints, data, distributed, losses, models, optimizer, paths, sharding
 from qlog import config as settings
 from qlog.data import multihop
 from qlog.errors import ConfigError, PassingError
@@ -68,19 +68,20 @@ class Experiment:
         """Prompts over the whole mesh, for a field that counts those of a shard."""
         return per_shard * sharding.batch_shards(self.mesh)
 
-    def write_split_ids(self, path: pathlib.Path) -> None:
-        """Writes which records each split holds, or checks them against an earlier run's.
+    def write_split_ids(self, path: paths.Path) -> None:
+        """Writes which records each split holds, or checks them against an earlier run's: process 0
+        does, for all.
 
         Raises:
-          ConfigError: the data changed since the run began. Synthetic tasks have nothing to write.
+          ConfigError: on all of them, the data changed since the run began. Synthetic tasks have nothing to write.
         """
         names = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
         drawn = {
             name: dataset.source.records for name, dataset in names.items()
             if dataset is not None and isinstance(dataset.source, data.Converted)
         }  # fmt: skip
-        if drawn and jax.process_index() == 0:
-            data.write_ids(path, self.config.data.name, drawn)
+        if drawn:
+            distributed.first(lambda: data.write_ids(path, self.config.data.name, drawn))
 
     def abstract_params(self) -> models.Params:
         """ShapeDtypeStructs of the parameters, with their places on the mesh."""

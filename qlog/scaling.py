@@ -10,13 +10,13 @@ are n times as many. Writes weak_scaling.md and weak_scaling.json, with what the
 import importlib.metadata
 import json
 import math
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from qlog import aot
+from qlog import aot, paths
 from qlog import config as settings
 from qlog.chips import Chip
 from qlog.errors import ConfigError
@@ -134,17 +134,17 @@ def markdown(rows: list[Row], chip: Chip, inputs: Mapping[str, object]) -> str:
     ])  # fmt: skip
 
 
-def run(config: ConfigDict, topologies: list[str], workdir: pathlib.Path, command: str) -> int:
+def run(config: ConfigDict, topologies: list[str], workdir: str | os.PathLike, command: str) -> int:
     """Writes and prints the table; 1 when a row does not fit."""
     rows, chip = measure(config, topologies)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     inputs = {"command": command, "versions": versions, "config": json.loads(settings.to_json(config))}
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = paths.parse(workdir, "--workdir")
     text = markdown(rows, chip, inputs)
-    (workdir / "weak_scaling.md").write_text(text, encoding="utf-8")
     table = [{key: _plain(value) for key, value in row._asdict().items()} for row in rows]
-    (workdir / "weak_scaling.json").write_text(
-        json.dumps({**inputs, "chip": chip._asdict(), "rows": table}, indent=2), encoding="utf-8"
+    paths.write(workdir / "weak_scaling.md", text)
+    paths.write(
+        workdir / "weak_scaling.json", json.dumps({**inputs, "chip": chip._asdict(), "rows": table}, indent=2)
     )
     say(text)
     return 0 if all(row.fits for row in rows) else 1

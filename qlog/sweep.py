@@ -1,7 +1,7 @@
 """Several runs one after the other in one process, and one report of them all."""
 
 import json
-import pathlib
+import os
 import time
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ import jax
 from ml_collections import ConfigDict
 
 from qlog import config as settings
-from qlog import report, train
+from qlog import distributed, interrupts, paths, report, train
 from qlog.errors import ConfigError
 from qlog.telemetry import say
 
 
 def run(
-    config: ConfigDict, workdir: pathlib.Path, devices: Sequence[jax.Device] | None = None
+    config: ConfigDict, workdir: str | os.PathLike, devices: Sequence[jax.Device] | None = None
 ) -> None:
     """Runs every entry of `config.runs` in workdir/NAME, then writes the report into workdir.
 
@@ -26,6 +26,7 @@ def run(
     Raises:
       ConfigError: as `train.run` does.
     """
+    workdir = paths.parse(workdir, "--workdir")
     children = _children(config, workdir)
     for name, child in children.items():
         try:
@@ -34,19 +35,21 @@ def run(
             raise ConfigError(f"run {name!r}: {error}") from None
     for index, (name, child) in enumerate(children.items(), 1):
         folder = workdir / name
-        if _finished(folder, child):
+        if distributed.first(lambda: _finished(folder, child)):
             say(f"run {index}/{len(children)} {name}: finished before")
             continue
         say(f"run {index}/{len(children)} {name}")
         start = time.monotonic()
-        outcome = train.run(child, folder, devices)
-        if outcome.interrupted:
-            return
-        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - start))
-    report.write(workdir, list(children))
+        with interrupts.listening() as stop:
+            outcome = train.run(child, folder, devices)
+            if outcome.interrupted or distributed.agree(stop.asked):
+                return
+        seconds = time.monotonic() - start
+        distributed.first(lambda: paths.write(folder / "seconds.json", json.dumps(seconds)))
+    distributed.first(lambda: report.write(workdir, list(children)))
 
 
-def _children(config: ConfigDict, workdir: pathlib.Path) -> dict[str, ConfigDict]:
+def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:
     children = {}
     for name, changes in config.runs.items():
         child = settings.merge(config, {**changes, "runs": {}})
@@ -56,8 +59,7 @@ def _children(config: ConfigDict, workdir: pathlib.Path) -> dict[str, ConfigDict
     return children
 
 
-def _finished(folder: pathlib.Path, config: ConfigDict) -> bool:
-    files = [folder / name for name in ("results.json", "seconds.json", "config.json")]
-    if not all(file.exists() for file in files):
+def _finished(folder: paths.Path, config: ConfigDict) -> bool:
+    if not {"results.json", "seconds.json", "config.json"} <= set(paths.names(folder)):
         return False
-    return files[-1].read_text() == settings.to_json(config)
+    return paths.read(folder / "config.json") == settings.to_json(config)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from qlog import config as settings
-from qlog import checkpoints, data, distributed, evaluation, interrupts, paths, reporting, runtime
+from qlog import checkpoints, data, distributed, evaluation, interrupts, ownership, paths, reporting, runtime
 from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.experiment import Experiment, identity, prepare
 from qlog.interrupts import Interrupts
@@ -48,14 +48,16 @@ def run(
     Raises:
       ConfigError: before anything compiles.
       TrainingError: gradients stay non-finite, sampler and learner disagree.
-      PassingError: another run has the workdir.
+      PassingError: another run has the workdir, or takes it over.
       Stop: a signal before the first step.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interrupts.listening())
         stop.speaks = jax.process_index() == 0
+        settings.check(config)
+        workdir = paths.parse(workdir, "--workdir")
+        claim = stack.enter_context(ownership.claim(workdir))
         experiment = prepare(config, devices)
-        workdir = _writable(paths.parse(workdir, "--workdir"))
         saved = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep)
         stack.enter_context(contextlib.closing(saved))
         if saved.latest_step:
@@ -64,7 +66,7 @@ def run(
         if finished is not None:
             say(f"finished before, in {workdir}")
             return Outcome(finished, False)
-        training = _Training(experiment, workdir, saved, stop, stack)
+        training = _Training(experiment, workdir, claim, saved, stop, stack)
         with stop.deferred():
             try:
                 training.loop()
@@ -84,12 +86,12 @@ class _Training:
     """
 
     def __init__(
-        self, experiment: Experiment, workdir: Path, saved: checkpoints.Checkpoints,
-        stop: Interrupts, stack: contextlib.ExitStack,
+        self, experiment: Experiment, workdir: Path, claim: ownership.Claim,
+        saved: checkpoints.Checkpoints, stop: Interrupts, stack: contextlib.ExitStack,
     ):  # fmt: skip
         """The state is new, or that of the latest checkpoint. Opens the log on `stack`."""
         self._experiment, self._config, self._workdir = experiment, experiment.config, workdir
-        self._saved, self._stop = saved, stop
+        self._claim, self._saved, self._stop = claim, saved, stop
         self.step = self._start = saved.latest_step or 0
         self.metrics: dict[str, float] = {}
         self._identity = identity(experiment)
@@ -111,12 +113,17 @@ class _Training:
         self._compiled = stack.enter_context(contextlib.closing(runtime.Compilations()))
         self._saved_at = time.monotonic()
         stack.enter_context(
-            stop.watching(self._config.watchdog.first_seconds, self._is_saved, self._log.flush)
+            stop.watching(self._config.watchdog.first_seconds, self._is_saved, self._leave)
         )
 
     def _is_saved(self) -> bool:
         """Whether the process may end as it is, and lose no step that is done."""
         return self.step in (self._start, self._saved.latest_step) and not self._saved.is_saving
+
+    def _leave(self) -> None:
+        """What must not be left undone when the process ends without unwinding."""
+        self._log.flush()
+        self._claim.release()
 
     def loop(self) -> None:
         """Steps until train.steps are done; raises Stop when a signal has come."""
@@ -141,6 +148,7 @@ class _Training:
     def _learn_from(self, step: int, batch: data.PromptBatch) -> None:
         """One step: rollouts, gradient, update; until the update the state is as it was."""
         config, experiment, started = self._config, self._experiment, time.monotonic()
+        self._claim.beat(step, "train")
         watch, compiled = Stopwatch(), self._compiled.count
         key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
         groups = collect(
@@ -173,6 +181,7 @@ class _Training:
     def save(self) -> None:
         """Starts saving the state, unless the newest checkpoint has it."""
         if self.step > (self._saved.latest_step or 0):
+            self._claim.check()
             self._log.flush()
             text = settings.to_json(self._config)
             self._saved.save(self.state, step=self.step, config=text, identity=self._identity)
@@ -189,6 +198,7 @@ class _Training:
     def evaluate(self) -> None:
         """Evaluates the state, whose checkpoint is written; Stop leaves what was done to the next start."""
         split, source = self._config.evaluation.split, f"step {self.step}"
+        self._claim.beat(self.step, "evaluate")
         before = functools.partial(_evaluated, self._workdir, self.step - 1, split)
         self.metrics = distributed.first(before)
         if not self.metrics:
@@ -245,17 +255,6 @@ def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> No
             f"step {step}: sampler and learner disagree by {values['mismatch']:.3g} nats per token, "
             f"more than train.max_mismatch = {limit}: the run would train on wrong numbers (0 trains on)."
         )
-
-
-def _writable(workdir: Path) -> Path:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write_test_{jax.process_index()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror or error}.") from None
-    return workdir
 
 
 # What may change between a run and its resumption: nothing here changes what a step computes.

@@ -47,7 +47,7 @@ def test_each_fault_is_named_with_its_remedy_and_the_others_still_run(tmp_path, 
     assert set(found) - set(wrong) == {"versions", "devices", "all-reduce"}
     assert "config.train.steps = 0 must be at least 1" in wrong["config"]
     assert "does not fit the 8 devices here" in wrong["mesh"]
-    assert "give --workdir a folder that this user may write" in wrong["workdir"]
+    assert "give a folder that this user may write" in wrong["workdir"]
     assert "0.0 GB free" in wrong["free disk"] and "config.checkpoint.keep" in wrong["free disk"]
     assert "holds no *.safetensors" in wrong["weights"]
 

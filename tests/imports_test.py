@@ -27,6 +27,7 @@ LAYERS = """
     policy optimizer
     paper
     config
+    ownership
     distributed profiling
     metrics telemetry sharding roofline runtime
     console

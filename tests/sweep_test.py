@@ -41,7 +41,7 @@ def test_the_report_has_every_evaluated_run(swept):
     rows = json.loads((workdir / "report.json").read_text())
     assert [row["run"] for row in rows] == ["b_garl", "c_paft"]
     for row in rows:
-        results = json.loads((workdir / row["run"] / "results.json").read_text())
+        results = json.loads((workdir / row["run"] / "results.json").read_text())["metrics"]
         assert row["p@1"] == results["p@1"] and row["mean log P"] == results["log_p"]
         assert row["p@1 without rationale"] == results["no_rationale/p@1"]
     table = (workdir / "report.md").read_text()
@@ -69,7 +69,7 @@ def test_a_wrong_run_stops_the_sweep_before_the_first_one(tmp_path):
 
 def test_every_number_can_be_computed_again_from_the_samples(swept):
     config, workdir = swept
-    results = json.loads((workdir / "b_garl" / "results.json").read_text())
+    results = json.loads((workdir / "b_garl" / "results.json").read_text())["metrics"]
     rows = read_jsonl(workdir / "b_garl" / "samples" / "step_000002.jsonl")
     assert len(rows) == config.evaluation.prompts
     again = metrics.summarise(rows, k=4, dataset="multihop", seed=config.seed)

@@ -19,10 +19,10 @@ proportion to the paper's sizes when validation and test both come from it, and 
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlog import paths
 from qlog.data import builders
 from qlog.errors import ConfigError
 
@@ -153,11 +153,15 @@ def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -
         ConfigError: the file exists and its ids of one of the splits are others (the data changed
             since the run began), or it is damaged.
     """
-    path = pathlib.Path(path)
+    path = paths.parse(path)
     content = {"dataset": name, "rule": RULE, "splits": {}}
-    if path.exists():
+    try:
+        before = paths.read(path)
+    except FileNotFoundError:
+        before = None
+    if before is not None:
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(before)
             written = {split: content["splits"][split]["ids"] for split in content["splits"]}
         except (ValueError, LookupError, TypeError) as error:
             raise ConfigError(
@@ -176,9 +180,7 @@ def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -
             "paper_size": SIZES[name][split],
             "ids": list(records.ids),
         }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    paths.write(path, json.dumps(content, indent=1))
 
 
 def _source(split: str, available: Sequence[str]) -> str | None:

@@ -1,13 +1,14 @@
 """The report of a sweep: one table, and the escape curves."""
 
+import io
 import json
-import pathlib
 from collections.abc import Sequence
 
+from qlog import paths
 from qlog.telemetry import read_jsonl, say
 
 
-def write(workdir: pathlib.Path, names: Sequence[str]) -> None:
+def write(workdir: paths.Path, names: Sequence[str]) -> None:
     """Writes report.md, report.json and escape.png of the runs workdir/NAME, and prints the table.
 
     The table has p@1, p@k, m@k, p@1 without a rationale, the final mean log P and the seconds of
@@ -15,8 +16,8 @@ def write(workdir: pathlib.Path, names: Sequence[str]) -> None:
     """
     rows = [row for row in (_row(workdir / name, name) for name in names) if row]
     table = markdown(rows)
-    (workdir / "report.md").write_text(table + "\n", encoding="utf-8")
-    (workdir / "report.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    paths.write(workdir / "report.md", table + "\n")
+    paths.write(workdir / "report.json", json.dumps(rows, indent=2) + "\n")
     curves = {name: read_jsonl(workdir / name / "metrics.jsonl") for name in names}
     draw_escape(curves, workdir / "escape.png")
     say(f"\n{table}\n\nreport.md, report.json and escape.png are in {workdir}")
@@ -32,7 +33,7 @@ def markdown(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw_escape(curves: dict[str, list[dict]], path: pathlib.Path) -> None:
+def draw_escape(curves: dict[str, list[dict]], path: paths.Path) -> None:
     """Two panels against the step: max_m c_m / M^q (the paper's Figure 3), and mean log P.
 
     Args:
@@ -57,19 +58,21 @@ def draw_escape(curves: dict[str, list[dict]], path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
     pyplot.close(figure)
+    paths.write(path, picture.getvalue())
 
 
-def _row(folder: pathlib.Path, name: str) -> dict | None:
-    results = json.loads((folder / "results.json").read_text())
+def _row(folder: paths.Path, name: str) -> dict | None:
+    results = json.loads(paths.read(folder / "results.json"))["metrics"]
     if not results:
         return None
     k = max(int(key[2:]) for key in results if key.startswith("m@") and key[2:].isdigit())
     row = {"run": name, "p@1": results["p@1"], f"p@{k}": results[f"p@{k}"], f"m@{k}": results[f"m@{k}"]}
     if "no_rationale/p@1" in results:
         row["p@1 without rationale"] = results["no_rationale/p@1"]
-    seconds = json.loads((folder / "seconds.json").read_text())
+    seconds = json.loads(paths.read(folder / "seconds.json"))
     return row | {"mean log P": results["log_p"], "seconds": round(seconds, 1)}
 
 
