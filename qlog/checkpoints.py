@@ -37,7 +37,7 @@ class Checkpoints:
         self.scores = {int(k): v for k, v in distributed.first(lambda: _read_scores(self._folder)).items()}
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            _absolute(self._folder / "checkpoints"),
+            place(self._folder, "--workdir") / "checkpoints",
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(
                 [latest, _Best(self.scores)]
@@ -162,24 +162,24 @@ def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") 
     Raises:
       ConfigError: no checkpoint there, or not the one that was asked for.
     """
-    named, folder = os.fspath(folder), _absolute(paths.parse(folder, field))
-    place = distributed.first(lambda: _place(folder))
+    named, folder = os.fspath(folder), place(folder, field)
+    above = distributed.first(lambda: _above(folder))
     steps = []
-    if place:
-        with ocp.training.Checkpointer(paths.parse(place)) as checkpointer:  # all: it has barriers
+    if above:
+        with ocp.training.Checkpointer(paths.parse(above)) as checkpointer:  # all: it has barriers
             steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-    return paths.parse(distributed.first(lambda: _choose(folder, place, steps, f"{field} = {named!r}", which)))
+    return paths.parse(distributed.first(lambda: _choose(folder, above, steps, f"{field} = {named!r}", which)))
 
 
-def _place(folder: Path) -> str:
+def _above(folder: Path) -> str:
     """The folder above all steps; '' where there is none, as in one step's."""
-    for place in (folder / "checkpoints", folder):
-        if place.name == "checkpoints" and paths.exists(place):
-            return str(place)
+    for above in (folder / "checkpoints", folder):
+        if above.name == "checkpoints" and paths.exists(above):
+            return str(above)
     return ""
 
 
-def _choose(folder: Path, place: str, steps: list[int], named: str, which: str) -> str:
+def _choose(folder: Path, above: str, steps: list[int], named: str, which: str) -> str:
     if paths.exists(folder / "params"):
         return str(folder)
     if not steps:
@@ -187,11 +187,11 @@ def _choose(folder: Path, place: str, steps: list[int], named: str, which: str) 
             f"{named} has no checkpoint: name a run's workdir, or one step's folder."
         )
     if which == "latest":
-        return f"{place}/{steps[-1]}"
+        return f"{above}/{steps[-1]}"
     if which == "best":
-        return f"{place}/{_best(steps, _read_scores(paths.parse(place).parent))}"
+        return f"{above}/{_best(steps, _read_scores(paths.parse(above).parent))}"
     if which.isdigit() and int(which) in steps:
-        return f"{place}/{which}"
+        return f"{above}/{which}"
     raise ConfigError(
         f"--checkpoint={which}: {named} has the steps {', '.join(map(str, steps))}; ask for {WHICH}."
     )
@@ -210,8 +210,22 @@ def _read_scores(workdir: Path) -> dict[int, float]:
         return {}
 
 
-def _absolute(path: Path) -> Path:
-    return path if paths.is_remote(path) else Path(os.path.abspath(path))
+def place(folder: str | os.PathLike, field: str) -> Path:
+    """`folder` as Orbax takes it: absolute.
+
+    Raises:
+      ConfigError: in an S3 bucket: Orbax (0.12.8) neither writes arrays there nor commits a checkpoint
+        whole.
+    """
+    path = paths.parse(folder, field)
+    if not paths.is_remote(path):
+        return Path(os.path.abspath(path))
+    if str(path).startswith("s3://"):
+        raise ConfigError(
+            f"{field} = {path}: Orbax keeps no checkpoints in s3:// buckets; give gs://BUCKET/... or a "
+            "folder that all hosts share (weights, data and assets may be in s3://)."
+        )
+    return path
 
 
 def abstract_like(tree, shardings=None):

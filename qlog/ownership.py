@@ -175,6 +175,8 @@ def _take(file: paths.Path) -> dict:
         return me
     first = _look(file)
     _refuse_living(file, first)
+    if (now_there := _look(file)).get("owner") != first.get("owner"):  # another start was faster
+        _refuse(file, now_there)
     paths.remove(file)
     if not paths.create(file, json.dumps(me)):
         _refuse(file, _look(file))

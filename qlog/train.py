@@ -43,7 +43,7 @@ def run(
     under way, save the state as of its begin, and return.
 
     Args:
-      workdir: a folder, or gs://BUCKET/..., s3://BUCKET/...; all processes must see the same.
+      workdir: a folder, or gs://BUCKET/...; all processes must see the same.
 
     Raises:
       ConfigError: before anything compiles.
@@ -55,7 +55,7 @@ def run(
         stop = stack.enter_context(interrupts.listening())
         stop.speaks = jax.process_index() == 0
         settings.check(config)
-        workdir = paths.parse(workdir, "--workdir")
+        workdir = checkpoints.place(workdir, "--workdir")
         claim = stack.enter_context(ownership.claim(workdir))
         experiment = prepare(config, devices)
         saved = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep)

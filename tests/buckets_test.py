@@ -1,5 +1,6 @@
 """Runs whose workdir is in a bucket, against object stores on loopback: equal to those on a disk."""
 
+import json
 import os
 import pathlib
 import signal
@@ -65,7 +66,7 @@ workdir = paths.parse(sys.argv[-1].partition("=")[2])
 
 def progress(self, step, text, every=10.0):
     if step == 2:
-        while not paths.exists(workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA"):
+        while not paths.exists(workdir / "checkpoints" / "2" / "commit_success.txt"):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -129,8 +130,14 @@ def _assert_same_run(workdir, on_disk):
     assert _timeless(workdir) == _timeless(on_disk)
     for name in ("rollouts.jsonl", "samples/step_000002.jsonl", "samples/step_000004.jsonl"):
         assert read_jsonl(workdir / name) == read_jsonl(paths.Path(on_disk) / name) != []
-    for name in ("config.json", "results.json"):
-        assert paths.read(workdir / name) == (on_disk / name).read_text()
+    assert paths.read(workdir / "config.json") == (on_disk / "config.json").read_text()
+    _assert_same_numbers("results.json", workdir, on_disk)
+
+
+def _assert_same_numbers(name, workdir, on_disk):
+    ours, theirs = (json.loads(paths.read(paths.Path(d) / name)) for d in (workdir, on_disk))
+    assert str(workdir) in ours.pop("source") and str(on_disk) in theirs.pop("source")
+    assert ours == theirs
 
 
 def _timeless(workdir):
@@ -143,7 +150,8 @@ def _timeless(workdir):
 
 def test_a_killed_and_resumed_run_in_a_bucket_equals_one_on_a_disk(in_bucket, on_disk):
     _assert_same_run(in_bucket, on_disk)
-    assert paths.names(in_bucket / "metrics") == ["000000.jsonl", "000002.jsonl"]
+    # A segment ends at each checkpoint and after each evaluation, whose row is of the step before.
+    assert paths.names(in_bucket / "metrics") == [f"{step:06d}.jsonl" for step in range(4)]
     names = paths.names(in_bucket)
     assert sum("tfevents" in name for name in names) == 2 and "owner.json" not in names
     assert not [name for name in names if name.startswith(".")]
@@ -153,8 +161,8 @@ def test_the_other_commands_read_and_write_there(in_bucket, on_disk, store):
     for workdir in (in_bucket, on_disk):
         for mode in ("evaluate", "sample", "export"):
             _run([*_MAIN, CONFIG, f"--workdir={workdir}", f"--mode={mode}"], store[1])
-    for name in ("evaluation_validation.json", "samples/validation.jsonl"):
-        assert paths.read(in_bucket / name) == (on_disk / name).read_text()
+    _assert_same_numbers("evaluation_validation.json", in_bucket, on_disk)
+    assert paths.read(in_bucket / "samples/validation.jsonl") == (on_disk / "samples/validation.jsonl").read_text()
     tensors = "export/model.safetensors"
     assert (in_bucket / tensors).read_bytes() == (on_disk / tensors).read_bytes()
 
@@ -202,3 +210,8 @@ def test_a_bucket_that_is_missing_or_forbidden_ends_in_a_sentence(bucket, store)
     said = _run([*_MAIN, CONFIG, f"--workdir=gs://{bucket}/run"], store[1], status=2)
     wrong = {"nowhere": "there is no bucket gs://nowhere", "forbidden": "this account may not write in"}
     assert wrong[bucket] in said and "Traceback" not in said
+
+
+def test_checkpoints_in_s3_are_refused_in_a_sentence(store):
+    said = _run([*_MAIN, CONFIG, "--workdir=s3://bucket/run"], store[1], status=2)
+    assert "Orbax keeps no checkpoints in s3:// buckets; give gs://" in said and "Traceback" not in said

@@ -112,9 +112,12 @@ def test_a_beat_that_fails_is_made_up_for(store, tmp_path, capsys):
     with ownership.claim(workdir) as claim:
         store.spoil("503", 2, ownership.FILE)
         store.spoil("cut", 1, "upload")
-        before = json.loads(paths.read(workdir / ownership.FILE))["beat"]
+        # As a second start looks: the emulator may show an object that is only half written.
+        look = lambda: ownership._look(workdir / ownership.FILE)  # noqa: E731
+        before = look()["beat"]
         claim.beat(step=9)
-        while json.loads(paths.read(workdir / ownership.FILE))["beat"] < before + 3:
+        while (look()["beat"] or 0) < before + 3:
             pass
-        assert json.loads(paths.read(workdir / ownership.FILE))["step"] == 9
+        while look().get("step") != 9:
+            pass
         claim.check()
