@@ -35,7 +35,6 @@ from qlog.errors import QLOG_ERRORS, ConfigError, PassingError
 
 ENVIRONMENT = "QLOG_ASSETS"
 _CHECKSUMS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "LastModified", "updated")
-_LASTING_STATUS = (400, 401, 403, 404, 405, 410)  # of HTTP
 _SECONDS_BETWEEN_NEWS = 10.0
 _AT_ONCE = 8  # files
 
@@ -305,19 +304,7 @@ def _faults(where: str) -> Iterator[None]:
                 f"{where}: no room ({error.strerror}; {cache('assets')} is the cache): make room, or set "
                 "XDG_CACHE_HOME to a larger disk."
             ) from error
-        # gcsfs says code and status; botocore hides the code in the response.
-        response = getattr(error, "response", None)
-        codes = [getattr(error, "code", 0), getattr(error, "status", 0)]
-        if isinstance(response, dict):
-            codes.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-        is_lasting = (
-            any(str(code) in map(str, _LASTING_STATUS) for code in codes)
-            or isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
-            or "Credentials" in type(error).__name__
-            or str(error).startswith("Forbidden")  # gcsfs: 403
-            or type(error).__module__.startswith("google.auth")
-        )
-        if is_lasting:
+        if not paths.passes(error):
             message = f"{where} cannot be used ({reason}): mend the name, or give this user the right."
             raise ConfigError(message) from error
         raise PassingError(f"{where} cannot be reached now ({reason}).") from error

@@ -4,7 +4,6 @@ import ctypes
 import importlib.util
 import os
 import sys
-import threading
 
 import jax
 
@@ -60,22 +59,15 @@ def _reachable(folder: paths.Path) -> str:
     minute at each of a hundred programs, and go on without."""
     if not paths.is_remote(folder):
         return str(folder)
-    told = []
 
     def ask():
-        try:
-            if not folder.exists():  # a team's cache may be there to read alone
-                (folder / "README.txt").write_text(_NOTE)
-            told.append("")
-        except Exception as error:  # each client has its own kinds
-            told.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        if not folder.exists():  # a team's cache may be there to read alone
+            (folder / "README.txt").write_text(_NOTE)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    reason = told[0] if told else f"no answer within {_PATIENCE:g} s"
-    if not reason:
+    error = paths.within(_PATIENCE, ask)
+    if error is None:
         return str(folder)
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     own = str(assets.cache("xla"))
     print(
         f"qlog: JAX_COMPILATION_CACHE_DIR={folder} cannot be used ({reason}): compiled programs go to {own}",

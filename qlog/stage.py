@@ -23,11 +23,6 @@ from qlog.data import builders
 from qlog.errors import ConfigError
 from qlog.experiment import tokenizer_path
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
-_MODEL = flags.DEFINE_string("model", "", "A Hub id to bring beside, or instead of, a config's.")
-_TO = flags.DEFINE_string("to", "", "gs://BUCKET/FOLDER, s3://BUCKET/FOLDER, or a folder all hosts see.")
-_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Say what would be copied where, and stop.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
@@ -141,22 +136,37 @@ def files(folder: pathlib.Path) -> list[str]:
     return [str(name) for name in names if not name.parts[0].startswith(".")]
 
 
-def main(argv: list[str]) -> int:
+class _Flags:
+    """The command's flags; defined when it runs, since other commands have some of the same names."""
+
+    def __init__(self):
+        self.config = config_flags.DEFINE_config_file(
+            "config", None, "Config file, with variants after a colon."
+        )
+        self.model = flags.DEFINE_string("model", "", "A Hub id to bring beside, or instead of, a config's.")
+        self.to = flags.DEFINE_string(
+            "to", "", "gs://BUCKET/FOLDER, s3://BUCKET/FOLDER, or a folder all hosts see."
+        )
+        self.dry_run = flags.DEFINE_bool("dry-run", False, "Say what would be copied where, and stop.")
+
+
+def main(given: _Flags, argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
     logging.set_verbosity(logging.WARNING)
-    if not _TO.value:
+    if not given.to.value:
         raise ConfigError("--to is needed: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.")
-    if not (_CONFIG.value or _MODEL.value):
+    if not (given.config.value or given.model.value):
         raise ConfigError("give a --config, a --model, or both.")
-    wanted = plan(_CONFIG.value, _MODEL.value)
-    if _DRY_RUN.value:
+    wanted = plan(given.config.value, given.model.value)
+    if given.dry_run.value:
         for asset in wanted:
-            print(f"{asset.what}: to {paths.parse(_TO.value, '--to') / asset.name}")
+            print(f"{asset.what}: to {paths.parse(given.to.value, '--to') / asset.name}")
         return 0
-    stage(wanted, _TO.value)
+    stage(wanted, given.to.value)
     return 0
 
 
 if __name__ == "__main__":
-    command_line.run(main, _CONFIG)
+    _given = _Flags()
+    command_line.run(functools.partial(main, _given), _given.config)

@@ -14,6 +14,7 @@ import tiny
 from qlog import models
 from qlog.benchmark import compare, measure, work
 from qlog.benchmark.report import report
+from qlog.models import flops
 from qlog.policy import Policy
 
 

@@ -80,7 +80,6 @@ def assert_same_run(workdir, whole):
 # point, the how manieth, the step whose state is saved (None: nothing had to be)
 POINTS = {
     "mid-decode": ("decode", 5, 1),
-    "mid-decode of the first step": ("decode", 2, None),
     "mid-gradient": ("gradient", 3, 1),
     "mid-evaluation": ("evaluation", 1, 2),
     "mid-save": ("save", 1, 2),
@@ -135,7 +134,9 @@ def test_sigusr1_shows_the_stacks_and_the_run_goes_on(uninterrupted, cache, tmp_
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["mid-decode", "mid-gradient", "mid-evaluation"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("mid-decode", marks=pytest.mark.slow), "mid-gradient", "mid-evaluation"]
+)
 def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_path):
     """Hosts are preempted one by one; the second is signalled, which writes no metrics."""
     point, nth, step = POINTS[name]
