@@ -120,11 +120,11 @@ def run(
             f"--topology={topology} and --mode={mode}: --mode=compile and a topology such as v5e:4x4 "
             "need each other."
         )
+    command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
     if mode == "compile" and "," in topology:
-        command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
         return scaling.run(config, topology.split(","), workdir, command)
     if mode == "compile":
-        return aot.run_compile(config, topology)
+        return aot.run_compile(config, topology, workdir, command)
     if not from_samples:
         return _COMMANDS[mode](config, workdir)
     if mode != "evaluate":

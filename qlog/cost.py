@@ -1,7 +1,7 @@
 """What a run costs before it starts: steps at the compiler's roofline, evaluations, chips, a price.
 
 The roofline is that of `--mode=compile`: launch/tables/roofline.json has what was compiled for the paper's
-configs, and a weak_scaling.json of `qlog.scaling` serves as well. All of it is a lower bound of the
+configs, and the JSON files that the mode writes serve as well. All of it is a lower bound of the
 time that a slice computes; start-up, compilation, saving and preemptions come on top.
 """
 
@@ -18,8 +18,8 @@ from qlog.errors import ConfigError
 
 # What a step's roofline depends on, beside the prompts of a step and the slice.
 _FIELDS = (
-    ("model",), ("data", "max_prompt_tokens"), ("rollout", "rollouts_per_prompt"),
-    ("rollout", "rationale_budget"), ("rollout", "answer_reserve"),
+    ("model",), ("architecture",), ("dtype",), ("data", "max_prompt_tokens"),
+    ("rollout", "rollouts_per_prompt"), ("rollout", "rationale_budget"), ("rollout", "answer_reserve"),
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class Estimate(NamedTuple):
 
 
 def read_rooflines(file: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
-    """The compilers' results in `file`: launch/tables/roofline.json, or one weak_scaling.json.
+    """The compiler's results in `file`: launch/tables/roofline.json, or one that --mode=compile wrote.
 
     Raises:
       ConfigError: no such file, or none of the two.
@@ -60,7 +60,7 @@ def read_rooflines(file: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"--roofline={os.fspath(file)} cannot be read ({error}): give launch/tables/roofline.json or a "
-            "weak_scaling.json that --mode=compile wrote."
+            "compile_*.json or weak_scaling.json that --mode=compile wrote."
         ) from None
     share = content.get("decode_share")
     return [{"decode_share": share, **result} for result in results]
@@ -78,6 +78,8 @@ def roofline(config: ConfigDict, topology: str, results: Iterable[Mapping[str, A
         for row in result["rows"]:
             if (row["topology"], row["prompts"]) != (topology, config.train.prompts_per_step):
                 continue
+            if row["seconds"] is None:  # the compiler gave up for memory
+                continue
             share = result["decode_share"]
             if "decode" in row.get("phases", {}):
                 share = row["phases"]["decode"] / row["seconds"]
@@ -86,8 +88,8 @@ def roofline(config: ConfigDict, topology: str, results: Iterable[Mapping[str, A
         f"--slice={topology}: no roofline is known there for {config.model}, {config.data.name}, "
         f"{config.train.prompts_per_step} x {config.rollout.rollouts_per_prompt} rollouts a step of "
         f"{config.rollout.rationale_budget} tokens: run python -m qlog.main --mode=compile "
-        f"--topology={topology} with the flags of the run, write its numbers as launch/tables/roofline.json "
-        "has them, and give that file as --roofline=FILE."
+        f"--topology={topology} with the flags of the run, and give the compile_*.json that it writes into "
+        "its workdir as --roofline=FILE."
     )
 
 
@@ -124,4 +126,4 @@ def _prompts(config: ConfigDict, split: str) -> int:
 def _get(config: Mapping[str, Any], field: Sequence[str]) -> Any:
     for key in field:
         config = config[key]
-    return config
+    return config.to_dict() if isinstance(config, ConfigDict) else config
