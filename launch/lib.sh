@@ -89,15 +89,48 @@ workdir_of_flags() {
         "outlives them: a restarted run resumes from it"
 }
 
-# job_name [LETTERS]: a name from the workdir's last part; gcluster takes 28 letters.
+# job_name [LETTERS]: a name from the workdir's last part, or the module; gcluster takes 28 letters.
 job_name() {
     local name
-    name=$(basename "$(workdir_of_flags)" | tr 'A-Z_.,=' 'a-z----' | tr -cd 'a-z0-9-')
+    case ${flags[0]-} in
+        -m) name=${flags[1]-} ;;
+        *) name=$(workdir_of_flags) || exit ;;
+    esac
+    name=$(basename "$name" | tr 'A-Z_.,=' 'a-z----' | tr -cd 'a-z0-9-')
     name=${name:0:${1-28}}
     echo "${name%-}"
 }
 
+# program: sets $program, what every host runs: qlog.main with the flags, or another module where
+# they begin with -m (-m qlog.doctor --config=...).
+program() {
+    case ${flags[0]-} in
+        -m)
+            [ -n "${flags[1]-}" ] || fail "-m needs a module, such as qlog.doctor"
+            program=(python "${flags[@]}")
+            ;;
+        *) program=(python -m qlog.main --distributed=on ${flags[@]+"${flags[@]}"}) ;;
+    esac
+}
+
+# outlives PREFIX: fails unless the workdir starts with PREFIX; other modules need none.
+outlives() {
+    [ "${flags[0]-}" = -m ] || workdir_of_flags "$1" >/dev/null
+}
+
+# host_environment PLATFORM: sets $environment, NAME=VALUE words for the hosts, from $assets and
+# $compile_cache.
+host_environment() {
+    environment=("JAX_PLATFORMS=$1,cpu")
+    if [ -n "${assets-}" ]; then environment+=("QLOG_ASSETS=$assets"); fi
+    if [ -n "${compile_cache-}" ]; then
+        environment+=("JAX_COMPILATION_CACHE_DIR=$compile_cache")
+        echo "launch/${0##*/}: whoever may write to $compile_cache runs code on all hosts" >&2
+    fi
+}
+
 # on_host: what every host runs, for launchers that want one line of shell.
 on_host() {
-    quote launch/supervise -- python -m qlog.main --distributed=on "${flags[@]}"
+    program
+    quote env "${environment[@]}" launch/supervise --restarts=3 -- "${program[@]}"
 }

@@ -1,5 +1,6 @@
 """The launch scripts at work: installing, supervising, several processes, stand-ins for clusters."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 
+import launch_fixtures
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -102,36 +104,89 @@ def test_install_from_nothing_again_and_after_an_interruption(tmp_path):
 # One host
 
 
-def test_supervise_forwards_sigterm_and_does_not_call_it_finished(tmp_path):
+def environment(**changes):
+    """This process's, in which `python` is the interpreter of the tests and finds this clone's qlog."""
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **changes}
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["to supervise", "to the group, twice"])
+def test_supervise_forwards_sigterm_and_does_not_call_it_finished(tmp_path, group):
     started, status = tmp_path / "started", tmp_path / "status"
     program = write_program(
         tmp_path / "program", SAVES_ON_TERM, PYTHON=sys.executable, STARTED=started
     )
-    call = [LAUNCH / "supervise", "--restarts=3", f"--status={status}", "--"]
-    process = subprocess.Popen([*call, program])
+    call = [LAUNCH / "supervise", "--restarts=3", f"--status={status}", "--digest=5", "--"]
+    process = subprocess.Popen([*call, program], start_new_session=True)
     wait_until(started.exists)
-    assert status.read_text().split() == ["running", str(process.pid)]
+    assert status.read_text().split() == ["running", str(process.pid), "5"]
     assert "runs already" in run(*call, "true", code=1)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2 if group else 1):
+        (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 143
-    assert (tmp_path / "started.saved").exists() and status.read_text() == "exited 143\n"
+    assert (tmp_path / "started.saved").exists() and status.read_text() == "exited 143 5\n"
 
 
-@pytest.mark.parametrize("code, tries", [(0, 1), (2, 1), (7, 2)])
-def test_supervise_restarts_failures_but_not_wrong_settings(tmp_path, code, tries):
+@pytest.mark.parametrize("code, tries", [(0, 1), (2, 1), (3, 1), (130, 1), (7, 3), (75, 3), (1, 3)])
+def test_supervise_tries_again_what_may_pass(tmp_path, code, tries):
+    """Without a newer checkpoint it gives up, and says so with a code that nobody tries again."""
     log = tmp_path / "log"
-    call = [LAUNCH / "supervise", "--restarts=1", f"--log={log}", "--"]
-    env = {"BASH_FUNC_sleep%%": "() { :; }"}  # No pause between the tries.
-    run(*call, "bash", "-c", f"echo once; exit {code}", code=code, env=env)
+    call = [LAUNCH / "supervise", "--restarts=2", f"--log={log}", "--"]
+    env = environment(**{"BASH_FUNC_sleep%%": "() { :; }"})  # No pause between the tries.
+    run(*call, "bash", "-c", f"echo once; exit {code}", code=code if tries == 1 else 3, env=env)
     assert log.read_text().count("once") == tries
+    assert ("giving up with code 3" in log.read_text()) == (tries > 1)
 
 
-def test_supervise_reads_secrets_from_files(tmp_path):
-    (tmp_path / "wandb_api_key").write_text("key\n")
+def test_supervise_goes_on_while_the_checkpoint_advances(tmp_path):
+    log, checkpoints = tmp_path / "log", tmp_path / "run/checkpoints"
+    program = write_program(tmp_path / "program", """
+        #!/bin/bash
+        n=$(ls @CHECKPOINTS@ 2>/dev/null | grep -c .)
+        mkdir -p @CHECKPOINTS@/$((n < 4 ? n + 1 : n))
+        exit 7
+    """, CHECKPOINTS=checkpoints)  # fmt: skip
+    call = [LAUNCH / "supervise", "--restarts=1", f"--log={log}", "--", program, f"--workdir={tmp_path}/run"]
+    run(*call, code=3, env=environment(**{"BASH_FUNC_sleep%%": "() { :; }"}))
+    # Four tries each left a newer checkpoint, two more did not.
+    assert log.read_text().count("trying again") == 5
+    assert "no newer checkpoint in 2 tries" in log.read_text()
+
+
+def test_supervise_copies_the_log_while_the_run_goes_on(tmp_path):
+    log, copy, go = tmp_path / "log", tmp_path / "bucket/host.log", tmp_path / "go"
+    call = [LAUNCH / "supervise", f"--log={log}", f"--copy-log={copy}", "--", "bash", "-c",
+            f"echo first; until [ -e {go} ]; do sleep 0.1; done; echo last"]  # fmt: skip
+    process = subprocess.Popen(call, env=environment(QLOG_COPY_SECONDS="0.2"))
+    wait_until(lambda: copy.exists() and "first" in copy.read_text())
+    assert process.poll() is None
+    go.touch()
+    assert process.wait(timeout=60) == 0 and copy.read_text() == log.read_text() == "first\nlast\n"
+
+
+def test_supervise_reads_secrets_from_files_and_leaves_the_environment_alone(tmp_path):
     (tmp_path / "hf_token").write_text("token\n")
-    command = ["bash", "-c", 'echo "$WANDB_API_KEY $HF_TOKEN_PATH"']
-    output = run(LAUNCH / "supervise", "--", *command, env={"QLOG_SECRETS": str(tmp_path)})
-    assert output == f"key {tmp_path}/hf_token\n"
+    command = ["bash", "-c", 'echo "$HF_TOKEN_PATH $JAX_PLATFORMS $QLOG_ASSETS"']
+    env = {"QLOG_SECRETS": str(tmp_path), "JAX_PLATFORMS": "tpu,cpu", "QLOG_ASSETS": "/assets"}
+    output = run(LAUNCH / "supervise", "--", *command, env=env)
+    assert output == f"{tmp_path}/hf_token tpu,cpu /assets\n"
+
+
+def test_run_status_tells_of_a_workdir_without_jax(tmp_path):
+    def status(workdir, code=0):
+        program = ("import sys; from qlog import run_status; code = run_status.main(sys.argv); "
+                   "assert 'jax' not in sys.modules; sys.exit(code)")  # fmt: skip
+        return run(sys.executable, "-c", program, workdir, code=code, env=environment())
+
+    assert json.loads(status(tmp_path)) == {"finished": False, "checkpoint": None, "beat": None}
+    for step in ("9", "10", "12.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    (tmp_path / "owner.json").write_text('{"step": 11, "time": 5.0}')
+    (tmp_path / "results.json").write_text("{}")
+    assert json.loads(status(tmp_path)) == {
+        "finished": True, "checkpoint": 10, "beat": {"step": 11, "time": 5.0},
+    }  # fmt: skip
+    assert "ftp://x" in status("ftp://x/y", code=2)
 
 
 def test_stage_copies_to_a_shared_folder(tmp_path):
@@ -149,90 +204,244 @@ FLAGS = ["--config=configs/hotpotqa.py:cold,garl,q=0.75", "--workdir=gs://bucket
 
 @pytest.fixture
 def tpu(tmp_path):
-    """launch/tpu_vm with a `gcloud` whose only host is a folder: ssh runs the command there."""
-    home = tmp_path / "home"
-    shutil.copytree(LAUNCH, home / "qlog/launch")
-    write_program(
-        home / "qlog/.venv/bin/python", SAVES_ON_TERM, PYTHON=sys.executable,
-        STARTED=home / "started",
-    )  # fmt: skip
-    write_program(tmp_path / "bin/gcloud", """
-        #!/bin/bash
-        echo "$*" >>@DIR@/calls
-        case "$*" in
-            *"queued-resources describe"*) cat @DIR@/state || { echo NOT_FOUND >&2; exit 1; } ;;
-            *"queued-resources create"*) echo ACTIVE >@DIR@/state ;;
-            *"queued-resources delete"*) rm @DIR@/state ;;
-            *"tpu-vm ssh"*launch/install*) ;;
-            *"tpu-vm ssh"*)
-                cd @DIR@/home
-                command="${*: -1}"
-                HOME=@DIR@/home exec bash -c "${command#--command=}" ;;
-        esac
-    """, DIR=tmp_path)  # fmt: skip
-    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "QLOG_KEEP_SECONDS": "0.2"}
+    """launch/tpu_vm with a `gcloud` whose hosts are folders: ssh runs the command there, by a
+    `python` that does what tpu.program says."""
+    homes = [tmp_path / "home0", tmp_path / "home1"]
+    for home in homes:
+        shutil.copytree(LAUNCH, home / "qlog/launch")
+        write_program(home / "qlog/.venv/bin/python", """
+            #!/bin/bash
+            case "$*" in
+                "-m qlog.run_status "*) cat @DIR@/run_status ;;
+                "-c "*) cp "$3" @DIR@/copied ;;
+                *) echo start >>@DIR@/starts; exec @DIR@/program "$@" ;;
+            esac
+        """, DIR=tmp_path)  # fmt: skip
+    path = launch_fixtures.install(tmp_path, "gcloud")
+    env = {"PATH": path, "QLOG_KEEP_SECONDS": "0.2"}
 
-    def call(action, *flags, **options):
-        where = ["--name=n", "--zone=z", "--type=v6e-16"]
-        return run(LAUNCH / "tpu_vm", action, *where, "--", *flags, env=env, **options)
+    def call(action, *words, flags=FLAGS, code=0, env=env):
+        where = ["--name=n", "--zone=z", "--type=v6e-16", *words]
+        return run(LAUNCH / "tpu_vm", action, *where, "--", *flags, code=code, env=env)
 
-    call.home, call.state, call.calls = home, tmp_path / "state", tmp_path / "calls"
+    def exits(code):
+        write_program(tmp_path / "program", f"#!/bin/sh\nexit {code}\n")
+
+    def verbs():
+        return [
+            verb for words in launch_fixtures.calls(tmp_path)
+            for verb in ("delete", "create", "scp", "supervise") if f" {verb} " in f" {' '.join(words)} "
+            or verb == "supervise" and "launch/supervise --restarts" in " ".join(words)
+        ]  # fmt: skip
+
+    def starts():
+        return (tmp_path / "starts").read_text().count("start") // len(homes)
+
+    call.homes, call.state, call.env, call.folder = homes, tmp_path / "state", env, tmp_path
+    call.exits, call.verbs, call.starts = exits, verbs, starts
+    call.state.write_text("ACTIVE")
+    (tmp_path / "run_status").write_text('{"finished": true, "checkpoint": null, "beat": null}\n')
+    write_program(tmp_path / "program", SAVES_ON_TERM, PYTHON=sys.executable, STARTED=tmp_path / "started")
     yield call
+    call.state.write_text("ACTIVE")
     call("stop")
 
 
 def test_tpu_vm_starts_shows_and_stops_a_run(tpu):
-    started, status = tpu.home / "started", tpu.home / "qlog-cold-garl.status"
-    tpu("run", *FLAGS)
+    started, status = tpu.folder / "started", tpu.homes[1] / "qlog-cold-garl.status"
+    tpu("run")
     wait_until(started.exists)
     assert started.read_text().split("\0") == ["-m", "qlog.main", "--distributed=on", *FLAGS]
-    tpu.state.write_text("ACTIVE\n")
     assert "ACTIVE" in (shown := tpu("status")) and "running" in shown
     assert "exited 143" in tpu("stop")
-    assert (tpu.home / "started.saved").exists() and status.read_text() == "exited 143\n"
+    assert (tpu.folder / "started.saved").exists() and "exited 143" in status.read_text()
+    assert "stopping" in (tpu.folder / "copied").read_text()  # the log
+
+
+def test_tpu_vm_setup_leaves_no_file_of_an_earlier_clone(tpu):
+    (old := tpu.homes[0] / "qlog/launch/old").touch()
+    (tpu.homes[0] / "qlog/.cache").mkdir()
+    tpu("setup")
+    assert not old.exists() and (tpu.homes[0] / "qlog/launch/tpu_vm").exists()
+    assert (tpu.homes[0] / "qlog/.venv").exists() and (tpu.homes[0] / "qlog/.cache").exists()
+    assert (tpu.homes[1] / "qlog/installed").read_text() == "tpu\n"
 
 
 def test_tpu_vm_keep_makes_a_preempted_slice_again_and_stops_when_finished(tpu):
     tpu.state.write_text("SUSPENDED\n")
-    write_program(tpu.home / "qlog/.venv/bin/python", "#!/bin/sh\nexit 0\n")
-    assert "finished" in tpu("keep", *FLAGS)
-    verbs = [
-        verb for line in tpu.calls.read_text().splitlines()
-        for verb in ("delete", "create", "scp", "install", "supervise") if f"{verb} " in line
-    ]  # fmt: skip
-    assert verbs == ["delete", "create", "scp", "install", "supervise"]
+    tpu.exits(0)
+    output = tpu("keep")
+    assert "finished" in output and "still there and paid for" in output
+    assert tpu.verbs() == ["delete", "create", "scp", "supervise"]
+    assert tpu.state.exists()
+
+
+def test_tpu_vm_keep_deletes_the_slice_at_the_end_if_asked(tpu):
+    tpu.exits(0)
+    assert "finished" in tpu("keep", "--delete") and not tpu.state.exists()
 
 
 def test_tpu_vm_keep_starts_the_run_of_a_restarted_host(tpu):
-    tpu.state.write_text("ACTIVE\n")
-    (tpu.home / "qlog-cold-garl.status").write_text("running 99999999\n")  # A process long gone.
-    write_program(tpu.home / "qlog/.venv/bin/python", "#!/bin/sh\nexit 0\n")
-    assert "finished" in tpu("keep", *FLAGS)
-    assert "launch/supervise" in tpu.calls.read_text()
+    (tpu.homes[0] / "qlog-cold-garl.status").write_text("running 99999999 1\n")  # long gone
+    tpu.exits(0)
+    assert "finished" in tpu("keep") and tpu.starts() == 1
 
 
-def test_tpu_vm_keep_gives_up_on_wrong_settings(tpu):
-    tpu.state.write_text("ACTIVE\n")
-    write_program(tpu.home / "qlog/.venv/bin/python", "#!/bin/sh\nexit 2\n")
-    assert "the run failed (exited 2)" in tpu("keep", *FLAGS, code=1)
+@pytest.mark.parametrize("code", [2, 3])
+def test_tpu_vm_keep_gives_up_on_what_would_go_wrong_again(tpu, code):
+    tpu.exits(code)
+    output = tpu("keep", "--delete", code=1)
+    assert f"the run failed (exited {code})" in output and not tpu.state.exists()
+    assert tpu.starts() == 1
 
 
-def test_slurm_saves_and_queues_again_before_the_time_limit(tmp_path):
-    started, calls = tmp_path / "started", tmp_path / "calls"
-    shutil.copytree(LAUNCH, tmp_path / "launch")
-    write_program(tmp_path / "bin/srun", SAVES_ON_TERM, PYTHON=sys.executable, STARTED=started)
-    write_program(tmp_path / "bin/scontrol", '#!/bin/sh\necho "$@" >>@CALLS@\n', CALLS=calls)
-    env = {
-        **os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "17",
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-    }  # fmt: skip
-    process = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", *FLAGS], env=env)
-    wait_until(started.exists)
-    at = (words := started.read_text().split("\0")).index("python")
-    assert words[at:] == ["python", "-m", "qlog.main", "--distributed=on", *FLAGS]
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=60) == 0
-    assert (tmp_path / "started.saved").exists() and calls.read_text() == "requeue 17\n"
+def test_tpu_vm_keep_takes_other_flags_for_another_run(tpu):
+    tpu.exits(0)
+    tpu("keep")
+    tpu("keep")
+    assert tpu.starts() == 1  # finished already
+    tpu("keep", flags=[*FLAGS, "--mode=evaluate"])
+    assert tpu.starts() == 2
+
+
+def test_tpu_vm_keep_refuses_a_slice_that_runs_something_else(tpu):
+    tpu("run", flags=[*FLAGS, "--config.seed=1"])
+    wait_until((tpu.folder / "started").exists)
+    assert "another run is on this slice" in tpu("keep", code=1)
+
+
+def test_tpu_vm_keep_replaces_hosts_that_do_not_answer(tpu):
+    (tpu.homes[1] / "dead").touch()
+    tpu.exits(0)
+    output = tpu("keep", "--patience=0")
+    assert "not every host answers" in output and "finished" in output
+    assert tpu.verbs() == ["delete", "create", "scp", "supervise"]
+
+
+def test_tpu_vm_keep_does_not_wait_for_ever_for_capacity(tpu):
+    tpu.state.write_text("WAITING_FOR_RESOURCES\n")
+    assert "WAITING_FOR_RESOURCES for 0 minutes" in tpu("keep", "--patience=0", "--delete", code=1)
+    assert not tpu.state.exists()
+    tpu.state.write_text("FAILED\n")
+    (tpu.folder / "next_state").write_text("FAILED")
+    assert "could not be made, four times" in tpu("keep", code=1)
+
+
+def test_tpu_vm_keep_starts_a_run_again_that_shows_no_sign_of_life(tpu):
+    (tpu.folder / "run_status").write_text(
+        '{"finished": false, "checkpoint": 3, "beat": {"step": 4, "phase": "decode", "time": 5.0}}\n'
+    )
+    write_program(tpu.folder / "program", """
+        #!/bin/sh
+        [ ! -e @DIR@/once ] || { echo '{"finished": true}' >@DIR@/run_status; exit 0; }
+        trap 'touch @DIR@/once; exit 0' TERM
+        while true; do sleep 0.1; done
+    """, DIR=tpu.folder)  # fmt: skip
+    tpu("run")
+    output = tpu("keep", env={**tpu.env, "QLOG_QUIET_SECONDS": "1"})
+    assert "no sign of life" in output and "finished" in output
+
+
+def test_tpu_vm_keep_says_that_the_bill_goes_on_when_it_is_interrupted(tpu):
+    call = [LAUNCH / "tpu_vm", "keep", "--name=n", "--zone=z", "--type=v6e-16", "--", *FLAGS]
+    process = subprocess.Popen(call, cwd=ROOT, env={**os.environ, **tpu.env}, text=True,
+                               stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    wait_until((tpu.folder / "started").exists)
+    process.send_signal(signal.SIGTERM)
+    assert "the run and its bill go on" in process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+
+
+@pytest.fixture
+def kubernetes(tmp_path):
+    env = {"PATH": launch_fixtures.install(tmp_path, "kubectl")}
+    call = [LAUNCH / "gke", "--image=I", "--type=v6e", "--topology=4x4", "--assets=gs://b/a", "--", *FLAGS]
+
+    def start(code=0):
+        return run(*call, code=code, env=env)
+
+    start.jobset = tmp_path / "jobsets/cold-garl"
+    return start
+
+
+def test_gke_applies_what_the_api_takes_and_shows_process_0(kubernetes):
+    output = kubernetes()
+    assert kubernetes.jobset.exists() and "batch.kubernetes.io/job-completion-index=0" in output
+
+
+def test_gke_refuses_a_live_jobset_and_replaces_an_ended_one(kubernetes):
+    kubernetes()
+    assert "JobSet cold-garl is live" in kubernetes(code=1)
+    for ended in ("Completed", "Failed"):
+        conditions = [{"type": "Suspended", "status": "False"}, {"type": ended, "status": "True"}]
+        kubernetes.jobset.write_text(json.dumps({"status": {"conditions": conditions}}))
+        assert "a new one takes its place" in kubernetes()
+        assert "spec" in json.loads(kubernetes.jobset.read_text())
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """slurm.sbatch as SLURM would start it; slurm(PLAN) starts it and srun follows the plan."""
+    for name in ("lib.sh", "env.sh", "slurm.sbatch"):
+        (tmp_path / "launch").mkdir(exist_ok=True)
+        shutil.copy(LAUNCH / name, tmp_path / "launch")
+    (tmp_path / "run").mkdir()
+    path = launch_fixtures.install(tmp_path, "srun", "scontrol")
+    env = environment(
+        PATH=f"{path.partition(':')[0]}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(tmp_path), SLURM_CPUS_PER_TASK="8",
+    )  # fmt: skip
+
+    def start(plan, *flags):
+        (tmp_path / "plan").write_text(plan)
+        (tmp_path / "started").unlink(missing_ok=True)
+        call = ["bash", LAUNCH / "slurm.sbatch", "--config=c", f"--workdir={tmp_path}/run", *flags]
+        process = subprocess.Popen(call, env=env, stdout=subprocess.PIPE, text=True)
+        wait_until((tmp_path / "started").exists)
+        return process
+
+    start.folder = tmp_path
+    start.requeued = lambda: ["scontrol", "requeue", "17"] in launch_fixtures.calls(tmp_path)
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_slurm_saves_and_queues_again_before_the_time_limit_and_when_preempted(slurm, number):
+    process = slurm("wait")
+    words = json.loads((slurm.folder / "started").read_text())
+    assert {"--cpus-per-task=8", "--label", "--kill-on-bad-exit=1"} <= set(words)
+    assert words[words.index("python"):] == [
+        "python", "-m", "qlog.main", "--distributed=on", "--config=c", f"--workdir={slurm.folder}/run",
+    ]  # fmt: skip
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 0 and slurm.requeued()
+
+
+@pytest.mark.parametrize(
+    "plan, code, requeued",
+    [("", 0, True),  # SLURM's default preemption signals the steps alone
+     ("finish", 0, False), ("exit 2", 2, False), ("exit 3", 3, False), ("exit 75", 75, True), ("exit 1", 1, True)],
+)  # fmt: skip
+def test_slurm_asks_whether_the_run_is_finished(slurm, plan, code, requeued):
+    assert slurm(plan).wait(timeout=60) == code and slurm.requeued() == requeued
+
+
+def test_slurm_queues_again_while_the_checkpoint_advances_and_three_times_without(slurm):
+    requeued = []
+    for plan in ["save 5, exit 75", "save 9, exit 1", "exit 1", "exit 1", "exit 1"]:
+        (slurm.folder / "calls").unlink(missing_ok=True)
+        process = slurm(plan)
+        process.wait(timeout=60)
+        requeued.append(slurm.requeued())
+    assert requeued == [True, True, True, True, False]
+    assert "no newer checkpoint" in process.stdout.read()
+
+
+def test_slurm_leaves_a_cancelled_job_alone(slurm):
+    (slurm.folder / "job_state").write_text("CANCELLED")
+    process = slurm("wait")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0 and not slurm.requeued()
 
 
 # Several processes on this machine

@@ -12,6 +12,8 @@ import sys
 
 import pytest
 import yaml
+from launch_fixtures import FLAGS as DOCUMENTED
+from launch_fixtures import JOBSET, check, misfits
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -41,7 +43,12 @@ def run(*command, code=0, env=None, **options):
 
 def printed(output):
     """The commands that a dry run printed, as the words a shell would see."""
-    return [shlex.split(part) for part in re.split(r"^\+ ", output, flags=re.MULTILINE)[1:]]
+    output = re.sub(r"^launch/.*\n", "", output, flags=re.MULTILINE)  # what a script says on stderr
+    commands = [shlex.split(part) for part in re.split(r"^\+ ", output, flags=re.MULTILINE)[1:]]
+    for words in commands:
+        if words[0] in {name.split()[0] for name in DOCUMENTED}:
+            check(words)  # a flag that the tool does not have
+    return commands
 
 
 # The files themselves
@@ -91,9 +98,12 @@ def test_constraints_pin_every_requirement():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    assert set(extras) == {"test", "tpu", "cuda", "parity"}
+    assert set(extras) == {"test", "tpu", "cuda", "gcs", "s3", "parity"}
     wanted = "\n".join([config["options"]["install_requires"], *extras.values()])
-    names = {re.split(r"[\[<>=; ]", line)[0] for line in wanted.splitlines() if line}
+    names = {
+        re.split(r"[\[<>=; ]", line)[0] for line in wanted.splitlines()
+        if line and not line.startswith(("#", "qlog["))
+    }  # fmt: skip
     pins = [
         line for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line and not line.lstrip().startswith("#")
@@ -113,6 +123,12 @@ GOLDEN = {
     "tpu_vm create --name=n --zone=z --type=v5litepod-16 --spot": [
         "gcloud compute tpus queued-resources create n --node-id=n --zone=z "
         "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
+    ],
+    "tpu_vm create --name=n --zone=z --type=v6e-16 --service-account=a@b --network=n --subnetwork=s "
+    "--internal-ips --labels=team=x --valid-until-duration=6h": [
+        "gcloud compute tpus queued-resources create n --node-id=n --zone=z --accelerator-type=v6e-16 "
+        "--runtime-version=v2-alpha-tpuv6e --internal-ips --service-account=a@b --network=n --subnetwork=s "
+        "--labels=team=x --valid-until-duration=6h"
     ],
     "tpu_vm delete --name=n --zone=z --project=p": [
         "gcloud compute tpus queued-resources delete n --zone=z --project=p --force --quiet"
@@ -135,39 +151,67 @@ def test_dry_run_prints_the_commands(call):
     assert output == [shlex.split(line) for line in GOLDEN[call]]
 
 
-ON_HOST = ["launch/supervise", "--", "python", "-m", "qlog.main", "--distributed=on", *FLAGS]
+PROGRAM = ["python", "-m", "qlog.main", "--distributed=on", *FLAGS]
+SUPERVISE = ["launch/supervise", "--restarts=3", "--"]
+ON_CLOUD = {
+    "gcluster": "gcluster --cluster=c --location=l --image=I --type=ct6e-standard-4t --topology=4x4",
+    "xpk": "xpk --cluster=c --zone=z --image=I --type=v6e-16",
+}
 
 
-@pytest.mark.parametrize(
-    "call, start",
-    [
-        (
-            "gcluster --cluster=c --location=l --image=I --type=ct6e-standard-4t --topology=4x4",
-            "gcluster job submit --cluster=c --location=l --name=cold-garl --image=I "
-            "--compute-type=ct6e-standard-4t --topology=4x4 --num-slices=1 --restarts=20 "
-            "--grace-period=300s",
-        ),
-        (
-            "xpk --cluster=c --zone=z --image=I --type=v6e-16 --name=mine --grace=60",
-            "xpk workload create --cluster=c --zone=z --workload=mine --tpu-type=v6e-16 "
-            "--num-slices=1 --docker-image=I --max-restarts=20 --restart-on-user-code-failure "
-            "--termination-grace-period-seconds=60",
-        ),
-    ],
-)
-def test_gcluster_and_xpk_hand_over_one_command(call, start):
-    script, *options = call.split()
-    ((*command, last),) = printed(run(LAUNCH / script, *options, "--dry-run", "--", *FLAGS))
-    assert command == start.split()
-    assert shlex.split(last.removeprefix("--command=")) == ON_HOST
+def on_host(name, *options, flags=FLAGS):
+    """(the command line but its last word, the words that the host runs)."""
+    script, *rest = [*ON_CLOUD[name].split(), *options]
+    output = run(LAUNCH / script, *rest, "--dry-run", "--", *flags)
+    ((*command, last),) = printed(output)
+    return command, shlex.split(last.removeprefix("--command="))
+
+
+def test_gcluster_and_xpk_hand_over_one_command():
+    command, words = on_host("gcluster", "--assets=gs://b/some/assets", "--service-account=s")
+    assert command == (
+        "gcluster job submit --cluster=c --location=l --name=cold-garl --image=I "
+        "--compute-type=ct6e-standard-4t --topology=4x4 --num-slices=1 --restarts=3 "
+        "--grace-period=300s --service-account=s --mount=gs://b:/bucket:ro"
+    ).split()
+    environment = ["env", "JAX_PLATFORMS=tpu,cpu", "QLOG_ASSETS=/bucket/some/assets"]
+    assert words == [*environment, *SUPERVISE, *PROGRAM]
+    command, words = on_host("xpk", "--name=mine", "--grace=60", "--compile-cache=gs://b/xla", "--assets=gs://b/a")
+    assert command == (
+        "xpk workload create --cluster=c --zone=z --workload=mine --tpu-type=v6e-16 "
+        "--num-slices=1 --docker-image=I --max-restarts=3 --termination-grace-period-seconds=60"
+    ).split()
+    environment = ["env", "JAX_PLATFORMS=tpu,cpu", "QLOG_ASSETS=gs://b/a", "JAX_COMPILATION_CACHE_DIR=gs://b/xla"]
+    assert words == [*environment, *SUPERVISE, *PROGRAM]
 
 
 def test_slurm_submits_the_flags_as_they_are():
-    call = "--nodes=2 --gpus-per-node=8 --partition=p --grace=90 --dry-run --".split()
+    call = ["--nodes=2", "--gpus-per-node=8", "--partition=p", "--grace=90", "--mem=0", "--exclusive",
+            "--container-image=I", "--assets=/shared/assets", "--dry-run", "--"]  # fmt: skip
     (command,) = printed(run(LAUNCH / "slurm", *call, *FLAGS))
+    assert command[:4] == [
+        "env", "JAX_PLATFORMS=cuda,cpu", "QLOG_ASSETS=/shared/assets", "QLOG_CONTAINER_IMAGE=I",
+    ]  # fmt: skip
     at = command.index("launch/slurm.sbatch")
-    assert command[at + 1 :] == FLAGS
-    assert {"--nodes=2", "--ntasks-per-node=8", "--signal=B:USR1@90"} <= set(command[:at])
+    assert check(command[4:at]) == "sbatch" and command[at + 1 :] == FLAGS
+    assert {"--nodes=2", "--ntasks-per-node=8", "--signal=B:USR1@90", "--mem=0", "--exclusive",
+            "--export=ALL"} <= set(command[:at])  # fmt: skip
+
+
+DOCTOR = ["-m", "qlog.doctor", "--config=configs/hotpotqa.py:cold,garl"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [*ON_CLOUD.values(), "slurm --gpus-per-node=8", "skypilot --gpus=H100:8",
+     "tpu_vm run --name=n --zone=z", "gke --image=I --type=v6e --topology=4x4", "local --processes=1"],
+)  # fmt: skip
+def test_another_module_starts_through_every_launcher(call):
+    script, *options = call.split()
+    output = run(LAUNCH / script, *options, "--dry-run", "--", *DOCTOR)
+    assert "qlog.main" not in output
+    words = output.replace('"', " ").replace(",", " ").replace("'", " ").replace("=", " ").split()
+    assert "qlog.doctor" in words and words[words.index("qlog.doctor") - 1] == "-m"
 
 
 def test_skypilot_passes_the_flags_through_the_environment():
@@ -175,17 +219,41 @@ def test_skypilot_passes_the_flags_through_the_environment():
     (command,) = printed(run(LAUNCH / "skypilot", *call, *FLAGS))
     assert command[:4] == ["sky", "jobs", "launch", "--name=cold-garl"]
     assert {"--gpus=tpu-v6e-16", "--use-spot", "launch/skypilot.yaml"} <= set(command)
-    (value,) = [word for word in command if word.startswith("--env=QLOG_FLAGS=")]
+    assert "--env=JAX_PLATFORMS=tpu,cpu" in command
+    (value,) = [word for word in command if word.startswith("--env=QLOG_COMMAND=")]
     script = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"].splitlines()[0]
     output = run("bash", "-c", f'{script}\nprintf "%s\\0" "$@"',
-                 env={"QLOG_FLAGS": value.removeprefix("--env=QLOG_FLAGS=")})  # fmt: skip
-    assert output.split("\0")[:-1] == FLAGS
+                 env={"QLOG_COMMAND": value.removeprefix("--env=QLOG_COMMAND=")})  # fmt: skip
+    assert output.split("\0")[:-1] == PROGRAM
+
+
+def test_skypilot_never_repeats_what_would_go_wrong_again():
+    recovery = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["resources"]["job_recovery"]
+    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75, 143]}
+
+
+@pytest.mark.parametrize("platforms, extra", [("tpu,cpu", "tpu"), ("cuda,cpu", "cuda")])
+def test_skypilot_installs_for_the_accelerator(tmp_path, platforms, extra):
+    setup = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["setup"]
+    for path in (".venv/bin/python", "launch/install"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text("#!/bin/sh\necho $1\n")
+        (tmp_path / path).chmod(0o755)
+    # SkyPilot counts TPUs in it as well.
+    env = {"JAX_PLATFORMS": platforms, "SKYPILOT_SETUP_NUM_GPUS_PER_NODE": "1"}
+    assert run("bash", "-c", f"cd {tmp_path}; {setup}", env=env) == f"{extra}\n"
 
 
 def gke(*options):
     call = ["--image=I", "--type=v6e", "--dry-run", *options, "--", *FLAGS]
     job = yaml.safe_load(run(LAUNCH / "gke", *call))
+    assert not misfits(job, JOBSET)
     return job, job["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def as_run(words):
+    """The words as Kubernetes hands them on."""
+    return [word.replace("$$", "$") for word in words]
 
 
 def test_gke_fills_in_the_jobset():
@@ -196,26 +264,83 @@ def test_gke_fills_in_the_jobset():
     assert job["spec"]["replicatedJobs"][0]["replicas"] == 2
     assert slice_["completions"] == slice_["parallelism"] == 8 and slice_["backoffLimit"] == 0
     assert pod["terminationGracePeriodSeconds"] == 120
-    assert container["command"] + container["args"] == ON_HOST
+    assert container["command"] + as_run(container["args"]) == [*SUPERVISE, *PROGRAM]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["env"] == [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
         "cloud.google.com/gke-tpu-topology": "4x8",
     }
     assert "kueue.x-k8s.io/queue-name" not in job["metadata"]["labels"]
     assert [volume["name"] for volume in pod["volumes"]] == ["secrets"]
+    assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
+
+
+# The messages of Kubernetes' Job controller (pkg/controller/job/pod_failure_policy.go).
+EXITED = "Container qlog for pod default/n-slice-0-1-x failed with exit code {} matching FailJob rule at index 0"
+EVICTED = "Pod default/n-slice-0-1-x has condition DisruptionTarget matching FailJob rule at index 1"
+
+
+@pytest.mark.parametrize(
+    "reason, message, action",
+    [
+        ("PodFailurePolicy", EXITED.format(2), "FailJobSet"),
+        ("PodFailurePolicy", EXITED.format(3), "FailJobSet"),
+        ("PodFailurePolicy", EVICTED, "RestartJobSetAndIgnoreMaxRestarts"),
+        ("BackoffLimitExceeded", "Job has reached the specified backoff limit", "RestartJobSet"),
+    ],
+)
+def test_gke_restarts_what_was_preempted_and_fails_what_would_go_wrong_again(reason, message, action):
+    job, slice_ = gke("--topology=4x4")
+    policy = job["spec"]["failurePolicy"]
+    taken = [
+        rule["action"] for rule in policy["rules"]
+        if reason in rule["onJobFailureReasons"]
+        and any(re.search(pattern, message) for pattern in rule["onJobFailureMessagePatterns"])
+    ]  # fmt: skip
+    assert [*taken, "RestartJobSet"][0] == action and policy["maxRestarts"] == 3  # its default action
+    codes, conditions = slice_["podFailurePolicy"]["rules"]
+    assert codes["onExitCodes"]["values"] == [2, 3]
+    assert conditions["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
 
 def test_gke_options_add_their_lines():
-    options = ["--queue=q", "--spot", "--service-account=s", "--assets=gs://b/some/assets"]
+    options = ["--queue=q", "--spot", "--service-account=s", "--assets=gs://b/some/assets", "--reservation=r",
+               "--flex-start", "--node-selector=pool=mine", "--env=LIBTPU_INIT_ARGS=--a=b $X",
+               "--compile-cache=gs://b/xla"]  # fmt: skip
     job, slice_ = gke("--topology=2x2", *options)
     pod = slice_["template"]["spec"]
+    container = pod["containers"][0]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
     assert pod["serviceAccountName"] == "s" and slice_["completions"] == 1
-    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    selector = {"cloud.google.com/gke-spot": "true", "cloud.google.com/gke-flex-start": "true",
+                "cloud.google.com/reservation-name": "r", "pool": "mine"}  # fmt: skip
+    assert selector.items() <= pod["nodeSelector"].items()
+    assert {e["name"]: as_run([e["value"]])[0] for e in container["env"]} == {
+        "JAX_PLATFORMS": "tpu,cpu", "QLOG_ASSETS": "/assets", "JAX_COMPILATION_CACHE_DIR": "gs://b/xla",
+        "LIBTPU_INIT_ARGS": "--a=b $X",
+    }  # fmt: skip
     attributes = pod["volumes"][1]["csi"]["volumeAttributes"]
-    assert attributes == {"bucketName": "b", "mountOptions": "only-dir=some/assets"}
-    assert pod["containers"][0]["volumeMounts"][1]["mountPath"] == "/assets"
+    assert attributes == {"bucketName": "b", "mountOptions": "only-dir=some/assets,implicit-dirs"}
+    assert container["volumeMounts"][1]["mountPath"] == "/assets"
+    assert slice_["template"]["metadata"]["annotations"]["gke-gcsfuse/cpu-limit"] == "0"
+    assert "hostNetwork" not in pod
+    _, slice_ = gke("--topology=4x4", "--slices=2", "--assets=gs://b/a")
+    attributes = slice_["template"]["spec"]["volumes"][1]["csi"]["volumeAttributes"]
+    assert attributes["hostNetworkPodKSA"] == "true"
+
+
+@pytest.mark.parametrize(
+    "options, hosts, chips",
+    [("--type=v5e --topology=2x4", 1, 8), ("--type=v6e --topology=2x4", 1, 8),
+     ("--type=v6e --topology=1x1", 1, 1), ("--type=v5e --topology=2x4 --chips-per-host=4", 2, 4),
+     ("--type=v6e --topology=2x4 --slices=2", 2, 4), ("--type=v5e --topology=4x4", 4, 4),
+     ("--type=v5p --topology=2x2x1", 1, 4), ("--type=tpu7x --topology=2x2x2", 2, 4)],
+)  # fmt: skip
+def test_gke_knows_the_chips_of_a_host(options, hosts, chips):
+    _, slice_ = gke(*options.split())
+    limits = slice_["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (slice_["completions"], limits["google.com/tpu"]) == (hosts, chips)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +354,10 @@ def test_gke_options_add_their_lines():
         ("stage --to=s3://b --data=tests", "a gs:// bucket or a folder"),
         ("tpu_vm create --name=n --zone=z --type=tpu7x-8", "use launch/gke"),
         ("tpu_vm run --name=n --zone=z -- --workdir=runs/x", "--workdir=gs://"),
+        ("tpu_vm create --name=n --zone=z --type=v6e-16 --slices=2", "launch/gke --slices"),
+        ("gcluster --cluster=c --location=l --image=I --type=t --topology=4x4 --assets=gs://b -- --workdir=gs://b/r",
+         "give gs://BUCKET/FOLDER"),
+        ("supervise --restarts=x -- true", "--restarts=x"),
         ("skypilot --gpus=H100:8 -- --workdir=runs/x", "a bucket is needed"),
         ("supervise", "give the command to run"),
         ("install gpu", "there is no extra 'gpu'"),
@@ -245,6 +374,7 @@ def test_mistakes_end_in_one_sentence(call, message):
     [
         ("gke --image=I --type=v6e --topology=4by4 -- --workdir=gs://b/r", "--topology=4by4"),
         ("gke --image=I --type=v6e --topology=4x4 -- --workdir=runs/r", "--workdir=gs://"),
+        ("gke --image=I --type=v6e --topology=2x2 --slices=2 -- --workdir=gs://b/r", "--slices=2"),
         ("local --processes=0 --config=x", "--processes=0"),
         ("local", "nothing to run"),
         ("local --proceses=2 -- x.py", "--proceses=2: unknown option"),
