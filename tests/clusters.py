@@ -1,7 +1,7 @@
 """Stand-ins for clusters: commands that keep state in a folder, and the jobs themselves, played here.
 
 `kubectl apply`, `sbatch` and the like leave a job in the folder; a thread writes what its run would
-write into its workdir. A JobSet that has ended stays as it is when it is applied again, as in GKE.
+write into its workdir. A JobSet keeps its name, ended or not, until it is deleted, as in GKE.
 """
 
 import contextlib
@@ -16,17 +16,18 @@ from qlog import paths
 
 TICK = 0.05  # seconds between a run's heartbeats
 
-KUBECTL = """#!/bin/bash
+KUBECTL = r"""#!/bin/bash
 echo "kubectl $*" >>@DIR@/calls
 case "$1 $2" in
     "apply --filename=-")
         cat >@DIR@/applied.$$
         name=$(sed -n 's/^  name: //p' @DIR@/applied.$$ | head -n 1)
-        if [ -e "@DIR@/$name.job" ]; then echo "jobset/$name unchanged"; exit; fi
+        if [ -e "@DIR@/$name.job" ]; then echo "$name: field is immutable" >&2; exit 1; fi
         mv @DIR@/applied.$$ "@DIR@/$name.job" ;;
     "get jobset")
-        [ -e "@DIR@/$3.job" ] || { echo 'Error from server (NotFound): jobsets' >&2; exit 1; }
-        cat "@DIR@/$3.state" 2>/dev/null || true ;;
+        [ -e "@DIR@/$3.job" ] || exit 0
+        state=$(cat "@DIR@/$3.state" 2>/dev/null)
+        echo "{\"status\": {\"conditions\": [{\"type\": \"${state:-StartupPolicyCompleted}\", \"status\": \"True\"}]}}" ;;
     "delete jobset") rm -f "@DIR@/$3.job" "@DIR@/$3.state" ;;
     *) echo "unknown command: $*" >&2; exit 1 ;;
 esac
