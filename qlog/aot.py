@@ -5,6 +5,8 @@ extra `tpu` (libtpu), no TPU.
 """
 
 import dataclasses
+import importlib.metadata
+import json
 import math
 import os
 import re
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from qlog import config as settings
 from qlog import experiment as parts
-from qlog import learner, losses, models, optimizer, sampling, sharding
+from qlog import learner, losses, models, optimizer, paths, sampling, sharding
 from qlog import step as train_step
 from qlog.chips import CHIPS, Chip
 from qlog.errors import ConfigError
@@ -336,8 +338,15 @@ def remedies(phases: Mapping[str, Phase], chip: Chip, config: ConfigDict) -> lis
     return advice
 
 
-def run_compile(config: ConfigDict, topology: str) -> int:
-    """Prints what the compiler says of a step on `topology`; 1 when it does not fit."""
+def made_from(config: ConfigDict, command: str) -> dict:
+    """What results on disk say of their making."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+    return {"command": command, "versions": versions, "config": json.loads(settings.to_json(config))}
+
+
+def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command: str) -> int:
+    """Prints what the compiler says of a step on `topology`, and writes the step's seconds to
+    workdir/compile_TOPOLOGY.json; 1 when it does not fit."""
     phases, chip = compile_run(config, topology)
     console = Console(width=150)
     console.print(_table(phases, chip, topology))
@@ -354,6 +363,14 @@ def run_compile(config: ConfigDict, topology: str) -> int:
         f"step: at least {step:,.2f} s, at most {tokens / step:,.0f} tokens/s"
     )
     advice = remedies(phases, chip, config)
+    seconds = {name: phase.seconds(chip) for name, phase in phases.items() if phase.runs}
+    if all(map(math.isfinite, seconds.values())):
+        row = {
+            "topology": topology, "chips": len(topology_devices(topology)), "fits": not advice,
+            "prompts": config.train.prompts_per_step, "seconds": step, "phases": seconds,
+        }  # fmt: skip
+        file = workdir / f"compile_{topology.replace(':', '-')}.json"
+        paths.write(file, json.dumps({**made_from(config, command), "rows": [row]}, indent=2))
     for line in advice:
         console.print(f"does not fit: {line}")
     if not advice:

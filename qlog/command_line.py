@@ -31,10 +31,11 @@ def _parse(config: flags.FlagHolder, argv: list[str]) -> list[str]:
         getattr(config.value, "seed", None)  # a file that did not load says so when it is read
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-        _fail(_sentence(error, argv))
+        _fail(sentence(error, argv))
 
 
-def _sentence(error: Exception, argv: list[str]) -> str:
+def sentence(error: Exception, argv: list[str]) -> str:
+    """What is wrong with the flags `argv`, in one sentence, from what parsing them raised."""
     text = str(error)
     # An override of a key that does not exist arrives as an error of its name.
     key = re.match(r"\W*(\w*)", text)[1]
@@ -45,10 +46,10 @@ def _sentence(error: Exception, argv: list[str]) -> str:
             return f"{flag}: the config has no field {key!r}; {remedy}"
     # config_flags folds the traceback of a config file into its message.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    sentence = lines[-1] if "Traceback" in text else " ".join(lines)
-    return sentence.removeprefix("qlog.errors.ConfigError: ")
+    text = lines[-1] if "Traceback" in text else " ".join(lines)
+    return text.removeprefix("qlog.errors.ConfigError: ")
 
 
-def _fail(sentence: str, status: int = 2):
-    print(f"qlog: {sentence}", file=sys.stderr)
+def _fail(text: str, status: int = 2):
+    print(f"qlog: {text}", file=sys.stderr)
     sys.exit(status)

@@ -159,11 +159,11 @@ def run(
             f"--checkpoint={checkpoint} is not read by --mode={mode}: it is for {', '.join(_READING)}; "
             "training begins from --config.init_from."
         )
+    command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
     if mode == "compile" and "," in topology:
-        command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
         return scaling.run(config, topology.split(","), workdir, command)
     if mode == "compile":
-        return aot.run_compile(config, topology)
+        return aot.run_compile(config, topology, workdir, command)
     if from_samples:
         return run_from_samples(config, workdir, paths.parse(from_samples, "--from_samples"))
     if mode == "train":

@@ -7,7 +7,6 @@ The config is that of the first topology; on a slice of n times the chips the pr
 are n times as many. Writes weak_scaling.md and weak_scaling.json, with what they were made from.
 """
 
-import importlib.metadata
 import json
 import math
 import os
@@ -137,8 +136,7 @@ def markdown(rows: list[Row], chip: Chip, inputs: Mapping[str, object]) -> str:
 def run(config: ConfigDict, topologies: list[str], workdir: str | os.PathLike, command: str) -> int:
     """Writes and prints the table; 1 when a row does not fit."""
     rows, chip = measure(config, topologies)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
-    inputs = {"command": command, "versions": versions, "config": json.loads(settings.to_json(config))}
+    inputs = aot.made_from(config, command)
     workdir = paths.parse(workdir, "--workdir")
     text = markdown(rows, chip, inputs)
     table = [{key: _plain(value) for key, value in row._asdict().items()} for row in rows]

@@ -4,7 +4,7 @@ import jax
 import pytest
 import tiny
 
-from qlog import aot
+from qlog import aot, cost
 from qlog.chips import CHIPS
 from qlog.errors import ConfigError
 from qlog.roofline import Cost, Sweep
@@ -29,11 +29,14 @@ def test_what_does_not_fit_names_the_setting_to_change():
     assert "mesh.tensor = 1" in advice
 
 
-def test_a_step_compiles_for_a_slice_and_fits(capsys):
+def test_a_step_compiles_for_a_slice_and_fits(capsys, tmp_path):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
     config = tiny.config(train={"prompts_per_step": 8}, evaluation={"prompts_per_batch": 2}, mesh={"data": 2, "fsdp": 2})
     config.architecture.num_layers = 1
-    assert aot.run_compile(config, "v5e:2x2") == 0
+    assert aot.run_compile(config, "v5e:2x2", tmp_path, "python -m x") == 0
+    (written,) = cost.read_rooflines(tmp_path / "compile_v5e-2x2.json")
+    step = cost.roofline(config, "v5e:2x2", [written])
+    assert step.chips == 4 and 0 < step.decode_share < 1 and written["command"] == "python -m x"
     output = capsys.readouterr().out
     for program in ("prefill", "decode", "score", "evaluate", "gradient", "update", "step: at least", "fits."):
         assert program in output

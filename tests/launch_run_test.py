@@ -207,27 +207,6 @@ def test_run_status_tells_of_a_workdir_without_jax(tmp_path):
     assert "ftp://x" in status("ftp://x/y", code=2)
 
 
-def test_sweep_runs_every_line_and_reports_failures(tmp_path):
-    runs = tmp_path / "runs.txt"
-    runs.write_text("# comment\ngood --config=a.py:x,q=0.5\n\nbad --config=b.py  # why\n")
-    script = write_program(tmp_path / "start", """
-        #!/bin/sh
-        echo "started: $*"
-        case "$*" in *b.py*) exit 3 ;; esac
-    """)  # fmt: skip
-    call = [f"--runs={runs}", "--workdir=w/", "--seeds=0,1", "--", script, "--opt"]
-    output = run(LAUNCH / "sweep", *call, code=1)
-    assert [line for line in output.splitlines() if line.startswith("started")] == [
-        "started: --opt -- --config=a.py:x,q=0.5 --config.seed=0 --workdir=w/good-0",
-        "started: --opt -- --config=a.py:x,q=0.5 --config.seed=1 --workdir=w/good-1",
-        "started: --opt -- --config=b.py --config.seed=0 --workdir=w/bad-0",
-        "started: --opt -- --config=b.py --config.seed=1 --workdir=w/bad-1",
-    ]
-    assert [line.split(maxsplit=1)[1] for line in output.splitlines()[-4:]] == [
-        "ok", "ok", "exit code 3", "exit code 3",
-    ]  # fmt: skip
-
-
 def test_run_status_and_logs_in_a_bucket(tmp_path):
     """Against an object store on loopback; on gs:// a checkpoint is whole when its last file is there."""
     with socket.socket() as s:
