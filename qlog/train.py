@@ -235,12 +235,16 @@ def _evaluated(workdir: Path, step: int, split: str) -> dict[str, float]:
 
 
 def _finished(workdir: Path, config: ConfigDict) -> dict | None:
-    """The metrics of a run that has finished with these steps; None of one that has more to do."""
+    """The metrics of a run that has finished with these steps; None of one that has more to do, whose
+    results of fewer steps are removed: launchers take a run that has results for finished."""
     try:
         record = json.loads(paths.read(workdir / RESULTS))
     except FileNotFoundError:
         return None
-    return record["metrics"] if record["step"] >= config.train.steps else None
+    if record["step"] >= config.train.steps:
+        return record["metrics"]
+    paths.remove(workdir / RESULTS)
+    return None
 
 
 def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> None:

@@ -465,7 +465,7 @@ def test_kubernetes_models_take_the_job(pypi):
         ("tpu_vm create --name=n --zone=z --type=v6e-16 --slices=2", "launch/gke --slices"),
         (f"{ON_CLOUD['gcluster']} --assets=gs://b -- --workdir=gs://b/r", "give gs://BUCKET/FOLDER"),
         ("supervise --restarts=x -- true", "--restarts=x"),
-        ("skypilot --gpus=H100:8 -- --workdir=runs/x", "a bucket is needed"),
+        ("skypilot --gpus=H100:8 -- --workdir=runs/x", "a gs:// bucket is needed"),
         ("supervise", "give the command to run"),
         ("install gpu", "there is no extra 'gpu'"),
     ],
