@@ -34,7 +34,8 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
         self._folder = paths.parse(workdir)
-        self.scores = {int(k): v for k, v in distributed.first(lambda: _read_scores(self._folder)).items()}
+        scores = distributed.first(lambda: _read_scores(self._folder))
+        self.scores = {int(step): score for step, score in scores.items()}
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             place(self._folder, "--workdir") / "checkpoints",
@@ -46,6 +47,8 @@ class Checkpoints:
         )
         newest = self._checkpointer.latest
         self.latest_step: int | None = distributed.broadcast(newest and newest.step)
+        for step in [step for step in self.scores if step > (self.latest_step or 0)]:
+            del self.scores[step]  # of checkpoints that were lost: the steps are done again
 
     def save(self, state: TrainState, *, step: int, config: str, identity: dict | None = None) -> None:
         """Starts writing `state` as of `step`; it may be used again as soon as this returns.
@@ -81,7 +84,7 @@ class Checkpoints:
         """The newest state, placed as `abstract` (ShapeDtypeStructs with shardings) says.
 
         Raises:
-          ConfigError: `keep_best_params` was here.
+          ConfigError: it was pruned.
         """
         training = self._folder / "checkpoints" / str(self.latest_step) / "training"
         if not distributed.first(lambda: paths.exists(training)):
@@ -96,10 +99,13 @@ class Checkpoints:
     def made_of(self) -> tuple[dict, dict]:
         """The config and the identity that the newest checkpoint was written under."""
         about = self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata
-        return about["config"], about["identity"]
+        return about["config"], about.get("identity", {})
 
-    def keep_best_params(self) -> None:
-        """Deletes all but the parameters of the best checkpoint (the newest, without scores)."""
+    def prune(self, what: str) -> None:
+        """What a finished run keeps: all, or best_params: the parameters of the best checkpoint (the
+        newest, without scores). Pruning what is pruned changes nothing."""
+        if what == "all":
+            return
         self.wait()
         steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
         best = _best(steps, self.scores)

@@ -5,10 +5,9 @@ import os
 import shlex
 import sys
 
-import jax
 from ml_collections import ConfigDict
 
-from qlog import aot, checkpoints, evaluation, interrupts, models, paths, scaling, sweep, train
+from qlog import aot, checkpoints, distributed, evaluation, interrupts, models, paths, scaling, sweep, train
 from qlog import config as settings
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, prepare
@@ -26,27 +25,30 @@ def run_train(config: ConfigDict, workdir: Path) -> int:
         else:
             train.run(config, workdir)
     except Stop as stop:
-        say("stopped before the first step: the same command begins again.")
+        say("stopped: the same command goes on.")
         stop.status = 0
         raise
     return 0
 
 
 def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
-    """Evaluates a checkpoint on the evaluation split; prints and writes the numbers."""
+    """Evaluates a checkpoint on the evaluation split; prints and writes the numbers, to
+    evaluation_SPLIT.json or, of another checkpoint than the best, evaluation_SPLIT_CHECKPOINT.json."""
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
     params, source, step = _load(experiment, path)
     split, draws = config.evaluation.split, experiment.evaluation_sampling
     say(f"answers: temperature {draws.temperature}, top_k {draws.top_k}, top_p {draws.top_p}")
-    samples = workdir / "samples" / f"{split}.jsonl"
-    with interrupts.listening() as stop, stop.deferred():
+    name = split if checkpoint == "best" else f"{split}_{checkpoint}"
+    samples = workdir / "samples" / f"{name}.jsonl"
+    watching = config.watchdog.first_seconds, lambda: True, lambda: None
+    with interrupts.listening() as stop, stop.deferred(), stop.watching(*watching):
         try:
             summary = evaluation.evaluate(experiment, params, samples, source=source, interrupts=stop)
         except Stop:
             say(f"stopped; what was sampled is in {samples}.parts: the same command goes on.")
             raise
-    _report(workdir, split, evaluation.record(config, summary, source, step))
+    _report(workdir, name, evaluation.record(config, summary, source, step))
     return 0
 
 
@@ -70,8 +72,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     carried = []
     if tokenizer.path:
         carried = models.huggingface.tokenizer_files(tokenizer.path.parent)
-    if jax.process_index() == 0:
-        tokenizer.save(folder)
+    distributed.first(lambda: str(tokenizer.save(folder)))
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if tokenizer.bos_id is not None:
         ids["bos_token_id"] = tokenizer.bos_id
@@ -121,15 +122,14 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
         params, step, source = experiment.init_params(), None, f"base: {config.init_from or config.weights}"
     else:
         params = checkpoints.load_params(path, experiment.abstract_params(), "--workdir")
-        step, source = int(path.name), str(path)
+        step, source = int(path.name) if path.name.isdigit() else None, str(path)
     say(f"parameters: {source}")
     return params, source, step
 
 
 def _report(workdir: Path, name: str, record: str) -> None:
     """Prints the numbers and writes evaluation_NAME.json."""
-    if jax.process_index() == 0:
-        paths.write(workdir / f"evaluation_{name}.json", record)
+    distributed.first(lambda: paths.write(workdir / f"evaluation_{name}.json", record))
     say(record)
 
 

@@ -14,7 +14,7 @@ from qlog import config as settings
 from qlog import data, distributed, metrics, models, paths, sampling, sharding
 from qlog.console import ProgressLine, clock
 from qlog.errors import ConfigError
-from qlog.experiment import Experiment
+from qlog.experiment import Experiment, identity
 from qlog.interrupts import Interrupts
 from qlog.paths import Path
 from qlog.telemetry import say
@@ -55,8 +55,7 @@ def evaluate(
 
 def _sample_all(experiment, params, draws, file: Path | None, source: str, interrupts) -> list[dict]:
     """All rows, on the first process; [] on the others."""
-    config = experiment.config
-    parts = file and _Parts(file, {"source": source, **_what_decides(config)})
+    parts = file and _Parts(file, _what_decides(experiment, source))
     rows: list[dict] = []
 
     def read() -> int:
@@ -64,8 +63,7 @@ def _sample_all(experiment, params, draws, file: Path | None, source: str, inter
         return len(rows)
 
     first = done = distributed.first(read) if parts else 0
-    total = len(experiment.evaluation_data)
-    total = min(total, config.evaluation.prompts or total)
+    total = _questions(experiment)
     if done:
         say(f"evaluation goes on after {done} of {total} questions")
     line, began, is_writer = ProgressLine(), time.monotonic(), jax.process_index() == 0
@@ -82,11 +80,20 @@ def _sample_all(experiment, params, draws, file: Path | None, source: str, inter
     return rows
 
 
-def _what_decides(config: ConfigDict) -> dict:
-    """The settings on which samples depend."""
-    evaluation = config.evaluation
-    names = ("split", "prompts", "rollouts_per_prompt", "temperature", "top_k", "top_p")
-    return {"seed": config.seed} | {name: evaluation[name] for name in names}
+def _what_decides(experiment: Experiment, source: str) -> dict:
+    """All on which samples depend."""
+    config = experiment.config
+    evaluation, rollout, data_ = config.evaluation, config.rollout, config.data
+    found = {
+        "source": source, "seed": config.seed, "dtype": config.dtype, "identity": identity(experiment),
+        "evaluation": [evaluation[name] for name in (
+            "split", "prompts", "rollouts_per_prompt", "temperature", "top_k", "top_p",
+        )],
+        "rollout": [rollout[name] for name in ("rationale_budget", "answer_reserve", "closing_text")],
+        "data": [data_[name] for name in ("name", "style", "max_prompt_tokens", "overlong")],
+        "world": data_.world.to_dict(),
+    }  # fmt: skip
+    return json.loads(json.dumps(found))
 
 
 class _Parts:
@@ -234,12 +241,13 @@ def sample_answers(
     """
     config, formatter = experiment.config, experiment.formatter
     count = config.evaluation.rollouts_per_prompt
+    # No more rows than questions, so that few of them on many chips are not filled up with copies.
+    shards, total = experiment.prompts_at_once(1), _questions(experiment)
+    batch_size = min(config.evaluation.prompts_per_batch, -(-total // shards)) * shards
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     batches = data.evaluation_batches(
-        experiment.evaluation_data,
-        batch_size=experiment.prompts_at_once(config.evaluation.prompts_per_batch),
-        limit=config.evaluation.prompts or None, start=start,
-    )  # fmt: skip
+        experiment.evaluation_data, batch_size=batch_size, limit=total, start=start
+    )
     for batch in batches:
         tokens, lengths, gold, gold_lengths, uids = sharding.put_batch(
             experiment.mesh,
@@ -257,6 +265,11 @@ def sample_answers(
             set(sharding.owned_rows(experiment.mesh, size)), rollouts, log_w,
         )  # fmt: skip
         yield [row for _, row in sorted(distributed.gather(found), key=lambda pair: pair[0])]
+
+
+def _questions(experiment: Experiment) -> int:
+    size = len(experiment.evaluation_data)
+    return min(size, experiment.config.evaluation.prompts or size)
 
 
 def _rows(

@@ -5,10 +5,12 @@ is inside the compiler, too. What follows depends on where the main thread is:
 
 | the main thread is                              | SIGINT or SIGTERM                             |
 |-------------------------------------------------|-----------------------------------------------|
-| outside `deferred()`: loading, exporting        | raises Stop where it stands                   |
-| inside: training                                | `check` or `beat` raises Stop at their next   |
+| outside `deferred()`: loading, exporting        | raises Stop where it stands, in this process  |
+| inside: training, evaluating                    | `check` or `beat` raises Stop at their next   |
 |                                                 | call, on every process of the run at the same |
-| inside, all saved, and no call comes: compiling | the process ends at once with status 0        |
+| inside, all saved, and no call comes: compiling | this process ends after some seconds          |
+
+Where one process of several ends alone, the others end as when a host is lost, and have lost nothing.
 
 Further signals change nothing, but for a second Ctrl-C: it ends the process at once.
 SIGUSR1 prints the stacks of all threads.
@@ -50,10 +52,12 @@ class Interrupts:
         self._deferred = 0
         self._is_leaving = False  # the main thread has taken note
         self._flags: dict[tuple[Mesh | None, bool], jax.Array] = {}
-        self._is_saved: Callable[[], bool] = lambda: True
+        self._is_saved: Callable[[], bool] = lambda: False
         self._at_exit: Callable[[], None] = lambda: None
+        self._is_resumable = False
         self._alive = time.monotonic()
         self._limit: float | None = None
+        self._first_limit: float | None = None
         self._seconds: list[float] = []
 
     # ---- Signals ----
@@ -71,6 +75,17 @@ class Interrupts:
             yield
         finally:
             self._deferred -= 1
+
+    @contextlib.contextmanager
+    def immediate(self) -> Iterator[None]:
+        """While inside `deferred()`, as if outside: nothing has been done yet that could be lost."""
+        before, self._deferred = self._deferred, 0
+        try:
+            if self._number:
+                self._receive(self._number, None)
+            yield
+        finally:
+            self._deferred = before
 
     def check(self) -> None:
         """A sign of life; raises Stop if a signal has reached any process. Every process must call."""
@@ -98,21 +113,34 @@ class Interrupts:
 
     @contextlib.contextmanager
     def watching(
-        self, first_seconds: float, is_saved: Callable[[], bool], at_exit: Callable[[], None]
-    ) -> Iterator[None]:
+        self, first_seconds: float, is_saved: Callable[[], bool], at_exit: Callable[[], None],
+        is_resumable: bool = False,
+    ) -> Iterator[None]:  # fmt: skip
         """While inside, too long a time without a sign of life ends the process with status 75.
 
         Args:
           first_seconds: how long that is until `step_done` knows better; 0 is no limit.
           is_saved: whether the process may end at any point without losing anything.
           at_exit: called before the thread ends the process; may take a few seconds.
+          is_resumable: a process that a signal ends has status 0: the same command goes on.
         """
-        self._alive, self._limit, self._seconds = time.monotonic(), first_seconds or None, []
-        self._is_saved, self._at_exit = is_saved, at_exit
+        self._alive, self._seconds = time.monotonic(), []
+        self._limit = self._first_limit = first_seconds or None
+        self._is_saved, self._at_exit, self._is_resumable = is_saved, at_exit, is_resumable
         try:
             yield
         finally:
-            self._limit, self._is_saved, self._at_exit = None, lambda: True, lambda: None
+            self._limit, self._is_resumable = None, False
+            self._is_saved, self._at_exit = lambda: False, lambda: None
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """While inside, the limit is the first one: saving to a slow store, programs that compile."""
+        before, self._limit = self._limit, self._first_limit
+        try:
+            yield
+        finally:
+            self._alive, self._limit = time.monotonic(), before
 
     def step_done(self, seconds: float, steps: float, least_seconds: float) -> None:
         """After a step: from the third on the limit is `steps` median steps, 0 for no limit."""
@@ -124,43 +152,52 @@ class Interrupts:
 
     def _receive(self, number: int, frame) -> None:
         """Python's handler: in the main thread, between two of its instructions."""
+        self._number = self._number or number
         if not self._deferred and not self._is_leaving:
             self._is_leaving = True
             raise Stop(number)
 
-    def _note(self, number: int) -> None:
-        if not self._number:
-            self._number = number
-            name = signal.Signals(number).name
+    def _run(self, wake: int) -> None:
+        """The thread. Nothing that goes wrong here may end it: the process would be deaf."""
+        heard: list[float] = []
+        ticked = time.monotonic()
+        while True:
+            numbers = _read(wake)
+            if 0 in numbers:
+                return
+            with contextlib.suppress(Exception):
+                self._look(numbers, heard)
+            now = time.monotonic()
+            if now - ticked > 5:  # the whole process slept: that is no standstill of the run
+                self._alive = min(now, self._alive + now - ticked)
+            ticked = now
+
+    def _look(self, numbers: bytes, heard: list[float]) -> None:
+        for number in numbers:
+            if number in _STOPPING:
+                heard.append(time.monotonic())
+                self._note(number, is_first=len(heard) == 1)
+        now = time.monotonic()
+        patience = _PATIENCE_TOGETHER if jax.distributed.is_initialized() else _PATIENCE
+        if heard and not self._is_leaving and now - heard[0] > patience:
+            if not self._deferred or self._is_saved():
+                self._say("ended; nothing that was done is lost" if self._is_resumable else "ended")
+                self._exit(0 if self._is_resumable else 128 + self._number)
+        if self._limit is not None and now - self._alive > self._limit:
+            self._stalled(now - self._alive)
+
+    def _note(self, number: int, is_first: bool) -> None:
+        self._number = self._number or number
+        if is_first:
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            self._say(f"{name}: {'saving' if self._deferred else 'ending'}{again}")
+            self._say(f"{signal.Signals(number).name}: {'saving' if self._deferred else 'ending'}{again}")
         elif number == signal.SIGINT:
             self._exit(130)
 
-    def _run(self, wake: int) -> None:
-        asked_at, ticked = None, time.monotonic()
-        while True:
-            for number in _read(wake):
-                if number == 0:
-                    return
-                if signal.Signals(number) in _STOPPING:
-                    asked_at = asked_at or time.monotonic()
-                    self._note(number)
-            now = time.monotonic()
-            if now - ticked > 5:  # the whole process slept: that is no standstill of the run
-                self._alive += now - ticked
-            ticked = now
-            patience = _PATIENCE_TOGETHER if jax.distributed.is_initialized() else _PATIENCE
-            stuck = asked_at and not self._is_leaving and now - asked_at > patience
-            if stuck and (self._is_saved() or not self._deferred):
-                self._say("ended; everything that was done is saved" if self._deferred else "ended")
-                self._exit(0 if self._deferred else 128 + self._number)
-            if self._limit is not None and now - self._alive > self._limit:
-                self._stalled(now - self._alive)
-
     def _say(self, text: str) -> None:
         if self.speaks:
-            print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more: python ... | tee
+                print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
 
     def _stalled(self, seconds: float) -> None:
         print(
@@ -179,8 +216,9 @@ class Interrupts:
         helper = threading.Thread(target=clean, daemon=True)
         helper.start()
         helper.join(timeout=5)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 

@@ -126,7 +126,7 @@ def write(path: Path, content: str | bytes) -> None:
         retried(lambda: _file_system(path).pipe_file(os.fspath(path), data))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # of two writers each its own
     fresh.write_bytes(data)
     os.replace(fresh, path)
 

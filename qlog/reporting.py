@@ -37,8 +37,8 @@ def measure(
             values |= {"reward": groups.reward.mean(), "truncated_answers": 1 - rollouts.complete.mean()}
         tokens["decode"] = prompts.lengths.sum() + rollouts.lengths.sum()
     devices = experiment.mesh.devices
-    need = _flops(experiment, groups)
     peak = chips.peak_flops(devices.flat[0].device_kind)
+    need = _flops(experiment, groups) if peak else {}
     for phase, seconds in watch.seconds.items():
         values[f"seconds/{phase}"] = seconds
         if phase in tokens:

@@ -111,13 +111,15 @@ def learn(
             grads, sums, gauges = gradient(
                 state.params, experiment.policy, prompts, slice_, coefficient, reference_log_probs,
                 # After an update nothing can be given up: it takes the state's buffers.
-                before_each=interrupts.check if interrupts and index == 0 else None,
+                before_each=interrupts and (interrupts.beat if index else interrupts.check),
             )  # fmt: skip
             state, norms = learner.update(
                 state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
             )
-            gauges_total = gauges if total is None else total[1].merge(gauges)
-            total = (sums if total is None else jax.tree.map(jnp.add, total[0], sums), gauges_total)
+            if total is None:
+                total = sums, gauges
+            else:  # later updates' log-probabilities differ from the sampler's by right
+                total = jax.tree.map(jnp.add, total[0], sums), total[1]
         state = ready(state._replace(step=state.step + 1))
     runtime.release_memory()
     return state, *total, norms

@@ -40,12 +40,14 @@ def run(
             continue
         say(f"run {index}/{len(children)} {name}")
         start = time.monotonic()
+        was_done = distributed.first(lambda: paths.exists(folder / train.RESULTS))
         with interrupts.listening() as stop:
             outcome = train.run(child, folder, devices)
             if outcome.interrupted or distributed.agree(stop.asked):
                 return
         seconds = time.monotonic() - start
-        distributed.first(lambda: paths.write(folder / "seconds.json", json.dumps(seconds)))
+        if not was_done:
+            distributed.first(lambda: paths.write(folder / "seconds.json", json.dumps(seconds)))
     distributed.first(lambda: report.write(workdir, list(children)))
 
 

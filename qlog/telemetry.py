@@ -9,13 +9,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
 from qlog import paths
+from qlog.console import ProgressLine, clock
 
 
 class RunLog:
@@ -34,17 +35,21 @@ class RunLog:
       workdir: an existing folder, or one in a bucket.
       start_step: the step that training resumes from.
       total_steps: for the time left.
+      is_lost: whether another run has the workdir by now: then nothing is uploaded any more.
     """
 
-    def __init__(self, workdir: paths.Path | pathlib.Path, start_step: int, total_steps: int):
+    def __init__(
+        self, workdir: paths.Path | pathlib.Path, start_step: int, total_steps: int,
+        is_lost: Callable[[], bool] = lambda: False,
+    ):  # fmt: skip
         self._active = jax.process_index() == 0
         self._total, self._first = total_steps, start_step
-        self._started = self._printed = None  # when the first step was done: it compiles
+        self._started, self._line = None, ProgressLine()  # when the first step was done: it compiles
         if not self._active:
             return
         from tensorboardX import SummaryWriter  # slow to import; only the first process writes
 
-        self._uploads = _Uploads() if paths.is_remote(workdir) else None
+        self._uploads = _Uploads(is_lost) if paths.is_remote(workdir) else None
         kind = _File if self._uploads is None else _Segments
         self._files, rows = {}, []
         for name in ("rollouts", "metrics"):
@@ -77,8 +82,8 @@ class RunLog:
             for row in rows:
                 self._write("rollouts", {"step": step, **row})
 
-    def progress(self, step: int, text: str, every: float = 10.0):
-        """One line: rewritten in place on a terminal, else printed every `every` seconds."""
+    def progress(self, step: int, text: str):
+        """The line of the run, `ProgressLine`."""
         if not self._active:
             return
         now, done = time.monotonic(), step + 1 - self._first
@@ -86,13 +91,8 @@ class RunLog:
         line = f"step {step + 1}/{self._total}  {text}"
         if done > 1:
             left = (now - self._started) / (done - 1) * (self._total - step - 1)
-            line += f"  {_clock(left)} left"
-        last = step + 1 == self._total
-        if sys.stdout.isatty():
-            print(f"\r\x1b[2K{line}", end="\n" if last else "", flush=True)
-        elif last or done == 1 or now - self._printed >= every:
-            self._printed = now
-            print(line, flush=True)
+            line += f"  {clock(left)} left"
+        self._line.show(line, force=done == 1 or step + 1 == self._total)
 
     def flush(self):
         """All that was written is in the workdir, or, of a bucket that fails for a minute, is kept and
@@ -168,7 +168,8 @@ class _Uploads:
     INTERVAL = 60.0  # seconds between uploads that nobody waits for
     PATIENCE = 60.0  # seconds that `flush` waits
 
-    def __init__(self):
+    def __init__(self, is_lost: Callable[[], bool]):
+        self._is_lost = is_lost
         self._lock = threading.Condition()
         self._new: dict[paths.Path, list[str]] = {}  # lists that others append to
         self._followed, self._sizes = None, {}
@@ -239,11 +240,13 @@ class _Uploads:
         with self._lock:
             new = {path: (lines, len(lines)) for path, lines in self._new.items()}
         for path, (lines, count) in new.items():
+            if self._is_lost():  # its objects have the names of ours
+                return
             paths.write(path, "".join(lines[:count]))
             with self._lock:
                 if len(lines) == count and self._new.get(path) is lines:
                     del self._new[path]
-        if self._followed:
+        if self._followed and not self._is_lost():
             folder, target, flush = self._followed
             flush()
             for file in folder.iterdir():
@@ -321,9 +324,3 @@ def _finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -51,30 +51,36 @@ def run(
       PassingError: another run has the workdir, or takes it over.
       Stop: a signal before the first step.
     """
+    settings.check(config)
+    workdir = checkpoints.place(workdir, "--workdir")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interrupts.listening())
         stop.speaks = jax.process_index() == 0
-        settings.check(config)
-        workdir = checkpoints.place(workdir, "--workdir")
-        claim = stack.enter_context(ownership.claim(workdir))
-        experiment = prepare(config, devices)
-        saved = checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep)
-        stack.enter_context(contextlib.closing(saved))
-        if saved.latest_step:
-            _check_same_run(*saved.made_of(), config, identity(experiment))
-        finished = distributed.first(lambda: _finished(workdir, config))
-        if finished is not None:
-            say(f"finished before, in {workdir}")
-            return Outcome(finished, False)
-        training = _Training(experiment, workdir, claim, saved, stop, stack)
-        with stop.deferred():
-            try:
-                training.loop()
-                return training.finish()
-            except Stop:
-                training.save()
-                say(f"stopped at step {training.step}, saved in {workdir}: the same command resumes.")
-                return Outcome(training.metrics, True)
+        stack.enter_context(stop.deferred())  # to the end: closing files is not cut short either
+        with stop.immediate():
+            claim = stack.enter_context(ownership.claim(workdir))
+            stack.enter_context(stop.watching(
+                config.watchdog.first_seconds, lambda: True, claim.release, is_resumable=True
+            ))  # fmt: skip
+            experiment = prepare(config, devices)
+            saved = stack.enter_context(
+                contextlib.closing(checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep))
+            )
+            if saved.latest_step:
+                _check_same_run(*saved.made_of(), config, identity(experiment))
+            finished = distributed.first(lambda: _finished(workdir, config))
+            if finished is not None:
+                saved.prune(config.checkpoint.finished)
+                say(f"finished before, in {workdir}")
+                return Outcome(finished, False)
+            training = _Training(experiment, workdir, claim, saved, stop, stack)
+        try:
+            training.loop()
+        except Stop:
+            training.save()
+            say(f"stopped at step {training.step}, saved in {workdir}: the same command resumes.")
+            return Outcome(training.metrics, True)
+        return training.finish()
 
 
 class _Training:
@@ -97,28 +103,34 @@ class _Training:
         self._identity = identity(experiment)
         experiment.write_split_ids(workdir / "splits.json")
         show_table("run", reporting.describe(experiment, workdir, self.step))
-        self.state: TrainState = experiment.init_state(experiment.init_params())
-        self._reference = self.state.params if experiment.estimator.reference else None
+        self._reference = None
         if self.step:
-            # The update donates its state: the reference must keep buffers of its own.
-            self.state = saved.restore(checkpoints.abstract_like(self.state))
+            self.state: TrainState = saved.restore(experiment.abstract_state())
             say(f"resumed from step {self.step} in {workdir}")
-        elif self._reference is not None:
-            self._reference = jax.tree.map(jnp.copy, self._reference)
+        if not self.step or experiment.estimator.reference:
+            params = experiment.init_params()
+            # The update donates its state: the reference must keep buffers of its own.
+            self._reference = jax.tree.map(jnp.copy, params) if experiment.estimator.reference else None
+        if not self.step:
+            self.state = experiment.init_state(params)
         if jax.process_index() == 0:
             paths.write(workdir / "config.json", settings.to_json(self._config))
         self._log = stack.enter_context(
-            contextlib.closing(RunLog(workdir, self.step, self._config.train.steps))
+            contextlib.closing(
+                RunLog(workdir, self.step, self._config.train.steps, is_lost=lambda: claim.is_lost)
+            )
         )
         self._compiled = stack.enter_context(contextlib.closing(runtime.Compilations()))
         self._saved_at = time.monotonic()
-        stack.enter_context(
-            stop.watching(self._config.watchdog.first_seconds, self._is_saved, self._leave)
-        )
+        self._is_finishing = False
+        stack.enter_context(stop.watching(
+            self._config.watchdog.first_seconds, self._is_saved, self._leave, is_resumable=True
+        ))  # fmt: skip
 
     def _is_saved(self) -> bool:
         """Whether the process may end as it is, and lose no step that is done."""
-        return self.step in (self._start, self._saved.latest_step) and not self._saved.is_saving
+        is_kept = self.step in (self._start, self._saved.latest_step) and not self._saved.is_saving
+        return is_kept and not self._is_finishing
 
     def _leave(self) -> None:
         """What must not be left undone when the process ends without unwinding."""
@@ -143,6 +155,7 @@ class _Training:
                 self.save()  # first: a preempted host may have no time for the evaluation
             if self._evaluates():
                 self.evaluate()
+            self._claim.check()
             self._stop.check()
 
     def _learn_from(self, step: int, batch: data.PromptBatch) -> None:
@@ -184,7 +197,8 @@ class _Training:
             self._claim.check()
             self._log.flush()
             text = settings.to_json(self._config)
-            self._saved.save(self.state, step=self.step, config=text, identity=self._identity)
+            with self._stop.patient():  # it first waits for the save before
+                self._saved.save(self.state, step=self.step, config=text, identity=self._identity)
             self._saved_at = time.monotonic()
 
     def _evaluates(self) -> bool:
@@ -196,33 +210,39 @@ class _Training:
         return bool(self._experiment.evaluation_data and due) and self.step not in self._saved.scores
 
     def evaluate(self) -> None:
-        """Evaluates the state, whose checkpoint is written; Stop leaves what was done to the next start."""
+        """Evaluates the state, of which a checkpoint is being written; Stop leaves what was done to
+        the next start."""
         split, source = self._config.evaluation.split, f"step {self.step}"
         self._claim.beat(self.step, "evaluate")
-        before = functools.partial(_evaluated, self._workdir, self.step - 1, split)
-        self.metrics = distributed.first(before)
-        if not self.metrics:
-            samples = self._workdir / "samples" / f"step_{self.step:06d}.jsonl"
+        samples = self._workdir / "samples" / f"step_{self.step:06d}.jsonl"
+        # Its programs are compiled by the first; and numbers are computed on one process.
+        with self._stop.patient():
             self.metrics = evaluation.evaluate(
                 self._experiment, self.state.params, samples, source=source, interrupts=self._stop
             )
-            self._log.scalars(self.step - 1, split, self.metrics)
-            self._log.flush()
+            self._saved.wait()  # or, after a kill, scores would tell of a checkpoint that is not there
+        self._claim.check()
+        self._log.scalars(self.step - 1, split, self.metrics)
+        self._log.flush()
         say(f"{source}: {split} " + reporting.brief(self._config, self.metrics))
         self._saved.score(self.step, self.metrics[reporting.best_metric(self._config)])
 
     def finish(self) -> Outcome:
-        """Writes the results of the last evaluation."""
-        config = self._config
-        if not self.metrics and self._experiment.evaluation_data:  # evaluated by an earlier start
-            last = functools.partial(_evaluated, self._workdir, self.step - 1, config.evaluation.split)
-            self.metrics = distributed.first(last)
-        self._saved.wait()
-        if config.checkpoint.finished == "best_params":
-            self._saved.keep_best_params()
-        if jax.process_index() == 0:
-            record = evaluation.record(config, self.metrics, f"{self._workdir}, step {self.step}", self.step)
-            paths.write(self._workdir / RESULTS, record)
+        """Writes the results of the last evaluation; signals wait for the end."""
+        config, self._is_finishing = self._config, True
+        with self._stop.patient():
+            self._claim.check()
+            self._saved.wait()
+            if not self.metrics and self._experiment.evaluation_data:  # evaluated by an earlier start
+                find = functools.partial(_evaluated, self._workdir, self.step - 1, config.evaluation.split)
+                self.metrics = distributed.first(find)
+                if reporting.best_metric(config) not in self.metrics:  # of other settings
+                    self.evaluate()
+            if jax.process_index() == 0:
+                source = f"{self._workdir}, step {self.step}"
+                record = evaluation.record(config, self.metrics, source, self.step)
+                paths.write(self._workdir / RESULTS, record)
+            self._saved.prune(config.checkpoint.finished)
         return Outcome(self.metrics, False)
 
 
@@ -254,7 +274,7 @@ def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> No
             "were skipped; look at metrics.jsonl, then lower optimizer.learning_rate."
         )
     limit = config.train.max_mismatch
-    if limit and not values.get("mismatch", 0.0) <= limit:  # NaN, too
+    if limit and values.get("mismatch", 0.0) > limit:
         raise TrainingError(
             f"step {step}: sampler and learner disagree by {values['mismatch']:.3g} nats per token, "
             f"more than train.max_mismatch = {limit}: the run would train on wrong numbers (0 trains on)."
@@ -284,7 +304,9 @@ def _check_same_run(before: dict, made_of: dict, config: ConfigDict, makes: dict
       before, made_of: config and identity of the newest checkpoint; config, makes: of this start.
     """
     now = json.loads(settings.to_json(config))
-    for key in sorted((set(before) | set(now)) - _MAY_CHANGE):
+    # Parameters come from the checkpoint; where a run began from matters to a reference alone.
+    may_change = _MAY_CHANGE | (set() if settings.estimator(config).reference else {"init_from"})
+    for key in sorted((set(before) | set(now)) - may_change):
         old, new = before.get(key), now.get(key)
         if key in _MAY_CHANGE_IN:
             old, new = ({k: v for k, v in x.items() if k not in _MAY_CHANGE_IN[key]} for x in (old, new))
@@ -293,9 +315,11 @@ def _check_same_run(before: dict, made_of: dict, config: ConfigDict, makes: dict
                 f"config.{key} = {new!r} differs from the run in --workdir, which began with "
                 f"{old!r}: use another --workdir, or the old value."
             )
-    splits = {name: (old, makes["splits"].get(name, old)) for name, old in made_of["splits"].items()}
+    splits = {
+        name: (old, makes["splits"].get(name, old)) for name, old in made_of.get("splits", {}).items()
+    }
     pairs = {f"split {name}": pair for name, pair in splits.items()}
-    pairs |= {part: (made_of[part], makes[part]) for part in ("model", "weights", "tokenizer")}
+    pairs |= {part: (made_of[part], makes[part]) for part in ("model", "weights", "tokenizer") if part in made_of}
     for part, (old, new) in pairs.items():
         if old != new:
             raise ConfigError(

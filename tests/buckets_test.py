@@ -64,7 +64,7 @@ import os, signal, sys, time
 from qlog import command_line, main, paths, telemetry
 workdir = paths.parse(sys.argv[-1].partition("=")[2])
 
-def progress(self, step, text, every=10.0):
+def progress(self, step, text):
     if step == 2:
         while not paths.exists(workdir / "checkpoints" / "2" / "commit_success.txt"):
             time.sleep(0.1)

@@ -1,7 +1,8 @@
 """A run that gets signals at chosen points, as a program: preempted.py WORKDIR POINT NTH SIGNALS [STEPS].
 
 POINT is where the NTH time (from 1) a signal comes: decode, gradient, evaluation, save, compile,
-weights (before the first step), finished, stall (no signal: it stands still), or never. SIGNALS are names, sent one after the other.
+weights (before the first step), finished, pruning, scoring (no signal: it is killed), stall (no signal: it stands still), or never.
+MODE in the environment is qlog.main's --mode. SIGNALS are names, sent one after the other.
 """
 
 import hashlib
@@ -73,11 +74,14 @@ def main():
     before(learner, "add_microbatch", "stall", sleep_for_long)
     before(experiment.Experiment, "init_params", "weights")
     before(evaluation, "record", "finished")
+    before(checkpoints.Checkpoints, "prune", "pruning")
+    before(checkpoints.Checkpoints, "score", "scoring", lambda: os._exit(9))  # killed outright
     before(evaluation, "_rows", "evaluation")  # after a batch was sampled
-    watchdog = {"seconds": 2.0} if POINT == "stall" else {}
+    watchdog = {"seconds": 10.0} if POINT == "stall" else {}
     with distributed.processes("auto"):
+        mode = os.environ.get("MODE", "train")
         try:
-            commands.run("train", get_config(**watchdog), WORKDIR)
+            commands.run(mode, get_config(**watchdog), WORKDIR)
         except Stop as stop:
             sys.exit(stop.status)
 

@@ -199,7 +199,11 @@ def export(
     fields = families.to_hf_config(config)
     carried = {pathlib.Path(file).name: pathlib.Path(file) for file in tokenizer_files}
     # Process 0 looks, or a late process would see the files of this very export.
-    if _agreed(is_writer and assets.exists(folder, "*.safetensors")):
+    found, reason = _look(folder) if is_writer else (_EMPTY, "")
+    found = _of_first(found)
+    if found == _UNSEEN:
+        raise ConfigError(f"{folder} cannot be looked at: {reason or 'process 0 tells why'}")
+    if found == _TAKEN:
         raise ConfigError(
             f"{folder} holds safetensors already, and export needs a folder of its own: delete "
             "them, or move the folder."
@@ -432,11 +436,22 @@ def _write_safetensors(tensors: dict[str, np.ndarray], target: paths.Path) -> No
             os.replace(fresh, target)
 
 
-def _agreed(flag: bool) -> bool:
-    """Process 0's flag, on every process."""
+_EMPTY, _TAKEN, _UNSEEN = range(3)
+
+
+def _look(folder: paths.Path) -> tuple[int, str]:
+    """Whether a folder has safetensors, and why that cannot be told."""
+    try:
+        return (_TAKEN if assets.exists(folder, "*.safetensors") else _EMPTY), ""
+    except (ConfigError, PassingError) as error:
+        return _UNSEEN, str(error)
+
+
+def _of_first(number: int) -> int:
+    """Process 0's number, on every process."""
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.array(number)))
 
 
 def _to_host(array) -> np.ndarray:

@@ -72,8 +72,9 @@ def _row(folder: paths.Path, name: str) -> dict | None:
     row = {"run": name, "p@1": results["p@1"], f"p@{k}": results[f"p@{k}"], f"m@{k}": results[f"m@{k}"]}
     if "no_rationale/p@1" in results:
         row["p@1 without rationale"] = results["no_rationale/p@1"]
-    seconds = json.loads(paths.read(folder / "seconds.json"))
-    return row | {"mean log P": results["log_p"], "seconds": round(seconds, 1)}
+    row["mean log P"] = results["log_p"]
+    seconds = folder / "seconds.json"  # not there where a start was killed after its results
+    return row | {"seconds": round(json.loads(paths.read(seconds)), 1) if paths.exists(seconds) else "-"}
 
 
 def _cell(value) -> str:
