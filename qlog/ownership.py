@@ -1,7 +1,7 @@
 """A workdir belongs to one run at a time, and every process of the run sees the same one.
 
 workdir/owner.json is the owner's: made where there is none, rewritten with a higher count every few
-seconds, removed at the end. Whoever finds one either knows the owner to be dead (a process of this
+seconds, removed at the end; a run that failed leaves it with "released", its exit "status" and "error". Whoever finds one either knows the owner to be dead (a process of this
 machine that is gone) or watches whether the count rises; clocks of two hosts are never compared.
 
     {"owner": ..., "host", "pid", "started": when, "beat": count, "step", "phase",
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import jax
 
 from qlog import distributed, paths
-from qlog.errors import ConfigError, PassingError
+from qlog.errors import QLOG_ERRORS, ConfigError, PassingError
 from qlog.telemetry import say
 
 FILE = "owner.json"
@@ -64,17 +64,27 @@ class Claim:
                 "there, this one stops."
             )
 
-    def release(self) -> None:
-        """Gives the workdir back."""
+    def release(self, error: BaseException | None = None) -> None:
+        """Gives the workdir back.
+
+        Args:
+          error: why the run ended, if it is one of `qlog.errors`; it is left there, with its status,
+            for whoever asks how the run ended.
+        """
         if self._file is None or self._ended.is_set():
             return
         self._ended.set()
         self._thread.join(2 * self.INTERVAL)  # longer only where the store does not answer
         if not self.is_lost:
-            paths.within(2 * self.INTERVAL, self._remove)
+            paths.within(2 * self.INTERVAL, lambda: self._leave(error))
 
-    def _remove(self):
-        if _look(self._file).get("owner") == self._me["owner"]:
+    def _leave(self, error: BaseException | None):
+        if _look(self._file).get("owner") != self._me["owner"]:
+            return
+        if isinstance(error, QLOG_ERRORS):
+            last = {"released": True, "status": error.status, "error": str(error), "time": time.time()}
+            paths.write(self._file, json.dumps(self._me | last))
+        else:
             paths.remove(self._file)
 
     def _keep(self):
@@ -115,8 +125,10 @@ def claim(workdir: paths.Path) -> Iterator[Claim]:
     held = Claim(workdir / FILE if jax.process_index() == 0 else None, me)
     try:
         yield held
-    finally:
-        held.release()
+    except BaseException as error:
+        held.release(error)
+        raise
+    held.release()
 
 
 def prove_shared(folder: paths.Path, field: str = "path") -> None:
@@ -180,14 +192,14 @@ def _take(file: paths.Path) -> dict:
     paths.remove(file)
     if not paths.create(file, json.dumps(me)):
         _refuse(file, _look(file))
-    if first:
+    if first and not first.get("released"):
         say(f"took {file.parent} over from {_name(first)}, which is gone")
     return me
 
 
 def _refuse_living(file: paths.Path, first: dict) -> None:
     """PassingError while the owner lives; returns when it is dead, or has gone meanwhile."""
-    if not first:
+    if not first or first.get("released"):
         return
     if first.get("machine") == _machine():
         if _lives(first):

@@ -53,7 +53,7 @@ def _beat(file: paths.Path) -> dict | None:
         beat = json.loads(paths.read(file))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return beat if isinstance(beat, dict) else None
+    return beat if isinstance(beat, dict) and not beat.get("released") else None
 
 
 def main(argv: list[str]) -> int:

@@ -1,18 +1,18 @@
 """One owner of a workdir at a time, among real processes, on a disk and in a bucket."""
 
 import json
-import time
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import buckets
 import pytest
 
-from qlog import ownership, paths
-from qlog.errors import PassingError
+from qlog import ownership, paths, run_status
+from qlog.errors import PassingError, TrainingError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _OWNER = """
@@ -121,3 +121,15 @@ def test_a_beat_that_fails_is_made_up_for(store, tmp_path, capsys):
         while (look().get("beat") or 0) < before + 3 or look().get("step") != 9:
             assert time.monotonic() < deadline
         claim.check()
+
+
+def test_a_run_that_failed_leaves_why_and_the_next_goes_on_at_once(tmp_path, capsys):
+    workdir = paths.parse(tmp_path)
+    with pytest.raises(TrainingError), ownership.claim(workdir):
+        raise TrainingError("sampler and learner disagree")
+    left = json.loads(paths.read(workdir / ownership.FILE))
+    assert left["released"] and left["status"] == 3 and left["error"] == "sampler and learner disagree"
+    assert run_status.of(workdir)["beat"] is None
+    with ownership.claim(workdir):
+        assert "released" not in json.loads(paths.read(workdir / ownership.FILE))
+    assert not paths.exists(workdir / ownership.FILE) and "took" not in capsys.readouterr().out
