@@ -1,13 +1,14 @@
 """Orbax checkpoints of a run: parameters apart from the rest, so that either can be read alone.
 
 A run saves first and evaluates then, so a checkpoint's score comes later: WORKDIR/scores.json has
-{step: score} of the steps that were evaluated, and tells which of the checkpoints is the best.
+{step: {"value": ..., "of": metric and settings}} of the steps that were evaluated, and tells which of
+the checkpoints is the best. Scores of other settings than the newest one's are not compared with it.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -19,6 +20,7 @@ from qlog.paths import Path
 
 WHICH = "best, latest, base or a step"
 _SCORES = "scores.json"
+Scores = dict[int, dict[str, Any]]  # by step; see above
 
 
 class Checkpoints:
@@ -35,7 +37,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
         self._folder = paths.parse(workdir)
         scores = distributed.first(lambda: _read_scores(self._folder))
-        self.scores = {int(step): score for step, score in scores.items()}
+        self.scores: Scores = {int(step): score for step, score in scores.items()}
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             place(self._folder, "--workdir") / "checkpoints",
@@ -74,9 +76,14 @@ class Checkpoints:
         """Until what was saved is on disk."""
         self._checkpointer.wait()
 
-    def score(self, step: int, value: float) -> None:
-        """Notes how good the parameters of `step` are; the best checkpoint is kept by it."""
-        self.scores[step] = value
+    def score(self, step: int, value: float, what: str) -> None:
+        """Notes how good the parameters of `step` are; the best checkpoint is kept by it.
+
+        Args:
+          value: the higher, the better.
+          what: the metric and the settings that it depends on, in words.
+        """
+        self.scores[step] = {"value": value, "of": what}
         if jax.process_index() == 0:
             paths.write(self._folder / _SCORES, json.dumps(self.scores))
 
@@ -126,7 +133,7 @@ class Checkpoints:
 class _Best:
     """Orbax's PreservationPolicy for scores that come after the save."""
 
-    scores: Mapping[int, float]
+    scores: Scores
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         scored = [c.step for c in checkpoints if c.step in self.scores]
@@ -203,13 +210,17 @@ def _choose(folder: Path, above: str, steps: list[int], named: str, which: str) 
     )
 
 
-def _best(steps: list[int], scores: Mapping[int, float]) -> int:
+def _best(steps: list[int], scores: Scores) -> int:
     """The first of the steps with the highest score; the last step where none has one."""
     scored = [step for step in steps if step in scores]
-    return max(scored, key=lambda step: (scores[step], -step)) if scored else steps[-1]
+    if not scored:
+        return steps[-1]
+    what = scores[max(scored)]["of"]
+    alike = [step for step in scored if scores[step]["of"] == what]
+    return max(alike, key=lambda step: (scores[step]["value"], -step))
 
 
-def _read_scores(workdir: Path) -> dict[int, float]:
+def _read_scores(workdir: Path) -> Scores:
     try:
         return {int(step): score for step, score in json.loads(paths.read(workdir / _SCORES)).items()}
     except FileNotFoundError:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from qlog.errors import QLOG_ERRORS, Stop
+from qlog import paths
+from qlog.errors import QLOG_ERRORS, PassingError, Stop
 
 
 def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> None:
@@ -23,6 +24,10 @@ def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> No
         _fail(str(error), error.status)
     except Stop as stop:
         sys.exit(stop.status)
+    except Exception as error:
+        if reason := paths.sentence(error):
+            _fail(reason, PassingError.status)
+        raise
 
 
 def _parse(config: flags.FlagHolder, argv: list[str]) -> list[str]:

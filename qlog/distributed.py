@@ -20,6 +20,7 @@ import numpy as np
 from jax._src import distributed as jax_distributed  # its client has no public name; Orbax, too
 from jax.experimental import multihost_utils
 
+from qlog import paths
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 from qlog.telemetry import say
 
@@ -63,6 +64,9 @@ def processes(choice: str) -> Iterator[None]:
             _leave(error.status)
         if isinstance(error, Stop):
             _leave(error.status)
+        if reason := paths.sentence(error):
+            print(f"qlog: {reason}", file=sys.stderr)
+            _leave(PassingError.status)
         traceback.print_exc()
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 
@@ -122,6 +126,26 @@ def first(function: Callable[[], Any]) -> Any:
     if failed is not None:
         _raise(failed, "process 0 failed")
     return value
+
+
+def tell(name: str, text: str) -> None:
+    """Leaves a word for the other processes with the coordinator, from any thread; nothing where
+    there are none. The first word stays."""
+    client = jax_distributed.global_state.client
+    if client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # told before
+            client.key_value_set(f"qlog/{name}", text)
+
+
+def told(name: str) -> str | None:
+    """What another process, or this one, has left under that name; None where nobody has."""
+    client = jax_distributed.global_state.client
+    if client is None:
+        return None
+    try:
+        return client.key_value_try_get(f"qlog/{name}")
+    except jax.errors.JaxRuntimeError:  # nobody
+        return None
 
 
 def once_per_host(function: Callable[[], Any]) -> Any:

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlog import config as settings
-from qlog import checkpoints, distributed, experiment, models, ownership, paths, runtime, sharding
+from qlog import checkpoints, command_line, distributed, experiment, models, ownership, paths, runtime, sharding
 from qlog.errors import ConfigError
 
 _PATIENCE = 120  # seconds for the all-reduce, its compilation included
@@ -247,10 +247,14 @@ def main(argv: list[str]) -> int:
         flag_values=own,
     )  # fmt: skip
     try:
-        own(argv)
+        rest = own(argv)
         config = wanted.value
-    except flags.Error as error:  # a config file that fails leaves its traceback in the message
-        print(f"qlog.doctor: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        getattr(config, "seed", None)  # a file that did not load says so when it is read
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        print(f"qlog.doctor: {command_line.sentence(error, argv)}", file=sys.stderr)
+        return 2
+    if len(rest) > 1:
+        print(f"qlog.doctor: what is {rest[1]!r}? Settings are --config.section.key=value", file=sys.stderr)
         return 2
     with distributed.processes(processes.value):
         return run(config, workdir.value)

@@ -8,9 +8,9 @@ is inside the compiler, too. What follows depends on where the main thread is:
 | outside `deferred()`: loading, exporting        | raises Stop where it stands, in this process  |
 | inside: training, evaluating                    | `check` or `beat` raises Stop at their next   |
 |                                                 | call, on every process of the run at the same |
-| inside, all saved, and no call comes: compiling | this process ends after some seconds          |
+| inside, all saved, and no call comes: compiling | all processes end after some seconds          |
 
-Where one process of several ends alone, the others end as when a host is lost, and have lost nothing.
+A process tells the others through the coordinator, once a second, so that they end together.
 
 Further signals change nothing, but for a second Ctrl-C: it ends the process at once.
 SIGUSR1 prints the stacks of all threads.
@@ -37,6 +37,7 @@ from qlog.errors import PassingError, Stop
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 2.0  # seconds for the main thread to reach a call, where there is nothing to lose
 _PATIENCE_TOGETHER = 5.0  # ... for all processes to reach it together
+_WORD = "stop"  # under which a process tells the others
 
 
 class Interrupts:
@@ -44,6 +45,7 @@ class Interrupts:
 
     Attributes:
       speaks: whether this process tells the user; of several, the first.
+      on_beat: called at each sign of life; cheap.
     """
 
     def __init__(self):
@@ -55,6 +57,8 @@ class Interrupts:
         self._is_saved: Callable[[], bool] = lambda: False
         self._at_exit: Callable[[], None] = lambda: None
         self._is_resumable = False
+        self._asked_others = 0.0
+        self.on_beat: Callable[[], None] = lambda: None
         self._alive = time.monotonic()
         self._limit: float | None = None
         self._first_limit: float | None = None
@@ -105,6 +109,7 @@ class Interrupts:
     def beat(self, any_asked: bool = False) -> None:
         """A sign of life; raises Stop where `any_asked`, which has to be the same on every process."""
         self._alive = time.monotonic()
+        self.on_beat()
         if any_asked:
             self._is_leaving = True
             raise Stop(self._number or signal.SIGTERM)
@@ -131,6 +136,7 @@ class Interrupts:
             yield
         finally:
             self._limit, self._is_resumable = None, False
+            self.on_beat = lambda: None
             self._is_saved, self._at_exit = lambda: False, lambda: None
 
     @contextlib.contextmanager
@@ -173,18 +179,29 @@ class Interrupts:
             ticked = now
 
     def _look(self, numbers: bytes, heard: list[float]) -> None:
+        """heard: when to end at the latest, by the wall clock; empty until a signal comes."""
         for number in numbers:
             if number in _STOPPING:
-                heard.append(time.monotonic())
-                self._note(number, is_first=len(heard) == 1)
+                self._note(number, is_first=not heard)
+                if not heard:
+                    heard.append(time.time() + self._patience())
+                    distributed.tell(_WORD, f"{number} {heard[0]}")
         now = time.monotonic()
-        patience = _PATIENCE_TOGETHER if jax.distributed.is_initialized() else _PATIENCE
-        if heard and not self._is_leaving and now - heard[0] > patience:
+        if not heard and now - self._asked_others > 1:
+            self._asked_others = now
+            if word := distributed.told(_WORD):
+                number, until = word.split()
+                heard.append(float(until))
+                self._note(int(number), is_first=True)
+        if heard and not self._is_leaving and time.time() > heard[0]:
             if not self._deferred or self._is_saved():
                 self._say("ended; nothing that was done is lost" if self._is_resumable else "ended")
                 self._exit(0 if self._is_resumable else 128 + self._number)
         if self._limit is not None and now - self._alive > self._limit:
             self._stalled(now - self._alive)
+
+    def _patience(self) -> float:
+        return _PATIENCE_TOGETHER if jax.distributed.is_initialized() else _PATIENCE
 
     def _note(self, number: int, is_first: bool) -> None:
         self._number = self._number or number

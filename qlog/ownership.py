@@ -1,7 +1,7 @@
 """A workdir belongs to one run at a time, and every process of the run sees the same one.
 
 workdir/owner.json is the owner's: made where there is none, rewritten with a higher count every few
-seconds, removed at the end; a run that failed leaves it with "released", its exit "status" and "error". Whoever finds one either knows the owner to be dead (a process of this
+seconds; at the end it says "released", with the exit "status" and the "error", if any. Whoever finds one either knows the owner to be dead (a process of this
 machine that is gone) or watches whether the count rises; clocks of two hosts are never compared.
 
     {"owner": ..., "host", "pid", "started": when, "beat": count, "step", "phase",
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import jax
 
 from qlog import distributed, paths
-from qlog.errors import QLOG_ERRORS, ConfigError, PassingError
+from qlog.errors import ConfigError, PassingError
 from qlog.telemetry import say
 
 FILE = "owner.json"
@@ -65,11 +65,10 @@ class Claim:
             )
 
     def release(self, error: BaseException | None = None) -> None:
-        """Gives the workdir back.
+        """Gives the workdir back; the file says how the run ended.
 
         Args:
-          error: why the run ended, if it is one of `qlog.errors`; it is left there, with its status,
-            for whoever asks how the run ended.
+          error: what ended it, if anything did.
         """
         if self._file is None or self._ended.is_set():
             return
@@ -81,11 +80,10 @@ class Claim:
     def _leave(self, error: BaseException | None):
         if _look(self._file).get("owner") != self._me["owner"]:
             return
-        if isinstance(error, QLOG_ERRORS):
-            last = {"released": True, "status": error.status, "error": str(error), "time": time.time()}
-            paths.write(self._file, json.dumps(self._me | last))
-        else:
-            paths.remove(self._file)
+        status = 0 if error is None else getattr(error, "status", 1)
+        reason = "" if error is None else str(error) or type(error).__name__
+        last = {"released": True, "status": status, "error": reason, "time": time.time()}
+        paths.write(self._file, json.dumps(self._me | last))
 
     def _keep(self):
         while not self._ended.wait(self.INTERVAL):

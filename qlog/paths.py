@@ -7,6 +7,7 @@ what a client remembers of a bucket: another host may have written since.
 
 import errno
 import importlib.util
+import logging
 import os
 import pathlib
 import secrets
@@ -68,6 +69,16 @@ def retried(function: Callable[[], _T]) -> _T:
                 raise
         time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def sentence(error: BaseException) -> str:
+    """What to tell of a store or a disk that failed, where trying again later may help; '' of others."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no room is left ({error}): make some; the same command goes on."
+    if isinstance(error, Exception) and passes(error) and not isinstance(error, BrokenPipeError):
+        reason = " ".join(str(error).split())[:300]
+        return f"a store or a network failed ({type(error).__name__}: {reason}); the same command goes on."
+    return ""
 
 
 # ---- Paths ----
@@ -241,5 +252,7 @@ def _file_system(path: Path):
 def _set_up_clients() -> None:
     import fsspec.config
 
+    for name in ("gcsfs", "s3fs", "asyncio"):  # their logs have a traceback for each try
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for protocol in ("gcs", "s3"):
         fsspec.config.conf[protocol] = _OPTIONS | fsspec.config.conf.get(protocol, {})

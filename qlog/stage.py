@@ -10,6 +10,7 @@ and ask neither the Hub nor a dataset's server. Uses no accelerator.
 
 import dataclasses
 import functools
+import os
 import pathlib
 import shlex
 from collections.abc import Callable, Iterable
@@ -33,14 +34,16 @@ class Asset:
       name: where it goes, relative to --to.
       fetch: makes or finds it here; returns the local folder, or one file of it.
       is_wanted: which files of the folder go there.
-      flag: of the runs that shall use it; '' where its name in the config finds it.
+      spec: what the config names; two that are called alike are told apart by it.
+      flags: fields of the runs that shall use it; none where its name in the config finds it.
     """
 
     what: str
     name: str
     fetch: Callable[[], pathlib.Path]
     is_wanted: Callable[[str], bool]
-    flag: str = ""
+    spec: str
+    flags: tuple[str, ...] = ()
 
 
 def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
@@ -60,7 +63,17 @@ def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
         wanted += _read_by(each)
     # A model wanted with its weights and without is wanted with them.
     wanted.sort(key=lambda asset: not asset.is_wanted("model.safetensors"))
-    return list({asset.name: asset for asset in reversed(wanted)}.values())[::-1]
+    found: dict[str, Asset] = {}
+    for asset in wanted:
+        other = found.setdefault(asset.name, asset)
+        if other.spec != asset.spec:
+            raise ConfigError(
+                f"{asset.what} and {other.what} have the same last name, and would be one folder in the "
+                "assets: rename one of them."
+            )
+        if asset.flags != other.flags:
+            found[asset.name] = dataclasses.replace(other, flags=tuple(dict.fromkeys(other.flags + asset.flags)))
+    return list(found.values())
 
 
 def _read_by(config: ConfigDict) -> list[Asset]:
@@ -74,7 +87,7 @@ def _read_by(config: ConfigDict) -> list[Asset]:
     elif path:
         found.append(Asset(
             f"config.tokenizer.path = {path!r}", f"tokenizers/{_last(path)}",
-            lambda: tokenizer_path(config), _files_of_model(weights=False), "tokenizer.path",
+            lambda: tokenizer_path(config), _files_of_model(weights=False), str(path), ("tokenizer.path",),
         ))  # fmt: skip
     if section.name in data.TASKS:
         found.append(Asset(
@@ -82,7 +95,7 @@ def _read_by(config: ConfigDict) -> list[Asset]:
             lambda: builders.prepare(
                 section.name, manual_dir=section.manual_dir or None, data_dir=section.data_dir or None
             ),
-            lambda name: True,
+            lambda name: True, f"{section.name} {section.manual_dir}",
         ))  # fmt: skip
     return found
 
@@ -93,17 +106,25 @@ def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
     Raises:
       ConfigError, PassingError: whatever fetching and copying raise.
     """
+    wanted = list(wanted)
+    if not wanted:
+        say("nothing to stage: the config reads no files")
+        return
     target, flags_ = paths.parse(to, "--to"), []
+    if not paths.is_remote(target):
+        target = paths.Path(os.path.abspath(target))
+    paths.probe(target, "--to")  # before gigabytes are fetched
     for asset in wanted:
         source = pathlib.Path(asset.fetch())
         folder = source.parent if source.is_file() else source
         names = [source.name] if source.is_file() else list(filter(asset.is_wanted, files(source)))
+        if not names:
+            raise ConfigError(f"{asset.what}: {source} holds no files that a run reads: mend the name.")
         last = next((n for n in ("ids.json", "config.json", "tokenizer.json") if n in names), names[-1])
         copied = assets.publish(folder, target / asset.name, names, last)
         say(f"{asset.what}: {target / asset.name} ({copied} of {len(names)} files copied)")
-        if asset.flag:
-            where = target / asset.name / (source.name if source.is_file() else "")
-            flags_.append(f"--config.{asset.flag}={where}")
+        where = target / asset.name / (source.name if source.is_file() else "")
+        flags_ += [f"--config.{flag}={where}" for flag in asset.flags]
     say(f"Runs find this with {assets.ENVIRONMENT}={shlex.quote(str(target))}")
     if flags_:
         say(f"and, for what the config names by a local path, {shlex.join(flags_)}")
@@ -118,7 +139,8 @@ def _model(field: str, spec: str, weights: bool) -> Asset:
         f"models/local/{_last(spec)}" if local else f"models/{spec}",
         lambda: models.huggingface.resolve(spec, weights=weights, field=what),
         _files_of_model(weights),
-        field if local else "",
+        spec,
+        (field,) if local else (),
     )
 
 

@@ -66,6 +66,11 @@ def run(
             saved = stack.enter_context(
                 contextlib.closing(checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep))
             )
+            if (saved.latest_step or 0) > config.train.steps:
+                raise ConfigError(
+                    f"config.train.steps = {config.train.steps} is below step {saved.latest_step} of the "
+                    "checkpoint in --workdir: raise it, or use another --workdir."
+                )
             if saved.latest_step:
                 _check_same_run(*saved.made_of(), config, identity(experiment))
             finished = distributed.first(lambda: _finished(workdir, config))
@@ -78,7 +83,8 @@ def run(
             training.loop()
         except Stop:
             training.save()
-            say(f"stopped at step {training.step}, saved in {workdir}: the same command resumes.")
+            where = f"at step {training.step}, saved in {workdir}" if training.step else "before the first step"
+            say(f"stopped {where}: the same command resumes.")
             return Outcome(training.metrics, True)
         return training.finish()
 
@@ -126,6 +132,7 @@ class _Training:
         stack.enter_context(stop.watching(
             self._config.watchdog.first_seconds, self._is_saved, self._leave, is_resumable=True
         ))  # fmt: skip
+        stop.on_beat = claim.beat
 
     def _is_saved(self) -> bool:
         """Whether the process may end as it is, and lose no step that is done."""
@@ -225,7 +232,10 @@ class _Training:
         self._log.scalars(self.step - 1, split, self.metrics)
         self._log.flush()
         say(f"{source}: {split} " + reporting.brief(self._config, self.metrics))
-        self._saved.score(self.step, self.metrics[reporting.best_metric(self._config)])
+        metric = reporting.best_metric(self._config)
+        config = self._config.evaluation
+        what = f"{metric} of {config.prompts or 'all'} questions, {split}, temperature {config.temperature}"
+        self._saved.score(self.step, self.metrics[metric], what)
 
     def finish(self) -> Outcome:
         """Writes the results of the last evaluation; signals wait for the end."""
@@ -323,6 +333,6 @@ def _check_same_run(before: dict, made_of: dict, config: ConfigDict, makes: dict
     for part, (old, new) in pairs.items():
         if old != new:
             raise ConfigError(
-                f"the {part} differs from that of the run in --workdir ({new} is not {old}): use another "
-                "--workdir, or what the run began with."
+                f"--workdir: the run there has another {part} ({old or 'none'}, not {new or 'none'}): use "
+                "another --workdir, or what the run began with."
             )

@@ -153,7 +153,8 @@ def test_a_killed_and_resumed_run_in_a_bucket_equals_one_on_a_disk(in_bucket, on
     # A segment ends at each checkpoint and after each evaluation, whose row is of the step before.
     assert paths.names(in_bucket / "metrics") == [f"{step:06d}.jsonl" for step in range(4)]
     names = paths.names(in_bucket)
-    assert sum("tfevents" in name for name in names) == 2 and "owner.json" not in names
+    assert sum("tfevents" in name for name in names) == 2
+    assert json.loads(paths.read(in_bucket / "owner.json"))["released"]
     assert not [name for name in names if name.startswith(".")]
 
 

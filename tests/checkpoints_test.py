@@ -32,7 +32,7 @@ def test_the_latest_and_the_best_are_kept_though_scores_come_after_the_save(expe
         for step in range(1, 7):
             saved.save(state, step=step, config=text)
             if step in scores:
-                saved.score(step, scores[step])
+                saved.score(step, scores[step], "m@4")
     assert steps(tmp_path) == [2, 5, 6]  # 2 and 3 are equally good: the first, which trained less
     find = checkpoints.find_checkpoint
     assert find(tmp_path, "--workdir").name == "2"
@@ -42,7 +42,10 @@ def test_the_latest_and_the_best_are_kept_though_scores_come_after_the_save(expe
     with pytest.raises(ConfigError, match="has the steps 2, 5, 6; ask for best, latest, base or a step"):
         find(tmp_path, "--workdir", "3")
     with contextlib.closing(checkpoints.Checkpoints(tmp_path)) as again:
-        assert again.latest_step == 6 and again.scores == scores
+        assert again.latest_step == 6
+        assert {step: score["value"] for step, score in again.scores.items()} == scores
+        again.score(6, 0.3, "m@2")  # of other settings: not compared with those before
+    assert find(tmp_path, "--workdir").name == "6"
 
 
 def test_a_finished_run_may_leave_the_best_parameters_only(tmp_path):
@@ -52,7 +55,8 @@ def test_a_finished_run_may_leave_the_best_parameters_only(tmp_path):
     outcome = train.run(config, tmp_path, ONE)
     scores = json.loads((tmp_path / "scores.json").read_text())
     (step,) = steps(tmp_path)
-    assert scores[str(step)] == max(scores.values())
+    assert scores[str(step)]["value"] == max(score["value"] for score in scores.values())
+    assert scores[str(step)]["of"] == "m@4 of 6 questions, validation, temperature 1.0"
     assert not (tmp_path / "checkpoints" / str(step) / "training").exists()
     abstract = prepare(config, ONE, train=False).abstract_params()
     checkpoints.load_params(tmp_path, abstract)

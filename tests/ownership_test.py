@@ -75,7 +75,7 @@ def test_the_owner_refuses_a_second_and_leaves_nothing_behind(workdir, monkeypat
             with ownership.claim(workdir):
                 pass
         claim.check()
-    assert paths.names(workdir) == []
+    assert paths.names(workdir) == [ownership.FILE]
     with ownership.claim(workdir):
         assert paths.names(workdir) == [ownership.FILE]
 
@@ -95,7 +95,7 @@ def test_a_dead_owner_is_followed_at_once_here_and_by_watching_elsewhere(workdir
     with ownership.claim(workdir):
         told = capsys.readouterr().out
     assert "s to see whether it still runs" in told and "which is gone" in told
-    assert paths.names(workdir) == []
+    assert paths.names(workdir) == [ownership.FILE]
 
 
 def test_an_owner_that_was_taken_over_stops_and_removes_nothing(workdir):
@@ -132,4 +132,5 @@ def test_a_run_that_failed_leaves_why_and_the_next_goes_on_at_once(tmp_path, cap
     assert run_status.of(workdir)["beat"] is None
     with ownership.claim(workdir):
         assert "released" not in json.loads(paths.read(workdir / ownership.FILE))
-    assert not paths.exists(workdir / ownership.FILE) and "took" not in capsys.readouterr().out
+    left = json.loads(paths.read(workdir / ownership.FILE))
+    assert left["released"] and left["status"] == 0 and "took" not in capsys.readouterr().out
