@@ -175,3 +175,11 @@ def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_p
     assert [(row["step"], row["phase"]) for row in rows] == [
         (0, "train"), (1, "train"), (1, "validation"), (2, "train"), (3, "train"), (3, "validation"),
     ]  # fmt: skip
+
+
+def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache, tmp_path):
+    local = (sys.executable, str(HERE.parent / "launch/local"), "--processes=2", "--")
+    output = run(tmp_path, "compile", launcher=local, cache=cache, SIGNALLED="1")
+    assert "[0] SIGTERM: saving" in output and "exit codes 0: 0, 1: 0" in output
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    assert json.loads((tmp_path / "owner.json").read_text())["status"] == 0
