@@ -85,7 +85,8 @@ def test_a_dead_owner_is_followed_at_once_here_and_by_watching_elsewhere(workdir
     with pytest.raises(PassingError, match=f"process {process.pid}"):
         with ownership.claim(workdir):
             pass
-    process.send_signal(signal.SIGKILL)  # not waited for: it stays a zombie
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and stays a zombie
     with ownership.claim(workdir):
         assert f"process {process.pid}" in capsys.readouterr().out
         owner = json.loads(paths.read(workdir / ownership.FILE))
