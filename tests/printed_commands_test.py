@@ -331,7 +331,7 @@ class Reader:
         (self.home / "tensorflow_datasets").mkdir()
         (self.clone / "my_program.py").write_text("print('any program')\n")
         self.env = {
-            **os.environ, "PATH": path, "HOME": str(self.home), "SLURM_JOB_ID": "17",
+            **os.environ, "JAX_NUM_CPU_DEVICES": "1", "PATH": path, "HOME": str(self.home), "SLURM_JOB_ID": "17",
             "SLURM_SUBMIT_DIR": str(self.clone), "PYTHONPATH": str(ROOT), "GIT_CONFIG_GLOBAL": os.devnull,
         }  # fmt: skip
         git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-c", "init.defaultBranch=m"]
