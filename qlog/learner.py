@@ -25,6 +25,9 @@ from qlog.policy import Policy
 from qlog.sampling import Rollouts
 
 
+_FLOPS_PER_PROGRAM = 2e11  # per device
+
+
 class Prompts(NamedTuple):
     """tokens: int32 [B, P] right-padded; lengths: int32 [B]; is_prompt: bool [B]."""
 
@@ -273,24 +276,40 @@ def gradient(
       surrogate: token-level loss of `qlog.losses`, which adds over microbatches.
       microbatch: prompts, and rows of packed rollouts per prompt, that are in memory at a time;
         divisors of B and M.
-      before_each: called before each microbatch of prompts; may raise to give up.
+      before_each: called before each microbatch of prompts, small ones several at a time; may raise
+        to give up.
 
     Returns:
       float32 gradients like `params`, the surrogate's sums over prompts, and the gauges.
     """
     batch = prompts, trajectories, coefficients, reference
     grads, packing, share = begin(params, policy, *batch)
-    total = None
-    for index in range(len(prompts.lengths) // microbatch[0]):
+    total, several = None, _microbatches_per_program(policy, prompts, trajectories, microbatch)
+    for index in range(len(prompts.lengths) // microbatch[0] // several):
         if before_each:
             jax.block_until_ready(grads)  # else it would look while the devices are far behind
             before_each()
         grads, *found = add_microbatch(
             grads, params, policy, *batch, packing, share, index,
-            surrogate=surrogate, temperature=temperature, microbatch=microbatch,
+            surrogate=surrogate, temperature=temperature, microbatch=microbatch, several=several,
         )  # fmt: skip
         total = found if total is None else _add(total, found)
     return grads, *total
+
+
+def _microbatches_per_program(policy: Policy, prompts, trajectories, microbatch) -> int:
+    """How many microbatches one program takes: a divisor of their number.
+
+    A program of each lets signals in between, but does again what a loop's body shares: the weights'
+    layouts, and a copy of the gradients. So small ones go together, up to about a second of a CPU.
+    """
+    chunks, size = len(prompts.lengths) // microbatch[0], policy.mesh.size if policy.mesh else 1
+    _, rollouts, length = trajectories.tokens.shape
+    need = models.flops.train_need(
+        policy.config, microbatch[0], rollouts, prompts.tokens.shape[1], length
+    )
+    most = _FLOPS_PER_PROGRAM * size / need.flops
+    return max(n for n in range(1, chunks + 1) if chunks % n == 0 and (n == 1 or n <= most))
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -308,14 +327,15 @@ def begin(params, policy: Policy, prompts: Prompts, trajectories, coefficients, 
 
 
 @functools.partial(
-    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch"),
+    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch", "several"),
     donate_argnames=("grads",),
 )  # fmt: skip
 def add_microbatch(
     grads, params, policy, prompts: Prompts, trajectories, coefficients, reference, packing: Packing,
-    share, index, *, surrogate, temperature: float, microbatch: tuple[int, int],
+    share, index, *, surrogate, temperature: float, microbatch: tuple[int, int], several: int = 1,
 ):  # fmt: skip
-    """`grads` plus those of microbatch number `index`, and that microbatch's sums and gauges.
+    """`grads` plus those of the `several` microbatches from number `index` x `several` on, and their
+    sums and gauges.
 
     One whose prompts have nothing to learn costs nothing. Every microbatch takes prompts from all
     over the batch, so that on a mesh each device keeps its share.
@@ -356,10 +376,15 @@ def add_microbatch(
     if chunks == 1:
         found = of_prompts(batch)
     else:
-        chunk = jax.tree.map(lambda x: _split(x, chunks)[index], batch)
-        zeros = _zeros(jax.eval_shape(of_prompts, chunk))
-        has_rows = chunk[-1].rows.max() > 0
-        found = jax.lax.cond(has_rows, lambda: of_prompts(chunk), lambda: zeros)
+        parts = jax.tree.map(lambda x: _split(x, chunks), batch)
+        zeros = _zeros(jax.eval_shape(of_prompts, jax.tree.map(lambda x: x[0], parts)))
+
+        def add(total, number):
+            chunk = jax.tree.map(lambda x: x[number], parts)
+            has_rows = chunk[-1].rows.max() > 0
+            return jax.lax.cond(has_rows, lambda: _add(total, of_prompts(chunk)), lambda: total), None
+
+        found, _ = jax.lax.scan(add, zeros, index * several + jnp.arange(several))
     return jax.tree.map(jax.freeze, total), *found
 
 

@@ -83,8 +83,10 @@ def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temper
     _assert_trees_close(got, jax.tree.map(lambda g: g / B, wanted))
 
 
+@pytest.mark.parametrize("together", [0.0, 1e11])
 @pytest.mark.parametrize("microbatch", [(1, 4), (4, 1), (2, 2)])
-def test_results_do_not_depend_on_the_microbatch(batch, microbatch):
+def test_results_do_not_depend_on_the_microbatch(batch, microbatch, together, monkeypatch):
+    monkeypatch.setattr(learner, "_FLOPS_PER_PROGRAM", together)
     whole, sums, gauges = _gradient(batch, (B, M))
     got, other_sums, other_gauges = _gradient(batch, microbatch)
     _assert_trees_close(got, whole)

@@ -67,6 +67,7 @@ def sleep_for_long():
 
 
 def main():
+    learner._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
     before(sampling, "decode", "decode")
     before(learner, "add_microbatch", "gradient")
     before(checkpoints.Checkpoints, "save", "save")
