@@ -9,7 +9,6 @@ Exit status 1 when a check failed, on any host.
 
 import importlib.metadata
 import math
-import os
 import pathlib
 import platform
 import shutil
