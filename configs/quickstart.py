@@ -17,12 +17,25 @@ def get_config(arg: str = ""):
     config = qconfig.default()
     config.dtype = "float32"
     config.architecture = {
-        "vocab_size": 48, "num_layers": 2, "width": 64, "num_heads": 4, "num_kv_heads": 4,
-        "head_dim": 16, "mlp_width": 128, "rope_theta": 1e4,
-    }  # fmt: skip
+        "vocab_size": 48,
+        "num_layers": 2,
+        "width": 64,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 16,
+        "mlp_width": 128,
+        "rope_theta": 1e4,
+    }
     config.data.name = "multihop"
     config.data.max_prompt_tokens = 24
-    config.data.world = {"names": 24, "people": 6, "hops": 3, "shortest": 4, "longest": 6, "heed": 0.8}
+    config.data.world = {
+        "names": 24,
+        "people": 6,
+        "hops": 3,
+        "shortest": 4,
+        "longest": 6,
+        "heed": 0.8,
+    }
     config.rollout.rollouts_per_prompt = 16
     config.rollout.rationale_budget = 8
     config.rollout.answer_reserve = 8

@@ -63,7 +63,9 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Ch
     devices = topology_devices(topology)
     kind = devices[0].device_kind
     if kind not in CHIPS:
-        raise ConfigError(f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}.")
+        raise ConfigError(
+            f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}."
+        )
     run = without_data(config, devices)
     phases = {}
     for name, lowered, runs, beside in programs(run):
@@ -79,7 +81,7 @@ def topology_devices(topology: str):
     from jax.experimental import topologies
 
     try:
-        import libtpu  # noqa: F401
+        import libtpu
     except ImportError:
         raise ConfigError(
             "--mode=compile needs the TPU compiler: install the extra 'tpu' (pip install libtpu)."
@@ -110,20 +112,36 @@ def without_data(config: ConfigDict, devices) -> parts.Experiment:
     parts.check_batches(config, mesh)
     estimator = settings.estimator(config)
     draws = sampling.Sampling(
-        rationale_budget=config.rollout.rationale_budget, closing=(1,), eos=(2,), pad=0,
-        answer_reserve=config.rollout.answer_reserve, with_answer=estimator.reward is not None,
+        rationale_budget=config.rollout.rationale_budget,
+        closing=(1,),
+        eos=(2,),
+        pad=0,
+        answer_reserve=config.rollout.answer_reserve,
+        with_answer=estimator.reward is not None,
         temperature=float(config.rollout.temperature),
-    )  # fmt: skip
+    )
     shape = parts.model_shape(config)
     policy = Policy(
-        shape, shape.vocab_size - 1, jnp.dtype(config.dtype), config.train.remat, mesh,
+        shape,
+        shape.vocab_size - 1,
+        jnp.dtype(config.dtype),
+        config.train.remat,
+        mesh,
         parts.attention(config, mesh),
-    )  # fmt: skip
+    )
     return parts.Experiment(
-        config=config, estimator=estimator, optimizer=optimizer.build(config), mesh=mesh,
-        policy=policy, sampling=draws, evaluation_sampling=parts.evaluation_law(config, draws),
-        formatter=None, grader=None, train_data=None, evaluation_data=None,
-    )  # fmt: skip
+        config=config,
+        estimator=estimator,
+        optimizer=optimizer.build(config),
+        mesh=mesh,
+        policy=policy,
+        sampling=draws,
+        evaluation_sampling=parts.evaluation_law(config, draws),
+        formatter=None,
+        grader=None,
+        train_data=None,
+        evaluation_data=None,
+    )
 
 
 def programs(run: parts.Experiment):
@@ -175,9 +193,10 @@ def _pool(run: parts.Experiment, law: sampling.Sampling, prompts: int, rollouts:
     prefix = _results(sampling.prefill, (params, policy, tokens, lengths), few_from)
     few_prefix = _results(sampling.prefill, few_from, few_from)
     pool = _results(
-        sampling.start, (policy, prefix, tokens, lengths, keys, law),
+        sampling.start,
+        (policy, prefix, tokens, lengths, keys, law),
         (policy, few_prefix, few, lengths, keys, brief),
-    )  # fmt: skip
+    )
     results = _results(
         sampling.empty_results, (policy, law, prompts, rollouts), (policy, brief, prompts, rollouts)
     )
@@ -207,8 +226,13 @@ def _learner_programs(run: parts.Experiment):
     begun = (params, run.policy, *batch)
     grads, *packing = _results(learner.begin, begun, begun)
     gradient = learner.add_microbatch.lower(
-        grads, *begun, *packing, jax.ShapeDtypeStruct((), jnp.int32),
-        surrogate=estimator.surrogate, temperature=run.sampling.temperature, microbatch=run.microbatch,
+        grads,
+        *begun,
+        *packing,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        surrogate=estimator.surrogate,
+        temperature=run.sampling.temperature,
+        microbatch=run.microbatch,
     )
     runs = updates * (part // run.microbatch[0])
     yield "gradient", gradient, runs, _bytes_per_chip(whole.opt_state)
@@ -234,8 +258,9 @@ def _results(function, arguments, small):
     places = compiled(function.lower(*small)).output_shardings
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        function.eval_shape(*arguments), places,
-    )  # fmt: skip
+        function.eval_shape(*arguments),
+        places,
+    )
 
 
 def compiled(lowered):
@@ -289,7 +314,9 @@ def compile_phase(lowered, runs: int = 1, resident: float = 0.0, trips=None) -> 
     try:
         program = compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"required for .*?\((\d+\.?\d*)([KMGT])\)|Used (\d+\.?\d*)([KMGT])", str(error))
+        needed = re.search(
+            r"required for .*?\((\d+\.?\d*)([KMGT])\)|Used (\d+\.?\d*)([KMGT])", str(error)
+        )
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
             raise
         size, unit = needed.group(1) or needed.group(3), needed.group(2) or needed.group(4)
@@ -299,9 +326,12 @@ def compile_phase(lowered, runs: int = 1, resident: float = 0.0, trips=None) -> 
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Phase(
-        arguments, temporaries, arguments + temporaries + results + resident,
-        Module(program.as_text()).cost(*[trips] if trips else []), runs,
-    )  # fmt: skip
+        arguments,
+        temporaries,
+        arguments + temporaries + results + resident,
+        Module(program.as_text()).cost(*[trips] if trips else []),
+        runs,
+    )
 
 
 def step_tokens(config: ConfigDict) -> int:
@@ -341,7 +371,11 @@ def remedies(phases: Mapping[str, Phase], chip: Chip, config: ConfigDict) -> lis
 def made_from(config: ConfigDict, command: str) -> dict:
     """What results on disk say of their making."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
-    return {"command": command, "versions": versions, "config": json.loads(settings.to_json(config))}
+    return {
+        "command": command,
+        "versions": versions,
+        "config": json.loads(settings.to_json(config)),
+    }
 
 
 def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command: str) -> int:
@@ -366,9 +400,13 @@ def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command:
     seconds = {name: phase.seconds(chip) for name, phase in phases.items() if phase.runs}
     if all(map(math.isfinite, seconds.values())):
         row = {
-            "topology": topology, "chips": len(topology_devices(topology)), "fits": not advice,
-            "prompts": config.train.prompts_per_step, "seconds": step, "phases": seconds,
-        }  # fmt: skip
+            "topology": topology,
+            "chips": len(topology_devices(topology)),
+            "fits": not advice,
+            "prompts": config.train.prompts_per_step,
+            "seconds": step,
+            "phases": seconds,
+        }
         file = workdir / f"compile_{topology.replace(':', '-')}.json"
         paths.write(file, json.dumps({**made_from(config, command), "rows": [row]}, indent=2))
     for line in advice:
@@ -382,9 +420,17 @@ def _table(phases: Mapping[str, Phase], chip: Chip, topology: str) -> Table:
     title = f"{topology}, per chip ({chip.usable / 2**30:.2f} GiB of HBM for programs)"
     table = Table(title=title, title_justify="left")
     for column in (
-        "program", "runs", "arguments", "temporaries", "peak", "TFLOP", "GB moved", "collectives, GB",
-        "roofline", "by",
-    ):  # fmt: skip
+        "program",
+        "runs",
+        "arguments",
+        "temporaries",
+        "peak",
+        "TFLOP",
+        "GB moved",
+        "collectives, GB",
+        "roofline",
+        "by",
+    ):
         table.add_column(column)
     for name, phase in phases.items():
         row = [name, f"{phase.runs}", *(f"{size / 2**30:.2f} GiB" for size in phase[:3])]
@@ -392,10 +438,16 @@ def _table(phases: Mapping[str, Phase], chip: Chip, topology: str) -> Table:
             table.add_row(*row, *["nan"] * 4, "")
             continue
         cost = phase.cost
-        kinds = ", ".join(f"{kind} {phase.runs * sent / 1e9:,.2f}" for kind, sent in cost.sent.items())
+        kinds = ", ".join(
+            f"{kind} {phase.runs * sent / 1e9:,.2f}" for kind, sent in cost.sent.items()
+        )
         times = cost.times(chip)
         table.add_row(
-            *row, ("" if cost.is_whole else "> ") + f"{phase.runs * cost.flops / 1e12:,.2f}", f"{phase.runs * cost.bytes / 1e9:,.1f}",
-            kinds or "none", f"{phase.seconds(chip):,.3f} s", max(times, key=times.get),
-        )  # fmt: skip
+            *row,
+            ("" if cost.is_whole else "> ") + f"{phase.runs * cost.flops / 1e12:,.2f}",
+            f"{phase.runs * cost.bytes / 1e9:,.1f}",
+            kinds or "none",
+            f"{phase.seconds(chip):,.3f} s",
+            max(times, key=times.get),
+        )
     return table

@@ -80,7 +80,9 @@ def find(
         return None
     found = _find(base / name, ENVIRONMENT, is_complete, wanted)
     if found is None:
-        _say(f"{base / name} is not there, or not whole: looking elsewhere (launch/stage brings it there)")
+        _say(
+            f"{base / name} is not there, or not whole: looking elsewhere (launch/stage brings it there)"
+        )
     return found
 
 
@@ -129,7 +131,10 @@ def alone(target: pathlib.Path) -> Iterator[None]:
         except filelock.Timeout:
             _say(f"another process makes {target}; waiting for it")
             lock.acquire()
-    except (NotImplementedError, OSError):  # no locks here, or another user's: two may do the same work
+    except (
+        NotImplementedError,
+        OSError,
+    ):  # no locks here, or another user's: two may do the same work
         yield
         return
     try:
@@ -152,7 +157,9 @@ def publish(source: pathlib.Path, target: paths.Path, names: list[str], last: st
     """
     with _faults(f"--to={target}"):
         there = _listing(target) or {}
-        changed = [name for name in names if not _is_same(source / name, target / name, there.get(name))]
+        changed = [
+            name for name in names if not _is_same(source / name, target / name, there.get(name))
+        ]
         if not changed:
             return 0
         stale = [name for name in there if name not in names]
@@ -261,7 +268,9 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
                 remote = f"{where}/{name}" if name else where
                 paths.retried(lambda: system.get_file(remote, str(file)))
                 if file.stat().st_size != listing[name].size:
-                    raise PassingError(f"{path} changed while it was copied: start again when it is complete.")
+                    raise PassingError(
+                        f"{path} changed while it was copied: start again when it is complete."
+                    )
                 return listing[name].size
 
             with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -287,7 +296,9 @@ def _is_same(source: pathlib.Path, target: paths.Path, entry: _Entry | None) -> 
 
 def _digest(file: pathlib.Path, kind: str) -> bytes:
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, lambda: hashlib.new(kind, usedforsecurity=False)).digest()
+        return hashlib.file_digest(
+            opened, lambda: hashlib.new(kind, usedforsecurity=False)
+        ).digest()
 
 
 @contextlib.contextmanager
@@ -305,7 +316,9 @@ def _faults(where: str) -> Iterator[None]:
                 "XDG_CACHE_HOME to a larger disk."
             ) from error
         if not paths.passes(error):
-            message = f"{where} cannot be used ({reason}): mend the name, or give this user the right."
+            message = (
+                f"{where} cannot be used ({reason}): mend the name, or give this user the right."
+            )
             raise ConfigError(message) from error
         raise PassingError(f"{where} cannot be reached now ({reason}).") from error
 

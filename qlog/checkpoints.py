@@ -52,7 +52,9 @@ class Checkpoints:
         for step in [step for step in self.scores if step > (self.latest_step or 0)]:
             del self.scores[step]  # of checkpoints that were lost: the steps are done again
 
-    def save(self, state: TrainState, *, step: int, config: str, identity: dict | None = None) -> None:
+    def save(
+        self, state: TrainState, *, step: int, config: str, identity: dict | None = None
+    ) -> None:
         """Starts writing `state` as of `step`; it may be used again as soon as this returns.
 
         Args:
@@ -181,7 +183,9 @@ def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") 
     if above:
         with ocp.training.Checkpointer(paths.parse(above)) as checkpointer:  # all: it has barriers
             steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-    return paths.parse(distributed.first(lambda: _choose(folder, above, steps, f"{field} = {named!r}", which)))
+    return paths.parse(
+        distributed.first(lambda: _choose(folder, above, steps, f"{field} = {named!r}", which))
+    )
 
 
 def _above(folder: Path) -> str:
@@ -196,9 +200,7 @@ def _choose(folder: Path, above: str, steps: list[int], named: str, which: str) 
     if paths.exists(folder / "params"):
         return str(folder)
     if not steps:
-        raise ConfigError(
-            f"{named} has no checkpoint: name a run's workdir, or one step's folder."
-        )
+        raise ConfigError(f"{named} has no checkpoint: name a run's workdir, or one step's folder.")
     if which == "latest":
         return f"{above}/{steps[-1]}"
     if which == "best":
@@ -222,7 +224,9 @@ def _best(steps: list[int], scores: Scores) -> int:
 
 def _read_scores(workdir: Path) -> Scores:
     try:
-        return {int(step): score for step, score in json.loads(paths.read(workdir / _SCORES)).items()}
+        return {
+            int(step): score for step, score in json.loads(paths.read(workdir / _SCORES)).items()
+        }
     except FileNotFoundError:
         return {}
 

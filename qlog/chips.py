@@ -29,9 +29,11 @@ CHIPS = {
 }
 # FLOP/s alone, dense bfloat16: NVIDIA's data sheets of A100 and H100/H200 (SXM).
 GPU_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12,
-}  # fmt: skip
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+}
 
 
 def peak_flops(kind: str) -> float | None:

@@ -45,9 +45,14 @@ def sentence(error: Exception, argv: list[str]) -> str:
     # An override of a key that does not exist arrives as an error of its name.
     key = re.match(r"\W*(\w*)", text)[1]
     for flag in argv:
-        if isinstance(error, (AttributeError, KeyError)) and key in flag.partition("=")[0].split(".")[1:]:
+        if (
+            isinstance(error, (AttributeError, KeyError))
+            and key in flag.partition("=")[0].split(".")[1:]
+        ):
             similar = re.search(r'Did you mean "(\w+)"', text)
-            remedy = f"did you mean {similar[1]!r}?" if similar else "qlog/config.py lists them all."
+            remedy = (
+                f"did you mean {similar[1]!r}?" if similar else "qlog/config.py lists them all."
+            )
             return f"{flag}: the config has no field {key!r}; {remedy}"
     # config_flags folds the traceback of a config file into its message.
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -7,7 +7,18 @@ import sys
 
 from ml_collections import ConfigDict
 
-from qlog import aot, checkpoints, distributed, evaluation, interrupts, models, paths, scaling, sweep, train
+from qlog import (
+    aot,
+    checkpoints,
+    distributed,
+    evaluation,
+    interrupts,
+    models,
+    paths,
+    scaling,
+    sweep,
+    train,
+)
 from qlog import config as settings
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, prepare
@@ -44,7 +55,9 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     watching = config.watchdog.first_seconds, lambda: True, lambda: None
     with interrupts.listening() as stop, stop.deferred(), stop.watching(*watching):
         try:
-            summary = evaluation.evaluate(experiment, params, samples, source=source, interrupts=stop)
+            summary = evaluation.evaluate(
+                experiment, params, samples, source=source, interrupts=stop
+            )
         except Stop:
             say(f"stopped; what was sampled is in {samples}.parts: the same command goes on.")
             raise
@@ -56,7 +69,9 @@ def run_from_samples(config: ConfigDict, workdir: Path, samples: Path) -> int:
     """The numbers of an earlier evaluation from the samples it saved; no model, no data."""
     settings.check(config)
     summary = evaluation.recompute(config, samples)
-    _report(workdir, samples.stem, evaluation.record(config, summary, f"samples of {samples}", None))
+    _report(
+        workdir, samples.stem, evaluation.record(config, summary, f"samples of {samples}", None)
+    )
     return 0
 
 
@@ -90,8 +105,12 @@ def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     params, _, _ = _load(experiment, path)
     batches = evaluation.sample_answers(experiment, params, experiment.evaluation_sampling)
     for row in itertools.chain.from_iterable(batches):
-        say(f"--- {row['id']}\n{row['source']}\n--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})")
-        shown = itertools.islice(zip(row["rationales"], row["answers"], row["log_w"], strict=True), _SHOWN)
+        say(
+            f"--- {row['id']}\n{row['source']}\n--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})"
+        )
+        shown = itertools.islice(
+            zip(row["rationales"], row["answers"], row["log_w"], strict=True), _SHOWN
+        )
         for rationale, answer, log_w in shown:
             say(f"  [log w {log_w:.2f}] {rationale} => {answer}")
     return 0
@@ -119,7 +138,11 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
     """
     config = experiment.config
     if path is None:
-        params, step, source = experiment.init_params(), None, f"base: {config.init_from or config.weights}"
+        params, step, source = (
+            experiment.init_params(),
+            None,
+            f"base: {config.init_from or config.weights}",
+        )
     else:
         params = checkpoints.load_params(path, experiment.abstract_params(), "--workdir")
         step, source = int(path.name) if path.name.isdigit() else None, str(path)
@@ -134,9 +157,14 @@ def _report(workdir: Path, name: str, record: str) -> None:
 
 
 def run(
-    mode: str, config: ConfigDict, workdir: str | os.PathLike, *, checkpoint: str = "best",
-    from_samples: str = "", topology: str = "",
-) -> int:  # fmt: skip
+    mode: str,
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    checkpoint: str = "best",
+    from_samples: str = "",
+    topology: str = "",
+) -> int:
     """What --mode asks for; returns the exit status.
 
     Args:

@@ -21,92 +21,103 @@ _CHOICES = ("loss", "architecture", "world", "runs")
 
 def default() -> ConfigDict:
     """Every field of a run with its default. Lengths are in tokens."""
-    return ConfigDict({
-        "seed": 0,  # data order, sampling keys, random weights
-        # Model
-        "model": "qwen3_0p6b",  # a preset of qlog.models, a Hugging Face folder (gs://, s3:// too) or Hub id
-        "architecture": {},  # fields of DecoderConfig that differ from the preset
-        "weights": "random",  # 'random', or as model; Hub ids are looked for in QLOG_ASSETS first
-        "init_from": "",  # workdir (or one checkpoint) of another run, to start from its parameters
-        "attention": "auto",  # auto: by device; blocks: plain JAX; tpu: Pallas kernels; cudnn: CUDA GPUs
-        "dtype": "bfloat16",  # of activations and caches; parameters are float32
-        "tokenizer": {
-            "path": "",  # folder, file or Hub id; '' takes the one beside the weights or the model
-            "think_start": "<think>",  # piece that opens a rationale
-            "think_end": "</think>",  # piece that closes it
-        },
-        # Data
-        "data": {
-            "name": "hotpotqa",  # finqa | hotpotqa | musique | multihop | multihop_text
-            "manual_dir": "",  # folder with the official raw files; '' takes QLOG_ASSETS', or downloads
-            "data_dir": "",  # where prepared data live, in a bucket read alone; '' is a cache folder
-            "style": "cold",  # warm: instructions and chat template; cold: the input alone
-            "max_prompt_tokens": 2048,  # a longer prompt is an error, or skipped
-            "overlong": "error",  # error | skip
-            "world": {},  # arguments of a synthetic task
-        },
-        # Rollouts
-        "rollout": {
-            "rollouts_per_prompt": 32,  # M
-            "rationale_budget": 2944,  # free tokens before the thinking-end token is forced
-            "answer_reserve": 128,  # tokens kept for the answer, sampled or gold
-            "temperature": 1.0,  # of the sampled law, in sampling and in the gradient alike
-            "prompts_per_wave": 0,  # of a shard, prompts whose rollouts' caches are in memory at a time; 0 all
-            "closing_text": "",  # written before a forced thinking-end token
-        },
-        # Loss: the name of a recipe of qlog.losses, or a function that returns an Estimator
-        "loss": loss("garl", q=0.75),
-        "optimizer": {
-            "learning_rate": 1e-6,  # peak
-            "warmup_steps": 10,  # linear, from 0
-            "schedule": "constant",  # after warm-up: constant | cosine | linear (to 0)
-            "b1": 0.9, "b2": 0.999, "eps": 1e-8,  # AdamW
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,  # clip to this global norm
-            "max_skipped_in_a_row": 10,  # stop after so many non-finite gradients
-        },
-        "train": {
-            "steps": 500,
-            "prompts_per_step": 32,  # B
-            "updates_per_batch": 1,  # optimizer steps per batch of rollouts, in slices of prompts
-            "prompts_per_microbatch": 0,  # of a shard, prompts in memory at a time; 0 is all
-            "rollouts_per_microbatch": 0,  # rollouts of a prompt in memory at a time, if they are of
-            # full length: shorter ones share rows; 0 is all
-            "remat": "full",  # layers the backward pass recomputes: full; attention or dots keep those; none
-            # Stop when mean |sampler - learner log_prob| exceeds this; 0 never. The quickstart's model in
-            # bfloat16, on a CPU, had at most 0.005, prompts dealt to the wrong processes 0.95.
-            "max_mismatch": 0.05,
-            "rollouts_every": 10,  # steps between rollouts written to disk
-            "rollouts_prompts": 2,  # prompts whose rollouts are written
-        },
-        "evaluation": {
-            "every": 50,  # steps between evaluations; the last step always counts; 0 is never
-            "split": "validation",
-            "prompts": 0,  # at most so many; 0 is the whole split
-            "prompts_per_batch": 32,  # of a shard
-            "rollouts_per_prompt": 16,
-            "temperature": 1.0,  # 0 is greedy
-            "top_k": 0,  # of the most probable tokens; 0 is all. Evaluation only, as top_p:
-            "top_p": 1.0,  # the gradient is about the whole law, so rollouts are drawn from it
-            "without_rationale": False,  # evaluate with budget 0 beside it
-        },
-        "checkpoint": {
-            "every": 50,  # steps between checkpoints; the last step always counts
-            "minutes": 10.0,  # ... and minutes, whichever is sooner; 0 is steps alone
-            "keep": 2,  # latest ones kept, beside the best by validation m@k
-            "finished": "all",  # of a finished run: all, or best_params: the best one's parameters
-        },
-        "watchdog": {  # a run in which nothing happens ends with status 75, for the launcher to start again
-            "steps": 10.0,  # median steps without a sign of life; 0 is for ever
-            "seconds": 600.0,  # but at least so long
-            "first_seconds": 7200.0,  # before the third step is done: programs compile
-        },
-        "profile": {"steps": ()},  # steps, from 1, traced into WORKDIR/profile; as a flag: 12,13
-        # Devices per axis of one slice (of TPUs; a node of GPUs); -1 is the rest. Each slice holds a replica.
-        # Prompts are split over slices x data x fsdp shards.
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 0},  # 0: as they are; 1: all devices as one
-        "runs": {},  # a sweep: name of a run -> what differs in it from this config
-    })  # fmt: skip
+    return ConfigDict(
+        {
+            "seed": 0,  # data order, sampling keys, random weights
+            # Model
+            "model": "qwen3_0p6b",  # a preset of qlog.models, a Hugging Face folder (gs://, s3:// too) or Hub id
+            "architecture": {},  # fields of DecoderConfig that differ from the preset
+            "weights": "random",  # 'random', or as model; Hub ids are looked for in QLOG_ASSETS first
+            "init_from": "",  # workdir (or one checkpoint) of another run, to start from its parameters
+            "attention": "auto",  # auto: by device; blocks: plain JAX; tpu: Pallas kernels; cudnn: CUDA GPUs
+            "dtype": "bfloat16",  # of activations and caches; parameters are float32
+            "tokenizer": {
+                "path": "",  # folder, file or Hub id; '' takes the one beside the weights or the model
+                "think_start": "<think>",  # piece that opens a rationale
+                "think_end": "</think>",  # piece that closes it
+            },
+            # Data
+            "data": {
+                "name": "hotpotqa",  # finqa | hotpotqa | musique | multihop | multihop_text
+                "manual_dir": "",  # folder with the official raw files; '' takes QLOG_ASSETS', or downloads
+                "data_dir": "",  # where prepared data live, in a bucket read alone; '' is a cache folder
+                "style": "cold",  # warm: instructions and chat template; cold: the input alone
+                "max_prompt_tokens": 2048,  # a longer prompt is an error, or skipped
+                "overlong": "error",  # error | skip
+                "world": {},  # arguments of a synthetic task
+            },
+            # Rollouts
+            "rollout": {
+                "rollouts_per_prompt": 32,  # M
+                "rationale_budget": 2944,  # free tokens before the thinking-end token is forced
+                "answer_reserve": 128,  # tokens kept for the answer, sampled or gold
+                "temperature": 1.0,  # of the sampled law, in sampling and in the gradient alike
+                "prompts_per_wave": 0,  # of a shard, prompts whose rollouts' caches are in memory at a time; 0 all
+                "closing_text": "",  # written before a forced thinking-end token
+            },
+            # Loss: the name of a recipe of qlog.losses, or a function that returns an Estimator
+            "loss": loss("garl", q=0.75),
+            "optimizer": {
+                "learning_rate": 1e-6,  # peak
+                "warmup_steps": 10,  # linear, from 0
+                "schedule": "constant",  # after warm-up: constant | cosine | linear (to 0)
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,  # AdamW
+                "weight_decay": 0.0,
+                "max_grad_norm": 1.0,  # clip to this global norm
+                "max_skipped_in_a_row": 10,  # stop after so many non-finite gradients
+            },
+            "train": {
+                "steps": 500,
+                "prompts_per_step": 32,  # B
+                "updates_per_batch": 1,  # optimizer steps per batch of rollouts, in slices of prompts
+                "prompts_per_microbatch": 0,  # of a shard, prompts in memory at a time; 0 is all
+                "rollouts_per_microbatch": 0,  # rollouts of a prompt in memory at a time, if they are of
+                # full length: shorter ones share rows; 0 is all
+                "remat": "full",  # layers the backward pass recomputes: full; attention or dots keep those; none
+                # Stop when mean |sampler - learner log_prob| exceeds this; 0 never. The quickstart's model in
+                # bfloat16, on a CPU, had at most 0.005, prompts dealt to the wrong processes 0.95.
+                "max_mismatch": 0.05,
+                "rollouts_every": 10,  # steps between rollouts written to disk
+                "rollouts_prompts": 2,  # prompts whose rollouts are written
+            },
+            "evaluation": {
+                "every": 50,  # steps between evaluations; the last step always counts; 0 is never
+                "split": "validation",
+                "prompts": 0,  # at most so many; 0 is the whole split
+                "prompts_per_batch": 32,  # of a shard
+                "rollouts_per_prompt": 16,
+                "temperature": 1.0,  # 0 is greedy
+                "top_k": 0,  # of the most probable tokens; 0 is all. Evaluation only, as top_p:
+                "top_p": 1.0,  # the gradient is about the whole law, so rollouts are drawn from it
+                "without_rationale": False,  # evaluate with budget 0 beside it
+            },
+            "checkpoint": {
+                "every": 50,  # steps between checkpoints; the last step always counts
+                "minutes": 10.0,  # ... and minutes, whichever is sooner; 0 is steps alone
+                "keep": 2,  # latest ones kept, beside the best by validation m@k
+                "finished": "all",  # of a finished run: all, or best_params: the best one's parameters
+            },
+            "watchdog": {  # a run in which nothing happens ends with status 75, for the launcher to start again
+                "steps": 10.0,  # median steps without a sign of life; 0 is for ever
+                "seconds": 600.0,  # but at least so long
+                "first_seconds": 7200.0,  # before the third step is done: programs compile
+            },
+            "profile": {
+                "steps": ()
+            },  # steps, from 1, traced into WORKDIR/profile; as a flag: 12,13
+            # Devices per axis of one slice (of TPUs; a node of GPUs); -1 is the rest. Each slice holds a replica.
+            # Prompts are split over slices x data x fsdp shards.
+            "mesh": {
+                "data": -1,
+                "fsdp": 1,
+                "tensor": 1,
+                "slices": 0,
+            },  # 0: as they are; 1: all devices as one
+            "runs": {},  # a sweep: name of a run -> what differs in it from this config
+        }
+    )
 
 
 def loss(name: str | Callable, **arguments) -> ConfigDict:
@@ -115,8 +126,9 @@ def loss(name: str | Callable, **arguments) -> ConfigDict:
     return ConfigDict({"name": name, **known, **arguments}, convert_dict=False)
 
 
-def parse_variants(arg: str | None, variants: Mapping[str, Callable[[ConfigDict, str], None]],
-                   config: ConfigDict) -> ConfigDict:
+def parse_variants(
+    arg: str | None, variants: Mapping[str, Callable[[ConfigDict, str], None]], config: ConfigDict
+) -> ConfigDict:
     """Applies 'cold,garl,q=0.75' to `config`: each word or key=value names an entry of `variants`,
     a function of the config and of the value ('' for a bare word). Applied in the order given.
 
@@ -143,6 +155,7 @@ def estimator_variants() -> dict[str, Callable[[ConfigDict, str], None]]:
             if losses.build(name).rationale == "annotated":
                 config.rollout.rollouts_per_prompt = 1
                 config.train.rollouts_per_microbatch = 0
+
         return variant
 
     def set_q(config, value):
@@ -178,18 +191,32 @@ def check(config: ConfigDict) -> None:
     _check_keys(config, default(), "config")
     rollout, train = config.rollout, config.train
     for section, key, low in (
-        ("rollout", "rollouts_per_prompt", 1), ("rollout", "rationale_budget", 0),
-        ("rollout", "answer_reserve", 1), ("rollout", "prompts_per_wave", 0),
-        ("train", "steps", 1), ("train", "prompts_per_step", 1),
-        ("train", "updates_per_batch", 1), ("train", "prompts_per_microbatch", 0),
-        ("train", "rollouts_per_microbatch", 0), ("train", "rollouts_every", 1),
-        ("train", "rollouts_prompts", 0), ("evaluation", "every", 0), ("evaluation", "prompts", 0),
-        ("evaluation", "prompts_per_batch", 1), ("evaluation", "rollouts_per_prompt", 1),
-        ("evaluation", "top_k", 0), ("checkpoint", "every", 1), ("checkpoint", "keep", 1),
-        ("checkpoint", "minutes", 0), ("watchdog", "steps", 0), ("watchdog", "seconds", 1),
-        ("watchdog", "first_seconds", 0), ("data", "max_prompt_tokens", 2),
-        ("optimizer", "warmup_steps", 0), ("optimizer", "max_skipped_in_a_row", 1),
-    ):  # fmt: skip
+        ("rollout", "rollouts_per_prompt", 1),
+        ("rollout", "rationale_budget", 0),
+        ("rollout", "answer_reserve", 1),
+        ("rollout", "prompts_per_wave", 0),
+        ("train", "steps", 1),
+        ("train", "prompts_per_step", 1),
+        ("train", "updates_per_batch", 1),
+        ("train", "prompts_per_microbatch", 0),
+        ("train", "rollouts_per_microbatch", 0),
+        ("train", "rollouts_every", 1),
+        ("train", "rollouts_prompts", 0),
+        ("evaluation", "every", 0),
+        ("evaluation", "prompts", 0),
+        ("evaluation", "prompts_per_batch", 1),
+        ("evaluation", "rollouts_per_prompt", 1),
+        ("evaluation", "top_k", 0),
+        ("checkpoint", "every", 1),
+        ("checkpoint", "keep", 1),
+        ("checkpoint", "minutes", 0),
+        ("watchdog", "steps", 0),
+        ("watchdog", "seconds", 1),
+        ("watchdog", "first_seconds", 0),
+        ("data", "max_prompt_tokens", 2),
+        ("optimizer", "warmup_steps", 0),
+        ("optimizer", "max_skipped_in_a_row", 1),
+    ):
         _check_range(f"config.{section}.{key}", config[section][key], low, math.inf)
     _check_range("config.optimizer.learning_rate", config.optimizer.learning_rate, 0, math.inf)
     _check_range("config.optimizer.max_grad_norm", config.optimizer.max_grad_norm, 1e-12, math.inf)
@@ -213,7 +240,9 @@ def check(config: ConfigDict) -> None:
         )
     for step in config.profile.steps:
         if type(step) is not int or step < 0:
-            raise ConfigError(f"config.profile.steps = {config.profile.steps!r} must hold whole numbers.")
+            raise ConfigError(
+                f"config.profile.steps = {config.profile.steps!r} must hold whole numbers."
+            )
     whole, rows = rollout.rollouts_per_prompt, train.rollouts_per_microbatch
     if rows and whole % rows:
         divisors = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)

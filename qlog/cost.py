@@ -18,9 +18,14 @@ from qlog.errors import ConfigError
 
 # What a step's roofline depends on, beside the prompts of a step and the slice.
 _FIELDS = (
-    ("model",), ("architecture",), ("dtype",), ("data", "max_prompt_tokens"),
-    ("rollout", "rollouts_per_prompt"), ("rollout", "rationale_budget"), ("rollout", "answer_reserve"),
-)  # fmt: skip
+    ("model",),
+    ("architecture",),
+    ("dtype",),
+    ("data", "max_prompt_tokens"),
+    ("rollout", "rollouts_per_prompt"),
+    ("rollout", "rationale_budget"),
+    ("rollout", "answer_reserve"),
+)
 
 
 class Roofline(NamedTuple):
@@ -103,10 +108,14 @@ def estimate(config: ConfigDict, mode: str, step: Roofline) -> Estimate:
     steps, splits_evaluated = 0, [evaluation.split]
     if mode == "train":
         steps = train.steps
-        times = -(-steps // evaluation.every) if evaluation.every else 0  # the last step always counts
+        times = (
+            -(-steps // evaluation.every) if evaluation.every else 0
+        )  # the last step always counts
         splits_evaluated = [evaluation.split] * times
         splits_evaluated += [evaluation.final] if evaluation.get("final") else []
-    rollouts = sum(_prompts(config, split) for split in splits_evaluated) * evaluation.rollouts_per_prompt
+    rollouts = (
+        sum(_prompts(config, split) for split in splits_evaluated) * evaluation.rollouts_per_prompt
+    )
     of_a_step = train.prompts_per_step * config.rollout.rollouts_per_prompt
     seconds = rollouts / of_a_step * step.decode_share * step.seconds
     return Estimate(step.chips, steps, step.seconds, len(splits_evaluated), seconds)

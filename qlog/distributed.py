@@ -210,7 +210,10 @@ def _told(error: Exception | None) -> list | None:
     """An exception as JSON: [its kind among QLOG_ERRORS or -1, its text]."""
     if error is None:
         return None
-    return [next((i for i, kind in enumerate(QLOG_ERRORS) if isinstance(error, kind)), -1), str(error)]
+    return [
+        next((i for i, kind in enumerate(QLOG_ERRORS) if isinstance(error, kind)), -1),
+        str(error),
+    ]
 
 
 def _raise(told: list, who: str):

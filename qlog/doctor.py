@@ -28,8 +28,18 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from qlog import (
+    checkpoints,
+    command_line,
+    distributed,
+    experiment,
+    models,
+    ownership,
+    paths,
+    runtime,
+    sharding,
+)
 from qlog import config as settings
-from qlog import checkpoints, command_line, distributed, experiment, models, ownership, paths, runtime, sharding
 from qlog.errors import ConfigError
 
 _PATIENCE = 120  # seconds for the all-reduce, its compilation included
@@ -147,10 +157,12 @@ def _all_reduce() -> str:
     def reduce():
         add = jax.jit(
             jax.shard_map(
-                lambda x: jax.lax.psum(x, "data"), mesh=mesh,
-                in_specs=PartitionSpec("data"), out_specs=PartitionSpec(),
+                lambda x: jax.lax.psum(x, "data"),
+                mesh=mesh,
+                in_specs=PartitionSpec("data"),
+                out_specs=PartitionSpec(),
             )
-        )  # fmt: skip
+        )
         size = _MIB_PER_DEVICE * 2**20 // 4
         ranks = jax.jit(lambda: jnp.repeat(jnp.arange(1.0, count + 1), size), out_shardings=place)()
         total = jax.block_until_ready(add(ranks))
@@ -178,14 +190,18 @@ def _all_reduce() -> str:
             "and let the network between them pass all ports."
         )
     if not outcome["right"]:
-        raise ConfigError(f"{count} devices gave a wrong sum: replace the host, or report the chip.")
+        raise ConfigError(
+            f"{count} devices gave a wrong sum: replace the host, or report the chip."
+        )
     return f"{count} devices, {_MIB_PER_DEVICE} MiB each in {outcome['seconds'] * 1e3:.1f} ms"
 
 
 def _writes(workdir: str) -> str:
     folder = paths.parse(workdir, "--workdir")
     ownership.prove_shared(folder, "--workdir")
-    shared = f", by {jax.process_count()} processes that see the same" if jax.process_count() > 1 else ""
+    shared = (
+        f", by {jax.process_count()} processes that see the same" if jax.process_count() > 1 else ""
+    )
     return f"{folder}: written, read, removed{shared}"
 
 
@@ -222,7 +238,9 @@ def _weights(config: ConfigDict) -> str:
     folder = models.huggingface.resolve(config.weights)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{folder} holds no *.safetensors: download them, or stage the folder again.")
+        raise ConfigError(
+            f"{folder} holds no *.safetensors: download them, or stage the folder again."
+        )
     size = sum(file.stat().st_size for file in files)
     return f"{folder}: {len(files)} file(s), {size / 1e9:.2f} GB"
 
@@ -237,14 +255,21 @@ def _tokenizer(config: ConfigDict) -> str:
 def main(argv: list[str]) -> int:
     own = flags.FlagValues()
     wanted = config_flags.DEFINE_config_file(
-        "config", None, "Config file of the planned run, with variants after a colon.", flag_values=own
+        "config",
+        None,
+        "Config file of the planned run, with variants after a colon.",
+        flag_values=own,
     )
-    workdir = flags.DEFINE_string("workdir", "runs", "Where the run is to be kept.", flag_values=own)
+    workdir = flags.DEFINE_string(
+        "workdir", "runs", "Where the run is to be kept.", flag_values=own
+    )
     processes = flags.DEFINE_enum(
-        "distributed", "auto", distributed.CHOICES,
+        "distributed",
+        "auto",
+        distributed.CHOICES,
         "Connect to the other processes: on, off, or auto, where the environment names them.",
         flag_values=own,
-    )  # fmt: skip
+    )
     try:
         rest = own(argv)
         config = wanted.value
@@ -253,7 +278,10 @@ def main(argv: list[str]) -> int:
         print(f"qlog.doctor: {command_line.sentence(error, argv)}", file=sys.stderr)
         return 2
     if len(rest) > 1:
-        print(f"qlog.doctor: what is {rest[1]!r}? Settings are --config.section.key=value", file=sys.stderr)
+        print(
+            f"qlog.doctor: what is {rest[1]!r}? Settings are --config.section.key=value",
+            file=sys.stderr,
+        )
         return 2
     with distributed.processes(processes.value):
         return run(config, workdir.value)

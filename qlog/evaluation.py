@@ -24,9 +24,13 @@ _FIELDS = {"id", "golds", "answers", "log_p", "forced", "complete"}  # that a ro
 
 
 def evaluate(
-    experiment: Experiment, params: models.Params, samples: Path | None = None, *,
-    source: str = "", interrupts: Interrupts | None = None,
-) -> dict[str, float]:  # fmt: skip
+    experiment: Experiment,
+    params: models.Params,
+    samples: Path | None = None,
+    *,
+    source: str = "",
+    interrupts: Interrupts | None = None,
+) -> dict[str, float]:
     """p@1, p@k, m@k (k = evaluation.rollouts_per_prompt), mean log P and the rest of `summarise`.
 
     With evaluation.without_rationale also `no_rationale/...`: the same with a budget of 0.
@@ -53,7 +57,9 @@ def evaluate(
     return summary
 
 
-def _sample_all(experiment, params, draws, file: Path | None, source: str, interrupts) -> list[dict]:
+def _sample_all(
+    experiment, params, draws, file: Path | None, source: str, interrupts
+) -> list[dict]:
     """All rows, on the first process; [] on the others."""
     parts = file and _Parts(file, _what_decides(experiment, source))
     rows: list[dict] = []
@@ -85,14 +91,27 @@ def _what_decides(experiment: Experiment, source: str) -> dict:
     config = experiment.config
     evaluation, rollout, data_ = config.evaluation, config.rollout, config.data
     found = {
-        "source": source, "seed": config.seed, "dtype": config.dtype, "identity": identity(experiment),
-        "evaluation": [evaluation[name] for name in (
-            "split", "prompts", "rollouts_per_prompt", "temperature", "top_k", "top_p",
-        )],
-        "rollout": [rollout[name] for name in ("rationale_budget", "answer_reserve", "closing_text")],
+        "source": source,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "identity": identity(experiment),
+        "evaluation": [
+            evaluation[name]
+            for name in (
+                "split",
+                "prompts",
+                "rollouts_per_prompt",
+                "temperature",
+                "top_k",
+                "top_p",
+            )
+        ],
+        "rollout": [
+            rollout[name] for name in ("rationale_budget", "answer_reserve", "closing_text")
+        ],
         "data": [data_[name] for name in ("name", "style", "max_prompt_tokens", "overlong")],
         "world": data_.world.to_dict(),
-    }  # fmt: skip
+    }
     return json.loads(json.dumps(found))
 
 
@@ -153,9 +172,13 @@ def record(config: ConfigDict, metrics: dict[str, float], source: str, step: int
     """
     digest = hashlib.sha256(settings.to_json(config).encode()).hexdigest()[:16]
     about = {
-        "data": config.data.name, "split": config.evaluation.split, "source": source, "step": step,
-        "config": digest, "evaluation": config.evaluation.to_dict(),
-    }  # fmt: skip
+        "data": config.data.name,
+        "split": config.evaluation.split,
+        "source": source,
+        "step": step,
+        "config": digest,
+        "evaluation": config.evaluation.to_dict(),
+    }
     return json.dumps(about | {"metrics": metrics}, indent=2, sort_keys=True)
 
 
@@ -211,11 +234,15 @@ def summarise(config: ConfigDict, rows: list[dict]) -> dict[str, float]:
     """`metrics.summarise`, and the means of what only the sampler knows."""
     count = config.evaluation.rollouts_per_prompt
     summary = metrics.summarise(rows, k=count, dataset=config.data.name, seed=config.seed)
-    numbers = np.array([[row["log_p"], np.mean(row["forced"]), np.mean(row["complete"])] for row in rows])
+    numbers = np.array(
+        [[row["log_p"], np.mean(row["forced"]), np.mean(row["complete"])] for row in rows]
+    )
     log_p, forced, complete = numbers.mean(0)
     return summary | {
-        "log_p": float(log_p), "budget_hits": float(forced), "truncated_answers": float(1 - complete),
-    }  # fmt: skip
+        "log_p": float(log_p),
+        "budget_hits": float(forced),
+        "truncated_answers": float(1 - complete),
+    }
 
 
 def _samples_file(samples: Path, prefix: str) -> Path:
@@ -228,9 +255,12 @@ def _prefixed(prefix: str, summary: dict[str, float]) -> dict[str, float]:
 
 
 def sample_answers(
-    experiment: Experiment, params: models.Params, draws: sampling.Sampling, start: int = 0,
+    experiment: Experiment,
+    params: models.Params,
+    draws: sampling.Sampling,
+    start: int = 0,
     interrupts: Interrupts | None = None,
-) -> Iterator[list[dict]]:  # fmt: skip
+) -> Iterator[list[dict]]:
     """By batch, a row per question of the evaluation split: id, golds, answers, log_w, log_p, flags.
 
     From question number `start` on; Stop is raised when a signal came while decoding.
@@ -255,15 +285,25 @@ def sample_answers(
         )
         keys = sampling.rollout_keys(key, uids, count)
         rollouts, log_w, _ = sampling.sample(
-            params, experiment.policy, tokens, lengths, keys, sampling.Golds(gold, gold_lengths), draws,
+            params,
+            experiment.policy,
+            tokens,
+            lengths,
+            keys,
+            sampling.Golds(gold, gold_lengths),
+            draws,
             interrupts=interrupts,
         )
         rollouts, log_w = sharding.local_rows(experiment.mesh, (rollouts, log_w))
         size = len(batch.examples)
         found = _rows(
-            formatter, batch, sharding.held_rows(experiment.mesh, size),
-            set(sharding.owned_rows(experiment.mesh, size)), rollouts, log_w,
-        )  # fmt: skip
+            formatter,
+            batch,
+            sharding.held_rows(experiment.mesh, size),
+            set(sharding.owned_rows(experiment.mesh, size)),
+            rollouts,
+            log_w,
+        )
         yield [row for _, row in sorted(distributed.gather(found), key=lambda pair: pair[0])]
 
 
@@ -273,9 +313,13 @@ def _questions(experiment: Experiment) -> int:
 
 
 def _rows(
-    formatter, batch: data.PromptBatch, held: np.ndarray, owned: set[int],
-    rollouts: sampling.Rollouts, log_w: np.ndarray,
-) -> list[tuple[int, dict]]:  # fmt: skip
+    formatter,
+    batch: data.PromptBatch,
+    held: np.ndarray,
+    owned: set[int],
+    rollouts: sampling.Rollouts,
+    log_w: np.ndarray,
+) -> list[tuple[int, dict]]:
     """(row of the batch, its row of `sample_answers`), for those that this process answers for.
 
     Args:
@@ -285,18 +329,23 @@ def _rows(
     for row, index in enumerate(held):
         if batch.is_prompt[index] and index in owned:
             example, texts = batch.examples[index], rollout_texts(formatter, rollouts, row)
-            rows.append((int(index), {
-                "id": example.id,
-                "golds": [example.answer, *example.aliases],
-                "official_answer": example.official_answer,
-                "source": example.source,
-                "answers": [answer for _, answer in texts],
-                "rationales": [rationale for rationale, _ in texts],
-                "log_w": log_w[row].tolist(),
-                "log_p": float(np.logaddexp.reduce(log_w[row]) - np.log(log_w.shape[1])),
-                "forced": rollouts.forced[row].tolist(),
-                "complete": rollouts.complete[row].tolist(),
-            }))  # fmt: skip
+            rows.append(
+                (
+                    int(index),
+                    {
+                        "id": example.id,
+                        "golds": [example.answer, *example.aliases],
+                        "official_answer": example.official_answer,
+                        "source": example.source,
+                        "answers": [answer for _, answer in texts],
+                        "rationales": [rationale for rationale, _ in texts],
+                        "log_w": log_w[row].tolist(),
+                        "log_p": float(np.logaddexp.reduce(log_w[row]) - np.log(log_w.shape[1])),
+                        "forced": rollouts.forced[row].tolist(),
+                        "complete": rollouts.complete[row].tolist(),
+                    },
+                )
+            )
     return rows
 
 

@@ -77,9 +77,10 @@ class Experiment:
         """
         names = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
         drawn = {
-            name: dataset.source.records for name, dataset in names.items()
+            name: dataset.source.records
+            for name, dataset in names.items()
             if dataset is not None and isinstance(dataset.source, data.Converted)
-        }  # fmt: skip
+        }
         if drawn:
             distributed.first(lambda: data.write_ids(path, self.config.data.name, drawn))
 
@@ -118,9 +119,11 @@ class Experiment:
     def _rest(self, params: models.Params) -> TrainState:
         scores = losses.zero_scores(self.config.train.prompts_per_step, self.rollouts_per_prompt)
         return TrainState(
-            jnp.zeros((), jnp.int32), None, self.optimizer.init(params),
+            jnp.zeros((), jnp.int32),
+            None,
+            self.optimizer.init(params),
             self.estimator.transform.init(scores),
-        )  # fmt: skip
+        )
 
 
 def prepare(
@@ -159,19 +162,27 @@ def prepare(
     sampling = Sampling(
         rationale_budget=config.rollout.rationale_budget,
         answer_reserve=config.rollout.answer_reserve,
-        closing=formatter.closing, eos=tokenizer.eos_ids, pad=tokenizer.pad_id,
+        closing=formatter.closing,
+        eos=tokenizer.eos_ids,
+        pad=tokenizer.pad_id,
         temperature=float(config.rollout.temperature),
         with_answer=estimator.reward is not None,
-    )  # fmt: skip
+    )
     if evaluate is None:
         evaluate = config.evaluation.every > 0 or not train
     prepared = prepare_data(config) if (train or evaluate) and not world else None
     open_split = functools.partial(_open_split, config, formatter, world, prepared)
     experiment = Experiment(
-        config=config, estimator=estimator, optimizer=optimizer.build(config), mesh=mesh,
+        config=config,
+        estimator=estimator,
+        optimizer=optimizer.build(config),
+        mesh=mesh,
         policy=Policy(
-            config=shape, valid_vocab=tokenizer.vocab_size,
-            dtype=jnp.dtype(config.dtype), remat=config.train.remat, mesh=mesh,
+            config=shape,
+            valid_vocab=tokenizer.vocab_size,
+            dtype=jnp.dtype(config.dtype),
+            remat=config.train.remat,
+            mesh=mesh,
             attention=attention(config, mesh),
         ),
         sampling=sampling,
@@ -181,7 +192,7 @@ def prepare(
         train_data=open_split("train", estimator.rationale == "annotated") if train else None,
         evaluation_data=open_split(config.evaluation.split, False) if evaluate else None,
         weights=weights,
-    )  # fmt: skip
+    )
     if jax.process_count() > 1:
         _check_hosts(identity(experiment))
     return experiment
@@ -196,16 +207,20 @@ def identity(experiment: Experiment) -> dict:
     synthetic tasks' are in `config`.
     """
     weights = experiment.weights
-    splits = {"train": experiment.train_data, experiment.config.evaluation.split: experiment.evaluation_data}
+    splits = {
+        "train": experiment.train_data,
+        experiment.config.evaluation.split: experiment.evaluation_data,
+    }
     found = {
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
         "tokenizer": experiment.formatter.tokenizer.digest,
         "splits": {
-            name: _records_digest(dataset.source.records) for name, dataset in splits.items()
+            name: _records_digest(dataset.source.records)
+            for name, dataset in splits.items()
             if dataset is not None and isinstance(dataset.source, data.Converted)
         },
-    }  # fmt: skip
+    }
     return json.loads(json.dumps(found))  # as it is read again, tuples being lists
 
 
@@ -233,8 +248,11 @@ def evaluation_law(config: ConfigDict, sampling: Sampling) -> Sampling:
     """How evaluation draws, where training draws as `sampling`: always with an answer."""
     evaluation = config.evaluation
     return dataclasses.replace(
-        sampling, temperature=float(evaluation.temperature), top_k=evaluation.top_k,
-        top_p=float(evaluation.top_p), with_answer=True,
+        sampling,
+        temperature=float(evaluation.temperature),
+        top_k=evaluation.top_k,
+        top_p=float(evaluation.top_p),
+        with_answer=True,
     )
 
 
@@ -277,7 +295,11 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
             "by side on fewer chips each."
         )
     for field, size, whole in (
-        ("train.prompts_per_microbatch", train.prompts_per_microbatch, prompts // shards // updates),
+        (
+            "train.prompts_per_microbatch",
+            train.prompts_per_microbatch,
+            prompts // shards // updates,
+        ),
         ("rollout.prompts_per_wave", config.rollout.prompts_per_wave, prompts // shards),
     ):
         if size and whole % size:
@@ -340,8 +362,9 @@ def _load_tokenizer(config: ConfigDict) -> data.Tokenizer:
     section = config.tokenizer
     return data.load(
         distributed.once_per_host(lambda: str(tokenizer_path(config))),
-        think_start=section.think_start, think_end=section.think_end,
-    )  # fmt: skip
+        think_start=section.think_start,
+        think_end=section.think_end,
+    )
 
 
 def tokenizer_path(config: ConfigDict) -> pathlib.Path:
@@ -391,9 +414,17 @@ def model_shape(config: ConfigDict) -> models.DecoderConfig:
 def prepare_data(config: ConfigDict) -> pathlib.Path:
     """The folder of the prepared dataset, made or copied once per host."""
     section = config.data
-    return pathlib.Path(distributed.once_per_host(lambda: str(data.prepare(
-        section.name, manual_dir=section.manual_dir or None, data_dir=section.data_dir or None
-    ))))  # fmt: skip
+    return pathlib.Path(
+        distributed.once_per_host(
+            lambda: str(
+                data.prepare(
+                    section.name,
+                    manual_dir=section.manual_dir or None,
+                    data_dir=section.data_dir or None,
+                )
+            )
+        )
+    )
 
 
 def _open_split(config, formatter, world, prepared, split: str, rationales: bool) -> data.Dataset:
@@ -403,11 +434,12 @@ def _open_split(config, formatter, world, prepared, split: str, rationales: bool
     else:
         source = data.open_examples(section.name, split, prepared=prepared)
     return data.open_dataset(
-        source, formatter,
+        source,
+        formatter,
         max_prompt_tokens=section.max_prompt_tokens,
         max_answer_tokens=config.rollout.answer_reserve,
         max_rationale_tokens=config.rollout.rationale_budget + 1 if rationales else None,
         overlong=section.overlong,
         measure=256 if world else None,
         name=f"config.data.name = {section.name!r}, split {split!r}",
-    )  # fmt: skip
+    )

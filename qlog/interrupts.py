@@ -118,9 +118,12 @@ class Interrupts:
 
     @contextlib.contextmanager
     def watching(
-        self, first_seconds: float, is_saved: Callable[[], bool], at_exit: Callable[[], None],
+        self,
+        first_seconds: float,
+        is_saved: Callable[[], bool],
+        at_exit: Callable[[], None],
         is_resumable: bool = False,
-    ) -> Iterator[None]:  # fmt: skip
+    ) -> Iterator[None]:
         """While inside, too long a time without a sign of life ends the process with status 75.
 
         Args:
@@ -152,7 +155,9 @@ class Interrupts:
         """After a step: from the third on the limit is `steps` median steps, 0 for no limit."""
         self._seconds = [*self._seconds[-100:], seconds]
         if len(self._seconds) >= 3 and self._limit is not None:
-            self._limit = max(least_seconds, steps * statistics.median(self._seconds)) if steps else None
+            self._limit = (
+                max(least_seconds, steps * statistics.median(self._seconds)) if steps else None
+            )
 
     # ---- The thread ----
 
@@ -207,21 +212,26 @@ class Interrupts:
         self._number = self._number or number
         if is_first:
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            self._say(f"{signal.Signals(number).name}: {'saving' if self._deferred else 'ending'}{again}")
+            self._say(
+                f"{signal.Signals(number).name}: {'saving' if self._deferred else 'ending'}{again}"
+            )
         elif number == signal.SIGINT:
             self._exit(130)
 
     def _say(self, text: str) -> None:
         if self.speaks:
-            with contextlib.suppress(OSError, ValueError):  # nobody reads any more: python ... | tee
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # nobody reads any more: python ... | tee
                 print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
 
     def _stalled(self, seconds: float) -> None:
         print(
             f"qlog: nothing has happened for {seconds:,.0f} s; the stacks of all threads follow, then this "
             f"process ends with status {PassingError.status}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         self._exit(PassingError.status)
 
@@ -265,7 +275,9 @@ def listening() -> Iterator[Interrupts]:
             wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
             for number in _STOPPING:
                 previous[number] = signal.signal(number, interrupts._receive)
-        thread = threading.Thread(target=interrupts._run, args=(read,), daemon=True, name="interrupts")
+        thread = threading.Thread(
+            target=interrupts._run, args=(read,), daemon=True, name="interrupts"
+        )
         thread.start()
         yield interrupts
     finally:

@@ -24,7 +24,6 @@ from qlog import losses, models, scoring, sharding
 from qlog.policy import Policy
 from qlog.sampling import Rollouts
 
-
 _FLOPS_PER_PROGRAM = 2e11  # per device
 
 
@@ -100,7 +99,9 @@ def with_gold_answer(rollouts: Rollouts, gold: Array, gold_lengths: Array, lengt
     ends = rollouts.rationale_lengths[..., None]
     own = _fit(rollouts.tokens, length)
     offset = jnp.clip(slots - ends, 0, gold.shape[1] - 1)
-    answer = jnp.take_along_axis(jnp.broadcast_to(gold[:, None], (*ends.shape[:2], gold.shape[1])), offset, -1)
+    answer = jnp.take_along_axis(
+        jnp.broadcast_to(gold[:, None], (*ends.shape[:2], gold.shape[1])), offset, -1
+    )
     in_rationale = slots < ends
     rationale_mask = _fit(rollouts.is_sampled, length) & in_rationale
     return Trajectories(
@@ -119,10 +120,13 @@ def with_sampled_answer(rollouts: Rollouts, length: int) -> Trajectories:
     in_rationale = jnp.arange(length) < rollouts.rationale_lengths[..., None]
     sampled = _fit(rollouts.is_sampled, length)
     return Trajectories(
-        tokens=_fit(rollouts.tokens, length), rationale_mask=sampled & in_rationale,
-        answer_mask=sampled & ~in_rationale, old_log_probs=_fit(rollouts.log_probs, length),
-        was_sampled=sampled, lengths=rollouts.lengths,
-    )  # fmt: skip
+        tokens=_fit(rollouts.tokens, length),
+        rationale_mask=sampled & in_rationale,
+        answer_mask=sampled & ~in_rationale,
+        old_log_probs=_fit(rollouts.log_probs, length),
+        was_sampled=sampled,
+        lengths=rollouts.lengths,
+    )
 
 
 def annotated(rationale: Array, rationale_lengths: Array) -> Rollouts:
@@ -131,9 +135,15 @@ def annotated(rationale: Array, rationale_lengths: Array) -> Rollouts:
     is_token = jnp.arange(rationale.shape[1]) < lengths[..., None]
     no = jnp.zeros(lengths.shape, bool)
     return Rollouts(
-        tokens=rationale[:, None], log_probs=jnp.zeros(is_token.shape), is_sampled=is_token,
-        rationale_lengths=lengths, lengths=lengths, forced=no, ended_early=no, complete=no,
-    )  # fmt: skip
+        tokens=rationale[:, None],
+        log_probs=jnp.zeros(is_token.shape),
+        is_sampled=is_token,
+        rationale_lengths=lengths,
+        lengths=lengths,
+        forced=no,
+        ended_early=no,
+        complete=no,
+    )
 
 
 def pack(lengths: Array, is_needed: Array, slots: int) -> Packing:
@@ -207,16 +217,26 @@ def log_probs(
     inputs = jnp.where(packing.token == 0, last[:, None, None], before)
     positions = prefix.lengths[:, None, None] + packing.token
     hidden, _ = models.apply(
-        params, policy.config, inputs, positions, prefix=prefix,
-        first=jnp.arange(slots) - packing.token, remat=policy.remat, **policy.options,
-    )  # fmt: skip
+        params,
+        policy.config,
+        inputs,
+        positions,
+        prefix=prefix,
+        first=jnp.arange(slots) - packing.token,
+        remat=policy.remat,
+        **policy.options,
+    )
     if temperature != 1.0:
         is_gold = packed(trajectories.answer_mask & ~trajectories.was_sampled)
         temperature = jnp.where(is_gold, 1.0, temperature)
     own = scoring.token_log_probs(
-        hidden, models.unembedding(params), tokens,
-        valid_vocab=policy.valid_vocab, temperature=temperature, chunk=scoring.chunk_size(policy),
-    )  # fmt: skip
+        hidden,
+        models.unembedding(params),
+        tokens,
+        valid_vocab=policy.valid_vocab,
+        temperature=temperature,
+        chunk=scoring.chunk_size(policy),
+    )
 
     row = packing.row - first_row
     at = jnp.clip(row * slots + packing.offset, 0)[..., None] + jnp.arange(slots)
@@ -290,9 +310,18 @@ def gradient(
             jax.block_until_ready(grads)  # else it would look while the devices are far behind
             before_each()
         grads, *found = add_microbatch(
-            grads, params, policy, *batch, packing, share, index,
-            surrogate=surrogate, temperature=temperature, microbatch=microbatch, several=several,
-        )  # fmt: skip
+            grads,
+            params,
+            policy,
+            *batch,
+            packing,
+            share,
+            index,
+            surrogate=surrogate,
+            temperature=temperature,
+            microbatch=microbatch,
+            several=several,
+        )
         total = found if total is None else _add(total, found)
     return grads, *total
 
@@ -327,13 +356,27 @@ def begin(params, policy: Policy, prompts: Prompts, trajectories, coefficients, 
 
 
 @functools.partial(
-    jax.jit, static_argnames=("policy", "surrogate", "temperature", "microbatch", "several"),
+    jax.jit,
+    static_argnames=("policy", "surrogate", "temperature", "microbatch", "several"),
     donate_argnames=("grads",),
-)  # fmt: skip
+)
 def add_microbatch(
-    grads, params, policy, prompts: Prompts, trajectories, coefficients, reference, packing: Packing,
-    share, index, *, surrogate, temperature: float, microbatch: tuple[int, int], several: int = 1,
-):  # fmt: skip
+    grads,
+    params,
+    policy,
+    prompts: Prompts,
+    trajectories,
+    coefficients,
+    reference,
+    packing: Packing,
+    share,
+    index,
+    *,
+    surrogate,
+    temperature: float,
+    microbatch: tuple[int, int],
+    several: int = 1,
+):
     """`grads` plus those of the `several` microbatches from number `index` x `several` on, and their
     sums and gauges.
 
@@ -355,12 +398,19 @@ def add_microbatch(
 
             def loss(params, keys, values):
                 its_prefix = models.Prefix(keys, values, prefix.lengths)
-                new = log_probs(params, policy, its_prefix, last, mine, rows, temperature, first_row)
+                new = log_probs(
+                    params, policy, its_prefix, last, mine, rows, temperature, first_row
+                )
                 sums = surrogate(
-                    coefficient.score, coefficient.path, coefficient.token_weight,
-                    new, mine.old_log_probs, its_reference,
-                    mine.rationale_mask & is_here, mine.answer_mask & is_here,
-                )  # fmt: skip
+                    coefficient.score,
+                    coefficient.path,
+                    coefficient.token_weight,
+                    new,
+                    mine.old_log_probs,
+                    its_reference,
+                    mine.rationale_mask & is_here,
+                    mine.answer_mask & is_here,
+                )
                 return sums.loss, (sums, new)
 
             value, pull, (sums, new) = jax.vjp(loss, params, *caches, has_aux=True)
@@ -382,7 +432,9 @@ def add_microbatch(
         def add(total, number):
             chunk = jax.tree.map(lambda x: x[number], parts)
             has_rows = chunk[-1].rows.max() > 0
-            return jax.lax.cond(has_rows, lambda: _add(total, of_prompts(chunk)), lambda: total), None
+            return jax.lax.cond(
+                has_rows, lambda: _add(total, of_prompts(chunk)), lambda: total
+            ), None
 
         found, _ = jax.lax.scan(add, zeros, index * several + jnp.arange(several))
     return jax.tree.map(jax.freeze, total), *found
@@ -409,8 +461,8 @@ def _sum_over_rows(function, packing: Packing, size: int):
 
 @jax.jit
 def _add(total, part):
-    is_gauges = lambda x: isinstance(x, Gauges)  # noqa: E731
-    add = lambda a, b: a.merge(b) if is_gauges(a) else a + b  # noqa: E731
+    is_gauges = lambda x: isinstance(x, Gauges)
+    add = lambda a, b: a.merge(b) if is_gauges(a) else a + b
     return jax.tree.map(add, total, part, is_leaf=is_gauges)
 
 
@@ -430,9 +482,13 @@ def _split(x: Array, chunks: int) -> Array:
 def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Array]:
     """Caches of the prompts' tokens but the last, and the last tokens [B]."""
     prefix = models.prefill(
-        policy.gathered(params), policy.config, prompts.tokens, prompts.lengths - 1,
-        remat=policy.remat, **policy.options,
-    )  # fmt: skip
+        policy.gathered(params),
+        policy.config,
+        prompts.tokens,
+        prompts.lengths - 1,
+        remat=policy.remat,
+        **policy.options,
+    )
     prefix = sharding.keep_prefix(policy.mesh, prefix)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     return prefix, last
@@ -452,9 +508,11 @@ def _prefix_vjp(params, policy, prompts):
 def _gauges(new: Array, old: Array, mask: Array) -> Gauges:
     difference = jnp.where(mask, jnp.abs(new - old), 0.0)
     return Gauges(
-        sampled=mask.sum(dtype=jnp.float32), mismatch=difference.sum(),
-        mismatch_max=difference.max(), mismatch_exp=jnp.where(mask, jnp.exp(difference), 0.0).sum(),
-    )  # fmt: skip
+        sampled=mask.sum(dtype=jnp.float32),
+        mismatch=difference.sum(),
+        mismatch_max=difference.max(),
+        mismatch_exp=jnp.where(mask, jnp.exp(difference), 0.0).sum(),
+    )
 
 
 def _fit(x: Array, length: int) -> Array:
@@ -465,9 +523,13 @@ def _fit(x: Array, length: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "mesh"), donate_argnames=("state",))
 def update(
-    state: TrainState, loss_state: Any, grads: models.Params, *,
-    optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    state: TrainState,
+    loss_state: Any,
+    grads: models.Params,
+    *,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
     """One optax update from the batch's gradients; and its norms.
 
     With a mesh the new state lies where the old one did, so that the next step compiles nothing.

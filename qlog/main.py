@@ -8,29 +8,41 @@ from ml_collections import config_flags
 
 from qlog import command_line
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with variants after a colon."
+)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample", "export", "compile"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "sample", "export", "compile"], "What to do."
+)
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "best", "What evaluate, sample and export read: best, latest, a step, or base: the model "
-    "that training begins with."
+    "checkpoint",
+    "best",
+    "What evaluate, sample and export read: best, latest, a step, or base: the model "
+    "that training begins with.",
 )
 _FROM_SAMPLES = flags.DEFINE_string(
     "from_samples", "", "With --mode=evaluate: compute the metrics of this file of samples again."
 )
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "With --mode=compile: the TPU slice, as v5e:4x4; several, after commas, compare."
+    "topology",
+    "",
+    "With --mode=compile: the TPU slice, as v5e:4x4; several, after commas, compare.",
 )
 _DISTRIBUTED = flags.DEFINE_enum(
-    "distributed", "auto", ["auto", "on", "off"],
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
     "Connect to the other processes of this run: on, off, or auto, where the environment names them.",
-)  # fmt: skip
+)
 flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
+        raise app.UsageError(
+            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
+        )
     logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
     from qlog import distributed, runtime  # after the flags: a wrong one is reported at once
 
@@ -43,8 +55,12 @@ def main(argv: list[str]) -> int:
 
         with interrupts.listening():
             return commands.run(
-                _MODE.value, _CONFIG.value, _WORKDIR.value or default_workdir(sys.argv),
-                checkpoint=_CHECKPOINT.value, from_samples=_FROM_SAMPLES.value, topology=_TOPOLOGY.value,
+                _MODE.value,
+                _CONFIG.value,
+                _WORKDIR.value or default_workdir(sys.argv),
+                checkpoint=_CHECKPOINT.value,
+                from_samples=_FROM_SAMPLES.value,
+                topology=_TOPOLOGY.value,
             )
 
 

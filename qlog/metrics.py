@@ -159,9 +159,11 @@ def summarise(
                 values, level=level, seed=seed
             )
     summary |= {name: float(scores[name].mean()) for name in ("exact_match", "em", "f1")}
-    return summary | _lengths(rows) | {
-        "questions": len(rows), "samples": num_samples, "grader/errors": counted.errors
-    }
+    return (
+        summary
+        | _lengths(rows)
+        | {"questions": len(rows), "samples": num_samples, "grader/errors": counted.errors}
+    )
 
 
 def _are_texts(value) -> bool:
@@ -234,7 +236,9 @@ def _lengths(rows: Sequence[Mapping]) -> dict[str, float]:
     accepted = [answer for answer in answers if graders.is_answer(answer)]
     copies = [
         graders.is_answer(answer) and graders.is_copy(answer, row["source"])
-        for row in rows if row.get("source") for answer in row["answers"]
+        for row in rows
+        if row.get("source")
+        for answer in row["answers"]
     ]
     return ({"answer/copy_rate": float(np.mean(copies))} if copies else {}) | {
         "answer/empty_rate": sum(not answer.strip() for answer in answers) / len(answers),

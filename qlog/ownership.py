@@ -92,7 +92,9 @@ class Claim:
                 self._is_ill = False
             except Exception as error:  # a beat left out is no harm, and the next may do better
                 if not self._is_ill:
-                    say(f"{self._file} cannot be written ({type(error).__name__}: {error}); trying on")
+                    say(
+                        f"{self._file} cannot be written ({type(error).__name__}: {error}); trying on"
+                    )
                 self._is_ill = True
             if self.is_lost:
                 return
@@ -102,7 +104,10 @@ class Claim:
         self._me |= {"beat": self._me["beat"] + 1, "time": time.time()}
         text = json.dumps(self._me)
         if not found:  # removed by somebody: ours, unless another was faster
-            if not paths.create(self._file, text) and _look(self._file).get("owner") != self._me["owner"]:
+            if (
+                not paths.create(self._file, text)
+                and _look(self._file).get("owner") != self._me["owner"]
+            ):
                 self._lost.set()
         elif found.get("owner", self._me["owner"]) != self._me["owner"]:
             self._lost.set()
@@ -178,9 +183,15 @@ def _take(file: paths.Path) -> dict:
     """Makes the file ours; what it then says."""
     now = time.time()
     me = {
-        "owner": secrets.token_hex(8), **_self(), "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "beat": 0, "step": None, "phase": "start", "moved": now, "time": now,
-    }  # fmt: skip
+        "owner": secrets.token_hex(8),
+        **_self(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "beat": 0,
+        "step": None,
+        "phase": "start",
+        "moved": now,
+        "time": now,
+    }
     if paths.create(file, json.dumps(me)):
         return me
     first = _look(file)
@@ -247,8 +258,11 @@ def _look(file: paths.Path) -> dict:
 def _self() -> dict:
     pid = os.getpid()
     return {
-        "host": socket.gethostname(), "machine": _machine(), "pid": pid, "process": _process_started(pid)
-    }  # fmt: skip
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "process": _process_started(pid),
+    }
 
 
 def _machine() -> str:

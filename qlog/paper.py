@@ -84,6 +84,7 @@ def variants() -> dict[str, Callable[[ConfigDict, str], None]]:
     def style(name):
         def variant(config, value):
             config.data.style = name
+
         return variant
 
     estimators = qconfig.estimator_variants()
@@ -93,9 +94,13 @@ def variants() -> dict[str, Callable[[ConfigDict, str], None]]:
         config.rollout.rationale_budget = max(_ANNOTATED, config.rollout.rationale_budget)
 
     return {
-        **estimators, "sft": sft, "cold": style("cold"), "warm": style("warm"), "tiny": tiny,
+        **estimators,
+        "sft": sft,
+        "cold": style("cold"),
+        "warm": style("warm"),
+        "tiny": tiny,
         "model_card": model_card,
-    }  # fmt: skip
+    }
 
 
 def model_card(config: ConfigDict, value: str = "") -> None:
@@ -109,9 +114,13 @@ def tiny(config: ConfigDict, value: str = "") -> None:
     shows that everything runs on the real records; it learns nothing worth having."""
     config.model, config.weights, config.dtype = "qwen3_0p6b", "random", "float32"
     config.architecture = {
-        "num_layers": 2, "width": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
+        "num_layers": 2,
+        "width": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
         "mlp_width": 128,
-    }  # fmt: skip
+    }
     config.data.max_prompt_tokens = min(4096, config.data.max_prompt_tokens)
     config.rollout.rollouts_per_prompt = min(4, config.rollout.rollouts_per_prompt)
     is_annotated = qconfig.estimator(config).rationale == "annotated"

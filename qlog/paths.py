@@ -31,17 +31,33 @@ _T = TypeVar("_T")
 
 # ---- Which faults pass ----
 
-_LASTING = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_LASTING = (
+    FileNotFoundError,
+    PermissionError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
 # Of other OSErrors; s3fs gives EINVAL, ENOSYS and EREMCHG (wrong region) to requests that are wrong.
 _LASTING_NUMBERS = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EINVAL, errno.ENOSYS,
-    errno.ENAMETOOLONG, getattr(errno, "EREMCHG", None),
-}  # fmt: skip
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENAMETOOLONG,
+    getattr(errno, "EREMCHG", None),
+}
 # Exceptions of the clients that are no OSErrors, by package and name (or that of a base).
 _PASSING = {
-    ("aiohttp", "ClientError"), ("botocore", "ConnectionError"), ("botocore", "HTTPClientError"),
-    ("gcsfs", "ChecksumError"), ("google", "TransportError"), ("urllib3", "HTTPError"),
-}  # fmt: skip
+    ("aiohttp", "ClientError"),
+    ("botocore", "ConnectionError"),
+    ("botocore", "HTTPClientError"),
+    ("gcsfs", "ChecksumError"),
+    ("google", "TransportError"),
+    ("urllib3", "HTTPError"),
+}
 
 
 def passes(error: BaseException) -> bool:
@@ -55,7 +71,9 @@ def passes(error: BaseException) -> bool:
         return True
     if not isinstance(error, OSError) or isinstance(error, _LASTING):
         return False
-    return error.errno not in _LASTING_NUMBERS and not str(error).startswith("Forbidden")  # gcsfs: 403
+    return error.errno not in _LASTING_NUMBERS and not str(error).startswith(
+        "Forbidden"
+    )  # gcsfs: 403
 
 
 def retried(function: Callable[[], _T]) -> _T:
@@ -101,7 +119,9 @@ def parse(spec: str | os.PathLike, field: str = "path") -> Path:
         raise ConfigError(f"{field} = {text!r}: give a folder, gs://BUCKET/... or s3://BUCKET/...")
     module, extra = _CLIENTS[scheme]
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"{field} = {text!r} needs the package {module}: run launch/install {extra}.")
+        raise ConfigError(
+            f"{field} = {text!r} needs the package {module}: run launch/install {extra}."
+        )
     _set_up_clients()
     return Path(text)
 
@@ -137,7 +157,9 @@ def write(path: Path, content: str | bytes) -> None:
         retried(lambda: _file_system(path).pipe_file(os.fspath(path), data))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # of two writers each its own
+    fresh = path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}.tmp"
+    )  # of two writers each its own
     fresh.write_bytes(data)
     os.replace(fresh, path)
 
@@ -236,8 +258,14 @@ def _why(error: Exception, folder: Path) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no bucket {bucket}: make it, or correct the name."
     code = str(getattr(error, "code", ""))
-    if isinstance(error, PermissionError) or reason.startswith("Forbidden") or code in ("401", "403"):
-        return f"this account may not write in {bucket} ({reason}): give it the right, or use {login}."
+    if (
+        isinstance(error, PermissionError)
+        or reason.startswith("Forbidden")
+        or code in ("401", "403")
+    ):
+        return (
+            f"this account may not write in {bucket} ({reason}): give it the right, or use {login}."
+        )
     if "redential" in type(error).__name__ or "redential" in reason:
         return f"no credentials for {bucket} ({reason}): use {login}."
     return f"{bucket} cannot be used ({type(error).__name__}: {reason}): try again, or look at the network."

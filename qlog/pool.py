@@ -91,11 +91,13 @@ def regroup(
                 lane[shard, block, :size] = places[chunk]
                 new_source[shard, block, :size] = numbers[chunk]
                 block += 1
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
     return Plan(flat(parent), flat(lane), flat(new_source))
 
 
-def _going_by_prompt(source, going, shards, rollouts) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+def _going_by_prompt(
+    source, going, shards, rollouts
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Per shard: for each prompt its rows' places and numbers."""
     for numbers, keep in zip(source.reshape(shards, -1), going.reshape(shards, -1)):
         places = np.flatnonzero(keep)

@@ -34,7 +34,10 @@ def measure(
             "mult_prob_error": gauges.mismatch_exp / sampled,
         }
         if experiment.estimator.reward:
-            values |= {"reward": groups.reward.mean(), "truncated_answers": 1 - rollouts.complete.mean()}
+            values |= {
+                "reward": groups.reward.mean(),
+                "truncated_answers": 1 - rollouts.complete.mean(),
+            }
         tokens["decode"] = prompts.lengths.sum() + rollouts.lengths.sum()
     devices = experiment.mesh.devices
     peak = chips.peak_flops(devices.flat[0].device_kind)
@@ -57,8 +60,11 @@ def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
     """FLOPs that a step needs, by phase (`models.flops`): gold answers count with training."""
     shape, flops = experiment.policy.config, models.flops
     lengths = (
-        groups.prompts.lengths, groups.rollouts.lengths, groups.rollouts.rationale_lengths, groups.gold_lengths,
-    )  # fmt: skip
+        groups.prompts.lengths,
+        groups.rollouts.lengths,
+        groups.rollouts.rationale_lengths,
+        groups.gold_lengths,
+    )
     starts, rollouts, rationales, gold = sharding.on_host(experiment.mesh, lengths)
     prompts = flops.prefill_need(shape, 1, starts).flops.sum()
     trained = rationales + gold[:, None] if experiment.estimator.answer == "gold" else rollouts
@@ -74,20 +80,26 @@ def _memory() -> dict[str, float]:
     names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
     return {
         f"memory_gib/{name}": max(s[key] for s in stats) / 2**30
-        for name, key in names.items() if all(key in s for s in stats)
-    }  # fmt: skip
+        for name, key in names.items()
+        if all(key in s for s in stats)
+    }
 
 
 def progress(values: dict[str, float]) -> str:
     """The middle of the progress line."""
     words = [f"loss {values['loss']:.3g}"]
-    for name, label in (("log_p", "log P"), ("effective_reward", "effective reward"), ("reward", "reward")):
+    for name, label in (
+        ("log_p", "log P"),
+        ("effective_reward", "effective reward"),
+        ("reward", "reward"),
+    ):
         if name in values:
             words.append(f"{label} {values[name]:.3g}")
     speeds = [
         f"{name.split('/')[1]} {value:,.0f}"
-        for name, value in values.items() if name.startswith("tokens_per_s/")
-    ]  # fmt: skip
+        for name, value in values.items()
+        if name.startswith("tokens_per_s/")
+    ]
     return "  ".join(words) + f"  [tokens/s: {', '.join(speeds)}]"
 
 
@@ -105,17 +117,19 @@ def rollout_rows(experiment: Experiment, groups: Groups, batch: data.PromptBatch
         prompt = batch.tokens[row, : batch.lengths[row]].tolist()
         texts = evaluation.rollout_texts(experiment.formatter, rollouts, row)
         for column, (rationale, answer) in enumerate(texts):
-            rows.append({
-                "id": batch.examples[row].id,
-                "prompt": experiment.formatter.tokenizer.decode(prompt, show_control=True),
-                "rollout": column,
-                "rationale": rationale,
-                "answer": answer,
-                "gold": batch.examples[row].answer,
-                "log_w": float(log_w[row, column]),
-                "reward": float(reward[row, column]),
-                "forced": bool(rollouts.forced[row, column]),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "id": batch.examples[row].id,
+                    "prompt": experiment.formatter.tokenizer.decode(prompt, show_control=True),
+                    "rollout": column,
+                    "rationale": rationale,
+                    "answer": answer,
+                    "gold": batch.examples[row].answer,
+                    "log_w": float(log_w[row, column]),
+                    "reward": float(reward[row, column]),
+                    "forced": bool(rollouts.forced[row, column]),
+                }
+            )
     return rows
 
 
@@ -148,14 +162,17 @@ def describe(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> 
         "devices": f"{devices.size} x {devices.flat[0].device_kind}, {jax.process_count()} process(es)",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items()),
         "data": f"{config.data.name}, {config.data.style}, {len(experiment.train_data):,} prompts"
-        + "".join(f", {n} skipped over {field}" for field, n in experiment.train_data.skipped.items()),
+        + "".join(
+            f", {n} skipped over {field}" for field, n in experiment.train_data.skipped.items()
+        ),
         "prompts per step": f"{rows} in {config.train.updates_per_batch} update(s)",
         "rollouts per prompt (M)": f"{experiment.rollouts_per_prompt}: "
         f"{rows * experiment.rollouts_per_prompt} rollouts per step",
         "budgets": f"prompt {config.data.max_prompt_tokens}, rationale "
         f"{config.rollout.rationale_budget}, answer {config.rollout.answer_reserve} tokens",
         "estimator": f"{name if isinstance(name, str) else name.__qualname__}("
-        + ", ".join(f"{k}={v}" for k, v in loss.items()) + ")",
+        + ", ".join(f"{k}={v}" for k, v in loss.items())
+        + ")",
         "steps": f"{config.train.steps}" + (f", resuming at {start_step}" if start_step else ""),
         "workdir": workdir,
-    }  # fmt: skip
+    }

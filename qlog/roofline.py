@@ -18,7 +18,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -83,9 +85,11 @@ class Cost(NamedTuple):
         kinds = [kind for kind in _COLLECTIVES if kind in self.sent or kind in other.sent]
         sent = {k: self.sent.get(k, 0.0) + times * other.sent.get(k, 0.0) for k in kinds}
         return Cost(
-            self.flops + times * other.flops, self.bytes + times * other.bytes, sent,
+            self.flops + times * other.flops,
+            self.bytes + times * other.bytes,
+            sent,
             self.is_whole and other.is_whole,
-        )  # fmt: skip
+        )
 
     def scaled(self, share: float) -> "Cost":
         """The same with `share` of the FLOPs and of the bytes in HBM."""
@@ -165,7 +169,9 @@ class Module:
             if _is_kernel(each):
                 return _own(each, by_name).scaled(share(each, by_name))
             if each.opcode == "fusion":
-                return all_of(called)._replace(bytes=_fusion_bytes(each, by_name, self.computations))
+                return all_of(called)._replace(
+                    bytes=_fusion_bytes(each, by_name, self.computations)
+                )
             return _own(each, by_name)
 
         return total(self.entry)
@@ -206,7 +212,6 @@ class Module:
         first = _integer(initial) if initial is not None and initial.opcode == "constant" else 0
         return max(0, _integer(limit) - first)
 
-
     def _swept(self, loop: Instruction) -> "Sweep":
         """The longest array, in slices, that a loop's body reads or writes slice by slice."""
         longest = Sweep((), 1, 1)
@@ -240,12 +245,18 @@ def _parse(root: str | None, name: str, rest: str) -> Instruction:
     closing = _closing(rest, opening)
     arguments = rest[opening + 1 : closing]
     opcode = rest[end:opening].strip()
-    attributes = arguments + rest[closing + 1 :] if opcode in ("constant", "parameter") else rest[closing + 1 :]
+    attributes = (
+        arguments + rest[closing + 1 :]
+        if opcode in ("constant", "parameter")
+        else rest[closing + 1 :]
+    )
     results = tuple(
         Shape(dtype, tuple(map(int, filter(None, sizes.split(",")))), "S(" not in (layout or ""))
         for dtype, sizes, layout in _SHAPE.findall(rest[:end])
     )
-    return Instruction(name, opcode, results, tuple(_NAME.findall(arguments)), attributes, bool(root))
+    return Instruction(
+        name, opcode, results, tuple(_NAME.findall(arguments)), attributes, bool(root)
+    )
 
 
 def _closing(text: str, opening: int) -> int:
@@ -303,9 +314,10 @@ def _fusion_bytes(each: Instruction, by_name, computations) -> float:
 
     def parameter(inside, position):
         return next(
-            x.name for x in inside
+            x.name
+            for x in inside
             if x.opcode == "parameter" and int(re.match(r"\d+", x.attributes).group()) == position
-        )  # fmt: skip
+        )
 
     def ends(name, inside):
         """What really uses an array, seen through renamings and fusions inside of fusions."""
@@ -327,7 +339,9 @@ def _fusion_bytes(each: Instruction, by_name, computations) -> float:
         uses = list(ends(parameter(inside, position), inside)) if size else []
         if uses and all(user.opcode in ("dynamic-slice", "slice", "gather") for user, *_ in uses):
             size = min(size, sum(_bytes(user) for user, *_ in uses))
-        elif uses and all(u.opcode == "dynamic-update-slice" and u.operands[0] == n for u, n, _ in uses):
+        elif uses and all(
+            u.opcode == "dynamic-update-slice" and u.operands[0] == n for u, n, _ in uses
+        ):
             written = sum(
                 _bytes(x) for user, _, within in uses for x in within if x.name == user.operands[1]
             )
@@ -342,12 +356,16 @@ def _sent(kind: str, each: Instruction, by_name) -> float:
     if kind == "collective-permute":
         return max(shape.bytes for shape in each.results)
     size = _group_size(each.attributes)
-    taken = sum(shape.bytes for name in each.operands if name in by_name for shape in by_name[name].results)
+    taken = sum(
+        shape.bytes for name in each.operands if name in by_name for shape in by_name[name].results
+    )
     share = (size - 1) / size
     return {
-        "all-gather": taken * (size - 1), "all-reduce": 2 * share * taken,
-        "reduce-scatter": share * taken, "all-to-all": share * taken,
-    }[kind]  # fmt: skip
+        "all-gather": taken * (size - 1),
+        "all-reduce": 2 * share * taken,
+        "reduce-scatter": share * taken,
+        "all-to-all": share * taken,
+    }[kind]
 
 
 def _group_size(attributes: str) -> int:
@@ -382,11 +400,18 @@ def _convolution_flops(each: Instruction, by_name) -> float:
     fields = dict(re.findall(r"(\w+)=(\S+)", window.group(1))) if window else {}
     spatial = sorted(label for label in result if label.isdigit())
     for index, label in enumerate(spatial):
-        of = lambda key, default: fields.get(key, "x".join([default] * len(spatial))).split("x")[index]  # noqa: E731, B023
+        of = lambda key, default: fields.get(key, "x".join([default] * len(spatial))).split("x")[
+            index
+        ]  # noqa: E731, B023
         pairs *= _valid_pairs(
-            image[label], result[label], int(of("size", "1")), int(of("stride", "1")),
-            int(of("pad", "0_0").split("_")[0]), int(of("lhs_dilate", "1")), int(of("rhs_dilate", "1")),
-        )  # fmt: skip
+            image[label],
+            result[label],
+            int(of("size", "1")),
+            int(of("stride", "1")),
+            int(of("pad", "0_0").split("_")[0]),
+            int(of("lhs_dilate", "1")),
+            int(of("rhs_dilate", "1")),
+        )
     features = image["f"] / (int(groups.group(1)) if groups else 1)
     return 2.0 * result["b"] * result["f"] * features * pairs
 

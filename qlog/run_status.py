@@ -40,11 +40,14 @@ def _newest(folder: paths.Path) -> int | None:
     if not folder.exists():
         return None
     # A save under way has a name that is no number, or on gs:// no last file yet.
-    steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+    steps = sorted(
+        (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
+    )
     committed = (
-        step for step in steps
+        step
+        for step in steps
         if not str(folder).startswith("gs://") or (folder / str(step) / _COMMITTED).exists()
-    )  # fmt: skip
+    )
     return next(committed, None)
 
 

@@ -71,8 +71,9 @@ def _reachable(folder: paths.Path) -> str:
     own = str(assets.cache("xla"))
     print(
         f"qlog: JAX_COMPILATION_CACHE_DIR={folder} cannot be used ({reason}): compiled programs go to {own}",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
     return own
 
 

@@ -180,8 +180,13 @@ def sample(
     batch = (prompts, lengths, keys, golds)
     parts = [
         _sample_wave(
-            params, weights, policy, *_wave(batch, index, waves), settings,
-            rehearse and index == 0, interrupts,
+            params,
+            weights,
+            policy,
+            *_wave(batch, index, waves),
+            settings,
+            rehearse and index == 0,
+            interrupts,
         )
         for index in range(waves)
     ]
@@ -258,12 +263,16 @@ def start(policy, prefix, prompts, lengths, keys, settings) -> Pool:
     shape, slots = keys.shape, whole_tiles(settings.max_length)
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
     pool = Pool(
-        step=jnp.zeros((), jnp.int32), source=jnp.arange(keys.size, dtype=jnp.int32).reshape(shape),
+        step=jnp.zeros((), jnp.int32),
+        source=jnp.arange(keys.size, dtype=jnp.int32).reshape(shape),
         last=jnp.broadcast_to(last, shape),
         closing_at=jnp.full(shape, settings.rationale_budget, jnp.int32),
-        done=jnp.zeros(shape, bool), keys=keys, rollouts=_no_rollouts(shape, settings), prefix=prefix,
+        done=jnp.zeros(shape, bool),
+        keys=keys,
+        rollouts=_no_rollouts(shape, settings),
+        prefix=prefix,
         suffix=models.empty_suffix(policy.config, *shape, slots, policy.dtype),
-    )  # fmt: skip
+    )
     return sharding.keep_rows(policy.mesh, pool)
 
 
@@ -279,9 +288,14 @@ def _no_rollouts(shape, settings: Sampling) -> Rollouts:
     per_token = (*shape, settings.max_length)
     return Rollouts(
         tokens=jnp.full(per_token, settings.pad, jnp.int32),
-        log_probs=jnp.zeros(per_token), is_sampled=jnp.zeros(per_token, bool),
-        rationale_lengths=zero, lengths=zero, forced=no, ended_early=no, complete=no,
-    )  # fmt: skip
+        log_probs=jnp.zeros(per_token),
+        is_sampled=jnp.zeros(per_token, bool),
+        rationale_lengths=zero,
+        lengths=zero,
+        forced=no,
+        ended_early=no,
+        complete=no,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "settings"), donate_argnames=("pool",))
@@ -306,14 +320,18 @@ def decode(
         positions = (prefix.lengths[:, None] + pool.step)[..., None]
         positions = jnp.broadcast_to(positions, (*pool.last.shape, 1))
         hidden, suffix = models.apply(
-            weights, policy.config, pool.last[..., None], positions,
-            prefix=prefix, suffix=pool.suffix, slot=pool.step, **policy.options,
-        )  # fmt: skip
+            weights,
+            policy.config,
+            pool.last[..., None],
+            positions,
+            prefix=prefix,
+            suffix=pool.suffix,
+            slot=pool.step,
+            **policy.options,
+        )
         logits = scoring.masked_logits(hidden[:, :, 0], table, policy.valid_vocab)
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(pool.keys, pool.step)
-        drawn, log_probs = draw(
-            logits, keys, settings.temperature, settings.top_k, settings.top_p
-        )
+        drawn, log_probs = draw(logits, keys, settings.temperature, settings.top_k, settings.top_p)
         return _advance(pool, settings, drawn, log_probs)._replace(suffix=suffix)
 
     pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))._replace(prefix=prefix)
@@ -330,10 +348,15 @@ def leave(weights, policy, pool: Pool, results, golds: Golds):
     golds = jax.tree.map(lambda x: x[prompt], sharding.keep_everywhere(policy.mesh, golds))
     golds = sharding.keep_rows(policy.mesh, golds)
     log_w = scoring.score_answers(
-        weights, policy, pool.prefix, pool.suffix, pool.rollouts.tokens,
-        jnp.maximum(pool.rollouts.rationale_lengths, 1), *golds,
-    )  # fmt: skip
-    write = lambda whole, own: whole.at[pool.source].set(own, mode="drop")  # noqa: E731
+        weights,
+        policy,
+        pool.prefix,
+        pool.suffix,
+        pool.rollouts.tokens,
+        jnp.maximum(pool.rollouts.rationale_lengths, 1),
+        *golds,
+    )
+    write = lambda whole, own: whole.at[pool.source].set(own, mode="drop")
     return sharding.keep_rows(policy.mesh, jax.tree.map(write, results, (pool.rollouts, log_w)))
 
 
@@ -356,10 +379,16 @@ def _move(policy, pool: Pool, plan: Plan, nobody: int) -> Pool:
     rows = (pool.last, pool.closing_at, pool.done, pool.keys, pool.rollouts)
     last, closing_at, done, row_keys, rollouts = _take_rows(policy.mesh, rows, lane)
     return Pool(
-        step=pool.step, source=source, last=last, closing_at=closing_at,
-        done=_mark_nobody(done, source, nobody), keys=row_keys, rollouts=rollouts, prefix=prefix,
+        step=pool.step,
+        source=source,
+        last=last,
+        closing_at=closing_at,
+        done=_mark_nobody(done, source, nobody),
+        keys=row_keys,
+        rollouts=rollouts,
+        prefix=prefix,
         suffix=pool.suffix._replace(layers=layers),
-    )  # fmt: skip
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
@@ -382,7 +411,7 @@ def _take_lanes(mesh, cache: Array, lane: Array) -> Array:
 @functools.partial(jax.jit, static_argnames=("mesh",))
 def _take_rows(mesh, rows, lane: Array):
     """Arrays [N, m, ...] -> [N', m', ...]; indices count rows within the shard."""
-    take = lambda x, index: x.reshape(-1, *x.shape[2:])[index]  # noqa: E731
+    take = lambda x, index: x.reshape(-1, *x.shape[2:])[index]
     return jax.tree.map(lambda x: sharding.by_shard(mesh, take, x, lane), rows)
 
 
@@ -442,6 +471,9 @@ def _advance(pool: Pool, settings: Sampling, drawn: Array, log_probs: Array) -> 
         complete=old.complete | completes,
     )
     return pool._replace(
-        step=t + 1, last=token, done=pool.done | finished, rollouts=rollouts,
+        step=t + 1,
+        last=token,
+        done=pool.done | finished,
+        rollouts=rollouts,
         closing_at=jnp.where(ends_early, t + 1, pool.closing_at),
-    )  # fmt: skip
+    )

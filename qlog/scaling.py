@@ -21,6 +21,7 @@ from qlog.chips import Chip
 from qlog.errors import ConfigError
 from qlog.telemetry import say
 
+
 class Row(NamedTuple):
     """One slice; seconds of a step on each of its chips, at the roofline or of one resource alone."""
 
@@ -61,17 +62,27 @@ def measure(config: ConfigDict, topologies: list[str]) -> tuple[list[Row], Chip]
         }
         seconds = {name: phase.seconds(chip) for name, phase in phases.items() if phase.runs}
         total = sum(seconds.values())
-        rows.append(Row(
-            topology, size, scaled.train.prompts_per_step, not aot.remedies(phases, chip, scaled),
-            total, seconds, **alone, tokens_per_second=aot.step_tokens(scaled) / total,
-        ))  # fmt: skip
+        rows.append(
+            Row(
+                topology,
+                size,
+                scaled.train.prompts_per_step,
+                not aot.remedies(phases, chip, scaled),
+                total,
+                seconds,
+                **alone,
+                tokens_per_second=aot.step_tokens(scaled) / total,
+            )
+        )
         say(f"{topology}: {total:,.1f} s a step")
     return rows, chip
 
 
 def grown(config: ConfigDict, times: int) -> ConfigDict:
     """`config` with `times` as many prompts per step: whatever else counts prompts does so per shard."""
-    return settings.merge(config, {"train": {"prompts_per_step": times * config.train.prompts_per_step}})
+    return settings.merge(
+        config, {"train": {"prompts_per_step": times * config.train.prompts_per_step}}
+    )
 
 
 def conclusion(rows: list[Row]) -> str:
@@ -81,14 +92,15 @@ def conclusion(rows: list[Row]) -> str:
     first, last = rows[0], rows[-1]
     text = [
         "Interconnect against the slower of arithmetic and memory: "
-        + ", ".join(f"{value:.2f} on {chips} chips" for chips, value in share.items()) + ".",
+        + ", ".join(f"{value:.2f} on {chips} chips" for chips, value in share.items())
+        + ".",
         f"From {first.chips} to {last.chips} chips its seconds grow by "
         f"{last.interconnect / max(first.interconnect, 1e-30):.2f}, while arithmetic and memory, which "
         f"follow a chip's own prompts, change by {last.arithmetic / first.arithmetic:.2f} and "
         f"{last.memory / first.memory:.2f}: what chips send are parameters (gathered) and their "
         "gradients (reduced), each once per pass over a microbatch, and on a ring of n a chip sends "
         "(n - 1) / n of them, whatever n.",
-    ]  # fmt: skip
+    ]
     if over:
         text.append(f"Communication dominates from {over[0]} chips on.")
     else:
@@ -97,7 +109,7 @@ def conclusion(rows: list[Row]) -> str:
             "Communication dominates nowhere in the table. It would where a chip has less to do per "
             f"pass: on {last.chips} chips from about {fewer:.2f} times the tokens per microbatch and "
             "chip, so with fewer prompts or rollouts in a microbatch, or at a fixed batch on more chips."
-        )  # fmt: skip
+        )
     return " ".join(text)
 
 
@@ -105,32 +117,54 @@ def markdown(rows: list[Row], chip: Chip, inputs: Mapping[str, object]) -> str:
     """The table with what it was made from."""
     names = list(rows[0].phases)
     header = [
-        "chips", "topology", "prompts", "s / step", *names, "arithmetic", "memory", "interconnect",
-        "tokens/s per chip", "efficiency",
-    ]  # fmt: skip
+        "chips",
+        "topology",
+        "prompts",
+        "s / step",
+        *names,
+        "arithmetic",
+        "memory",
+        "interconnect",
+        "tokens/s per chip",
+        "efficiency",
+    ]
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for row in rows:
         cells = [f"{row.chips}", row.topology, f"{row.prompts}", _number(row.seconds)]
         cells += [_number(row.phases[name]) for name in names]
         cells += [_number(x) for x in (row.arithmetic, row.memory, row.interconnect)]
-        cells += [f"{row.tokens_per_second / row.chips:,.0f}", f"{rows[0].seconds / row.seconds:.2f}"]
+        cells += [
+            f"{row.tokens_per_second / row.chips:,.0f}",
+            f"{rows[0].seconds / row.seconds:.2f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     unfit = [row.topology for row in rows if not row.fits]
-    return "\n".join([
-        "# Weak scaling on paper", "",
-        "Seconds of one training step at its longest (full prompts, every budget spent), from the "
-        "programs that the TPU compiler made, each phase at the roofline of its slowest resource. "
-        "Nothing was run: these are lower bounds, and they compare slices, not measurements.", "",
-        *lines, "",
-        "arithmetic, memory, interconnect: seconds of each resource alone, over all phases. "
-        f"Per chip: {chip.flops / 1e12:.0f} TFLOP/s, {chip.hbm_speed / 1e9:,.0f} GB/s of HBM, "
-        f"{chip.link_speed / 1e9:,.0f} GB/s sent over all links together, which a ring on one axis "
-        "of the slice cannot fill: interconnect seconds are the most optimistic of the three.", "",
-        conclusion(rows), "",
-        *([f"Does not fit in HBM: {', '.join(unfit)}.", ""] if unfit else []),
-        "Made by", "", f"    {inputs['command']}", "",
-        f"with {inputs['versions']}. weak_scaling.json has the numbers and the whole config.", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Weak scaling on paper",
+            "",
+            "Seconds of one training step at its longest (full prompts, every budget spent), from the "
+            "programs that the TPU compiler made, each phase at the roofline of its slowest resource. "
+            "Nothing was run: these are lower bounds, and they compare slices, not measurements.",
+            "",
+            *lines,
+            "",
+            "arithmetic, memory, interconnect: seconds of each resource alone, over all phases. "
+            f"Per chip: {chip.flops / 1e12:.0f} TFLOP/s, {chip.hbm_speed / 1e9:,.0f} GB/s of HBM, "
+            f"{chip.link_speed / 1e9:,.0f} GB/s sent over all links together, which a ring on one axis "
+            "of the slice cannot fill: interconnect seconds are the most optimistic of the three.",
+            "",
+            conclusion(rows),
+            "",
+            *([f"Does not fit in HBM: {', '.join(unfit)}.", ""] if unfit else []),
+            "Made by",
+            "",
+            f"    {inputs['command']}",
+            "",
+            f"with {inputs['versions']}. weak_scaling.json has the numbers and the whole config.",
+            "",
+        ]
+    )
 
 
 def run(config: ConfigDict, topologies: list[str], workdir: str | os.PathLike, command: str) -> int:
@@ -142,7 +176,8 @@ def run(config: ConfigDict, topologies: list[str], workdir: str | os.PathLike, c
     table = [{key: _plain(value) for key, value in row._asdict().items()} for row in rows]
     paths.write(workdir / "weak_scaling.md", text)
     paths.write(
-        workdir / "weak_scaling.json", json.dumps({**inputs, "chip": chip._asdict(), "rows": table}, indent=2)
+        workdir / "weak_scaling.json",
+        json.dumps({**inputs, "chip": chip._asdict(), "rows": table}, indent=2),
     )
     say(text)
     return 0 if all(row.fits for row in rows) else 1

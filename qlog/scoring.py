@@ -40,7 +40,7 @@ def token_log_probs(
     """
     shape = targets.shape
     rows = shape[0] if len(shape) > 1 else 1
-    by_row = lambda x: x.reshape(rows, targets.size // rows, *x.shape[len(shape) :])  # noqa: E731
+    by_row = lambda x: x.reshape(rows, targets.size // rows, *x.shape[len(shape) :])
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape)
     inputs = tuple(map(by_row, (hidden, targets, temperature)))
 
@@ -118,12 +118,20 @@ def score_answers(
     start = prefix.lengths[:, None] + rationale_lengths
     positions = start[..., None] + jnp.arange(gold.shape[-1])
     hidden, _ = models.apply(
-        params, policy.config, inputs, positions,
-        prefix=prefix, suffix=suffix._replace(lengths=rationale_lengths), **policy.options,
-    )  # fmt: skip
+        params,
+        policy.config,
+        inputs,
+        positions,
+        prefix=prefix,
+        suffix=suffix._replace(lengths=rationale_lengths),
+        **policy.options,
+    )
     log_probs = token_log_probs(
-        hidden, models.unembedding(params), gold_m,
-        valid_vocab=policy.valid_vocab, chunk=chunk_size(policy),
-    )  # fmt: skip
+        hidden,
+        models.unembedding(params),
+        gold_m,
+        valid_vocab=policy.valid_vocab,
+        chunk=chunk_size(policy),
+    )
     is_gold = jnp.arange(gold.shape[-1]) < gold_lengths[:, None, None]
     return jnp.where(is_gold, log_probs, 0.0).sum(-1)

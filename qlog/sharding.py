@@ -74,7 +74,9 @@ def make_mesh(
 def _slices(devices: list, slices: int) -> list[list]:
     """The devices of each slice, in the slices' order."""
     if slices not in (0, 1):
-        raise ConfigError(f"mesh.slices={slices} must be 0 (as they are) or 1 (all devices as one).")
+        raise ConfigError(
+            f"mesh.slices={slices} must be 0 (as they are) or 1 (all devices as one)."
+        )
     by_slice = collections.defaultdict(list)
     for device in devices:
         by_slice[0 if slices == 1 else getattr(device, "slice_index", 0)].append(device)
@@ -127,7 +129,9 @@ def _fitting(mesh: Mesh, spec, shape) -> NamedSharding:
     """`spec` without the mesh axes that do not divide their dimension: that one is replicated."""
 
     def size(axis):
-        return int(np.prod([mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))]))
+        return int(
+            np.prod([mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))])
+        )
 
     fits = [
         axis if axis is None or length % size(axis) == 0 else None
@@ -175,7 +179,7 @@ def keep_rows(mesh: Mesh | None, tree, rows: int = 0):
     every device all."""
     if mesh is None:
         return tree
-    hold = lambda x: jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x, rows))  # noqa: E731
+    hold = lambda x: jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x, rows))
     return jax.tree.map(hold, tree)
 
 

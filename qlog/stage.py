@@ -57,7 +57,11 @@ def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
         if not models.huggingface.is_hub_id(model):
             raise ConfigError(f"--model={model} is no Hub id of the form owner/name.")
         wanted.append(_model("--model", model, weights=True))
-    runs = [settings.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()] if config else []
+    runs = (
+        [settings.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()]
+        if config
+        else []
+    )
     for each in (runs or [config]) if config else []:
         settings.check(each)
         wanted += _read_by(each)
@@ -72,7 +76,9 @@ def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
                 "assets: rename one of them."
             )
         if asset.flags != other.flags:
-            found[asset.name] = dataclasses.replace(other, flags=tuple(dict.fromkeys(other.flags + asset.flags)))
+            found[asset.name] = dataclasses.replace(
+                other, flags=tuple(dict.fromkeys(other.flags + asset.flags))
+            )
     return list(found.values())
 
 
@@ -85,18 +91,30 @@ def _read_by(config: ConfigDict) -> list[Asset]:
     if path and models.huggingface.is_hub_id(path):
         found.append(_model("tokenizer.path", path, weights=False))
     elif path:
-        found.append(Asset(
-            f"config.tokenizer.path = {path!r}", f"tokenizers/{_last(path)}",
-            lambda: tokenizer_path(config), _files_of_model(weights=False), str(path), ("tokenizer.path",),
-        ))  # fmt: skip
+        found.append(
+            Asset(
+                f"config.tokenizer.path = {path!r}",
+                f"tokenizers/{_last(path)}",
+                lambda: tokenizer_path(config),
+                _files_of_model(weights=False),
+                str(path),
+                ("tokenizer.path",),
+            )
+        )
     if section.name in data.TASKS:
-        found.append(Asset(
-            f"config.data.name = {section.name!r}", f"data/{builders.staged_name(section.name)}",
-            lambda: builders.prepare(
-                section.name, manual_dir=section.manual_dir or None, data_dir=section.data_dir or None
-            ),
-            lambda name: True, f"{section.name} {section.manual_dir}",
-        ))  # fmt: skip
+        found.append(
+            Asset(
+                f"config.data.name = {section.name!r}",
+                f"data/{builders.staged_name(section.name)}",
+                lambda: builders.prepare(
+                    section.name,
+                    manual_dir=section.manual_dir or None,
+                    data_dir=section.data_dir or None,
+                ),
+                lambda name: True,
+                f"{section.name} {section.manual_dir}",
+            )
+        )
     return found
 
 
@@ -119,8 +137,12 @@ def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
         folder = source.parent if source.is_file() else source
         names = [source.name] if source.is_file() else list(filter(asset.is_wanted, files(source)))
         if not names:
-            raise ConfigError(f"{asset.what}: {source} holds no files that a run reads: mend the name.")
-        last = next((n for n in ("ids.json", "config.json", "tokenizer.json") if n in names), names[-1])
+            raise ConfigError(
+                f"{asset.what}: {source} holds no files that a run reads: mend the name."
+            )
+        last = next(
+            (n for n in ("ids.json", "config.json", "tokenizer.json") if n in names), names[-1]
+        )
         copied = assets.publish(folder, target / asset.name, names, last)
         say(f"{asset.what}: {target / asset.name} ({copied} of {len(names)} files copied)")
         where = target / asset.name / (source.name if source.is_file() else "")
@@ -165,16 +187,22 @@ class _Flags:
         self.config = config_flags.DEFINE_config_file(
             "config", None, "Config file, with variants after a colon."
         )
-        self.model = flags.DEFINE_string("model", "", "A Hub id to bring beside, or instead of, a config's.")
+        self.model = flags.DEFINE_string(
+            "model", "", "A Hub id to bring beside, or instead of, a config's."
+        )
         self.to = flags.DEFINE_string(
             "to", "", "gs://BUCKET/FOLDER, s3://BUCKET/FOLDER, or a folder all hosts see."
         )
-        self.dry_run = flags.DEFINE_bool("dry-run", False, "Say what would be copied where, and stop.")
+        self.dry_run = flags.DEFINE_bool(
+            "dry-run", False, "Say what would be copied where, and stop."
+        )
 
 
 def main(given: _Flags, argv: list[str]) -> int:
     if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
+        raise app.UsageError(
+            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
+        )
     logging.set_verbosity(logging.WARNING)
     if not given.to.value:
         raise ConfigError("--to is needed: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.")

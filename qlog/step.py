@@ -41,9 +41,14 @@ class Groups(NamedTuple):
 
 
 def collect(
-    experiment: Experiment, params: models.Params, batch: data.PromptBatch, key: Array,
-    watch: Stopwatch, interrupts: Interrupts | None = None, rehearse: bool = False,
-) -> Groups:  # fmt: skip
+    experiment: Experiment,
+    params: models.Params,
+    batch: data.PromptBatch,
+    key: Array,
+    watch: Stopwatch,
+    interrupts: Interrupts | None = None,
+    rehearse: bool = False,
+) -> Groups:
     """Rollouts of a batch of prompts, their log w and rewards; annotated ones as they come.
 
     Args:
@@ -64,12 +69,18 @@ def collect(
         keys = sampling.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
         rollouts, log_w, row_steps = ready(
             sampling.sample(
-                params, experiment.policy, prompts.tokens, prompts.lengths, keys,
-                sampling.Golds(gold, gold_lengths), experiment.sampling,
-                experiment.prompts_at_once(experiment.config.rollout.prompts_per_wave), rehearse,
+                params,
+                experiment.policy,
+                prompts.tokens,
+                prompts.lengths,
+                keys,
+                sampling.Golds(gold, gold_lengths),
+                experiment.sampling,
+                experiment.prompts_at_once(experiment.config.rollout.prompts_per_wave),
+                rehearse,
                 interrupts,
             )
-        )  # fmt: skip
+        )
     reward = jnp.zeros_like(log_w)
     if experiment.estimator.reward:
         with watch("reward"):
@@ -78,9 +89,14 @@ def collect(
 
 
 def learn(
-    experiment: Experiment, state: learner.TrainState, groups: Groups, reference, key: Array,
-    watch: Stopwatch, interrupts: Interrupts | None = None,
-):  # fmt: skip
+    experiment: Experiment,
+    state: learner.TrainState,
+    groups: Groups,
+    reference,
+    key: Array,
+    watch: Stopwatch,
+    interrupts: Interrupts | None = None,
+):
     """Coefficients, gradient and update; returns the new state, sums, gauges and norms.
 
     Raises:
@@ -89,9 +105,11 @@ def learn(
     config, estimator = experiment.config, experiment.estimator
     microbatch = experiment.microbatch
     gradient = functools.partial(
-        learner.gradient, surrogate=estimator.surrogate,
-        temperature=experiment.sampling.temperature, microbatch=microbatch,
-    )  # fmt: skip
+        learner.gradient,
+        surrogate=estimator.surrogate,
+        temperature=experiment.sampling.temperature,
+        microbatch=microbatch,
+    )
     with watch("train") as ready:
         trajectories = _trajectories(experiment, groups)
         coefficients, loss_state = _coefficients(
@@ -105,14 +123,23 @@ def learn(
             reference_log_probs = None
             if reference is not None:
                 reference_log_probs = learner.reference_log_probs(
-                    reference, experiment.policy, prompts, slice_, experiment.sampling.temperature,
+                    reference,
+                    experiment.policy,
+                    prompts,
+                    slice_,
+                    experiment.sampling.temperature,
                     microbatch,
-                )  # fmt: skip
+                )
             grads, sums, gauges = gradient(
-                state.params, experiment.policy, prompts, slice_, coefficient, reference_log_probs,
+                state.params,
+                experiment.policy,
+                prompts,
+                slice_,
+                coefficient,
+                reference_log_probs,
                 # After an update nothing can be given up: it takes the state's buffers.
                 before_each=interrupts and (interrupts.beat if index else interrupts.check),
-            )  # fmt: skip
+            )
             state, norms = learner.update(
                 state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
             )
@@ -131,7 +158,9 @@ def _coefficients(transform, groups: Groups, trajectories, loss_state, key):
         log_w=groups.log_w,
         reward=groups.reward,
         valid=jnp.broadcast_to(groups.prompts.is_prompt[:, None], groups.log_w.shape),
-        num_tokens=(trajectories.rationale_mask | trajectories.answer_mask).sum(-1, dtype=jnp.int32),
+        num_tokens=(trajectories.rationale_mask | trajectories.answer_mask).sum(
+            -1, dtype=jnp.int32
+        ),
     )
     return losses.coefficients(transform, scores, loss_state, key=key)
 
@@ -172,6 +201,8 @@ def _rewards(experiment: Experiment, rollouts: sampling.Rollouts, batch: data.Pr
     for index, row in enumerate(sharding.held_rows(mesh, size)):
         example = batch.examples[row]
         golds = (example.answer, *example.aliases)
-        for column, (_, answer) in enumerate(evaluation.rollout_texts(experiment.formatter, local, index)):
+        for column, (_, answer) in enumerate(
+            evaluation.rollout_texts(experiment.formatter, local, index)
+        ):
             reward[row, column] = experiment.grader(answer, golds)
     return reward

@@ -39,12 +39,18 @@ class RunLog:
     """
 
     def __init__(
-        self, workdir: paths.Path | pathlib.Path, start_step: int, total_steps: int,
+        self,
+        workdir: paths.Path | pathlib.Path,
+        start_step: int,
+        total_steps: int,
         is_lost: Callable[[], bool] = lambda: False,
-    ):  # fmt: skip
+    ):
         self._active = jax.process_index() == 0
         self._total, self._first = total_steps, start_step
-        self._started, self._line = None, ProgressLine()  # when the first step was done: it compiles
+        self._started, self._line = (
+            None,
+            ProgressLine(),
+        )  # when the first step was done: it compiles
         if not self._active:
             return
         from tensorboardX import SummaryWriter  # slow to import; only the first process writes
@@ -57,9 +63,10 @@ class RunLog:
             self._files[name] = kind(workdir / f"{name}.jsonl", self._uploads)
         # Evaluations of the checkpoint that training resumes from.
         self._known = {
-            (row["step"], row["phase"]) for row in rows
+            (row["step"], row["phase"])
+            for row in rows
             if row["step"] == start_step - 1 and row["phase"] != "train"
-        }  # fmt: skip
+        }
         self._scratch = None
         if self._uploads is None:
             self._events = SummaryWriter(os.fspath(workdir), purge_step=start_step, flush_secs=60)
@@ -215,7 +222,9 @@ class _Uploads:
     def _work(self):
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._asked > self._done or self._is_closed, self.INTERVAL)
+                self._lock.wait_for(
+                    lambda: self._asked > self._done or self._is_closed, self.INTERVAL
+                )
                 wanted = self._asked
                 if self._is_closed and wanted == self._done:
                     return
@@ -223,7 +232,9 @@ class _Uploads:
                 self._upload()
             except Exception as error:  # each client has its own; a run does not end for its log
                 if not self._is_ill:
-                    say(f"uploading fails ({type(error).__name__}: {error}); what was logged is kept, trying on")
+                    say(
+                        f"uploading fails ({type(error).__name__}: {error}); what was logged is kept, trying on"
+                    )
                 self._is_ill = True
                 if self._is_closed:
                     return

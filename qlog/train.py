@@ -12,8 +12,18 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from qlog import (
+    checkpoints,
+    data,
+    distributed,
+    evaluation,
+    interrupts,
+    ownership,
+    paths,
+    reporting,
+    runtime,
+)
 from qlog import config as settings
-from qlog import checkpoints, data, distributed, evaluation, interrupts, ownership, paths, reporting, runtime
 from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.experiment import Experiment, identity, prepare
 from qlog.interrupts import Interrupts
@@ -59,9 +69,11 @@ def run(
         stack.enter_context(stop.deferred())  # to the end: closing files is not cut short either
         with stop.immediate():
             claim = stack.enter_context(ownership.claim(workdir))
-            stack.enter_context(stop.watching(
-                config.watchdog.first_seconds, lambda: True, claim.release, is_resumable=True
-            ))  # fmt: skip
+            stack.enter_context(
+                stop.watching(
+                    config.watchdog.first_seconds, lambda: True, claim.release, is_resumable=True
+                )
+            )
             experiment = prepare(config, devices)
             saved = stack.enter_context(
                 contextlib.closing(checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep))
@@ -83,7 +95,11 @@ def run(
             training.loop()
         except Stop:
             training.save()
-            where = f"at step {training.step}, saved in {workdir}" if training.step else "before the first step"
+            where = (
+                f"at step {training.step}, saved in {workdir}"
+                if training.step
+                else "before the first step"
+            )
             say(f"stopped {where}: the same command resumes.")
             return Outcome(training.metrics, True)
         return training.finish()
@@ -98,9 +114,14 @@ class _Training:
     """
 
     def __init__(
-        self, experiment: Experiment, workdir: Path, claim: ownership.Claim,
-        saved: checkpoints.Checkpoints, stop: Interrupts, stack: contextlib.ExitStack,
-    ):  # fmt: skip
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        claim: ownership.Claim,
+        saved: checkpoints.Checkpoints,
+        stop: Interrupts,
+        stack: contextlib.ExitStack,
+    ):
         """The state is new, or that of the latest checkpoint. Opens the log on `stack`."""
         self._experiment, self._config, self._workdir = experiment, experiment.config, workdir
         self._claim, self._saved, self._stop = claim, saved, stop
@@ -116,7 +137,9 @@ class _Training:
         if not self.step or experiment.estimator.reference:
             params = experiment.init_params()
             # The update donates its state: the reference must keep buffers of its own.
-            self._reference = jax.tree.map(jnp.copy, params) if experiment.estimator.reference else None
+            self._reference = (
+                jax.tree.map(jnp.copy, params) if experiment.estimator.reference else None
+            )
         if not self.step:
             self.state = experiment.init_state(params)
         if jax.process_index() == 0:
@@ -129,9 +152,11 @@ class _Training:
         self._compiled = stack.enter_context(contextlib.closing(runtime.Compilations()))
         self._saved_at = time.monotonic()
         self._is_finishing = False
-        stack.enter_context(stop.watching(
-            self._config.watchdog.first_seconds, self._is_saved, self._leave, is_resumable=True
-        ))  # fmt: skip
+        stack.enter_context(
+            stop.watching(
+                self._config.watchdog.first_seconds, self._is_saved, self._leave, is_resumable=True
+            )
+        )
         stop.on_beat = claim.beat
 
     def _is_saved(self) -> bool:
@@ -150,9 +175,11 @@ class _Training:
         if self.step and self._evaluates():
             self.evaluate()  # interrupted before: it goes on
         batches = data.train_batches(
-            self._experiment.train_data, seed=config.seed, start_step=self.step,
+            self._experiment.train_data,
+            seed=config.seed,
+            start_step=self.step,
             prompts_per_step=config.train.prompts_per_step,
-        )  # fmt: skip
+        )
         for step, batch in batches:
             if step >= config.train.steps:
                 break
@@ -172,7 +199,13 @@ class _Training:
         watch, compiled = Stopwatch(), self._compiled.count
         key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
         groups = collect(
-            experiment, self.state.params, batch, key, watch, self._stop, rehearse=step == self._start
+            experiment,
+            self.state.params,
+            batch,
+            key,
+            watch,
+            self._stop,
+            rehearse=step == self._start,
         )
         self.state, sums, gauges, norms = learn(
             experiment, self.state, groups, self._reference, key, watch, self._stop
@@ -192,7 +225,11 @@ class _Training:
     def _is_due(self) -> bool:
         """Whether to save now; by the first process's clock."""
         config = self._config
-        if self.step == config.train.steps or self.step % config.checkpoint.every == 0 or self._evaluates():
+        if (
+            self.step == config.train.steps
+            or self.step % config.checkpoint.every == 0
+            or self._evaluates()
+        ):
             return True
         minutes = (time.monotonic() - self._saved_at) / 60
         is_late = bool(config.checkpoint.minutes) and minutes >= config.checkpoint.minutes
@@ -214,7 +251,9 @@ class _Training:
         due = self.step == config.train.steps or (
             config.evaluation.every and self.step % config.evaluation.every == 0
         )
-        return bool(self._experiment.evaluation_data and due) and self.step not in self._saved.scores
+        return (
+            bool(self._experiment.evaluation_data and due) and self.step not in self._saved.scores
+        )
 
     def evaluate(self) -> None:
         """Evaluates the state, of which a checkpoint is being written; Stop leaves what was done to
@@ -243,8 +282,12 @@ class _Training:
         with self._stop.patient():
             self._claim.check()
             self._saved.wait()
-            if not self.metrics and self._experiment.evaluation_data:  # evaluated by an earlier start
-                find = functools.partial(_evaluated, self._workdir, self.step - 1, config.evaluation.split)
+            if (
+                not self.metrics and self._experiment.evaluation_data
+            ):  # evaluated by an earlier start
+                find = functools.partial(
+                    _evaluated, self._workdir, self.step - 1, config.evaluation.split
+                )
                 self.metrics = distributed.first(find)
                 if reporting.best_metric(config) not in self.metrics:  # of other settings
                     self.evaluate()
@@ -297,14 +340,19 @@ _MAY_CHANGE = {"attention", "checkpoint", "evaluation", "mesh", "profile", "runs
 _MAY_CHANGE |= {"architecture", "model", "weights"}
 _MAY_CHANGE_IN = {
     "train": {
-        "steps", "rollouts_every", "rollouts_prompts", "prompts_per_microbatch", "remat",
-        "rollouts_per_microbatch", "max_mismatch",
+        "steps",
+        "rollouts_every",
+        "rollouts_prompts",
+        "prompts_per_microbatch",
+        "remat",
+        "rollouts_per_microbatch",
+        "max_mismatch",
     },
     "rollout": {"prompts_per_wave"},
     "optimizer": {"max_skipped_in_a_row"},
     "data": {"data_dir", "manual_dir"},
     "tokenizer": {"path"},
-}  # fmt: skip
+}
 
 
 def _check_same_run(before: dict, made_of: dict, config: ConfigDict, makes: dict) -> None:
@@ -319,17 +367,24 @@ def _check_same_run(before: dict, made_of: dict, config: ConfigDict, makes: dict
     for key in sorted((set(before) | set(now)) - may_change):
         old, new = before.get(key), now.get(key)
         if key in _MAY_CHANGE_IN:
-            old, new = ({k: v for k, v in x.items() if k not in _MAY_CHANGE_IN[key]} for x in (old, new))
+            old, new = (
+                {k: v for k, v in x.items() if k not in _MAY_CHANGE_IN[key]} for x in (old, new)
+            )
         if old != new:
             raise ConfigError(
                 f"config.{key} = {new!r} differs from the run in --workdir, which began with "
                 f"{old!r}: use another --workdir, or the old value."
             )
     splits = {
-        name: (old, makes["splits"].get(name, old)) for name, old in made_of.get("splits", {}).items()
+        name: (old, makes["splits"].get(name, old))
+        for name, old in made_of.get("splits", {}).items()
     }
     pairs = {f"split {name}": pair for name, pair in splits.items()}
-    pairs |= {part: (made_of[part], makes[part]) for part in ("model", "weights", "tokenizer") if part in made_of}
+    pairs |= {
+        part: (made_of[part], makes[part])
+        for part in ("model", "weights", "tokenizer")
+        if part in made_of
+    }
     for part, (old, new) in pairs.items():
         if old != new:
             raise ConfigError(

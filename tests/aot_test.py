@@ -31,14 +31,27 @@ def test_what_does_not_fit_names_the_setting_to_change():
 
 def test_a_step_compiles_for_a_slice_and_fits(capsys, tmp_path):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
-    config = tiny.config(train={"prompts_per_step": 8}, evaluation={"prompts_per_batch": 2}, mesh={"data": 2, "fsdp": 2})
+    config = tiny.config(
+        train={"prompts_per_step": 8},
+        evaluation={"prompts_per_batch": 2},
+        mesh={"data": 2, "fsdp": 2},
+    )
     config.architecture.num_layers = 1
     assert aot.run_compile(config, "v5e:2x2", tmp_path, "python -m x") == 0
     (written,) = cost.read_rooflines(tmp_path / "compile_v5e-2x2.json")
     step = cost.roofline(config, "v5e:2x2", [written])
     assert step.chips == 4 and 0 < step.decode_share < 1 and written["command"] == "python -m x"
     output = capsys.readouterr().out
-    for program in ("prefill", "decode", "score", "evaluate", "gradient", "update", "step: at least", "fits."):
+    for program in (
+        "prefill",
+        "decode",
+        "score",
+        "evaluate",
+        "gradient",
+        "update",
+        "step: at least",
+        "fits.",
+    ):
         assert program in output
     with pytest.raises(ConfigError, match="not known to libtpu"):
         aot.compile_run(config, "v5e:7x9")
@@ -47,10 +60,12 @@ def test_a_step_compiles_for_a_slice_and_fits(capsys, tmp_path):
 
 def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
     config = tiny.config(
-        train={"prompts_per_step": 8, "rollouts_per_microbatch": 2}, evaluation={"prompts_per_batch": 2},
-        rollout={"rationale_budget": 1023, "answer_reserve": 128}, data={"max_prompt_tokens": 512},
+        train={"prompts_per_step": 8, "rollouts_per_microbatch": 2},
+        evaluation={"prompts_per_batch": 2},
+        rollout={"rationale_budget": 1023, "answer_reserve": 128},
+        data={"max_prompt_tokens": 512},
         mesh={"data": 8},
-    )  # fmt: skip
+    )
     run = aot.without_data(config, jax.devices())
     trips = aot._trips(run)
     assert trips(Sweep((1, 1, 4, 1024, 8), 1024, 1)) == 1024  # decoding

@@ -50,12 +50,17 @@ def amazon():
     emulator.start()
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{emulator._server.server_port}",
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     boto3.client(
-        "s3", endpoint_url=environment["AWS_ENDPOINT_URL"], region_name="us-east-1",
-        aws_access_key_id="key", aws_secret_access_key="secret",
-    ).create_bucket(Bucket="bucket")  # fmt: skip
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        region_name="us-east-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    ).create_bucket(Bucket="bucket")
     yield environment
     emulator.stop()
 
@@ -140,18 +145,23 @@ def test_publishing_copies_what_changed_and_the_mark_last(place, tmp_path):
 
 def test_runs_side_by_side_on_one_host_copy_once(google, tmp_path):
     """Two processes that know nothing of each other, as a sweep's are."""
-    environment = os.environ | google | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = (
+        os.environ | google | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    )
     where = f"gs://bucket/{tmp_path.name}"
     fill = f"from qlog import paths; p = paths.parse('{where}'); paths.write(p / 'a', b'x' * 4_000_000)"
     run([sys.executable, "-c", fill], environment)
     program = f"from qlog import assets; print(assets.local('{where}', 'x'))"
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", program], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-c", program],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert "".join(outputs).count("copying") == 1
@@ -216,7 +226,9 @@ def test_raw_and_prepared_data_may_be_in_a_bucket(place, monkeypatch):
     assets.publish(prepared, target, stage.files(prepared), "ids.json")
     ids = list(builders.open_prepared("hotpotqa", "dev", prepared).ids)
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "another"))
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "another")
+    )
     opened = builders.open_records("hotpotqa", "dev", data_dir=str(place / "data"))
     assert opened.ids == ids and opened[0]["_id"] == ids[0]
     monkeypatch.setenv("QLOG_ASSETS", str(place))
@@ -229,30 +241,47 @@ def test_raw_and_prepared_data_may_be_in_a_bucket(place, monkeypatch):
 # ---- One command, then a run ----
 
 _BUDGETS = [  # of two CPU cores
-    "--config.rollout.rationale_budget=6", "--config.rollout.answer_reserve=24",
-    "--config.rollout.rollouts_per_prompt=2", "--config.rollout.prompts_per_wave=0",
-    "--config.train.steps=1", "--config.train.prompts_per_step=2", "--config.evaluation.every=0",
-    "--config.train.prompts_per_microbatch=0", "--config.train.rollouts_per_microbatch=0",
-    "--config.evaluation.prompts_per_batch=2", "--config.dtype=float32",
+    "--config.rollout.rationale_budget=6",
+    "--config.rollout.answer_reserve=24",
+    "--config.rollout.rollouts_per_prompt=2",
+    "--config.rollout.prompts_per_wave=0",
+    "--config.train.steps=1",
+    "--config.train.prompts_per_step=2",
+    "--config.evaluation.every=0",
+    "--config.train.prompts_per_microbatch=0",
+    "--config.train.rollouts_per_microbatch=0",
+    "--config.evaluation.prompts_per_batch=2",
+    "--config.dtype=float32",
     "--config.data.max_prompt_tokens=20000",
-]  # fmt: skip
+]
 
 
 def make_model(folder: pathlib.Path) -> None:
     """A small Qwen3 with a tokenizer, as a Hub's folder."""
     shape = dataclasses.replace(
         models.PRESETS["qwen3_0p6b"],
-        vocab_size=320, num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16,
-    )  # fmt: skip
+        vocab_size=320,
+        num_layers=1,
+        width=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_width=16,
+    )
     huggingface.export(models.init(shape, jax.random.key(0)), shape, folder)
     write_spec(folder, byte_level_spec())
 
 
 def run(command, environment, status=0) -> str:
     done = subprocess.run(
-        list(map(str, command)), env=environment, cwd=ROOT, text=True, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        list(map(str, command)),
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == status, done.stdout
     return done.stdout
 
@@ -262,37 +291,62 @@ def test_readmes_command_starts_from_a_staged_bucket(google, tmp_path):
     make_model(tmp_path / "here/models/Qwen/Qwen3-0.6B")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "QLOG_"))}
     environment |= google | {
-        "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hub"),
-    }  # fmt: skip
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(tmp_path / "hub"),
+    }
     config = "--config=configs/hotpotqa.py:cold,garl,q=0.75"
     to = f"gs://bucket/{tmp_path.name}/assets"
     stage_ = [ROOT / "launch/stage", config, f"--to={to}", f"--config.data.manual_dir={DATA}"]
-    laptop = environment | {"QLOG_ASSETS": str(tmp_path / "here"), "XDG_CACHE_HOME": str(tmp_path / "laptop")}
+    laptop = environment | {
+        "QLOG_ASSETS": str(tmp_path / "here"),
+        "XDG_CACHE_HOME": str(tmp_path / "laptop"),
+    }
     printed = run(stage_, laptop)
-    assert f"config.weights = 'Qwen/Qwen3-0.6B': {to}/models/Qwen/Qwen3-0.6B (4 of 4 files" in printed
+    assert (
+        f"config.weights = 'Qwen/Qwen3-0.6B': {to}/models/Qwen/Qwen3-0.6B (4 of 4 files" in printed
+    )
     assert f"config.data.name = 'hotpotqa': {to}/data/hotpotqa-1.0.0" in printed
     assert f"QLOG_ASSETS={to}" in printed and "--config." not in printed
-    assert re.findall(r"\((\d+) of", run(stage_, laptop)) == ["0", "0"], "staged again, nothing is copied"
+    assert re.findall(r"\((\d+) of", run(stage_, laptop)) == ["0", "0"], (
+        "staged again, nothing is copied"
+    )
 
     pod = environment | {"QLOG_ASSETS": to, "XDG_CACHE_HOME": str(tmp_path / "pod")}
     workdir = tmp_path / "run"
-    command = [sys.executable, "launch/local", "--processes=2", config, f"--workdir={workdir}", *_BUDGETS]
+    command = [
+        sys.executable,
+        "launch/local",
+        "--processes=2",
+        config,
+        f"--workdir={workdir}",
+        *_BUDGETS,
+    ]
     printed = run(command, pod)
     assert "step 1/1" in printed, printed
-    assert printed.count("copying") == 3, printed  # shape and tokenizer, weights, data; by one process
+    assert printed.count("copying") == 3, (
+        printed
+    )  # shape and tokenizer, weights, data; by one process
     ids = json.loads((workdir / "splits.json").read_text())["splits"]["train"]["ids"]
-    assert set(ids) <= {r["_id"] for r in json.loads((DATA / "hotpotqa/hotpot_train_v1.1.json").read_text())}
+    assert set(ids) <= {
+        r["_id"] for r in json.loads((DATA / "hotpotqa/hotpot_train_v1.1.json").read_text())
+    }
 
 
 def test_a_config_of_several_runs_is_planned_whole():
     config = paper.experiment("cold", dataset="hotpotqa", total_budget=192, max_prompt_tokens=512)
     small = {"model": "Qwen/Qwen3-0.6B", "weights": "random", "tokenizer": {"path": "a/tokenizer"}}
     config.runs = {"one": small, "two": {}, "three": {"data": {"name": "musique"}}}
-    wanted = {asset.name: asset.is_wanted("model.safetensors") for asset in stage.plan(config, "b/more")}
+    wanted = {
+        asset.name: asset.is_wanted("model.safetensors") for asset in stage.plan(config, "b/more")
+    }
     assert wanted == {
-        "models/b/more": True, "models/Qwen/Qwen3-0.6B": True, "models/a/tokenizer": False,
-        "data/hotpotqa-1.0.0": True, "data/musique-1.0.0": True,
-    }  # fmt: skip
+        "models/b/more": True,
+        "models/Qwen/Qwen3-0.6B": True,
+        "models/a/tokenizer": False,
+        "data/hotpotqa-1.0.0": True,
+        "data/musique-1.0.0": True,
+    }
 
 
 def test_what_has_no_name_of_its_own_is_told_as_flags(alone, tmp_path, capsys):
@@ -325,7 +379,9 @@ def test_mistakes_of_stage_are_sentences(flags, message, tmp_path):
 
 def test_identity_is_of_content_not_of_paths(alone, tmp_path):
     def identity(folder):
-        config = paper.experiment("cold", dataset="hotpotqa", total_budget=192, max_prompt_tokens=20000)
+        config = paper.experiment(
+            "cold", dataset="hotpotqa", total_budget=192, max_prompt_tokens=20000
+        )
         config.weights = config.model = str(folder)
         config.data.manual_dir = str(DATA)
         return experiment.identity(experiment.prepare(config))
@@ -364,4 +420,6 @@ def test_one_process_of_a_host_prepares_for_all(broken, tmp_path):
     command = [sys.executable, "launch/local", "--processes=2", "--", tmp_path / "program.py", raw]
     printed = run(command, environment, status=2 if broken else 0)
     assert printed.count("Downloading and preparing dataset") == 1, printed
-    assert printed.count("is damaged or was not downloaded whole" if broken else "] prepared /") == 2, printed
+    assert (
+        printed.count("is damaged or was not downloaded whole" if broken else "] prepared /") == 2
+    ), printed

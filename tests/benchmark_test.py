@@ -46,7 +46,9 @@ def test_phases_do_the_work_that_they_are_timed_for():
     params, batch = models.init(policy.config, jax.random.key(0)), work.make_batch(policy, size)
     phases = work.rollout_phases(params, policy, size, batch)
     rollouts, log_w = phases["rollouts"].call()
-    assert (rollouts.rationale_lengths == 5).all() and (rollouts.tokens[..., -1] == tiny.VALID_VOCAB - 1).all()
+    assert (rollouts.rationale_lengths == 5).all() and (
+        rollouts.tokens[..., -1] == tiny.VALID_VOCAB - 1
+    ).all()
     assert log_w.shape == phases["score"].call().shape == (2, 2)
     fresh = phases["score_fresh"].call()
     assert fresh.shape == (2, 2, 8) and np.isfinite(fresh).all()
@@ -57,7 +59,9 @@ def test_phases_do_the_work_that_they_are_timed_for():
     parts = trainer.parts()
     for name in ("prompts", "output head"):
         leaves = jax.tree.leaves(parts[name]())
-        assert all(np.isfinite(x).all() for x in leaves) and any((x != 0).any() for x in leaves), name
+        assert all(np.isfinite(x).all() for x in leaves) and any((x != 0).any() for x in leaves), (
+            name
+        )
     assert parts["update"]()["param_norm"] > 0
 
 
@@ -81,12 +85,23 @@ def test_the_comparison_names_its_work():
     for text in compare.TABLE:
         parsed = compare.parse(text)
         assert parsed.size in compare.SIZES and parsed.kind in ("train", "rollouts", "score")
-    row = {"median": 2.0, "shortest": 1.9, "longest": 2.2, "peak_memory": 2**30, "peak_memory_compiling": 2**31, "needed_flops": 1e11}
-    line = compare.line("train:tiny:4x8:256+128", {"qlog": row, "torch": row | {"median": 5.0}}, 1e11)
+    row = {
+        "median": 2.0,
+        "shortest": 1.9,
+        "longest": 2.2,
+        "peak_memory": 2**30,
+        "peak_memory_compiling": 2**31,
+        "needed_flops": 1e11,
+    }
+    line = compare.line(
+        "train:tiny:4x8:256+128", {"qlog": row, "torch": row | {"median": 5.0}}, 1e11
+    )
     assert line.startswith("| train | tiny 4x8, 256 + 128 | 5.00 (1.90 - 2.20) | 2.00")
     assert "| 2.5x | 1,024, 1,024, 2,048 | 0.50 |" in line
     row["parts"] = {"prompts": 0.5, "update": 1.5}
-    table = compare.breakdown({"train:tiny:4x8:256+128": {"qlog": row}, "score:tiny:4x8:256+128": {"qlog": {}}})
+    table = compare.breakdown(
+        {"train:tiny:4x8:256+128": {"qlog": row}, "score:tiny:4x8:256+128": {"qlog": {}}}
+    )
     assert table.splitlines()[2:] == ["| tiny:4x8:256+128 | 0.50 s, 25% | 1.50 s, 75% |"]
 
 
@@ -94,7 +109,9 @@ def test_the_comparison_names_its_work():
 def test_both_implementations_take_the_same_step(tmp_path):
     compare.write_weights("tiny", tmp_path / "tiny")
     one = compare.parse("train:tiny:2x2:16+8")
-    ours, theirs = (f(one, str(tmp_path / "tiny"), 1) for f in (compare.run_qlog, compare.run_torch))
+    ours, theirs = (
+        f(one, str(tmp_path / "tiny"), 1) for f in (compare.run_qlog, compare.run_torch)
+    )
     np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-3)
 
 

@@ -78,7 +78,9 @@ class Proxy:
                 return
             if kind == "silence":
                 time.sleep(seconds)
-            lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+            lines = [
+                line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")
+            ]
             with socket.create_connection(("127.0.0.1", self._upstream)) as server:
                 server.sendall(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + body)
                 threading.Thread(target=_pump, args=(client, server), daemon=True).start()
@@ -105,9 +107,8 @@ class Proxy:
             text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>"
         phrase = HTTPStatus(status).phrase
         client.sendall(
-            f"HTTP/1.1 {status} {phrase}\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}"
-            .encode()
-        )  # fmt: skip
+            f"HTTP/1.1 {status} {phrase}\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode()
+        )
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
@@ -131,10 +132,14 @@ def google():
     emulator.start()
     proxy = Proxy(emulator._api._httpd.server_address[1])
     try:
-        yield proxy, {
-            "STORAGE_EMULATOR_HOST": proxy.url, "TENSORSTORE_GCS_HTTP_URL": proxy.url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google itself, by gRPC
-        }  # fmt: skip
+        yield (
+            proxy,
+            {
+                "STORAGE_EMULATOR_HOST": proxy.url,
+                "TENSORSTORE_GCS_HTTP_URL": proxy.url,
+                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google itself, by gRPC
+            },
+        )
     finally:
         proxy.close()
         emulator.stop()
@@ -145,6 +150,7 @@ def _refuse_to_create_twice(server) -> None:
     for pattern, handlers in server.HANDLERS:
         insert = handlers.get(server.POST)
         if insert is server.objects.insert and "/upload/" in pattern:
+
             def guarded(request, response, storage, insert=insert):
                 if request.query.get("ifGenerationMatch") == ["0"]:
                     name = request.query.get("name") or [request.data["meta"]["name"]]
@@ -169,14 +175,24 @@ def amazon():
     emulator = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     emulator.start()
     port = emulator._server.server_port
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    keys = {
+        "aws_access_key_id": "key",
+        "aws_secret_access_key": "secret",
+        "region_name": "us-east-1",
+    }
     boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket=BUCKET)
     proxy = Proxy(port)
     try:
-        yield proxy, {
-            "AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
-        }  # fmt: skip
+        yield (
+            proxy,
+            {
+                "AWS_ENDPOINT_URL": proxy.url,
+                "AWS_ACCESS_KEY_ID": "key",
+                "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_REGION": "us-east-1",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            },
+        )
     finally:
         proxy.close()
         emulator.stop()

@@ -26,9 +26,11 @@ _MAIN = (sys.executable, "-m", "qlog.main")
 def get_config(kind="run"):
     """Of all runs here; this file is their config file."""
     tree = tiny.config(
-        train={"steps": 4, "rollouts_prompts": 2}, evaluation={"every": 2}, checkpoint={"every": 2},
+        train={"steps": 4, "rollouts_prompts": 2},
+        evaluation={"every": 2},
+        checkpoint={"every": 2},
         loss=qconfig.loss("garl", q=0.75),
-    )  # fmt: skip
+    )
     tree.architecture.num_layers = 1
     if kind == "sweep":
         tree.train.steps = 2
@@ -45,10 +47,16 @@ def store(compilation_cache):
     with buckets.google() as (proxy, clients), pytest.MonkeyPatch.context() as patch:
         for name, value in clients.items():
             patch.setenv(name, value)
-        yield proxy, os.environ | {
-            "PYTHONPATH": f"{HERE.parent}:{HERE}", "JAX_NUM_CPU_DEVICES": "2",
-            "JAX_COMPILATION_CACHE_DIR": compilation_cache, "PYTHONUNBUFFERED": "1",
-        }  # fmt: skip
+        yield (
+            proxy,
+            os.environ
+            | {
+                "PYTHONPATH": f"{HERE.parent}:{HERE}",
+                "JAX_NUM_CPU_DEVICES": "2",
+                "JAX_COMPILATION_CACHE_DIR": compilation_cache,
+                "PYTHONUNBUFFERED": "1",
+            },
+        )
 
 
 def _run(command, environment, status=0):
@@ -125,7 +133,9 @@ def _checkpoints(workdir):
 def _assert_same_run(workdir, on_disk):
     """Parameters, metrics but for times, rollouts and samples, bit for bit."""
     experiment = prepare(get_config(), jax.devices()[:1])
-    one, two = (checkpoints.load_params(w, experiment.abstract_params()) for w in (workdir, on_disk))
+    one, two = (
+        checkpoints.load_params(w, experiment.abstract_params()) for w in (workdir, on_disk)
+    )
     jax.tree.map(np.testing.assert_array_equal, one, two)
     assert _timeless(workdir) == _timeless(on_disk)
     for name in ("rollouts.jsonl", "samples/step_000002.jsonl", "samples/step_000004.jsonl"):
@@ -163,7 +173,10 @@ def test_the_other_commands_read_and_write_there(in_bucket, on_disk, store):
         for mode in ("evaluate", "sample", "export"):
             _run([*_MAIN, CONFIG, f"--workdir={workdir}", f"--mode={mode}"], store[1])
     _assert_same_numbers("evaluation_validation.json", in_bucket, on_disk)
-    assert paths.read(in_bucket / "samples/validation.jsonl") == (on_disk / "samples/validation.jsonl").read_text()
+    assert (
+        paths.read(in_bucket / "samples/validation.jsonl")
+        == (on_disk / "samples/validation.jsonl").read_text()
+    )
     tensors = "export/model.safetensors"
     assert (in_bucket / tensors).read_bytes() == (on_disk / tensors).read_bytes()
 
@@ -173,9 +186,13 @@ def test_two_processes_killed_and_resumed_equal_one_on_a_disk(store, programs, o
     one_device = ["--processes=2", "--devices=1"]
     flags = ["--distributed=on", CONFIG, "--workdir=gs://bucket/two"]
     result = subprocess.run(
-        [*_LOCAL, *one_device, "--", programs / "killed.py", *flags], env=environment,
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        [*_LOCAL, *one_device, "--", programs / "killed.py", *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert result.returncode == 128 + signal.SIGKILL, result.stdout + result.stderr
     said = _run([*_LOCAL, *one_device, *flags[1:]], environment)
     assert "resumed from step 2" in said
@@ -188,31 +205,51 @@ def test_a_sweep_and_its_report(store):
     command = [*_MAIN, f"{CONFIG}:sweep", "--workdir=gs://bucket/sweep"]
     assert "p@1" in _run(command, environment)
     workdir = _bucket("sweep")
-    assert {"first", "second", "report.md", "report.json", "escape.png"} == set(paths.names(workdir))
+    assert {"first", "second", "report.md", "report.json", "escape.png"} == set(
+        paths.names(workdir)
+    )
     assert "| second |" in paths.read(workdir / "report.md")
     assert _run(command, environment).count("finished before") == 2
 
 
 def test_a_workdir_that_is_not_shared_is_refused_by_all(store, programs, tmp_path):
     result = subprocess.run(
-        [*_LOCAL, "--processes=2", "--", programs / "unshared.py", "--distributed=on", CONFIG,
-         f"--workdir={tmp_path / 'run'}"],
-        env=store[1], capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [
+            *_LOCAL,
+            "--processes=2",
+            "--",
+            programs / "unshared.py",
+            "--distributed=on",
+            CONFIG,
+            f"--workdir={tmp_path / 'run'}",
+        ],
+        env=store[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 2, result.stdout + result.stderr
     for process in (0, 1):
-        assert f"[{process}] qlog: --workdir = {tmp_path}/run{process} is not shared: process 1 on" in (
-            result.stdout
+        assert (
+            f"[{process}] qlog: --workdir = {tmp_path}/run{process} is not shared: process 1 on"
+            in (result.stdout)
         )
 
 
 @pytest.mark.parametrize("bucket", ["nowhere", buckets.FORBIDDEN])
 def test_a_bucket_that_is_missing_or_forbidden_ends_in_a_sentence(bucket, store):
     said = _run([*_MAIN, CONFIG, f"--workdir=gs://{bucket}/run"], store[1], status=2)
-    wrong = {"nowhere": "there is no bucket gs://nowhere", "forbidden": "this account may not write in"}
+    wrong = {
+        "nowhere": "there is no bucket gs://nowhere",
+        "forbidden": "this account may not write in",
+    }
     assert wrong[bucket] in said and "Traceback" not in said
 
 
 def test_checkpoints_in_s3_are_refused_in_a_sentence(store):
     said = _run([*_MAIN, CONFIG, "--workdir=s3://bucket/run"], store[1], status=2)
-    assert "Orbax keeps no checkpoints in s3:// buckets; give gs://" in said and "Traceback" not in said
+    assert (
+        "Orbax keeps no checkpoints in s3:// buckets; give gs://" in said
+        and "Traceback" not in said
+    )

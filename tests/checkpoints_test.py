@@ -39,7 +39,9 @@ def test_the_latest_and_the_best_are_kept_though_scores_come_after_the_save(expe
     assert find(tmp_path / "checkpoints", "--workdir", "latest").name == "6"
     assert find(tmp_path, "--workdir", "5").name == "5"
     assert find(tmp_path / "checkpoints" / "5", "--workdir").name == "5"
-    with pytest.raises(ConfigError, match="has the steps 2, 5, 6; ask for best, latest, base or a step"):
+    with pytest.raises(
+        ConfigError, match="has the steps 2, 5, 6; ask for best, latest, base or a step"
+    ):
         find(tmp_path, "--workdir", "3")
     with contextlib.closing(checkpoints.Checkpoints(tmp_path)) as again:
         assert again.latest_step == 6
@@ -50,7 +52,9 @@ def test_the_latest_and_the_best_are_kept_though_scores_come_after_the_save(expe
 
 def test_a_finished_run_may_leave_the_best_parameters_only(tmp_path):
     config = tiny.config(
-        train={"steps": 4}, evaluation={"every": 2}, checkpoint={"every": 1, "finished": "best_params"}
+        train={"steps": 4},
+        evaluation={"every": 2},
+        checkpoint={"every": 1, "finished": "best_params"},
     )
     outcome = train.run(config, tmp_path, ONE)
     scores = json.loads((tmp_path / "scores.json").read_text())

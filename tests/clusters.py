@@ -75,7 +75,11 @@ class Cluster:
 
     def calls(self, start):
         file = self.folder / "calls"
-        return [c for c in file.read_text().splitlines() if c.startswith(start)] if file.exists() else []
+        return (
+            [c for c in file.read_text().splitlines() if c.startswith(start)]
+            if file.exists()
+            else []
+        )
 
     def close(self):
         self._stop.set()
@@ -89,7 +93,9 @@ class Cluster:
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     command = _command(job.read_text())
-                    self._live[name] = threading.Thread(target=self._play, args=(name, command), daemon=True)
+                    self._live[name] = threading.Thread(
+                        target=self._play, args=(name, command), daemon=True
+                    )
                     self.most = max(self.most, len(self._live))
                     self._live[name].start()
 
@@ -146,5 +152,3 @@ def _containers(tree):
     elif isinstance(tree, list):
         for value in tree:
             yield from _containers(value)
-
-

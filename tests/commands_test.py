@@ -47,7 +47,11 @@ def test_the_papers_configs_hold_its_numbers(name):
         assert tiny.rollout.rationale_budget == 384 and tiny.rollout.rollouts_per_prompt == 1
     assert get_config(name, "tiny,grpo").rollout.rationale_budget == 24
     card = get_config(name, "model_card")
-    assert (card.evaluation.temperature, card.evaluation.top_k, card.evaluation.top_p) == (0.6, 20, 0.95)
+    assert (card.evaluation.temperature, card.evaluation.top_k, card.evaluation.top_p) == (
+        0.6,
+        20,
+        0.95,
+    )
     assert card.rollout.temperature == 1.0
 
 
@@ -75,9 +79,17 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("commands")
     model = root / "model"
     shape = models.DecoderConfig(
-        vocab_size=272, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8,
-        mlp_width=24, family="llama", qk_norm=False, tied_embeddings=False,
-    )  # fmt: skip
+        vocab_size=272,
+        num_layers=2,
+        width=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_width=24,
+        family="llama",
+        qk_norm=False,
+        tied_embeddings=False,
+    )
     models.huggingface.export(models.init(shape, jax.random.key(5)), shape, model)
     data_fixtures.write_spec(model, data_fixtures.byte_level_spec())
     (model / "generation_config.json").write_text('{"top_k": 20, "eos_token_id": 7}')
@@ -88,15 +100,20 @@ def trained(tmp_path_factory):
         rows = [data_fixtures.HOTPOTQA | {"_id": f"{file}{i}"} for i in range(count)]
         (records / file).write_text(json.dumps(rows))
     config = tiny.config(
-        model=str(model), weights=str(model), architecture={},
+        model=str(model),
+        weights=str(model),
+        architecture={},
         data={
-            "name": "hotpotqa", "world": {}, "manual_dir": str(records), "max_prompt_tokens": 256,
+            "name": "hotpotqa",
+            "world": {},
+            "manual_dir": str(records),
+            "max_prompt_tokens": 256,
             "data_dir": str(root / "prepared"),
         },
         rollout={"answer_reserve": 24},
         train={"steps": 1, "prompts_per_step": 8},
         evaluation={"every": 1, "prompts_per_batch": 1, "without_rationale": True},
-    )  # fmt: skip
+    )
     train.run(config, root / "run")
     return config, root / "run", shape
 
@@ -131,10 +148,14 @@ def test_a_folder_is_trained_exported_and_read_again(trained):
 def test_what_is_exported_is_what_the_config_names(trained, tmp_path):
     config, workdir, _ = trained
     for mode in ("export", "evaluate", "sample"):  # a mistyped workdir is not the base model
-        with pytest.raises(ConfigError, match=r"--workdir = .* has no checkpoint.*--checkpoint=base"):
+        with pytest.raises(
+            ConfigError, match=r"--workdir = .* has no checkpoint.*--checkpoint=base"
+        ):
             commands.run(mode, config, tmp_path / "mistyped")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=r"--checkpoint=7: .*has the steps 1; ask for best, latest"):
+    with pytest.raises(
+        ConfigError, match=r"--checkpoint=7: .*has the steps 1; ask for best, latest"
+    ):
         commands.run("export", config, workdir, checkpoint="7")
     with pytest.raises(ConfigError, match="--checkpoint=latest is not read by --mode=train"):
         commands.run("train", config, workdir, checkpoint="latest")
@@ -150,8 +171,14 @@ def test_what_is_exported_is_what_the_config_names(trained, tmp_path):
     # A synthetic task's vocabulary exists in memory alone; it is written out.
     task = tiny.config(init_from="", model=str(workdir / "export"), architecture={})
     task.weights = str(pathlib.Path(config.weights))
-    commands.run("export", qconfig.merge(task, {"train": {"prompts_per_step": 8}, "evaluation": {
-        "prompts_per_batch": 1}}), tmp_path / "task", checkpoint="base")  # fmt: skip
+    commands.run(
+        "export",
+        qconfig.merge(
+            task, {"train": {"prompts_per_step": 8}, "evaluation": {"prompts_per_batch": 1}}
+        ),
+        tmp_path / "task",
+        checkpoint="base",
+    )
     assert (tmp_path / "task" / "export" / "tokenizer.json").is_file()
 
 
@@ -173,8 +200,14 @@ def test_metrics_are_computed_again_from_saved_samples(trained, tmp_path, capsys
     assert report["source"] == f"{workdir}/checkpoints/1" and report["split"] == "validation"
 
     # No model and no data are needed; other numbers come from the same samples.
-    elsewhere = qconfig.merge(config, {"data": {"manual_dir": "/nowhere"}, "model": "gone",
-                                       "evaluation": {"rollouts_per_prompt": 2}})  # fmt: skip
+    elsewhere = qconfig.merge(
+        config,
+        {
+            "data": {"manual_dir": "/nowhere"},
+            "model": "gone",
+            "evaluation": {"rollouts_per_prompt": 2},
+        },
+    )
     row = json.loads(samples.read_text().splitlines()[0])
     right = row | {"answers": [row["golds"][0] + "\u2028", "x", "x", "x"]}
     file = tmp_path / "right.jsonl"
@@ -186,15 +219,24 @@ def test_metrics_are_computed_again_from_saved_samples(trained, tmp_path, capsys
 
 def test_samples_that_cannot_be_read_are_named(tmp_path):
     config, file = tiny.config(), tmp_path / "samples.jsonl"
-    row = {"id": "a", "golds": ["b"], "answers": ["b"], "log_p": -1.0, "forced": [False],
-           "complete": [True]}  # fmt: skip
+    row = {
+        "id": "a",
+        "golds": ["b"],
+        "answers": ["b"],
+        "log_p": -1.0,
+        "forced": [False],
+        "complete": [True],
+    }
     for text, message in (
         (None, "samples.jsonl cannot be read: No such file"),
         ("", "is empty"),
         ('{"id": "a"', "holds no samples"),
         ('{"id": "a", "golds": ["b"], "answers": ["b"]}', "line 1: samples need complete, forced"),
         (json.dumps(row | {"forced": []}), "line 1: log_p must be a number, forced and"),
-        (json.dumps(row | {"golds": "b"}), "samples.jsonl: row 0 .*'golds' that is a list of strings"),
+        (
+            json.dumps(row | {"golds": "b"}),
+            "samples.jsonl: row 0 .*'golds' that is a list of strings",
+        ),
     ):
         if text is not None:
             file.write_text(text)
@@ -212,9 +254,7 @@ def test_weights_out_of_reach_are_one_sentence(model, tmp_path, monkeypatch):
     config = get_config("hotpotqa")
     config.model = model
     config.data.manual_dir = str(tmp_path / "never_read")
-    config.tokenizer.path = str(
-        data_fixtures.write_spec(tmp_path, data_fixtures.byte_level_spec())
-    )
+    config.tokenizer.path = str(data_fixtures.write_spec(tmp_path, data_fixtures.byte_level_spec()))
     with pytest.raises(PassingError) as caught:
         prepare(config, ONE)
     message = str(caught.value)

@@ -1,9 +1,9 @@
 """The TFDS builders: records come back whole, are prepared once, and are never stale."""
 
 import concurrent.futures
+import functools
 import hashlib
 import http.server
-import functools
 import json
 import os
 import pathlib
@@ -106,9 +106,10 @@ def test_tfds_reads_what_was_prepared(data_dir):
     builder = tfds.builder_from_directory(folder)
     assert builder.info.splits["dev"].num_examples == 12
     assert "Yang" in builder.info.citation and "distractor" in builder.info.description
-    assert builder.as_data_source("dev")[0]["question"].decode() == official_records(
-        DUMMY / FILES["hotpotqa", "dev"]
-    )[0]["question"]
+    assert (
+        builder.as_data_source("dev")[0]["question"].decode()
+        == official_records(DUMMY / FILES["hotpotqa", "dev"])[0]["question"]
+    )
 
 
 def test_the_builder_works_as_tfds_users_call_it(tmp_path):

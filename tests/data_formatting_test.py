@@ -314,7 +314,10 @@ def test_errors(byte_level):
         data.Formatter(byte_level, tasks.TASKS["finqa"]).gold(data.Example("7", "q", " "))
     with pytest.raises(ConfigError, match="config.data.name = 'squad' is unknown: use one"):
         data.open_examples("squad", "train")
-    for damaged in ({"table": [[3]]}, {"qa": data_fixtures.FINQA["qa"] | {"exe_ans": float("nan")}}):
+    for damaged in (
+        {"table": [[3]]},
+        {"qa": data_fixtures.FINQA["qa"] | {"exe_ans": float("nan")}},
+    ):
         record = data_fixtures.FINQA | damaged
         with pytest.raises(ConfigError, match=f"record {record['id']!r} is not as the official"):
             data.Converted([record], tasks.TASKS["finqa"])[0]

@@ -70,15 +70,18 @@ def test_the_draw_is_no_prefix_of_the_file():
     assert min(quarters) > len(ids) / 4 * 0.9 and max(quarters) < len(ids) / 4 * 1.1
 
 
-@pytest.mark.parametrize("name, dev, sizes", [
-    ("finqa", 200, (100, 87, 113)),  # no test file: 200 in proportion 872 : 1132
-    ("hotpotqa", 198, (100, 99, 99)),
-    ("musique", 100, (100, 57, 43)),
-    ("hotpotqa", 684, (100, 342, 342)),
-    ("hotpotqa", 685, (100, 342, 343)),
-    ("musique", 2, (100, 1, 1)),
-    ("finqa", 5000, (100, 872, 1132)),
-])
+@pytest.mark.parametrize(
+    "name, dev, sizes",
+    [
+        ("finqa", 200, (100, 87, 113)),  # no test file: 200 in proportion 872 : 1132
+        ("hotpotqa", 198, (100, 99, 99)),
+        ("musique", 100, (100, 57, 43)),
+        ("hotpotqa", 684, (100, 342, 342)),
+        ("hotpotqa", 685, (100, 342, 343)),
+        ("musique", 2, (100, 1, 1)),
+        ("finqa", 5000, (100, 872, 1132)),
+    ],
+)
 def test_fewer_records_are_shared_in_proportion(name, dev, sizes):
     counts = {"train": 100, "dev": dev}
     drawn = [drawn_ids(name, split, counts) for split in splits.NAMES]
@@ -121,7 +124,9 @@ def test_ids_are_written_and_then_checked(tmp_path):
     content = json.loads(path.read_text())
     assert content["rule"] == "qlog-splits-1" and content["dataset"] == "finqa"
     assert {k: len(v["ids"]) for k, v in content["splits"].items()} == {
-        "train": 16, "validation": 12, "test": 6,
+        "train": 16,
+        "validation": 12,
+        "test": 6,
     }
     assert content["splits"]["test"]["paper_size"] == 1132
 
@@ -136,9 +141,14 @@ def test_ids_are_written_and_then_checked(tmp_path):
         splits.write_ids(path, "finqa", opened("train"))
 
 
-@pytest.mark.parametrize("name, sizes", [
-    ("finqa", (100, 87, 113)), ("hotpotqa", (100, 99, 99)), ("musique", (100, 57, 43)),
-])
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("finqa", (100, 87, 113)),
+        ("hotpotqa", (100, 99, 99)),
+        ("musique", (100, 57, 43)),
+    ],
+)
 def test_real_records_make_all_three_splits(name, sizes, shared, tmp_path):
     opened = [
         splits.open_split(name, split, manual_dir=shared / "data" / name, data_dir=tmp_path)

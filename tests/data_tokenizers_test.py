@@ -257,9 +257,15 @@ def test_tokens_with_another_use_cannot_surround_a_rationale(tmp_path):
     "change, message",
     [
         (lambda spec: spec["added_tokens"][0].update(id="5"), "has no name or no id"),
-        (lambda spec: spec["added_tokens"][0].update(id=spec["added_tokens"][1]["id"]), "two of its"),
+        (
+            lambda spec: spec["added_tokens"][0].update(id=spec["added_tokens"][1]["id"]),
+            "two of its",
+        ),
         (lambda spec: spec["model"].update(vocab={"a": "x"}), "ids that are no numbers"),
-        (lambda spec: spec["model"].update(type="Nope"), "not a tokenizer.json.*from the model's own"),
+        (
+            lambda spec: spec["model"].update(type="Nope"),
+            "not a tokenizer.json.*from the model's own",
+        ),
     ],
 )
 def test_damaged_files_are_named(change, message, tmp_path):

@@ -28,8 +28,10 @@ def get_config(steps=2):
     tree = tiny.config(
         train={"steps": steps, "prompts_per_step": 8, "rollouts_prompts": 1},
         evaluation={"every": 2, "prompts": 11, "prompts_per_batch": 1},
-        loss=qconfig.loss(tiny.graded_garl, q=0.75), optimizer={"eps": 1e-3}, mesh={"data": 4, "fsdp": 2},
-    )  # fmt: skip
+        loss=qconfig.loss(tiny.graded_garl, q=0.75),
+        optimizer={"eps": 1e-3},
+        mesh={"data": 4, "fsdp": 2},
+    )
     tree.architecture.num_layers = 1
     return tree
 
@@ -46,9 +48,13 @@ _PATH = {"PYTHONPATH": f"{HERE.parent}:{HERE}"}
 
 def _local(*arguments, **environment):
     return subprocess.run(
-        [*_LOCAL, *arguments], capture_output=True, text=True, timeout=300, check=False,
+        [*_LOCAL, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env=os.environ | _PATH | environment,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -62,10 +68,13 @@ def several(layout, tmp_path_factory, compilation_cache):
     workdir = tmp_path_factory.mktemp("several")
     processes, devices, mesh = LAYOUTS[layout]
     result = _local(
-        f"--processes={processes}", f"--devices={devices}", f"--config={HERE / 'distributed_test.py'}",
-        f"--workdir={workdir}", *[f"--config.mesh.{axis}={size}" for axis, size in mesh.items()],
+        f"--processes={processes}",
+        f"--devices={devices}",
+        f"--config={HERE / 'distributed_test.py'}",
+        f"--workdir={workdir}",
+        *[f"--config.mesh.{axis}={size}" for axis, size in mesh.items()],
         JAX_COMPILATION_CACHE_DIR=compilation_cache,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return workdir, result.stdout
 
@@ -75,13 +84,19 @@ def one(layout, tmp_path_factory):
     """The workdir of one process with the same mesh."""
     workdir = tmp_path_factory.mktemp("one")
     processes, devices, mesh = LAYOUTS[layout]
-    train.run(qconfig.merge(get_config(), {"mesh": mesh}), workdir, jax.devices()[: processes * devices])
+    train.run(
+        qconfig.merge(get_config(), {"mesh": mesh}), workdir, jax.devices()[: processes * devices]
+    )
     return workdir
 
 
 def test_several_processes_give_the_metrics_of_one(several, one):
     ours, theirs = (read_jsonl(d / "metrics.jsonl") for d in (several[0], one))
-    assert [(row["step"], row["phase"]) for row in ours] == [(0, "train"), (1, "train"), (1, "validation")]
+    assert [(row["step"], row["phase"]) for row in ours] == [
+        (0, "train"),
+        (1, "train"),
+        (1, "validation"),
+    ]
     for a, b in zip(theirs, ours, strict=True):
         assert a.keys() == b.keys()
         for name in a:
@@ -161,7 +176,9 @@ def test_auto_says_what_it_saw_and_refuses_half_an_environment():
 
 def test_on_without_peers_is_an_error_not_one_process(monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS", "SLURM", "OMPI", "TPU")):
+        if name.startswith(
+            ("JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS", "SLURM", "OMPI", "TPU")
+        ):
             monkeypatch.delenv(name)
     with pytest.raises(ConfigError, match="--distributed=on was asked.*could not be connected"):
         with distributed.processes("on"):

@@ -27,9 +27,15 @@ def test_a_healthy_machine_passes_every_check(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())  # lines as they were
     assert "failed" not in shown
     for text in (
-        f"jax {jax.__version__}", "8 x cpu", "data 2, fsdp 2, tensor 2", "8 devices, 16 MiB each",
-        "written, read, removed", "4 checkpoints of 0.00e9", "random, 2 layers", "48 rows of the model",
-    ):  # fmt: skip
+        f"jax {jax.__version__}",
+        "8 x cpu",
+        "data 2, fsdp 2, tensor 2",
+        "8 devices, 16 MiB each",
+        "written, read, removed",
+        "4 checkpoints of 0.00e9",
+        "random, 2 layers",
+        "48 rows of the model",
+    ):
         assert text in shown, shown
     assert list((tmp_path / "new" / "run").iterdir()) == []
 
@@ -79,7 +85,9 @@ def test_an_accelerator_that_jax_does_not_use_is_named(monkeypatch, tmp_path):
     assert not check.is_ok and "run launch/install tpu, or set JAX_PLATFORMS=cpu" in check.text
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     check = doctor._check("devices", doctor._devices)
-    assert not check.is_ok and "JAX_PLATFORMS=tpu,cpu, and no tpu device is visible here" in check.text
+    assert (
+        not check.is_ok and "JAX_PLATFORMS=tpu,cpu, and no tpu device is visible here" in check.text
+    )
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert doctor._check("devices", doctor._devices).is_ok
 
@@ -87,14 +95,23 @@ def test_an_accelerator_that_jax_does_not_use_is_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "flags, status, text",
     [
-        (["--config=configs/quickstart.py", "--config.mesh.tensor=3"], 1, "mesh.tensor=3 does not fit"),
+        (
+            ["--config=configs/quickstart.py", "--config.mesh.tensor=3"],
+            1,
+            "mesh.tensor=3 does not fit",
+        ),
         (["--confg=x"], 2, "Unknown command line flag 'confg'"),
     ],
-)  # fmt: skip
+)
 def test_the_command_ends_with_the_status(flags, status, text, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "qlog.doctor", f"--workdir={tmp_path}", *flags],
-        capture_output=True, text=True, timeout=120, check=False, cwd=ROOT, env=os.environ,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+        env=os.environ,
+    )
     assert result.returncode == status, result.stdout + result.stderr
     assert text in " ".join((result.stdout + result.stderr).replace("│", " ").split())

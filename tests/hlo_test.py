@@ -19,12 +19,21 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 
 def _config(mesh):
     config = tiny.config(
-        train={"prompts_per_step": 8, "remat": "full"}, evaluation={"prompts_per_batch": 2}, mesh=mesh,
+        train={"prompts_per_step": 8, "remat": "full"},
+        evaluation={"prompts_per_batch": 2},
+        mesh=mesh,
         rollout={"rollouts_per_prompt": 8, "rationale_budget": 1023, "answer_reserve": 16},
-        data={"max_prompt_tokens": 256}, dtype="bfloat16",
-    )  # fmt: skip
+        data={"max_prompt_tokens": 256},
+        dtype="bfloat16",
+    )
     config.architecture = dict(
-        vocab_size=VOCAB, num_layers=1, width=WIDTH, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=128
+        vocab_size=VOCAB,
+        num_layers=1,
+        width=WIDTH,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_width=128,
     )
     return config
 
@@ -44,10 +53,16 @@ def _compiled(name, **mesh):
 def _programs(*names, fast=()):
     """Every mesh with every name; all but `fast` of the first mesh are marked slow."""
     cases = [(name, mesh) for mesh in MESHES for name in names]
-    return pytest.mark.parametrize("name, mesh", [
-        pytest.param(name, mesh, marks=[] if mesh is MESHES[0] and name in fast else pytest.mark.slow)
-        for name, mesh in cases
-    ], ids=str)  # fmt: skip
+    return pytest.mark.parametrize(
+        "name, mesh",
+        [
+            pytest.param(
+                name, mesh, marks=[] if mesh is MESHES[0] and name in fast else pytest.mark.slow
+            )
+            for name, mesh in cases
+        ],
+        ids=str,
+    )
 
 
 def _sent(module, in_loops=False):
@@ -80,8 +95,11 @@ def test_caches_stay_where_they_are(name, mesh):
     run, module = _compiled(name, **mesh)
     assert [x for x in _sent(module) if x[0] >= _cache_bytes(run) / 4] == []
     copies = [
-        each for each, _ in module.instructions()
-        if each.opcode == "copy" and each.results[0].in_hbm and each.results[0].bytes >= _cache_bytes(run)
+        each
+        for each, _ in module.instructions()
+        if each.opcode == "copy"
+        and each.results[0].in_hbm
+        and each.results[0].bytes >= _cache_bytes(run)
     ]
     assert copies == []
 

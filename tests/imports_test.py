@@ -38,10 +38,13 @@ LAYERS = """
 """
 # All that these packages may import from the rest of qlog.
 KNOWS = {
-    "losses": set(), "models": {"assets", "errors", "paths"},
-    "data": {"assets", "errors", "paths"}, "errors": set(),
-    "assets": {"errors", "paths"}, "paths": {"errors"},
-}  # fmt: skip
+    "losses": set(),
+    "models": {"assets", "errors", "paths"},
+    "data": {"assets", "errors", "paths"},
+    "errors": set(),
+    "assets": {"errors", "paths"},
+    "paths": {"errors"},
+}
 # Who may import what from outside; everybody may import what is not named.
 ONLY_IN = {
     "flax": {"models"},
@@ -125,7 +128,7 @@ def test_no_cycle_among_modules(graph):
     done, path = set(), []
 
     def visit(name):
-        assert name not in path, " -> ".join([*path[path.index(name):], name])
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
         if name in done or name not in graph:
             return
         path.append(name)
@@ -155,6 +158,8 @@ def test_relative_imports_are_resolved(tmp_path, monkeypatch):
     package = tmp_path / "qlog" / "losses"
     package.mkdir(parents=True)
     file = package / "a.py"
-    file.write_text("from .. import data\nfrom ..models import decoder\ndef f():\n    import qlog.train")
+    file.write_text(
+        "from .. import data\nfrom ..models import decoder\ndef f():\n    import qlog.train"
+    )
     modules = {"qlog.data", "qlog.models", "qlog.models.decoder", "qlog.train", "qlog.losses.a"}
     assert imports(file, modules) == {"qlog.data", "qlog.models.decoder", "qlog.train"}

@@ -19,100 +19,230 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 _WHERE = {"--zone", "--project", "--quiet", "--format"}
-_SSH = _WHERE | {"--worker", "--command", "--internal-ip", "--ssh-flag", "--ssh-key-file", "--output-directory"}
+_SSH = _WHERE | {
+    "--worker",
+    "--command",
+    "--internal-ip",
+    "--ssh-flag",
+    "--ssh-key-file",
+    "--output-directory",
+}
 FLAGS = {
-    "gcloud compute tpus queued-resources create": _WHERE | {
-        "--accelerator-type", "--async", "--data-disk", "--description", "--guaranteed", "--internal-ips",
-        "--labels", "--metadata", "--metadata-from-file", "--network", "--node-count", "--node-id",
-        "--node-prefix", "--range", "--reserved", "--runtime-version", "--scopes", "--service-account",
-        "--shielded-secure-boot", "--spot", "--subnetwork", "--tags", "--topology", "--type",
-        "--valid-after-duration", "--valid-after-time", "--valid-until-duration", "--valid-until-time",
+    "gcloud compute tpus queued-resources create": _WHERE
+    | {
+        "--accelerator-type",
+        "--async",
+        "--data-disk",
+        "--description",
+        "--guaranteed",
+        "--internal-ips",
+        "--labels",
+        "--metadata",
+        "--metadata-from-file",
+        "--network",
+        "--node-count",
+        "--node-id",
+        "--node-prefix",
+        "--range",
+        "--reserved",
+        "--runtime-version",
+        "--scopes",
+        "--service-account",
+        "--shielded-secure-boot",
+        "--spot",
+        "--subnetwork",
+        "--tags",
+        "--topology",
+        "--type",
+        "--valid-after-duration",
+        "--valid-after-time",
+        "--valid-until-duration",
+        "--valid-until-time",
     },
     "gcloud compute tpus queued-resources delete": _WHERE | {"--async", "--force"},
     "gcloud compute tpus queued-resources describe": _WHERE,
     "gcloud compute tpus tpu-vm ssh": _SSH,
-    "gcloud compute tpus tpu-vm scp": (_SSH - {"--ssh-flag", "--output-directory"}) | {
-        "--compress", "--recurse", "--scp-flag",
+    "gcloud compute tpus tpu-vm scp": (_SSH - {"--ssh-flag", "--output-directory"})
+    | {
+        "--compress",
+        "--recurse",
+        "--scp-flag",
     },
-    "gcloud storage rsync": {"--recursive", "--delete-unmatched-destination-objects", "--exclude", "--dry-run"},
+    "gcloud storage rsync": {
+        "--recursive",
+        "--delete-unmatched-destination-objects",
+        "--exclude",
+        "--dry-run",
+    },
     "kubectl apply": {"--filename", "--dry-run", "--server-side", "--validate"},
     "kubectl delete": {"--wait", "--ignore-not-found", "--timeout"},
     "kubectl get": {"--ignore-not-found", "--output", "--selector", "--watch"},
     "kubectl logs": {"--follow", "--selector", "--container", "--tail", "--prefix"},
     "sbatch": {
-        "--account", "--constraint", "--cpus-per-task", "--exclusive", "--export", "--gpus-per-node", "--gres",
-        "--job-name", "--mem", "--nodes", "--ntasks-per-node", "--open-mode", "--output", "--partition",
-        "--qos", "--requeue", "--signal", "--time",
+        "--account",
+        "--constraint",
+        "--cpus-per-task",
+        "--exclusive",
+        "--export",
+        "--gpus-per-node",
+        "--gres",
+        "--job-name",
+        "--mem",
+        "--nodes",
+        "--ntasks-per-node",
+        "--open-mode",
+        "--output",
+        "--partition",
+        "--qos",
+        "--requeue",
+        "--signal",
+        "--time",
     },
     "srun": {
-        "--cpu-bind", "--cpus-per-task", "--export", "--gpu-bind", "--kill-on-bad-exit", "--label", "--mem",
-        "--output", "--signal", "--container-image", "--container-mounts", "--container-workdir",
+        "--cpu-bind",
+        "--cpus-per-task",
+        "--export",
+        "--gpu-bind",
+        "--kill-on-bad-exit",
+        "--label",
+        "--mem",
+        "--output",
+        "--signal",
+        "--container-image",
+        "--container-mounts",
+        "--container-workdir",
     },
     "scontrol requeue": set(),
     "scontrol show": set(),
     "gcluster job submit": {
-        "--await-job-completion", "--cluster", "--command", "--compute-type", "--cpu-affinity",
-        "--gke-nap-provisioning", "--gke-nap-reservation", "--gke-scheduler", "--gke-ttl-after-finished",
-        "--grace-period", "--image", "--image-pull-secret", "--location", "--mount", "--name",
-        "--node-constraint", "--num-nodes", "--num-slices", "--placement-policy", "--priority", "--project",
-        "--queue", "--restart-on-exit-codes", "--restarts", "--service-account", "--timeout", "--topology",
+        "--await-job-completion",
+        "--cluster",
+        "--command",
+        "--compute-type",
+        "--cpu-affinity",
+        "--gke-nap-provisioning",
+        "--gke-nap-reservation",
+        "--gke-scheduler",
+        "--gke-ttl-after-finished",
+        "--grace-period",
+        "--image",
+        "--image-pull-secret",
+        "--location",
+        "--mount",
+        "--name",
+        "--node-constraint",
+        "--num-nodes",
+        "--num-slices",
+        "--placement-policy",
+        "--priority",
+        "--project",
+        "--queue",
+        "--restart-on-exit-codes",
+        "--restarts",
+        "--service-account",
+        "--timeout",
+        "--topology",
         "--verbose",
     },
     "xpk workload create": {
-        "--cluster", "--command", "--docker-image", "--env", "--env-file", "--flex", "--max-restarts",
-        "--num-slices", "--on-demand", "--priority", "--project", "--reservation", "--restart-on-exit-codes",
-        "--scheduler", "--spot", "--storage", "--termination-grace-period-seconds", "--tpu-type",
-        "--ttl-seconds-after-finished", "--workload", "--zone",
+        "--cluster",
+        "--command",
+        "--docker-image",
+        "--env",
+        "--env-file",
+        "--flex",
+        "--max-restarts",
+        "--num-slices",
+        "--on-demand",
+        "--priority",
+        "--project",
+        "--reservation",
+        "--restart-on-exit-codes",
+        "--scheduler",
+        "--spot",
+        "--storage",
+        "--termination-grace-period-seconds",
+        "--tpu-type",
+        "--ttl-seconds-after-finished",
+        "--workload",
+        "--zone",
     },
     "docker build": {"--build-arg", "--file", "--platform", "--tag"},
     "docker push": set(),
     "sky launch": {"--cluster", "--env", "--gpus", "--num-nodes", "--use-spot", "--yes"},
     "sky jobs launch": {"--env", "--gpus", "--name", "--num-nodes", "--use-spot", "--yes"},
-}  # fmt: skip
+}
 
 # A JobSet's fields that qlog may use, of v1alpha2 as of v0.10.0 (config/components/crd) and batch/v1: a
 # type, [a type] for a list, {field: ...}, {str: type} for any names, or the values allowed.
 _POD = {
-    "restartPolicy": {"Never"}, "hostNetwork": bool, "dnsPolicy": {"ClusterFirstWithHostNet", "ClusterFirst"},
-    "terminationGracePeriodSeconds": int, "serviceAccountName": str, "automountServiceAccountToken": bool,
+    "restartPolicy": {"Never"},
+    "hostNetwork": bool,
+    "dnsPolicy": {"ClusterFirstWithHostNet", "ClusterFirst"},
+    "terminationGracePeriodSeconds": int,
+    "serviceAccountName": str,
+    "automountServiceAccountToken": bool,
     "nodeSelector": {str: str},
     "tolerations": [{"key": str, "operator": {"Exists", "Equal"}, "effect": str, "value": str}],
-    "containers": [{
-        "name": str, "image": str, "workingDir": str, "command": [str], "args": [str],
-        "env": [{"name": str, "value": str}], "ports": [{"containerPort": int}],
-        "resources": {"limits": {str: int}},
-        "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool}],
-    }],
-    "volumes": [{
-        "name": str, "secret": {"secretName": str, "optional": bool},
-        "csi": {"driver": str, "readOnly": bool, "volumeAttributes": {str: str}},
-    }],
-}  # fmt: skip
+    "containers": [
+        {
+            "name": str,
+            "image": str,
+            "workingDir": str,
+            "command": [str],
+            "args": [str],
+            "env": [{"name": str, "value": str}],
+            "ports": [{"containerPort": int}],
+            "resources": {"limits": {str: int}},
+            "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool}],
+        }
+    ],
+    "volumes": [
+        {
+            "name": str,
+            "secret": {"secretName": str, "optional": bool},
+            "csi": {"driver": str, "readOnly": bool, "volumeAttributes": {str: str}},
+        }
+    ],
+}
 _JOB = {
-    "backoffLimit": int, "completionMode": {"Indexed"}, "completions": int, "parallelism": int,
-    "podFailurePolicy": {"rules": [{
-        "action": {"FailJob", "Ignore", "Count", "FailIndex"},
-        "onExitCodes": {"containerName": str, "operator": {"In", "NotIn"}, "values": [int]},
-        "onPodConditions": [{"type": str, "status": {"True", "False"}}],
-    }]},
+    "backoffLimit": int,
+    "completionMode": {"Indexed"},
+    "completions": int,
+    "parallelism": int,
+    "podFailurePolicy": {
+        "rules": [
+            {
+                "action": {"FailJob", "Ignore", "Count", "FailIndex"},
+                "onExitCodes": {"containerName": str, "operator": {"In", "NotIn"}, "values": [int]},
+                "onPodConditions": [{"type": str, "status": {"True", "False"}}],
+            }
+        ]
+    },
     "template": {"metadata": {"labels": {str: str}, "annotations": {str: str}}, "spec": _POD},
-}  # fmt: skip
+}
 JOBSET = {
-    "apiVersion": {"jobset.x-k8s.io/v1alpha2"}, "kind": {"JobSet"},
+    "apiVersion": {"jobset.x-k8s.io/v1alpha2"},
+    "kind": {"JobSet"},
     "metadata": {"name": str, "labels": {str: str}, "annotations": {str: str}},
     "spec": {
         "ttlSecondsAfterFinished": int,
         "failurePolicy": {
-            "maxRestarts": int, "restartStrategy": {"Recreate", "BlockingRecreate", "InPlaceRestart"},
-            "rules": [{
-                "name": str, "onJobFailureReasons": [str], "onJobFailureMessagePatterns": [str],
-                "action": {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"},
-            }],
+            "maxRestarts": int,
+            "restartStrategy": {"Recreate", "BlockingRecreate", "InPlaceRestart"},
+            "rules": [
+                {
+                    "name": str,
+                    "onJobFailureReasons": [str],
+                    "onJobFailureMessagePatterns": [str],
+                    "action": {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"},
+                }
+            ],
         },
         "network": {"enableDNSHostnames": bool, "publishNotReadyAddresses": bool, "subdomain": str},
         "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": _JOB}}],
     },
-}  # fmt: skip
+}
 
 
 def misfits(value, schema, where="") -> list[str]:
@@ -124,13 +254,19 @@ def misfits(value, schema, where="") -> list[str]:
     if isinstance(schema, list):
         if not isinstance(value, list):
             return [f"{where}: {value!r} is no list"]
-        return [m for i, item in enumerate(value) for m in misfits(item, schema[0], f"{where}[{i}]")]
+        return [
+            m for i, item in enumerate(value) for m in misfits(item, schema[0], f"{where}[{i}]")
+        ]
     if not isinstance(value, dict):
         return [f"{where}: {value!r} has no fields"]
     found = []
     for key, item in value.items():
         known = schema.get(key, schema.get(str))
-        found += [f"{where}.{key}: no such field"] if known is None else misfits(item, known, f"{where}.{key}")
+        found += (
+            [f"{where}.{key}: no such field"]
+            if known is None
+            else misfits(item, known, f"{where}.{key}")
+        )
     return found
 
 
@@ -141,7 +277,9 @@ def check(words: list[str]) -> str:
             # What follows a program's name is its own.
             mine = words[len(name.split()) :]
             if name in ("sbatch", "srun"):
-                end = next((i for i, word in enumerate(mine) if not word.startswith("--")), len(mine))
+                end = next(
+                    (i for i, word in enumerate(mine) if not word.startswith("--")), len(mine)
+                )
                 mine = mine[:end]
             for word in mine:
                 flag = word.partition("=")[0]
@@ -197,7 +335,9 @@ def _gcloud(folder, command, options, rest, words):
             return "--node-id and --runtime-version are needed"
         for dead in folder.glob("home*/dead"):
             dead.unlink()
-        state.write_text((folder / "next_state").read_text() if (folder / "next_state").exists() else "ACTIVE")
+        state.write_text(
+            (folder / "next_state").read_text() if (folder / "next_state").exists() else "ACTIVE"
+        )
         return 0
     if command.endswith("describe") or command.endswith("delete"):
         if not state.exists():
@@ -221,8 +361,14 @@ def _gcloud(folder, command, options, rest, words):
             shutil.copy(source, home / (target or pathlib.Path(source).name))
         else:
             script = options["--command"].replace("launch/install tpu", "echo tpu >installed")
-            codes.append(subprocess.run(["bash", "-c", script], cwd=home, check=False,
-                                        env={**os.environ, "HOME": str(home)}).returncode)  # fmt: skip
+            codes.append(
+                subprocess.run(
+                    ["bash", "-c", script],
+                    cwd=home,
+                    check=False,
+                    env={**os.environ, "HOME": str(home)},
+                ).returncode
+            )
     return max(codes, default=0)
 
 
@@ -289,6 +435,13 @@ def _prints(folder, command, options, rest, words):
 
 
 _TOOLS = {
-    "gcloud": _gcloud, "kubectl": _kubectl, "srun": _srun, "scontrol": _scontrol, "sbatch": _prints,
-    "gcluster": _prints, "xpk": _prints, "docker": _prints, "sky": _prints,
-}  # fmt: skip
+    "gcloud": _gcloud,
+    "kubectl": _kubectl,
+    "srun": _srun,
+    "scontrol": _scontrol,
+    "sbatch": _prints,
+    "gcluster": _prints,
+    "xpk": _prints,
+    "docker": _prints,
+    "sky": _prints,
+}

@@ -21,9 +21,15 @@ LAUNCH = ROOT / "launch"
 def run(*command, code=0, env=None):
     """Runs a command and returns its output; the exit code has to be the expected one."""
     result = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False,
-        env={**os.environ, **(env or {})}, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env={**os.environ, **(env or {})},
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
     assert result.returncode == code, f"{result.returncode}: {result.stdout}{result.stderr}"
     return result.stdout + result.stderr
 
@@ -70,11 +76,15 @@ def test_install_says_which_python_it_needs(tmp_path, version):
     (tmp_path / "constraints.txt").touch()
     python = tmp_path / "python3"
     if version:
-        write_program(python, """
+        write_program(
+            python,
+            """
             #!/bin/sh
             [ "$1" != --version ] || { echo @VERSION@; exit 0; }
             exit 1
-        """, VERSION=version)  # fmt: skip
+        """,
+            VERSION=version,
+        )
     output = run(tmp_path / "launch/install", code=1, env={"PYTHON": str(python)})
     assert "qlog needs Python 3.11 or later, and found" in output
     assert (version or "no ") in output and not (tmp_path / ".venv").exists()
@@ -141,13 +151,24 @@ def test_supervise_tries_again_what_may_pass(tmp_path, code, tries):
 
 def test_supervise_goes_on_while_the_checkpoint_advances(tmp_path):
     log, checkpoints = tmp_path / "log", tmp_path / "run/checkpoints"
-    program = write_program(tmp_path / "program", """
+    program = write_program(
+        tmp_path / "program",
+        """
         #!/bin/bash
         n=$(ls @CHECKPOINTS@ 2>/dev/null | grep -c .)
         mkdir -p @CHECKPOINTS@/$((n < 4 ? n + 1 : n))
         exit 7
-    """, CHECKPOINTS=checkpoints)  # fmt: skip
-    call = [LAUNCH / "supervise", "--restarts=1", f"--log={log}", "--", program, f"--workdir={tmp_path}/run"]
+    """,
+        CHECKPOINTS=checkpoints,
+    )
+    call = [
+        LAUNCH / "supervise",
+        "--restarts=1",
+        f"--log={log}",
+        "--",
+        program,
+        f"--workdir={tmp_path}/run",
+    ]
     run(*call, code=3, env=environment(**{"BASH_FUNC_sleep%%": "() { :; }"}))
     # Four tries each left a newer checkpoint, the fifth did not.
     assert log.read_text().count("trying again") == 4
@@ -159,9 +180,12 @@ def test_supervise_hears_signals_while_the_bucket_is_silent(tmp_path, code):
     started = tmp_path / "started"
     write_program(tmp_path / "bin/python", "#!/bin/sh\nexec sleep 60\n")  # qlog.run_status
     program = write_program(
-        tmp_path / "program", SAVES_ON_TERM if code is None else "#!/bin/sh\ntouch @STARTED@\nexit @CODE@\n",
-        PYTHON=sys.executable, STARTED=started, CODE=code,
-    )  # fmt: skip
+        tmp_path / "program",
+        SAVES_ON_TERM if code is None else "#!/bin/sh\ntouch @STARTED@\nexit @CODE@\n",
+        PYTHON=sys.executable,
+        STARTED=started,
+        CODE=code,
+    )
     env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     call = [LAUNCH / "supervise", "--restarts=3", "--", program, "--workdir=gs://b/run"]
     process = subprocess.Popen(call, env=env)
@@ -173,8 +197,15 @@ def test_supervise_hears_signals_while_the_bucket_is_silent(tmp_path, code):
 
 def test_supervise_copies_the_log_while_the_run_goes_on(tmp_path):
     log, copy, go = tmp_path / "log", tmp_path / "bucket/host.log", tmp_path / "go"
-    call = [LAUNCH / "supervise", f"--log={log}", f"--copy-log={copy}", "--", "bash", "-c",
-            f"echo first; until [ -e {go} ]; do sleep 0.1; done; echo last"]  # fmt: skip
+    call = [
+        LAUNCH / "supervise",
+        f"--log={log}",
+        f"--copy-log={copy}",
+        "--",
+        "bash",
+        "-c",
+        f"echo first; until [ -e {go} ]; do sleep 0.1; done; echo last",
+    ]
     process = subprocess.Popen(call, env=environment(QLOG_COPY_SECONDS="0.2"))
     wait_until(lambda: copy.exists() and "first" in copy.read_text())
     assert process.poll() is None
@@ -192,8 +223,10 @@ def test_supervise_reads_secrets_from_files_and_leaves_the_environment_alone(tmp
 
 def test_run_status_tells_of_a_workdir_without_jax(tmp_path):
     def status(workdir, code=0):
-        program = ("import sys; from qlog import run_status; code = run_status.main(sys.argv); "
-                   "assert 'jax' not in sys.modules; sys.exit(code)")  # fmt: skip
+        program = (
+            "import sys; from qlog import run_status; code = run_status.main(sys.argv); "
+            "assert 'jax' not in sys.modules; sys.exit(code)"
+        )
         return run(sys.executable, "-c", program, workdir, code=code, env=environment())
 
     assert json.loads(status(tmp_path)) == {"finished": False, "checkpoint": None, "beat": None}
@@ -202,8 +235,10 @@ def test_run_status_tells_of_a_workdir_without_jax(tmp_path):
     (tmp_path / "owner.json").write_text('{"step": 11, "time": 5.0}')
     (tmp_path / "results.json").write_text("{}")
     assert json.loads(status(tmp_path)) == {
-        "finished": True, "checkpoint": 10, "beat": {"step": 11, "time": 5.0},
-    }  # fmt: skip
+        "finished": True,
+        "checkpoint": 10,
+        "beat": {"step": 11, "time": 5.0},
+    }
     assert "ftp://x" in status("ftp://x/y", code=2)
 
 
@@ -212,8 +247,16 @@ def test_run_status_and_logs_in_a_bucket(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}",
-               "--in-memory", "--default-bucket=b"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "gcp_storage_emulator",
+        "start",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--in-memory",
+        "--default-bucket=b",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     host = f"http://127.0.0.1:{port}"
     env = environment(STORAGE_EMULATOR_HOST=host, no_proxy="127.0.0.1", NO_PROXY="127.0.0.1")
@@ -227,7 +270,12 @@ def test_run_status_and_logs_in_a_bucket(tmp_path):
         """
         names = ["checkpoints/5/commit_success.txt", "checkpoints/6/params/x", "owner.json"]
         run(sys.executable, "-c", textwrap.dedent(program), *names, env=env)
-        call = [LAUNCH / "supervise", f"--log={tmp_path}/log", "--copy-log=gs://b/run/logs/h.log", "--"]
+        call = [
+            LAUNCH / "supervise",
+            f"--log={tmp_path}/log",
+            "--copy-log=gs://b/run/logs/h.log",
+            "--",
+        ]
         run(*call, "echo", "last words", env=env)
         output = run(sys.executable, "-m", "qlog.run_status", "gs://b/run", env=env)
         status = json.loads(output.splitlines()[0])  # gcsfs may complain on stderr
@@ -241,8 +289,11 @@ def test_run_status_and_logs_in_a_bucket(tmp_path):
 
 # Stand-ins for clusters: what would run on their hosts runs here
 
-FLAGS = ["--config=configs/hotpotqa.py:cold,garl,q=0.75", "--workdir=gs://bucket/runs/cold_garl",
-         """--config.rollout.closing_text=it's "so" $HOME; *"""]  # fmt: skip
+FLAGS = [
+    "--config=configs/hotpotqa.py:cold,garl,q=0.75",
+    "--workdir=gs://bucket/runs/cold_garl",
+    """--config.rollout.closing_text=it's "so" $HOME; *""",
+]
 
 
 @pytest.fixture
@@ -252,14 +303,18 @@ def tpu(tmp_path):
     homes = [tmp_path / "home0", tmp_path / "home1"]
     for home in homes:
         shutil.copytree(LAUNCH, home / "qlog/launch")
-        write_program(home / "qlog/.venv/bin/python", """
+        write_program(
+            home / "qlog/.venv/bin/python",
+            """
             #!/bin/bash
             case "$*" in
                 "-m qlog.run_status "*) cat @DIR@/run_status ;;
                 "-c "*) cp "$3" @DIR@/copied ;;
                 *) echo start >>@DIR@/starts; exec @DIR@/program "$@" ;;
             esac
-        """, DIR=tmp_path)  # fmt: skip
+        """,
+            DIR=tmp_path,
+        )
     path = launch_fixtures.install(tmp_path, "gcloud")
     env = {"PATH": path, "QLOG_KEEP_SECONDS": "0.2"}
 
@@ -272,9 +327,11 @@ def tpu(tmp_path):
 
     def verbs():
         return [
-            verb for words in launch_fixtures.calls(tmp_path)
-            for verb in ("delete", "create", "scp", "launch/supervise") if f" {verb} " in " ".join(words)
-        ]  # fmt: skip
+            verb
+            for words in launch_fixtures.calls(tmp_path)
+            for verb in ("delete", "create", "scp", "launch/supervise")
+            if f" {verb} " in " ".join(words)
+        ]
 
     def starts():
         return (tmp_path / "starts").read_text().count("start") // len(homes)
@@ -283,7 +340,9 @@ def tpu(tmp_path):
     call.exits, call.verbs, call.starts = exits, verbs, starts
     call.state.write_text("ACTIVE")
     (tmp_path / "run_status").write_text('{"finished": true, "checkpoint": null, "beat": null}\n')
-    write_program(tmp_path / "program", SAVES_ON_TERM, PYTHON=sys.executable, STARTED=tmp_path / "started")
+    write_program(
+        tmp_path / "program", SAVES_ON_TERM, PYTHON=sys.executable, STARTED=tmp_path / "started"
+    )
     yield call
     call.state.write_text("ACTIVE")
     call("stop")
@@ -373,12 +432,16 @@ def test_tpu_vm_keep_starts_a_run_again_that_shows_no_sign_of_life(tpu):
     (tpu.folder / "run_status").write_text(
         '{"finished": false, "checkpoint": 3, "beat": {"step": 4, "phase": "decode", "moved": 5.0, "time": 5.0}}\n'
     )
-    write_program(tpu.folder / "program", """
+    write_program(
+        tpu.folder / "program",
+        """
         #!/bin/sh
         [ ! -e @DIR@/once ] || { echo '{"finished": true}' >@DIR@/run_status; exit 0; }
         trap 'touch @DIR@/once; exit 0' TERM
         while true; do sleep 0.1; done
-    """, DIR=tpu.folder)  # fmt: skip
+    """,
+        DIR=tpu.folder,
+    )
     tpu("run")
     output = tpu("keep", env={**tpu.env, "QLOG_QUIET_SECONDS": "1"})
     assert "no sign of life" in output and "finished" in output
@@ -386,8 +449,14 @@ def test_tpu_vm_keep_starts_a_run_again_that_shows_no_sign_of_life(tpu):
 
 def test_tpu_vm_keep_says_that_the_bill_goes_on_when_it_is_interrupted(tpu):
     call = [LAUNCH / "tpu_vm", "keep", "--name=n", "--zone=z", "--type=v6e-16", "--", *FLAGS]
-    process = subprocess.Popen(call, cwd=ROOT, env={**os.environ, **tpu.env}, text=True,
-                               stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        call,
+        cwd=ROOT,
+        env={**os.environ, **tpu.env},
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
     wait_until((tpu.folder / "started").exists)
     process.send_signal(signal.SIGTERM)
     assert "the run and its bill go on" in process.communicate(timeout=60)[0]
@@ -397,7 +466,15 @@ def test_tpu_vm_keep_says_that_the_bill_goes_on_when_it_is_interrupted(tpu):
 @pytest.fixture
 def kubernetes(tmp_path):
     env = {"PATH": launch_fixtures.install(tmp_path, "kubectl")}
-    call = [LAUNCH / "gke", "--image=I", "--type=v6e", "--topology=4x4", "--assets=gs://b/a", "--", *FLAGS]
+    call = [
+        LAUNCH / "gke",
+        "--image=I",
+        "--type=v6e",
+        "--topology=4x4",
+        "--assets=gs://b/a",
+        "--",
+        *FLAGS,
+    ]
 
     def start(code=0):
         return run(*call, code=code, env=env)
@@ -431,8 +508,10 @@ def slurm(tmp_path):
     path = launch_fixtures.install(tmp_path, "srun", "scontrol")
     env = environment(
         PATH=f"{path.partition(':')[0]}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-        SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(tmp_path), SLURM_CPUS_PER_TASK="8",
-    )  # fmt: skip
+        SLURM_JOB_ID="17",
+        SLURM_SUBMIT_DIR=str(tmp_path),
+        SLURM_CPUS_PER_TASK="8",
+    )
 
     def start(plan, *flags):
         (tmp_path / "plan").write_text(plan)
@@ -452,17 +531,25 @@ def test_slurm_saves_and_queues_again_before_the_time_limit_and_when_preempted(s
     process = slurm("wait")
     words = json.loads((slurm.folder / "started").read_text())
     assert {"--cpus-per-task=8", "--label", "--kill-on-bad-exit=1"} <= set(words)
-    assert words[words.index("python"):] == [
-        "python", "-m", "qlog.main", "--distributed=on", "--config=c", f"--workdir={slurm.folder}/run",
-    ]  # fmt: skip
+    assert words[words.index("python") :] == [
+        "python",
+        "-m",
+        "qlog.main",
+        "--distributed=on",
+        "--config=c",
+        f"--workdir={slurm.folder}/run",
+    ]
     process.send_signal(number)
     assert process.wait(timeout=60) == 0 and slurm.requeued()
 
 
 def test_slurm_mounts_into_a_container_what_is_not_in_a_bucket(slurm):
     assets = slurm.folder / "assets"
-    slurm.env |= {"QLOG_CONTAINER_IMAGE": "I", "QLOG_ASSETS": str(assets),
-                  "JAX_COMPILATION_CACHE_DIR": "gs://b/xla"}  # fmt: skip
+    slurm.env |= {
+        "QLOG_CONTAINER_IMAGE": "I",
+        "QLOG_ASSETS": str(assets),
+        "JAX_COMPILATION_CACHE_DIR": "gs://b/xla",
+    }
     slurm("finish").wait(timeout=60)
     words = json.loads((slurm.folder / "started").read_text())
     folders = [slurm.folder, slurm.folder / "run", assets]
@@ -472,10 +559,16 @@ def test_slurm_mounts_into_a_container_what_is_not_in_a_bucket(slurm):
 
 @pytest.mark.parametrize(
     "plan, code, requeued",
-    [("", 0, True),  # SLURM's default preemption signals the steps alone
-     ("finish", 0, False), ("exit 2", 2, False), ("exit 3", 3, False), ("exit 75", 75, True),
-     ("exit 1", 1, True), ("exit 143", 143, True)],
-)  # fmt: skip
+    [
+        ("", 0, True),  # SLURM's default preemption signals the steps alone
+        ("finish", 0, False),
+        ("exit 2", 2, False),
+        ("exit 3", 3, False),
+        ("exit 75", 75, True),
+        ("exit 1", 1, True),
+        ("exit 143", 143, True),
+    ],
+)
 def test_slurm_asks_whether_the_run_is_finished(slurm, plan, code, requeued):
     assert slurm(plan).wait(timeout=60) == code and slurm.requeued() == requeued
 
@@ -557,10 +650,18 @@ CONFIG = """
 def test_local_lets_a_run_save_on_two_sigterms_and_takes_it_up(tmp_path):
     config = write_program(tmp_path / "config.py", CONFIG, TESTS=ROOT / "tests")
     workdir, logs = tmp_path / "run", tmp_path / "logs"
-    call = [LAUNCH / "local", "--processes=2", f"--logs={logs}", f"--config={config}", f"--workdir={workdir}"]
+    call = [
+        LAUNCH / "local",
+        "--processes=2",
+        f"--logs={logs}",
+        f"--config={config}",
+        f"--workdir={workdir}",
+    ]
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment())
     metrics = workdir / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 1 or process.poll(), 240)
+    wait_until(
+        lambda: metrics.exists() and metrics.read_text().count("\n") >= 1 or process.poll(), 240
+    )
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -593,7 +694,12 @@ def test_local_kills_on_the_second_ctrl_c_alone(tmp_path):
         while (line := process.stdout.readline()) and not line.startswith("[0]"):
             pass
         seen += line
-    assert [line.split()[-1] for line in seen.splitlines()] == ["ready", "SIGTERM", "SIGTERM", "SIGINT"]
+    assert [line.split()[-1] for line in seen.splitlines()] == [
+        "ready",
+        "SIGTERM",
+        "SIGTERM",
+        "SIGINT",
+    ]
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 128 + signal.SIGKILL
 

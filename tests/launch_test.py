@@ -35,9 +35,16 @@ FLAGS = [
 def run(*command, code=0, env=None, **options):
     """Runs a command and returns its output; the exit code has to be the expected one."""
     result = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False,
-        env={**os.environ, **(env or {})}, timeout=120, stdin=subprocess.DEVNULL, **options,
-    )  # fmt: skip
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env={**os.environ, **(env or {})},
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
     assert result.returncode == code, f"{result.returncode}: {result.stdout}{result.stderr}"
     return result.stdout + result.stderr
 
@@ -102,13 +109,15 @@ def test_constraints_pin_every_requirement():
     assert set(extras) == {"test", "tpu", "cuda", "gcs", "s3", "parity"}
     wanted = "\n".join([config["options"]["install_requires"], *extras.values()])
     names = {
-        re.split(r"[\[<>=; ]", line)[0] for line in wanted.splitlines()
+        re.split(r"[\[<>=; ]", line)[0]
+        for line in wanted.splitlines()
         if line and not line.startswith(("#", "qlog["))
-    }  # fmt: skip
+    }
     pins = [
-        line for line in (ROOT / "constraints.txt").read_text().splitlines()
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line and not line.lstrip().startswith("#")
-    ]  # fmt: skip
+    ]
     assert all(re.match(r"[a-z0-9-]+==\d", pin) for pin in pins)
     pinned = {pin.partition("==")[0] for pin in pins}
     assert {re.sub(r"[-_.]+", "-", name.lower()) for name in names} <= pinned
@@ -162,35 +171,60 @@ def on_host(name, *options, flags=FLAGS):
 
 def test_gcluster_and_xpk_hand_over_one_command():
     command, words = on_host("gcluster", "--assets=gs://b/some/assets", "--service-account=s")
-    assert command == (
-        "gcluster job submit --cluster=c --location=l --name=cold-garl --image=I "
-        "--compute-type=ct6e-standard-4t --topology=4x4 --num-slices=1 --restarts=3 "
-        "--grace-period=300s --restart-on-exit-codes=1,75,132,134,135,136,137,139,143 "
-        "--service-account=s --mount=gs://b:/bucket:ro"
-    ).split()
+    assert (
+        command
+        == (
+            "gcluster job submit --cluster=c --location=l --name=cold-garl --image=I "
+            "--compute-type=ct6e-standard-4t --topology=4x4 --num-slices=1 --restarts=3 "
+            "--grace-period=300s --restart-on-exit-codes=1,75,132,134,135,136,137,139,143 "
+            "--service-account=s --mount=gs://b:/bucket:ro"
+        ).split()
+    )
     environment = ["env", "JAX_PLATFORMS=tpu,cpu", "QLOG_ASSETS=/bucket/some/assets"]
     assert words == [*environment, *SUPERVISE, *PROGRAM]
     options = ["--name=mine", "--grace=60", "--compile-cache=gs://b/xla", "--assets=gs://b/a"]
     command, words = on_host("xpk", *options)
-    assert command == (
-        "xpk workload create --cluster=c --zone=z --workload=mine --tpu-type=v6e-16 "
-        "--num-slices=1 --docker-image=I --max-restarts=3 --termination-grace-period-seconds=60"
-    ).split()
+    assert (
+        command
+        == (
+            "xpk workload create --cluster=c --zone=z --workload=mine --tpu-type=v6e-16 "
+            "--num-slices=1 --docker-image=I --max-restarts=3 --termination-grace-period-seconds=60"
+        ).split()
+    )
     environment = environment[:2] + ["QLOG_ASSETS=gs://b/a", "JAX_COMPILATION_CACHE_DIR=gs://b/xla"]
     assert words == [*environment, *SUPERVISE, *PROGRAM]
 
 
 def test_slurm_submits_the_flags_as_they_are():
-    call = ["--nodes=2", "--gpus-per-node=8", "--partition=p", "--grace=90", "--mem=0", "--exclusive",
-            "--container-image=I", "--assets=/shared/assets", "--dry-run", "--"]  # fmt: skip
+    call = [
+        "--nodes=2",
+        "--gpus-per-node=8",
+        "--partition=p",
+        "--grace=90",
+        "--mem=0",
+        "--exclusive",
+        "--container-image=I",
+        "--assets=/shared/assets",
+        "--dry-run",
+        "--",
+    ]
     (command,) = printed(run(LAUNCH / "slurm", *call, *FLAGS))
     assert command[:4] == [
-        "env", "JAX_PLATFORMS=cuda,cpu", "QLOG_ASSETS=/shared/assets", "QLOG_CONTAINER_IMAGE=I",
-    ]  # fmt: skip
+        "env",
+        "JAX_PLATFORMS=cuda,cpu",
+        "QLOG_ASSETS=/shared/assets",
+        "QLOG_CONTAINER_IMAGE=I",
+    ]
     at = command.index("launch/slurm.sbatch")
     assert check(command[4:at]) == "sbatch" and command[at + 1 :] == FLAGS
-    assert {"--nodes=2", "--ntasks-per-node=8", "--signal=B:USR1@90", "--mem=0", "--exclusive",
-            "--export=ALL"} <= set(command[:at])  # fmt: skip
+    assert {
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--signal=B:USR1@90",
+        "--mem=0",
+        "--exclusive",
+        "--export=ALL",
+    } <= set(command[:at])
 
 
 DOCTOR = ["-m", "qlog.doctor", "--config=configs/hotpotqa.py:cold,garl"]
@@ -198,9 +232,15 @@ DOCTOR = ["-m", "qlog.doctor", "--config=configs/hotpotqa.py:cold,garl"]
 
 @pytest.mark.parametrize(
     "call",
-    [*ON_CLOUD.values(), "slurm --gpus-per-node=8", "skypilot --gpus=H100:8",
-     "tpu_vm run --name=n --zone=z", "gke --image=I --type=v6e --topology=4x4", "local --processes=1"],
-)  # fmt: skip
+    [
+        *ON_CLOUD.values(),
+        "slurm --gpus-per-node=8",
+        "skypilot --gpus=H100:8",
+        "tpu_vm run --name=n --zone=z",
+        "gke --image=I --type=v6e --topology=4x4",
+        "local --processes=1",
+    ],
+)
 def test_another_module_starts_through_every_launcher(call):
     script, *options = call.split()
     output = run(LAUNCH / script, *options, "--dry-run", "--", *DOCTOR)
@@ -217,8 +257,12 @@ def test_skypilot_passes_the_flags_through_the_environment():
     assert "--env=JAX_PLATFORMS=tpu,cpu" in command
     (value,) = [word for word in command if word.startswith("--env=QLOG_COMMAND=")]
     script = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"].splitlines()[0]
-    output = run("bash", "-c", f'{script}\nprintf "%s\\0" "$@"',
-                 env={"QLOG_COMMAND": value.removeprefix("--env=QLOG_COMMAND=")})  # fmt: skip
+    output = run(
+        "bash",
+        "-c",
+        f'{script}\nprintf "%s\\0" "$@"',
+        env={"QLOG_COMMAND": value.removeprefix("--env=QLOG_COMMAND=")},
+    )
     assert output.split("\0")[:-1] == PROGRAM
 
 
@@ -272,7 +316,9 @@ def test_gke_fills_in_the_jobset():
 
 
 # The messages of Kubernetes' Job controller (pkg/controller/job/pod_failure_policy.go).
-EXITED = "Container qlog for pod default/n-0-1 failed with exit code {} matching FailJob rule at index 0"
+EXITED = (
+    "Container qlog for pod default/n-0-1 failed with exit code {} matching FailJob rule at index 0"
+)
 EVICTED = "Pod default/n-0-1 has condition DisruptionTarget matching FailJob rule at index 1"
 
 
@@ -285,36 +331,55 @@ EVICTED = "Pod default/n-0-1 has condition DisruptionTarget matching FailJob rul
         ("BackoffLimitExceeded", "Job has reached the specified backoff limit", "RestartJobSet"),
     ],
 )
-def test_gke_restarts_what_was_preempted_and_fails_what_would_go_wrong_again(reason, message, action):
+def test_gke_restarts_what_was_preempted_and_fails_what_would_go_wrong_again(
+    reason, message, action
+):
     job, slice_ = gke("--topology=4x4")
     policy = job["spec"]["failurePolicy"]
     taken = [
-        rule["action"] for rule in policy["rules"]
+        rule["action"]
+        for rule in policy["rules"]
         if reason in rule["onJobFailureReasons"]
         and any(re.search(pattern, message) for pattern in rule["onJobFailureMessagePatterns"])
-    ]  # fmt: skip
-    assert [*taken, "RestartJobSet"][0] == action and policy["maxRestarts"] == 3  # its default action
+    ]
+    assert [*taken, "RestartJobSet"][0] == action and policy[
+        "maxRestarts"
+    ] == 3  # its default action
     codes, conditions = slice_["podFailurePolicy"]["rules"]
     assert codes["onExitCodes"]["values"] == [2, 3]
     assert conditions["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
 
 def test_gke_options_add_their_lines():
-    options = ["--queue=q", "--spot", "--service-account=s", "--assets=gs://b/some/assets", "--reservation=r",
-               "--flex-start", "--node-selector=pool=mine", "--env=LIBTPU_INIT_ARGS=--a=b $X",
-               "--compile-cache=gs://b/xla"]  # fmt: skip
+    options = [
+        "--queue=q",
+        "--spot",
+        "--service-account=s",
+        "--assets=gs://b/some/assets",
+        "--reservation=r",
+        "--flex-start",
+        "--node-selector=pool=mine",
+        "--env=LIBTPU_INIT_ARGS=--a=b $X",
+        "--compile-cache=gs://b/xla",
+    ]
     job, slice_ = gke("--topology=2x2", *options)
     pod = slice_["template"]["spec"]
     container = pod["containers"][0]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
     assert pod["serviceAccountName"] == "s" and slice_["completions"] == 1
-    selector = {"cloud.google.com/gke-spot": "true", "cloud.google.com/gke-flex-start": "true",
-                "cloud.google.com/reservation-name": "r", "pool": "mine"}  # fmt: skip
+    selector = {
+        "cloud.google.com/gke-spot": "true",
+        "cloud.google.com/gke-flex-start": "true",
+        "cloud.google.com/reservation-name": "r",
+        "pool": "mine",
+    }
     assert selector.items() <= pod["nodeSelector"].items()
     assert {e["name"]: as_run([e["value"]])[0] for e in container["env"]} == {
-        "JAX_PLATFORMS": "tpu,cpu", "QLOG_ASSETS": "/assets", "JAX_COMPILATION_CACHE_DIR": "gs://b/xla",
+        "JAX_PLATFORMS": "tpu,cpu",
+        "QLOG_ASSETS": "/assets",
+        "JAX_COMPILATION_CACHE_DIR": "gs://b/xla",
         "LIBTPU_INIT_ARGS": "--a=b $X",
-    }  # fmt: skip
+    }
     attributes = pod["volumes"][1]["csi"]["volumeAttributes"]
     assert attributes == {"bucketName": "b", "mountOptions": "only-dir=some/assets,implicit-dirs"}
     assert container["volumeMounts"][1]["mountPath"] == "/assets"
@@ -327,11 +392,17 @@ def test_gke_options_add_their_lines():
 
 @pytest.mark.parametrize(
     "options, hosts, chips",
-    [("--type=v5e --topology=2x4", 1, 8), ("--type=v6e --topology=2x4", 1, 8),
-     ("--type=v6e --topology=1x1", 1, 1), ("--type=v5e --topology=2x4 --chips-per-host=4", 2, 4),
-     ("--type=v6e --topology=2x4 --slices=2", 2, 4), ("--type=v5e --topology=4x4", 4, 4),
-     ("--type=v5p --topology=2x2x1", 1, 4), ("--type=tpu7x --topology=2x2x2", 2, 4)],
-)  # fmt: skip
+    [
+        ("--type=v5e --topology=2x4", 1, 8),
+        ("--type=v6e --topology=2x4", 1, 8),
+        ("--type=v6e --topology=1x1", 1, 1),
+        ("--type=v5e --topology=2x4 --chips-per-host=4", 2, 4),
+        ("--type=v6e --topology=2x4 --slices=2", 2, 4),
+        ("--type=v5e --topology=4x4", 4, 4),
+        ("--type=v5p --topology=2x2x1", 1, 4),
+        ("--type=tpu7x --topology=2x2x2", 2, 4),
+    ],
+)
 def test_gke_knows_the_chips_of_a_host(options, hosts, chips):
     _, slice_ = gke(*options.split())
     limits = slice_["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -342,7 +413,9 @@ def test_gke_knows_the_chips_of_a_host(options, hosts, chips):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in DOCUMENTED if c.startswith(("gcloud", "kubectl", "sbatch", "srun"))])
+@pytest.mark.parametrize(
+    "command", [c for c in DOCUMENTED if c.startswith(("gcloud", "kubectl", "sbatch", "srun"))]
+)
 def test_the_tools_know_the_flags(command):
     """Where they are installed: `TOOL --help` names every flag that the stand-in takes."""
     tool = command.split()[0]
@@ -362,7 +435,9 @@ def environment_with(folder, *packages):
 
 @pytest.fixture(scope="module")
 def pypi(tmp_path_factory):
-    return environment_with(tmp_path_factory.mktemp("pypi"), "xpk==1.16.0", "kubernetes==35.0.0", "pyyaml")
+    return environment_with(
+        tmp_path_factory.mktemp("pypi"), "xpk==1.16.0", "kubernetes==35.0.0", "pyyaml"
+    )
 
 
 SKYPILOT = """
@@ -387,7 +462,14 @@ for words, flags in json.loads(sys.argv[2]).items():
 def test_skypilot_takes_the_task_and_the_flags(tmp_path):
     python = environment_with(tmp_path / "sky", "skypilot==0.14.1")
     flags = {name: sorted(flags) for name, flags in DOCUMENTED.items() if name.startswith("sky")}
-    run(python, "-c", SKYPILOT, LAUNCH / "skypilot.yaml", json.dumps(flags), env={"HOME": str(tmp_path)})
+    run(
+        python,
+        "-c",
+        SKYPILOT,
+        LAUNCH / "skypilot.yaml",
+        json.dumps(flags),
+        env={"HOME": str(tmp_path)},
+    )
 
 
 XPK = """
@@ -404,7 +486,16 @@ print(options.command)
 
 @pytest.mark.slow
 def test_xpk_parses_what_it_is_given(pypi):
-    call = ["--project=p", "--spot", "--slices=2", "--name=mine", "--grace=60", "--dry-run", "--", *FLAGS]
+    call = [
+        "--project=p",
+        "--spot",
+        "--slices=2",
+        "--name=mine",
+        "--grace=60",
+        "--dry-run",
+        "--",
+        *FLAGS,
+    ]
     ((_, *words),) = printed(run(LAUNCH / "xpk", *ON_CLOUD["xpk"].split()[1:], *call))
     output = run(pypi, "-c", XPK, *words).splitlines()
     assert output[-2] == "mine v6e-16 3 60"
@@ -442,10 +533,21 @@ print(len(checked))
 
 @pytest.mark.slow
 def test_kubernetes_models_take_the_job(pypi):
-    call = ["--image=I", "--type=v6e", "--topology=4x4", "--slices=2", "--assets=gs://b/a",
-            "--service-account=s", "--dry-run", "--", *FLAGS]  # fmt: skip
+    call = [
+        "--image=I",
+        "--type=v6e",
+        "--topology=4x4",
+        "--slices=2",
+        "--assets=gs://b/a",
+        "--service-account=s",
+        "--dry-run",
+        "--",
+        *FLAGS,
+    ]
     manifest = run(LAUNCH / "gke", *call)
-    result = subprocess.run([pypi, "-c", TEMPLATE], input=manifest, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [pypi, "-c", TEMPLATE], input=manifest, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 15
 
@@ -463,7 +565,10 @@ def test_kubernetes_models_take_the_job(pypi):
         ("tpu_vm create --name=n --zone=z --type=tpu7x-8", "use launch/gke"),
         ("tpu_vm run --name=n --zone=z -- --workdir=runs/x", "--workdir=gs://"),
         ("tpu_vm create --name=n --zone=z --type=v6e-16 --slices=2", "launch/gke --slices"),
-        (f"{ON_CLOUD['gcluster']} --assets=gs://b -- --workdir=gs://b/r", "give gs://BUCKET/FOLDER"),
+        (
+            f"{ON_CLOUD['gcluster']} --assets=gs://b -- --workdir=gs://b/r",
+            "give gs://BUCKET/FOLDER",
+        ),
         ("supervise --restarts=x -- true", "--restarts=x"),
         ("skypilot --gpus=H100:8 -- --workdir=runs/x", "a gs:// bucket is needed"),
         ("supervise", "give the command to run"),

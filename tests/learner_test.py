@@ -25,9 +25,13 @@ def batch():
     lengths = ends + rng.integers(1, 3, (B, M, 1))
     rationale = jnp.asarray((slots < ends) & (slots != 1))  # token 1 was forced
     trajectories = learner.Trajectories(
-        tokens, rationale, jnp.asarray((slots >= ends) & (slots < lengths)),
-        jnp.asarray(rng.normal(size=(B, M, R)), jnp.float32), rationale, jnp.asarray(lengths[..., 0]),
-    )  # fmt: skip
+        tokens,
+        rationale,
+        jnp.asarray((slots >= ends) & (slots < lengths)),
+        jnp.asarray(rng.normal(size=(B, M, R)), jnp.float32),
+        rationale,
+        jnp.asarray(lengths[..., 0]),
+    )
     score, path = jnp.asarray(rng.normal(size=(2, B, M)), jnp.float32)
     coefficients = losses.Coefficients(score, path, jnp.zeros((B, M)), jnp.ones((B, M)))
     return tiny.params(), prompts, trajectories, coefficients
@@ -36,9 +40,16 @@ def batch():
 def _gradient(batch, microbatch, policy=tiny.POLICY, temperature=1.0):
     params, prompts, trajectories, coefficients = batch
     return learner.gradient(
-        params, policy, prompts, trajectories, coefficients, None,
-        surrogate=losses.linear(), temperature=temperature, microbatch=microbatch,
-    )  # fmt: skip
+        params,
+        policy,
+        prompts,
+        trajectories,
+        coefficients,
+        None,
+        surrogate=losses.linear(),
+        temperature=temperature,
+        microbatch=microbatch,
+    )
 
 
 def _assert_trees_close(got, wanted, tolerance=2e-5):
@@ -70,7 +81,9 @@ def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temper
         hidden, _ = models.apply(params, tiny.SHAPE, jnp.asarray(sequences), positions)
         logits = (hidden @ models.unembedding(params).T)[:, 0, :-1, : tiny.VALID_VOCAB]
         picked = [
-            jnp.take_along_axis(jax.nn.log_softmax(logits / t), sequences[:, 0, 1:, None], -1)[..., 0]
+            jnp.take_along_axis(jax.nn.log_softmax(logits / t), sequences[:, 0, 1:, None], -1)[
+                ..., 0
+            ]
             for t in (temperature, 1.0)
         ]
         return -sum((w * mask[:, 1:] * p).sum() for w, mask, p in zip(weights, masks, picked))
@@ -98,7 +111,9 @@ def test_packed_rollouts_follow_one_another_in_few_rows():
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.geometric(1 / 20, (16, 32)), 100)
     is_needed = rng.random((16, 32)) < 0.8
-    packing = jax.tree.map(np.asarray, jax.jit(learner.pack, static_argnums=2)(lengths, is_needed, 104))
+    packing = jax.tree.map(
+        np.asarray, jax.jit(learner.pack, static_argnums=2)(lengths, is_needed, 104)
+    )
     assert (packing.row[~is_needed] == -1).all()
     for b in range(16):
         grid = np.full((32, 104), 32)
@@ -128,7 +143,10 @@ def test_rollouts_with_zero_coefficients_change_nothing_and_take_no_row(batch):
         _assert_trees_close(got, wanted)
     first = keep.at[0, 0].set(True)[..., None]  # the one rollout that always passes, for the gauges
     assert float(gauges.sampled) == (trajectories.was_sampled & first).sum()
-    assert float(sums.tokens) == ((trajectories.rationale_mask | trajectories.answer_mask) & first).sum()
+    assert (
+        float(sums.tokens)
+        == ((trajectories.rationale_mask | trajectories.answer_mask) & first).sum()
+    )
 
 
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
@@ -159,8 +177,12 @@ def test_gold_answers_are_spliced_after_each_rationale():
     out = learner.with_gold_answer(rollouts, gold, lengths, 7)
     np.testing.assert_array_equal(out.tokens[0, 0, :6], [11, 12, 3, 31, 32, 33])
     np.testing.assert_array_equal(out.tokens[0, 1, :5], [13, 3, 31, 32, 33])
-    np.testing.assert_array_equal(out.answer_mask[0], [[0, 0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]])
-    np.testing.assert_array_equal(out.rationale_mask[0], [[1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        out.answer_mask[0], [[0, 0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        out.rationale_mask[0], [[1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
+    )
     np.testing.assert_array_equal(out.was_sampled, out.rationale_mask)
     out = learner.with_sampled_answer(rollouts, 5)
     np.testing.assert_array_equal(out.tokens, tokens[..., :5])
@@ -194,8 +216,10 @@ def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
     params = models.shapes(shape)
     lowered = learner.add_microbatch.lower(
         *tiny.microbatch(params, policy, prompts, trajectories, coefficients, None),
-        surrogate=losses.linear(), temperature=1.0, microbatch=(2, 2),
-    )  # fmt: skip
+        surrogate=losses.linear(),
+        temperature=1.0,
+        microbatch=(2, 2),
+    )
     memory = lowered.compile().memory_analysis()
     gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     assert memory.temp_size_in_bytes < gradients

@@ -46,9 +46,14 @@ def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
         "init_from": "",
         "runs": {},
         "train": {"steps": 2, "prompts_per_step": 2},
-        "evaluation": {"every": 0, "prompts": 2, "prompts_per_batch": 2, "rollouts_per_prompt": 2,
-                       "without_rationale": False},
-    }  # fmt: skip
+        "evaluation": {
+            "every": 0,
+            "prompts": 2,
+            "prompts_per_batch": 2,
+            "rollouts_per_prompt": 2,
+            "without_rationale": False,
+        },
+    }
     run = qconfig.merge(qconfig.merge(config, config.runs.hard), short)
     train.run(run, tmp_path, jax.devices()[:1])
     assert "hard_garl" in (tmp_path / "config.json").read_text()

@@ -11,7 +11,6 @@ import pytest
 from qlog import metrics
 from qlog.data import graders
 
-
 # ---- pass@k ----
 
 
@@ -51,17 +50,20 @@ def test_pass_at_k_refuses_what_it_cannot_estimate(n, c, k):
 # ---- Majority vote ----
 
 
-@pytest.mark.parametrize("answers, winner", [
-    (["a", "b", "b"], 1),
-    (["b", "a", "A!", "b", "The a"], 1),  # normalised votes
-    (["x", "y", "y", "x"], 0),  # a tie goes to the form sampled first
-    (["y", "x", "x", "y", "z"], 0),
-    (["", "", "", "z"], 3),  # empty answers cast no vote
-    (["</think>", "</think>", "z"], 2),
-    (["1,200", "1300", "$ 1200.0"], 0),
-    (["", " "], None),
-    ([], None),
-])
+@pytest.mark.parametrize(
+    "answers, winner",
+    [
+        (["a", "b", "b"], 1),
+        (["b", "a", "A!", "b", "The a"], 1),  # normalised votes
+        (["x", "y", "y", "x"], 0),  # a tie goes to the form sampled first
+        (["y", "x", "x", "y", "z"], 0),
+        (["", "", "", "z"], 3),  # empty answers cast no vote
+        (["</think>", "</think>", "z"], 2),
+        (["1,200", "1300", "$ 1200.0"], 0),
+        (["", " "], None),
+        ([], None),
+    ],
+)
 def test_majority_vote(answers, winner):
     assert metrics.majority_vote(answers) == winner
 
@@ -105,9 +107,16 @@ def test_bootstrap_interval_is_reproducible_and_handles_few_questions():
     assert metrics.bootstrap_interval([0.25]) == (0.25, 0.25)
 
 
-@pytest.mark.parametrize("values, level", [
-    ([], 0.95), ([math.nan, 1.0], 0.95), ([[1.0]], 0.95), ([1.0], 1.0), ([1.0], 0.0),
-])
+@pytest.mark.parametrize(
+    "values, level",
+    [
+        ([], 0.95),
+        ([math.nan, 1.0], 0.95),
+        ([[1.0]], 0.95),
+        ([1.0], 1.0),
+        ([1.0], 0.0),
+    ],
+)
 def test_bootstrap_interval_refuses_bad_input(values, level):
     with pytest.raises(ValueError, match="bootstrap_interval"):
         metrics.bootstrap_interval(values, level=level)
@@ -147,8 +156,14 @@ def test_summary_is_the_same_from_disk_and_in_any_order(tmp_path):
     assert metrics.summarise(rows) == metrics.summarise(ROWS)
     shuffled = metrics.summarise(rows[::-1])
     assert {k: v for k, v in shuffled.items() if "/low" not in k and "/high" not in k} == (
-        pytest.approx({k: v for k, v in metrics.summarise(ROWS).items()
-                       if "/low" not in k and "/high" not in k}))
+        pytest.approx(
+            {
+                k: v
+                for k, v in metrics.summarise(ROWS).items()
+                if "/low" not in k and "/high" not in k
+            }
+        )
+    )
 
 
 def test_more_samples_than_k():
@@ -199,16 +214,22 @@ def test_another_grader_is_counted_and_stops_past_one_percent():
         metrics.summarise(ROWS, grade=broken)
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([], "at least one row"),
-    ([{"id": "a", "golds": ["x"]}], "row 0 of the samples has no 'answers'"),
-    ([{"id": "a", "golds": [], "answers": ["x"]}], "row 0 .* no 'golds'"),
-    ([{"id": "a", "golds": "x", "answers": ["x"]}], "no 'golds' that is a list of strings"),
-    ([{"id": "a", "golds": ["x"], "answers": ["x", None]}], "no 'answers' that is a list of"),
-    ([{"id": "a", "golds": ["x"], "answers": ["x"], "official_answer": []}], "'official_answer'"),
-    ([ROWS[0], ROWS[0]], "question 'a' more than once"),
-    ([ROWS[0], {"id": "z", "golds": ["x"], "answers": ["x"]}], "not 1 to 4"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "at least one row"),
+        ([{"id": "a", "golds": ["x"]}], "row 0 of the samples has no 'answers'"),
+        ([{"id": "a", "golds": [], "answers": ["x"]}], "row 0 .* no 'golds'"),
+        ([{"id": "a", "golds": "x", "answers": ["x"]}], "no 'golds' that is a list of strings"),
+        ([{"id": "a", "golds": ["x"], "answers": ["x", None]}], "no 'answers' that is a list of"),
+        (
+            [{"id": "a", "golds": ["x"], "answers": ["x"], "official_answer": []}],
+            "'official_answer'",
+        ),
+        ([ROWS[0], ROWS[0]], "question 'a' more than once"),
+        ([ROWS[0], {"id": "z", "golds": ["x"], "answers": ["x"]}], "not 1 to 4"),
+    ],
+)
 def test_rows_that_cannot_be_summarised(rows, message):
     with pytest.raises(ValueError, match=message):
         metrics.summarise(rows)

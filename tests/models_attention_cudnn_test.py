@@ -27,7 +27,11 @@ OWN = (30, *rollouts_of([6, 9, 15], groups=2), 2)  # the first two are packed in
 SERVED = {
     "causal": [(20, *rollouts_of([20], groups=2))],
     "rows over a prefix": [PREFIX, OWN],
-    "rows over two": [PREFIX, (8, np.full((1, 60), 3, np.int32), np.full((1, 60), 7, np.int32)), OWN],
+    "rows over two": [
+        PREFIX,
+        (8, np.full((1, 60), 3, np.int32), np.full((1, 60), 7, np.int32)),
+        OWN,
+    ],
 }
 OTHERS = {
     "packed": [(20, *rollouts_of([9, 11], groups=2))],
@@ -62,7 +66,9 @@ def segments_of(pattern, caches):
 def test_training_and_prompts_are_served(name, monkeypatch):
     queries, _, caches = arrays(PATTERNS[name])
     segments = segments_of(PATTERNS[name], caches)
-    monkeypatch.setattr(attention_cudnn, "_attend_by_run", lambda queries, *_, **__: jnp.full_like(queries, 7))
+    monkeypatch.setattr(
+        attention_cudnn, "_attend_by_run", lambda queries, *_, **__: jnp.full_like(queries, 7)
+    )
     assert np.all(plain(queries, segments) == 7) == (name in SERVED)
     monkeypatch.setattr(attention_cudnn, "_FEWEST_TOKENS", 40)
     assert np.all(plain(queries, segments) == 7) == (name == "causal")
@@ -72,7 +78,7 @@ def test_training_and_prompts_are_served(name, monkeypatch):
 def test_only_causal_attention_has_no_mask(name, monkeypatch):
     queries, _, caches = arrays(SERVED[name])
     masks, given = [], jax.nn.dot_product_attention
-    spy = lambda *args, mask, **options: masks.append(mask) or given(*args, mask=mask, **options)  # noqa: E731
+    spy = lambda *args, mask, **options: masks.append(mask) or given(*args, mask=mask, **options)
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
     plain(queries, segments_of(SERVED[name], caches))
     assert [mask is None for mask in masks] == [name == "causal"]
@@ -83,8 +89,9 @@ def test_float32_stays_in_blocks():
     given = arrays(pattern)
     for one, other in zip(
         value_and_gradients(attention_cudnn.attend, pattern, *given),
-        value_and_gradients(attention.attend, pattern, *given), strict=True,
-    ):  # fmt: skip
+        value_and_gradients(attention.attend, pattern, *given),
+        strict=True,
+    ):
         np.testing.assert_array_equal(one, other)
 
 
@@ -106,13 +113,24 @@ def gradient_of(policy, size, mesh=None):
     if mesh is not None:
         params = jax.device_put(params, sharding.tree_shardings(mesh, params))
     coefficients = losses.Coefficients(*[jnp.asarray(batch.advantages)] * 4)
-    return functools.partial(learner.gradient, surrogate=losses.linear(), microbatch=(size.prompts, 2)), (
-        params, policy, batch.prompts, batch.trajectories, coefficients, None,
-    )  # fmt: skip
+    return functools.partial(
+        learner.gradient, surrogate=losses.linear(), microbatch=(size.prompts, 2)
+    ), (
+        params,
+        policy,
+        batch.prompts,
+        batch.trajectories,
+        coefficients,
+        None,
+    )
 
 
-@pytest.mark.parametrize("remat, forwards", [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
-def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(remat, forwards, cudnn):
+@pytest.mark.parametrize(
+    "remat, forwards", [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)]
+)
+def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(
+    remat, forwards, cudnn
+):
     policy = Policy(tiny.SHAPE, tiny.VALID_VOCAB, jnp.bfloat16, remat, attention="cudnn")
     size = work.Size(prompts=2, rollouts=2, prompt=12, rationale=5, answer=3)
     gradient, arguments = gradient_of(policy, size)
@@ -161,7 +179,10 @@ def test_cudnn_split_over_a_mesh_gives_what_one_device_gives_in_blocks(sizes, wi
     compute_on_cpus(cudnn)
     shape = dataclasses.replace(tiny.SHAPE, layer_windows=windows)
     found = []
-    for mesh, kernels in (None, "blocks"), (sharding.make_mesh(*sizes, devices=jax.devices()[:4]), "cudnn"):
+    for mesh, kernels in (
+        (None, "blocks"),
+        (sharding.make_mesh(*sizes, devices=jax.devices()[:4]), "cudnn"),
+    ):
         policy = Policy(shape, tiny.VALID_VOCAB, jnp.bfloat16, "full", mesh=mesh, attention=kernels)
         size = work.Size(prompts=8, rollouts=2, prompt=12, rationale=5, answer=3)
         gradient, arguments = gradient_of(policy, size, mesh)

@@ -48,19 +48,23 @@ def patterns():
     rng = np.random.default_rng(0)
     return {
         "causal": [(20, *rollouts_of([20]))],
-        "packed over a prefix": [(33, *up_to([33, 5], 42)), (21, *rollouts_of([3, 9, 9], groups=2))],
+        "packed over a prefix": [
+            (33, *up_to([33, 5], 42)),
+            (21, *rollouts_of([3, 9, 9], groups=2)),
+        ],
         "window": [(40, *rollouts_of([30, 10], window=5))],
         "all parts, some unseen": [
-            (24, *up_to([17, 0], 19)), (40, *random_intervals(rng, 2, 19, 40, 0)),
+            (24, *up_to([17, 0], 19)),
+            (40, *random_intervals(rng, 2, 19, 40, 0)),
             (19, *random_intervals(rng, 1, 19, 19, 1)),
         ],
         "every slot seen": [(32, *up_to([32, 32], 16))],
-    }  # fmt: skip
+    }
 
 
 def arrays(pattern, heads=2, size=4, dtype=np.float32):
     rng = np.random.default_rng(1)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     rows = pattern[0][1].shape[1]
     queries, cotangent = normal(2, heads, rows, size), normal(2, heads, rows, size)
     caches = [(normal(2, heads, n, size), normal(2, heads, n, size)) for n, *_ in pattern]
@@ -69,7 +73,9 @@ def arrays(pattern, heads=2, size=4, dtype=np.float32):
 
 def value_and_gradients(attend, pattern, queries, cotangent, caches):
     def run(queries, caches):
-        return attend(queries, [attention.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern)])
+        return attend(
+            queries, [attention.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern)]
+        )
 
     def both(queries, caches):
         out, back = jax.vjp(run, queries, caches)
@@ -86,7 +92,9 @@ def test_the_kernels_equal_the_blockwise_attention_in_value_and_gradients(name):
     pattern = patterns()[name]
     given = arrays(pattern)
     found = value_and_gradients(interpreted, pattern, *given)
-    for one, other in zip(found, value_and_gradients(attention.attend, pattern, *given), strict=True):
+    for one, other in zip(
+        found, value_and_gradients(attention.attend, pattern, *given), strict=True
+    ):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
@@ -120,7 +128,9 @@ def test_shards_give_what_one_device_gives(heads):
     pattern = patterns()["packed over a prefix"]
     given = arrays(pattern, heads=heads)
     found = value_and_gradients(functools.partial(interpreted, mesh=mesh), pattern, *given)
-    for one, other in zip(found, value_and_gradients(attention.attend, pattern, *given), strict=True):
+    for one, other in zip(
+        found, value_and_gradients(attention.attend, pattern, *given), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
@@ -130,12 +140,14 @@ def compiled(topology, sizes, attend=attention_tpu.attend, mesh_sizes=(-1, 1, 1)
     batch, heads, rows, slots, size, dtype = sizes
 
     def shape(*dims, dtype=dtype):
-        place = jax.NamedSharding(mesh, attention_tpu._spec(mesh, jax.ShapeDtypeStruct(dims, dtype)))
+        place = jax.NamedSharding(
+            mesh, attention_tpu._spec(mesh, jax.ShapeDtypeStruct(dims, dtype))
+        )
         return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
     def both(queries, caches, intervals, cotangent):
-        segments = lambda caches: [attention.Segment(*c, *i) for c, i in zip(caches, intervals)]  # noqa: E731
-        run = lambda queries, caches: attend(queries, segments(caches), mesh)  # noqa: E731
+        segments = lambda caches: [attention.Segment(*c, *i) for c, i in zip(caches, intervals)]
+        run = lambda queries, caches: attend(queries, segments(caches), mesh)
         out, back = jax.vjp(run, queries, caches)
         return out, back(cotangent)
 

@@ -103,7 +103,9 @@ def test_prompts_compute_of_the_last_layer_only_keys_and_values(monkeypatch, rem
     (_, prefix), gradient = prefill(params)
     (_, same), same_gradient = prefill(params | {"layers": layers})
     jax.tree.map(np.testing.assert_array_equal, (prefix, gradient), (same, same_gradient))
-    assert all(np.abs(gradient["layers"][name]["kernel"][0]).max() > 0 for name in broken - {"mlp_norm"})
+    assert all(
+        np.abs(gradient["layers"][name]["kernel"][0]).max() > 0 for name in broken - {"mlp_norm"}
+    )
 
 
 @families("qwen3", "gemma3", "windowed")
@@ -128,9 +130,13 @@ def test_cached_decode_and_score_equal_the_full_forward(config):
     kept = np.array([[R, 3, 1], [0, 5, 6]])
     positions = (LENGTHS[:, None] + kept)[..., None] + np.arange(A)
     scored, _ = jit(models.apply, static_argnums=1)(
-        params, config, answers, positions, prefix=prefix,
+        params,
+        config,
+        answers,
+        positions,
+        prefix=prefix,
         suffix=suffix._replace(lengths=jnp.asarray(kept)),
-    )  # fmt: skip
+    )
 
     full = jit(separate, static_argnums=1)
     parts, sizes = [rollouts, answers], [np.full((B, M), R), np.zeros((B, M), int)]
@@ -171,21 +177,28 @@ def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(size
     monkeypatch.setattr(attention, "BLOCKS", attention.Blocks(16, 32, 32))
     count, slots = sizes
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     queries, cotangent = normal(2, 2, count, 4), normal(2, 2, count, 4)
     caches = [(normal(2, 2, n, 4), normal(2, 2, n, 4)) for n in slots]
     intervals = []
     for n in slots:
         ends = np.sort(rng.integers(0, n + 1, (2, 2, count)), axis=0).astype(np.int32)
         intervals.append((ends[0], np.maximum(ends[1], ends[0] + (len(slots) == 1))))
-    intervals[0] = (np.minimum(intervals[0][0], slots[0] - 1), np.maximum(intervals[0][1], intervals[0][0] + 1))
+    intervals[0] = (
+        np.minimum(intervals[0][0], slots[0] - 1),
+        np.maximum(intervals[0][1], intervals[0][0] + 1),
+    )
 
     def loss(attend, queries, caches):
         segments = [attention.Segment(*cache, *ends) for cache, ends in zip(caches, intervals)]
         return (attend(queries, segments) * cotangent).sum()
 
-    run = lambda attend: jit(jax.value_and_grad(functools.partial(loss, attend), (0, 1)))(queries, caches)  # noqa: E731
-    for one, other in zip(jax.tree.leaves(run(attention.attend)), jax.tree.leaves(run(dense_attention))):
+    run = lambda attend: jit(jax.value_and_grad(functools.partial(loss, attend), (0, 1)))(
+        queries, caches
+    )
+    for one, other in zip(
+        jax.tree.leaves(run(attention.attend)), jax.tree.leaves(run(dense_attention))
+    ):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
@@ -195,7 +208,7 @@ def test_runs_side_by_side_change_nothing(length, monkeypatch):
     monkeypatch.setattr(attention, "BLOCKS", attention.Blocks(16, 4, 4))
     runs, heads, batch = 5, 2, 2
     count, rng = runs * length, np.random.default_rng(0)
-    normal = lambda slots: jnp.asarray(rng.normal(size=(batch, heads, slots, 4)), jnp.float32)  # noqa: E731
+    normal = lambda slots: jnp.asarray(rng.normal(size=(batch, heads, slots, 4)), jnp.float32)
     run, token = np.divmod(np.arange(count)[None], length)
     seen = rng.integers(0, 8, (batch, runs))[:, run[0]]
     intervals = [
@@ -217,7 +230,9 @@ def test_runs_side_by_side_change_nothing(length, monkeypatch):
         value, back = jax.vjp(out, queries, caches)
         return jax.tree.leaves((value, back(cotangent)))
 
-    for one, other in zip(jit(results, static_argnums=0)(runs), jit(results, static_argnums=0)(1), strict=True):
+    for one, other in zip(
+        jit(results, static_argnums=0)(runs), jit(results, static_argnums=0)(1), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
@@ -227,7 +242,7 @@ def test_attention_stores_no_array_of_queries_by_keys():
     def temporaries(length):
         shape = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.float32)
         at = np.arange(length, dtype=np.int32)[None]
-        loss = lambda q, k, v: attention.attend(q, [attention.Segment(q, k, 0 * at, at + 1)]).sum()  # noqa: E731
+        loss = lambda q, k, v: attention.attend(q, [attention.Segment(q, k, 0 * at, at + 1)]).sum()
         compiled = jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -259,7 +274,7 @@ def test_casting_the_weights_before_changes_nothing():
             t, tiny.SHAPE, tokens, positions, prefix=p, suffix=suffix, slot=0, dtype=jnp.bfloat16
         )[0]
         for t, p in ((tree, prefix), (cast, models.unstack(prefix)))
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(before, after)
 
 
@@ -268,7 +283,9 @@ def test_what_is_kept_is_not_multiplied_again():
 
     def products(remat):
         def total(tree):
-            return models.apply(tree, tiny.SHAPE, tokens, jnp.arange(4)[None, None], remat=remat)[0].sum()
+            return models.apply(tree, tiny.SHAPE, tokens, jnp.arange(4)[None, None], remat=remat)[
+                0
+            ].sum()
 
         return jax.jit(jax.grad(total)).lower(tree).as_text().count("stablehlo.dot_general")
 

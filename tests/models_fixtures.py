@@ -18,20 +18,26 @@ CONFIGS = {
     "qwen3": models.DecoderConfig(**_TINY, **TRAITS["qwen3"]),
     # Unequal layers: windows of 4 and 6 beside full attention, two RoPEs, one of them scaled.
     "gemma3": models.DecoderConfig(
-        **_TINY, **TRAITS["gemma3"], layer_windows=(4, 0, 6), local_rope_theta=1e4,
-        rope_scaling=models.RopeScaling(2.0), query_pre_attn_scalar=20.0,
+        **_TINY,
+        **TRAITS["gemma3"],
+        layer_windows=(4, 0, 6),
+        local_rope_theta=1e4,
+        rope_scaling=models.RopeScaling(2.0),
+        query_pre_attn_scalar=20.0,
     ),
     # Equal layers with a window, which keep it static.
     "windowed": models.DecoderConfig(**_TINY, **TRAITS["qwen2"], layer_windows=(5,)),
     "untied": models.DecoderConfig(
-        **_TINY, **TRAITS["llama"], tied_embeddings=False,
+        **_TINY,
+        **TRAITS["llama"],
+        tied_embeddings=False,
         rope_scaling=models.RopeScaling(4.0, 16),
     ),
-}  # fmt: skip
+}
 
 
 def random_params(config, dtype=jnp.float32):
     """Every leaf random, so that norms and biases are not at their neutral values."""
     rng = np.random.default_rng(1)
-    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)  # noqa: E731
+    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
     return jax.tree.map(draw, models.shapes(config, dtype))

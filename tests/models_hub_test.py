@@ -105,10 +105,12 @@ def run_workers(hub, program, tmp_path, own=({}, {}), arguments=()):
         subprocess.Popen(
             [sys.executable, "-c", program, coordinator, str(process), *arguments],
             env=environment | own[process],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for process in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [worker.communicate(timeout=120)[0] for worker in workers]
     return [(worker.returncode, output) for worker, output in zip(workers, outputs)]
 
@@ -163,12 +165,16 @@ def test_each_of_two_hosts_downloads_once_for_itself(hub, tmp_path):
     assert downloads(hub).count("model-00001-of-00003.safetensors") == 2
 
 
-@pytest.mark.parametrize("status, kind", [(503, "PassingError"), (429, "PassingError"), (404, "ConfigError")])
+@pytest.mark.parametrize(
+    "status, kind", [(503, "PassingError"), (429, "PassingError"), (404, "ConfigError")]
+)
 def test_a_fault_of_one_host_is_a_sentence_on_all(hub, tmp_path, status, kind):
     own = hosts(tmp_path)
     run_workers(hub, FETCH, tmp_path, [own[0], own[0]], ["owner/name"])
     seen = len(hub.seen)
-    hub.fault = status  # the first host has it already, and does with what it has where the Hub is down
+    hub.fault = (
+        status  # the first host has it already, and does with what it has where the Hub is down
+    )
     results = run_workers(hub, FETCH, tmp_path, own, ["owner/name"])
     assert len(hub.seen) == seen
     for code, output in results:

@@ -70,9 +70,13 @@ def test_export_and_load_are_bit_equal(name, dtype, tmp_path):
 
     folder = tmp_path / "out"
     huggingface.export(
-        params, config, folder, tokenizer_files=carried, generation={"pad_token_id": 0},
+        params,
+        config,
+        folder,
+        tokenizer_files=carried,
+        generation={"pad_token_id": 0},
         max_file_bytes=4000 if name == "untied" else 10**9,
-    )  # fmt: skip
+    )
     assert huggingface.read_config(folder) == config
     again = huggingface.load(folder, config, dtype=dtype)
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -145,7 +149,10 @@ def replaced(name, change):
     ("damage", "message"),
     [
         (without("model.norm.weight"), "lacks 1 tensors, first 'model.norm.weight'"),
-        (without("lm_head.weight"), r"'lm_head.weight': does its config.json have the right tie_word"),
+        (
+            without("lm_head.weight"),
+            r"'lm_head.weight': does its config.json have the right tie_word",
+        ),
         (
             lambda tensors: tensors.update({"model.layers.3.mlp.up_proj.weight": np.zeros(3)}),
             "beyond what the config describes, 1 tensors, first 'model.layers.3.mlp.up_proj",
@@ -203,7 +210,9 @@ def test_incomplete_folders_are_named(tmp_path):
 def test_a_spec_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):
     assert huggingface.resolve(GOLDEN / "qwen3") == GOLDEN / "qwen3"
     for spec in ("no/such/folder", "./missing", "name"):
-        with pytest.raises(ConfigError, match=f"'{re.escape(spec)}' is no folder here and no Hub id"):
+        with pytest.raises(
+            ConfigError, match=f"'{re.escape(spec)}' is no folder here and no Hub id"
+        ):
             huggingface.resolve(spec)
     # A port where nothing listens stands for a machine without a network.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

@@ -20,10 +20,14 @@ SHAPES = {
     "grouped": dict(hidden_size=48, num_key_value_heads=1, vocab_size=97),
     "ungrouped": dict(hidden_size=64, num_key_value_heads=4, num_hidden_layers=3),
     "deep": dict(
-        hidden_size=96, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=7,
-        head_dim=16, intermediate_size=80,
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_hidden_layers=7,
+        head_dim=16,
+        intermediate_size=80,
     ),
-}  # fmt: skip
+}
 forward = jax.jit(models.apply, static_argnums=1, static_argnames=("dtype",))
 
 
@@ -88,7 +92,11 @@ def test_float32_logits_with_left_padding(family, shape, tmp_path):
 @torch.no_grad()
 def test_sliding_windows_that_qwen_can_switch_on(family, tmp_path):
     model = reference(
-        family, **SHAPES["ungrouped"], use_sliding_window=True, sliding_window=6, max_window_layers=1
+        family,
+        **SHAPES["ungrouped"],
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=1,
     )
     params, config = ours(model, tmp_path)
     assert config.windows == (0, 6, 6)
@@ -121,9 +129,12 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(family, tmp_path):
 def test_long_contexts_and_far_positions(family, tmp_path):
     """1,500 tokens in a row, and 40 tokens that begin at position 100,000."""
     model = reference(
-        family, **SHAPES["grouped"], sliding_window=512, max_position_embeddings=2**17,
+        family,
+        **SHAPES["grouped"],
+        sliding_window=512,
+        max_position_embeddings=2**17,
         num_hidden_layers=6 if family == "gemma3" else 2,  # the sixth is the first to see it all
-    )  # fmt: skip
+    )
     params, config = ours(model, tmp_path)
     for length, start in ((1500, 0), (40, 100_000)):
         tokens, _ = prompts(model, size=1, length=length)
@@ -153,9 +164,14 @@ def test_greedy_generations_are_identical(family, tmp_path):
     last, mine = jnp.asarray(tokens[np.arange(len(tokens)), lengths - 1]), []
     for slot in range(steps):
         hidden, suffix = forward(
-            params, config, last[:, None, None], jnp.asarray(lengths - 1 + slot)[:, None, None],
-            prefix=prefix, suffix=suffix, slot=jnp.int32(slot),
-        )  # fmt: skip
+            params,
+            config,
+            last[:, None, None],
+            jnp.asarray(lengths - 1 + slot)[:, None, None],
+            prefix=prefix,
+            suffix=suffix,
+            slot=jnp.int32(slot),
+        )
         last = (hidden[:, 0, 0] @ models.unembedding(params).T).argmax(-1)
         mine.append(last)
     np.testing.assert_array_equal(np.stack(mine, axis=1), theirs.numpy())
@@ -175,9 +191,12 @@ def test_exported_folders_load_in_transformers_bit_for_bit(family, dtype, tmp_pa
     params, config = ours(made, tmp_path / "theirs", dtype=dtype)
     model, _ = read(tmp_path / "theirs")
     huggingface.export(
-        params, config, tmp_path / "ours", generation={"eos_token_id": [5, 7], "pad_token_id": 5},
+        params,
+        config,
+        tmp_path / "ours",
+        generation={"eos_token_id": [5, 7], "pad_token_id": 5},
         max_file_bytes=20_000,
-    )  # fmt: skip
+    )
     again, info = read(tmp_path / "ours")
     assert not any(info.values()), info
     assert type(again) is type(model) and again.dtype == getattr(torch, dtype)

@@ -45,7 +45,10 @@ def test_the_text_tells_walks_but_neither_asks_nor_answers():
 def test_examples_are_functions_of_their_split_and_index():
     train = multihop.open_examples("multihop", "train", WORLD)
     assert train[7] == multihop.open_examples("multihop", "train", WORLD)[7]
-    ids = {s: {multihop.open_examples("multihop", s, WORLD)[i].source for i in range(100)} for s in multihop.SPLITS}
+    ids = {
+        s: {multihop.open_examples("multihop", s, WORLD)[i].source for i in range(100)}
+        for s in multihop.SPLITS
+    }
     assert not ids["train"] & ids["test"] and not ids["train"] & ids["validation"]
     with pytest.raises(IndexError):
         train[len(train)]
@@ -65,8 +68,10 @@ def test_every_word_is_one_token():
 
 def test_impossible_worlds_are_refused():
     for arguments, message in (
-        ({"people": 30, "names": 24}, "world.people = 30"), ({"hops": 6}, "world.hops = 6"),
-        ({"names": 1000}, "world.names = 1000"), ({"heed": 2.0}, "world.heed = 2.0"),
-    ):  # fmt: skip
+        ({"people": 30, "names": 24}, "world.people = 30"),
+        ({"hops": 6}, "world.hops = 6"),
+        ({"names": 1000}, "world.names = 1000"),
+        ({"heed": 2.0}, "world.heed = 2.0"),
+    ):
         with pytest.raises(ConfigError, match=message):
             multihop.World(**arguments)

@@ -51,9 +51,11 @@ def fast(monkeypatch):
 
 def _start(workdir, seconds=60.0):
     process = subprocess.Popen(
-        [sys.executable, "-c", _OWNER, str(workdir), str(seconds)], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", _OWNER, str(workdir), str(seconds)],
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert process.stdout.readline() == "owns\n"
     return process
 
@@ -67,7 +69,9 @@ def _change(workdir, **fields):
 def test_the_owner_refuses_a_second_and_leaves_nothing_behind(workdir, monkeypatch):
     with ownership.claim(workdir) as claim:
         claim.beat(step=3)
-        with pytest.raises(PassingError, match=rf"process {os.getpid()}, since .* still runs: wait"):
+        with pytest.raises(
+            PassingError, match=rf"process {os.getpid()}, since .* still runs: wait"
+        ):
             with ownership.claim(workdir):
                 pass
         monkeypatch.setattr(ownership, "_machine", lambda: "another machine")
@@ -80,7 +84,9 @@ def test_the_owner_refuses_a_second_and_leaves_nothing_behind(workdir, monkeypat
         assert paths.names(workdir) == [ownership.FILE]
 
 
-def test_a_dead_owner_is_followed_at_once_here_and_by_watching_elsewhere(workdir, monkeypatch, capsys):
+def test_a_dead_owner_is_followed_at_once_here_and_by_watching_elsewhere(
+    workdir, monkeypatch, capsys
+):
     process = _start(workdir)
     with pytest.raises(PassingError, match=f"process {process.pid}"):
         with ownership.claim(workdir):
@@ -92,7 +98,9 @@ def test_a_dead_owner_is_followed_at_once_here_and_by_watching_elsewhere(workdir
         owner = json.loads(paths.read(workdir / ownership.FILE))
         assert owner["pid"] == os.getpid()
     process.wait()
-    paths.write(workdir / ownership.FILE, json.dumps(owner | {"owner": "x", "machine": "elsewhere"}))
+    paths.write(
+        workdir / ownership.FILE, json.dumps(owner | {"owner": "x", "machine": "elsewhere"})
+    )
     with ownership.claim(workdir):
         told = capsys.readouterr().out
     assert "s to see whether it still runs" in told and "which is gone" in told
@@ -115,7 +123,7 @@ def test_a_beat_that_fails_is_made_up_for(store, tmp_path, capsys):
         store.spoil("503", 2, ownership.FILE)
         store.spoil("cut", 1, "upload")
         # As a second start looks: the emulator may show an object that is only half written.
-        look = lambda: ownership._look(workdir / ownership.FILE)  # noqa: E731
+        look = lambda: ownership._look(workdir / ownership.FILE)
         before = look()["beat"]
         claim.beat(step=9)
         deadline = time.monotonic() + 60
@@ -129,7 +137,9 @@ def test_a_run_that_failed_leaves_why_and_the_next_goes_on_at_once(tmp_path, cap
     with pytest.raises(TrainingError), ownership.claim(workdir):
         raise TrainingError("sampler and learner disagree")
     left = json.loads(paths.read(workdir / ownership.FILE))
-    assert left["released"] and left["status"] == 3 and left["error"] == "sampler and learner disagree"
+    assert (
+        left["released"] and left["status"] == 3 and left["error"] == "sampler and learner disagree"
+    )
     assert run_status.of(workdir)["beat"] is None
     with ownership.claim(workdir):
         assert "released" not in json.loads(paths.read(workdir / ownership.FILE))

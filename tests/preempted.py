@@ -26,10 +26,12 @@ PROCESS = os.environ.get("JAX_PROCESS_ID", "0")
 def get_config(**watchdog):
     """Two microbatches a step, an evaluation of three batches after every second."""
     return tiny.config(
-        train={"steps": STEPS, "prompts_per_microbatch": 2 // jax.process_count()}, checkpoint={"every": 100, "minutes": 0.0},
+        train={"steps": STEPS, "prompts_per_microbatch": 2 // jax.process_count()},
+        checkpoint={"every": 100, "minutes": 0.0},
         rollout={"rationale_budget": 20},  # three chunks of decode steps
-        evaluation={"every": 2, "prompts": 6, "prompts_per_batch": 2}, watchdog=watchdog,
-    )  # fmt: skip
+        evaluation={"every": 2, "prompts": 6, "prompts_per_batch": 2},
+        watchdog=watchdog,
+    )
 
 
 def signals():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from qlog import checkpoints, train
+from qlog import checkpoints
 from qlog.experiment import prepare
 from qlog.telemetry import read_jsonl
 
@@ -25,12 +25,19 @@ def run(workdir, point, nth=1, signals="SIGTERM", code=0, launcher=(), cache="",
     start = launcher or (sys.executable,)
     result = subprocess.run(
         [*start, str(HERE / "preempted.py"), str(workdir), point, str(nth), signals, str(STEPS)],
-        capture_output=True, text=True, timeout=240, check=False,
-        env=os.environ | {
-            "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}",
-            "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        } | environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=os.environ
+        | {
+            "JAX_NUM_CPU_DEVICES": "1",
+            "PYTHONPATH": f"{HERE.parent}:{HERE}",
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        | environment,
+    )
     output = result.stdout + result.stderr
     assert result.returncode == code, output
     return output
@@ -66,10 +73,12 @@ def assert_same_run(workdir, whole):
         np.testing.assert_array_equal(ours, theirs)
     timed = ("seconds", "per_s", "compilations", "steps_since", "utilization")
     rows = [
-        [{k: v for k, v in row.items() if not any(t in k for t in timed)}
-         for row in read_jsonl(d / "metrics.jsonl")]
+        [
+            {k: v for k, v in row.items() if not any(t in k for t in timed)}
+            for row in read_jsonl(d / "metrics.jsonl")
+        ]
         for d in (workdir, whole)
-    ]  # fmt: skip
+    ]
     assert rows[0] == rows[1]
     for name in ("step_000002.jsonl", "step_000004.jsonl"):
         assert (workdir / "samples" / name).read_text() == (whole / "samples" / name).read_text()
@@ -96,7 +105,9 @@ def test_a_signal_is_noticed_saves_and_loses_nothing(name, uninterrupted, cache,
     output = run(tmp_path, point, nth, "SIGTERM,SIGTERM", cache=cache)
     assert output.count("sending") == (1 if point == "weights" else 2)  # there the first ends it
     assert "Traceback" not in output
-    trained = [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if row["phase"] == "train"]
+    trained = [
+        row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if row["phase"] == "train"
+    ]
     if step is None:
         assert trained == [] and not list((tmp_path / "checkpoints").glob("*"))
     else:
@@ -123,7 +134,9 @@ def test_a_signal_after_the_last_step_leaves_a_finished_run(uninterrupted, cache
 
 
 def test_a_kill_between_an_evaluation_and_its_score_evaluates_again(uninterrupted, cache, tmp_path):
-    run(tmp_path, "scoring", 2, code=9, cache=cache)  # of the last step: nothing may say that it is done
+    run(
+        tmp_path, "scoring", 2, code=9, cache=cache
+    )  # of the last step: nothing may say that it is done
     assert not (tmp_path / "results.json").exists()
     run(tmp_path, "never", cache=cache)
     assert_same_run(tmp_path, uninterrupted)
@@ -147,7 +160,9 @@ def test_an_interrupted_evaluate_says_so_by_its_status_and_goes_on(uninterrupted
     assert (workdir / "samples" / "validation.jsonl").read_text() == trained
 
 
-def test_a_run_that_stands_still_shows_its_stacks_and_ends_for_another_try(uninterrupted, cache, tmp_path):
+def test_a_run_that_stands_still_shows_its_stacks_and_ends_for_another_try(
+    uninterrupted, cache, tmp_path
+):
     output = run(tmp_path, "stall", 7, code=75, cache=cache)
     assert "nothing has happened for" in output and "sleep_for_long" in output
     run(tmp_path, "never", cache=cache)
@@ -167,14 +182,21 @@ def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_p
     """Hosts are preempted one by one; the second is signalled, which writes no metrics."""
     point, nth, step = POINTS[name]
     local = (sys.executable, str(HERE.parent / "launch/local"), "--processes=2", "--")
-    output = run(tmp_path, point, nth, "SIGTERM,SIGTERM", launcher=local, cache=cache, SIGNALLED="1")
+    output = run(
+        tmp_path, point, nth, "SIGTERM,SIGTERM", launcher=local, cache=cache, SIGNALLED="1"
+    )
     assert f"stopped at step {step}, saved in" in output and "exit codes 0: 0, 1: 0" in output
     assert latest(tmp_path) == step
     run(tmp_path, "never", launcher=local, cache=cache)
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["phase"]) for row in rows] == [
-        (0, "train"), (1, "train"), (1, "validation"), (2, "train"), (3, "train"), (3, "validation"),
-    ]  # fmt: skip
+        (0, "train"),
+        (1, "train"),
+        (1, "validation"),
+        (2, "train"),
+        (3, "train"),
+        (3, "validation"),
+    ]
 
 
 def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache, tmp_path):

@@ -102,7 +102,11 @@ def mentions(text):
     """Commands inside sentences: `launch/x --y`, `python -m z`; may lack what they need."""
     outside = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     spans = re.findall(r"`([^`\n]+)`", outside)
-    return [span for span in spans if re.match(r"(launch/\w+(?![\w.])|(\.venv/bin/)?python -m \w)", span)]
+    return [
+        span
+        for span in spans
+        if re.match(r"(launch/\w+(?![\w.])|(\.venv/bin/)?python -m \w)", span)
+    ]
 
 
 COMMANDS = {name: commands((ROOT / name).read_text()) for name in DOCUMENTS}
@@ -116,8 +120,9 @@ def test_commands_are_found():
         "```bash\npython -m z\n```\n"
     )
     assert [shlex.split(command) for command in commands(text)] == [
-        ["launch/x", "--a=b", "--c=d", "--", "--f=g h"], ["python", "-m", "z"]
-    ]  # fmt: skip
+        ["launch/x", "--a=b", "--c=d", "--", "--f=g h"],
+        ["python", "-m", "z"],
+    ]
     with pytest.raises(AssertionError, match="'frobnicate' is no command"):
         commands("```bash\nfrobnicate\n```\n")
 
@@ -149,7 +154,9 @@ def check_main_flags(words):
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--config") and value != "...":
-            assert word.startswith("--") and name in absl_flags.FLAGS, f"qlog.main has no flag {word}"
+            assert word.startswith("--") and name in absl_flags.FLAGS, (
+                f"qlog.main has no flag {word}"
+            )
             absl_flags.FLAGS[name].parser.parse(value)
 
 
@@ -166,7 +173,9 @@ def check_module(words):
         for word in flags:
             name = word.partition("=")[0].removeprefix("--")
             if word.startswith("--") and not name.startswith("config"):
-                assert re.search(rf"""["'](--)?{name}["']""", source), f"{module} has no flag --{name}"
+                assert re.search(rf"""["'](--)?{name}["']""", source), (
+                    f"{module} has no flag --{name}"
+                )
     for word in flags:
         if re.match(r"(--config=)?configs/", word):
             check_config(word.removeprefix("--config="))
@@ -196,8 +205,12 @@ def check(command):
             check_module(own)
         elif own and own[0].startswith("--config"):
             check_main_flags(own)
-        elif program == "launch/quickstart" or (program == "launch/local" and own[0].startswith("-")):
-            check_main_flags([w for w in own if not re.match(r"--(processes|devices|logs|grace)=", w)])
+        elif program == "launch/quickstart" or (
+            program == "launch/local" and own[0].startswith("-")
+        ):
+            check_main_flags(
+                [w for w in own if not re.match(r"--(processes|devices|logs|grace)=", w)]
+            )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +234,9 @@ def test_what_a_sentence_names_exists(document, span):
                 check_main_flags(["--config=configs/quickstart.py", word.replace("=...", "=0")])
             elif word.startswith("--") and word != "--":
                 name = word.partition("=")[0][2:]
-                assert re.search(rf"\b({name}|{name.replace('-', '_')})\b", source), f"{document}: {span}"
+                assert re.search(rf"\b({name}|{name.replace('-', '_')})\b", source), (
+                    f"{document}: {span}"
+                )
     else:
         check_module(words[words.index("-m") :])
 
@@ -316,13 +331,22 @@ class Reader:
         for name in ("qlog", "configs", "setup.cfg", "pyproject.toml", "constraints.txt"):
             (self.clone / name).symlink_to(ROOT / name)
         (self.clone / ".gitignore").write_text(".venv\n.cache\n")
-        values = {"PYTHON": str(ROOT / ".venv/bin/python"), "FOLDER": str(folder), "ROOT": str(ROOT),
-                  "SHARED": str(shared), "TRAINS": str(trains), "TESTS": str(ROOT / "tests")}  # fmt: skip
+        values = {
+            "PYTHON": str(ROOT / ".venv/bin/python"),
+            "FOLDER": str(folder),
+            "ROOT": str(ROOT),
+            "SHARED": str(shared),
+            "TRAINS": str(trains),
+            "TESTS": str(ROOT / "tests"),
+        }
         path = launch_fixtures.install(folder, *CLOUD)
         for file, text in (
-            (self.clone / ".venv/bin/python", PYTHON), (self.home / "qlog/.venv/bin/python", PYTHON),
-            (folder / "bin/python", PYTHON), (folder / "bin/srun", SRUN), (folder / "quick.py", QUICK),
-        ):  # fmt: skip
+            (self.clone / ".venv/bin/python", PYTHON),
+            (self.home / "qlog/.venv/bin/python", PYTHON),
+            (folder / "bin/python", PYTHON),
+            (folder / "bin/srun", SRUN),
+            (folder / "quick.py", QUICK),
+        ):
             file.parent.mkdir(parents=True, exist_ok=True)
             for name, value in values.items():
                 text = text.replace(f"@{name}@", value)
@@ -331,18 +355,31 @@ class Reader:
         (self.home / "tensorflow_datasets").mkdir()
         (self.clone / "my_program.py").write_text("print('any program')\n")
         self.env = {
-            **os.environ, "JAX_NUM_CPU_DEVICES": "1", "PATH": path, "HOME": str(self.home), "SLURM_JOB_ID": "17",
-            "SLURM_SUBMIT_DIR": str(self.clone), "PYTHONPATH": str(ROOT), "GIT_CONFIG_GLOBAL": os.devnull,
-        }  # fmt: skip
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": "1",
+            "PATH": path,
+            "HOME": str(self.home),
+            "SLURM_JOB_ID": "17",
+            "SLURM_SUBMIT_DIR": str(self.clone),
+            "PYTHONPATH": str(ROOT),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+        }
         git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-c", "init.defaultBranch=m"]
         for words in (["init", "--quiet"], ["add", "-A"], ["commit", "--quiet", "-m", "all"]):
             self.run(shlex.join([*git, *words]))
 
     def run(self, command, env=None):
         result = subprocess.run(
-            ["bash", "-c", command], cwd=self.clone, env={**self.env, **(env or {})}, text=True, timeout=self.limit,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
+            ["bash", "-c", command],
+            cwd=self.clone,
+            env={**self.env, **(env or {})},
+            text=True,
+            timeout=self.limit,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
         assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}"
         return result.stdout
 
@@ -357,7 +394,9 @@ class Reader:
     def started(self):
         """The words of every `python -m qlog.main` so far."""
         file = self.folder / "started"
-        words = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        words = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
         return [w for w in words if w[:2] == ["-m", "qlog.main"]]
 
     def ended(self):
@@ -368,7 +407,11 @@ class Reader:
         """Runs a printed command; what was submitted runs, too."""
         words = shlex.split(command)
         reason = next((why for start, why in NOT_RUN.items() if command.startswith(start)), "")
-        if words[0].startswith("launch/") and words[0] not in ("launch/install", "launch/test", "launch/quickstart"):
+        if words[0].startswith("launch/") and words[0] not in (
+            "launch/install",
+            "launch/test",
+            "launch/quickstart",
+        ):
             at = words.index("--") if "--" in words else len(words)
             dry = self.run(f"{_joined(words[:at])} --dry-run {_joined(words[at:])}")
             if words[0] == "launch/sweep" and "--status" not in words:
@@ -409,9 +452,13 @@ def _joined(words):
 def qlog_flags(command):
     """The flags that a command hands to qlog.main on some host; [] where it starts none."""
     words = shlex.split(command)
-    if words[0] in ("launch/gke", "launch/slurm", "launch/gcluster", "launch/xpk", "launch/skypilot") or (
-        words[:2] == ["launch/tpu_vm", "run"]
-    ):
+    if words[0] in (
+        "launch/gke",
+        "launch/slurm",
+        "launch/gcluster",
+        "launch/xpk",
+        "launch/skypilot",
+    ) or (words[:2] == ["launch/tpu_vm", "run"]):
         flags = words[words.index("--") + 1 :]
         return [] if flags[:1] == ["-m"] else flags
     return []
@@ -429,7 +476,7 @@ def bucket(monkeypatch):
     """gs://B of the documents, on loopback."""
     server = create_server("localhost", 0, in_memory=True, default_bucket="B")
     server.start()
-    address = "http://localhost:{}".format(server._api._httpd.server_address[1])
+    address = f"http://localhost:{server._api._httpd.server_address[1]}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     yield

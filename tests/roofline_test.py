@@ -52,7 +52,8 @@ ENTRY %main (x: bf16[64,32], w: bf16[28,32,48]) -> bf16[64,32] {
 
 
 @pytest.mark.parametrize(
-    "first, note, trips", [(0, "", 28), (3, "", 25), (0, ', backend_config={"known_trip_count":{"n":"7"}}', 7)]
+    "first, note, trips",
+    [(0, "", 28), (3, "", 25), (0, ', backend_config={"known_trip_count":{"n":"7"}}', 7)],
 )
 def test_a_loop_counts_as_often_as_it_runs(first, note, trips):
     cost = Module(_LOOPS.replace("FIRST", str(first)).replace(" NOTE", note)).cost()
@@ -67,7 +68,9 @@ def test_a_loop_counts_as_often_as_it_runs(first, note, trips):
 
 def test_a_loop_that_the_data_end_counts_as_often_as_one_says():
     text = _LOOPS.replace("FIRST", "0").replace(" NOTE", "")
-    text = text.replace("ROOT %less", "%less").replace("direction=LT", "direction=LT\n  ROOT %both = pred[] and(%less, %less)")
+    text = text.replace("ROOT %less", "%less").replace(
+        "direction=LT", "direction=LT\n  ROOT %both = pred[] and(%less, %less)"
+    )
     once = 2 * 64 * 32 * 48
     assert Module(text).cost().flops == 28 * once  # the weights, one layer at a time, to their end
     assert Module(text).cost(lambda sweep: sweep.blocks / 2).flops == 14 * once
@@ -76,12 +79,28 @@ def test_a_loop_that_the_data_end_counts_as_often_as_one_says():
 @pytest.mark.parametrize(
     "line, kind, sent",
     [
-        ("bf16[8,128]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}", "all-gather", 64 * 128 * 2),
-        ("f32[8,128]{1,0} reduce-scatter(%x), replica_groups=[2,8]<=[16]", "reduce-scatter", 64 * 128 * 2 * 7 / 8),
-        ("bf16[64,128]{1,0} collective-permute(%x), source_target_pairs={{0,1}}", "collective-permute", 64 * 128 * 2),
-        ("bf16[64,128]{1,0} all-to-all(%x), replica_groups=mesh['a'=8] {'a':(2)4}", "all-to-all", 64 * 128 * 2 * 3 / 4),
+        (
+            "bf16[8,128]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}",
+            "all-gather",
+            64 * 128 * 2,
+        ),
+        (
+            "f32[8,128]{1,0} reduce-scatter(%x), replica_groups=[2,8]<=[16]",
+            "reduce-scatter",
+            64 * 128 * 2 * 7 / 8,
+        ),
+        (
+            "bf16[64,128]{1,0} collective-permute(%x), source_target_pairs={{0,1}}",
+            "collective-permute",
+            64 * 128 * 2,
+        ),
+        (
+            "bf16[64,128]{1,0} all-to-all(%x), replica_groups=mesh['a'=8] {'a':(2)4}",
+            "all-to-all",
+            64 * 128 * 2 * 3 / 4,
+        ),
     ],
-)  # fmt: skip
+)
 def test_bytes_that_a_chip_sends(line, kind, sent):
     text = f"ENTRY %main (x: bf16[64,128]) -> bf16[8,128] {{\n  %x = bf16[64,128]{{1,0}} parameter(0)\n  ROOT %y = {line}\n}}"
     assert Module(text).cost().sent == {kind: sent}
@@ -101,7 +120,9 @@ def test_a_kernel_counts_as_it_says(slice_, flops):
     mapped = jax.shard_map(double, mesh=slice_, in_specs=spec, out_specs=spec, check_vma=False)
     cost = _compiled(mapped, slice_, (64, 128), spec=(("data", "fsdp", "tensor"),))
     own = 2 * 16 * 128 * 2
-    assert cost == Cost(12345.0, 6789.0, {}) if flops else cost == Cost(0.0, own, {}, is_whole=False)
+    assert (
+        cost == Cost(12345.0, 6789.0, {}) if flops else cost == Cost(0.0, own, {}, is_whole=False)
+    )
     assert (cost.plus(Cost(), 3).is_whole, Cost().plus(cost).is_whole) == (bool(flops),) * 2
 
 
@@ -141,14 +162,21 @@ def test_matrix_products_as_a_tpu_writes_them(slice_, equation, a, b, flops):
 def test_a_models_flops_are_those_counted_by_hand(slice_):
     """Six layers in a loop, two prompts over two chips, heads over two more."""
     shape = models.DecoderConfig(
-        vocab_size=256, num_layers=6, width=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=256
+        vocab_size=256,
+        num_layers=6,
+        width=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_width=256,
     )
     policy = tiny.Policy(shape, 255, jnp.bfloat16, False, slice_)
     shapes = models.shapes(shape)
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        shapes, sharding.tree_shardings(slice_, shapes),
-    )  # fmt: skip
+        shapes,
+        sharding.tree_shardings(slice_, shapes),
+    )
     rows = sharding.batch_sharding(slice_)
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32, sharding=rows)
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=rows)

@@ -18,7 +18,9 @@ print(jax.jit(lambda x: 3 * x)(14))
 
 
 def test_a_restart_compiles_nothing_not_even_what_is_quick(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))
+    }
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(_ROOT)}
 
     def programs():
@@ -58,19 +60,28 @@ def test_a_bucket_keeps_compiled_programs(tmp_path):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_PERS")} | {
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{emulator._api._httpd.server_address[1]}",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            "JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla", "PYTHONPATH": str(_ROOT),
-        }  # fmt: skip
+            "JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla",
+            "PYTHONPATH": str(_ROOT),
+        }
 
         def output(program, **more):
             command = [sys.executable, "-c", program]
             return subprocess.run(
-                command, env=environment | more, text=True, check=True, stdout=subprocess.PIPE,
+                command,
+                env=environment | more,
+                text=True,
+                check=True,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-            ).stdout  # fmt: skip
+            ).stdout
 
         assert output(_SETTINGS).split() == ["gs://bucket/xla", "1.0"]
-        missing = output(_SETTINGS, JAX_COMPILATION_CACHE_DIR="gs://none/xla", XDG_CACHE_HOME=str(tmp_path))
-        assert missing.startswith("qlog: JAX_COMPILATION_CACHE_DIR=gs://none/xla cannot be used (FileNotFound")
+        missing = output(
+            _SETTINGS, JAX_COMPILATION_CACHE_DIR="gs://none/xla", XDG_CACHE_HOME=str(tmp_path)
+        )
+        assert missing.startswith(
+            "qlog: JAX_COMPILATION_CACHE_DIR=gs://none/xla cannot be used (FileNotFound"
+        )
         assert missing.split()[-2:] == [f"{tmp_path}/qlog/xla", "0.0"]
         every = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         assert output(_HITS, **every).split() == ["42", "0"]

@@ -40,7 +40,11 @@ def drawn():
 def _each(drawn):
     tree, prompts, _, rollouts, _ = drawn
     for b, m in np.ndindex(rollouts.lengths.shape):
-        yield tree, prompts.tokens[b, : prompts.lengths[b]], jax.tree.map(lambda x: x[b, m], rollouts)
+        yield (
+            tree,
+            prompts.tokens[b, : prompts.lengths[b]],
+            jax.tree.map(lambda x: x[b, m], rollouts),
+        )
 
 
 def test_decode_with_caches_equals_the_full_forward(drawn):
@@ -49,7 +53,9 @@ def test_decode_with_caches_equals_the_full_forward(drawn):
         n = int(one.lengths)
         expected = tiny.full_log_probs(tree, prompt, one.tokens[:n])
         mask = np.array(one.is_sampled[:n])
-        np.testing.assert_allclose(np.array(one.log_probs[:n])[mask], np.array(expected)[mask], atol=1e-4)
+        np.testing.assert_allclose(
+            np.array(one.log_probs[:n])[mask], np.array(expected)[mask], atol=1e-4
+        )
         assert not np.array(one.log_probs[:n])[~mask].any()
         compared += mask.sum()
     assert compared > 100
@@ -107,7 +113,9 @@ def test_stopping_at_the_thinking_end_gives_the_same_rationales(drawn):
 def _same(one, other, rows=slice(None)):
     np.testing.assert_array_equal(one[0].tokens, other[0].tokens[rows])
     for name in ("lengths", "rationale_lengths", "forced", "ended_early", "complete", "is_sampled"):
-        np.testing.assert_array_equal(getattr(one[0], name), getattr(other[0], name)[rows], err_msg=name)
+        np.testing.assert_array_equal(
+            getattr(one[0], name), getattr(other[0], name)[rows], err_msg=name
+        )
     np.testing.assert_allclose(one[0].log_probs, other[0].log_probs[rows], atol=1e-5)
     np.testing.assert_allclose(one[1], other[1][rows], rtol=1e-5)
 
@@ -120,7 +128,9 @@ def test_samples_do_not_depend_on_the_batch_or_on_waves(drawn):
     _same(_sample(tree, prompts, keys, prompts_per_wave=1), whole)
 
 
-def test_a_shrinking_pool_gives_the_same_rollouts_and_compiles_once(drawn, compilations, monkeypatch):
+def test_a_shrinking_pool_gives_the_same_rollouts_and_compiles_once(
+    drawn, compilations, monkeypatch
+):
     """Real, ragged lengths visit the pool's sizes in any order; a rehearsal has compiled them all."""
     tree, prompts, keys, *_ = drawn
     settings = dataclasses.replace(SETTINGS, rationale_budget=70)
@@ -200,7 +210,11 @@ def test_shards_keep_their_rollouts():
 
 
 def test_smaller_pools_never_need_more_memory():
-    for prompts, rollouts, slots, prompt_slots in ((1, 32, 256, 4096), (4, 8, 2944, 512), (2, 16, 64, 1024)):
+    for prompts, rollouts, slots, prompt_slots in (
+        (1, 32, 256, 4096),
+        (4, 8, 2944, 512),
+        (2, 16, 64, 1024),
+    ):
         sizes = pool.levels(prompts, rollouts, slots, prompt_slots)
         memory = [s.blocks * (prompt_slots + s.lanes * slots) for s in sizes]
         assert max(memory) == memory[0]
@@ -212,7 +226,9 @@ def test_keys_depend_on_prompt_and_rollout_alone():
     uids = jnp.array([5, 6, 5], jnp.uint32)
     keys = jax.random.key_data(sampling.rollout_keys(key, uids, 4))
     np.testing.assert_array_equal(keys[0], keys[2])
-    np.testing.assert_array_equal(keys[:, :2], jax.random.key_data(sampling.rollout_keys(key, uids, 2)))
+    np.testing.assert_array_equal(
+        keys[:, :2], jax.random.key_data(sampling.rollout_keys(key, uids, 2))
+    )
     assert len(np.unique(keys[:2].reshape(8, -1), axis=0)) == 8
 
 
@@ -238,11 +254,14 @@ def test_draws_follow_the_softmax(temperature):
     assert not counts[40:].any()
     chi_square = ((counts[:40] - count * law[:40]) ** 2 / (count * law[:40])).sum()
     assert chi_square < 39 + 5 * np.sqrt(2 * 39)  # five standard deviations
-    np.testing.assert_allclose(log_probs[:, 0], np.log(np.maximum(law, 1e-30))[tokens[:, 0]], atol=1e-5)
+    np.testing.assert_allclose(
+        log_probs[:, 0], np.log(np.maximum(law, 1e-30))[tokens[:, 0]], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "inside"), [(3, 1.0, 4), (0, 0.6, 2), (20, 0.9, 4), (2, 0.5, 1), (0, 1e-6, 1)]
+    ("top_k", "top_p", "inside"),
+    [(3, 1.0, 4), (0, 0.6, 2), (20, 0.9, 4), (2, 0.5, 1), (0, 1e-6, 1)],
 )
 def test_truncated_draws_follow_the_renormalised_law(top_k, top_p, inside):
     law = np.array([0.05, 0.3, 0.4, 0.1, 0.1, 0.05])  # the two of 0.1 tie

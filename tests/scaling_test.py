@@ -13,7 +13,16 @@ from qlog.errors import ConfigError
 def _row(chips, interconnect, seconds=10.0, fits=True):
     phases = {"decode": 6.0, "gradient": seconds - 6.0}
     return scaling.Row(
-        f"v5e:{chips}", chips, 2 * chips, fits, seconds, phases, 8.0, 4.0, interconnect, 100.0 * chips
+        f"v5e:{chips}",
+        chips,
+        2 * chips,
+        fits,
+        seconds,
+        phases,
+        8.0,
+        4.0,
+        interconnect,
+        100.0 * chips,
     )
 
 
@@ -34,7 +43,9 @@ def test_the_conclusion_names_where_communication_dominates():
 
 def test_the_page_holds_the_table_and_what_does_not_fit():
     rows = [_row(4, 2.0), _row(16, 3.0, seconds=20.0, fits=False)]
-    page = scaling.markdown(rows, CHIPS["TPU v5 lite"], {"command": "python -m x", "versions": "jax 1"})
+    page = scaling.markdown(
+        rows, CHIPS["TPU v5 lite"], {"command": "python -m x", "versions": "jax 1"}
+    )
     assert "| 16 | v5e:16 | 32 | 20 | 6 | 14 | 8 | 4 | 3 | 100 | 0.50 |" in page
     assert "Does not fit in HBM: v5e:16." in page and "    python -m x" in page
 
@@ -42,7 +53,9 @@ def test_the_page_holds_the_table_and_what_does_not_fit():
 @pytest.mark.slow
 def test_two_slices_compare(tmp_path, capsys):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
-    config = tiny.config(mesh={"data": 1, "fsdp": -1}, loss={"name": "sft"}, train={"prompts_per_step": 4})
+    config = tiny.config(
+        mesh={"data": 1, "fsdp": -1}, loss={"name": "sft"}, train={"prompts_per_step": 4}
+    )
     config.architecture.num_layers = 1
     config.rollout.rollouts_per_prompt = 1
     assert commands.run("compile", config, tmp_path, topology="v5e:2x2,v5e:4x4") == 0
@@ -51,6 +64,8 @@ def test_two_slices_compare(tmp_path, capsys):
     assert 0 < saved["rows"][0]["interconnect"] < saved["rows"][1]["interconnect"]
     assert saved["config"]["train"]["prompts_per_step"] == 4 and saved["chip"]["flops"] == 197e12
     assert (tmp_path / "weak_scaling.md").read_text() in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="v5e:2x4 is 8 x TPU v5 lite, no multiple of v5e:4x4, 16 x"):
+    with pytest.raises(
+        ConfigError, match="v5e:2x4 is 8 x TPU v5 lite, no multiple of v5e:4x4, 16 x"
+    ):
         scaling.measure(config, ["v5e:4x4", "v5e:2x4"])
     assert aot.step_tokens(config) == 4 * 4

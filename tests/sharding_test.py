@@ -20,9 +20,11 @@ CLOSE = dict(rtol=1e-4, atol=1e-5)
 def _config(**mesh):
     config = tiny.config(
         train={"steps": 1, "prompts_per_step": 8, "rollouts_prompts": 8},
-        loss=qconfig.loss(tiny.graded_garl, q=0.75), optimizer={"eps": 1e-3}, mesh=mesh,
+        loss=qconfig.loss(tiny.graded_garl, q=0.75),
+        optimizer={"eps": 1e-3},
+        mesh=mesh,
         evaluation={"prompts_per_batch": 1},
-    )  # fmt: skip
+    )
     config.architecture.num_layers = 1
     return config
 
@@ -42,7 +44,8 @@ def one_device(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "mesh",
-    [pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}], ids=str,
+    [pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=str,
 )
 def test_a_mesh_gives_the_numbers_of_one_device(one_device, mesh, tmp_path):
     samples, metrics, params = one_device
@@ -54,7 +57,9 @@ def test_a_mesh_gives_the_numbers_of_one_device(one_device, mesh, tmp_path):
     assert {"loss", "log_p", "reward", "grad_norm", "mismatch"} <= set(metrics)
     for name in [n for n in metrics if n not in ("phase", "compilations") and "/" not in n]:
         np.testing.assert_allclose(sharded_metrics[name], metrics[name], **CLOSE, err_msg=name)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharded_params)):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharded_params)
+    ):
         np.testing.assert_allclose(b, a, **CLOSE, err_msg=str(path))
 
 
@@ -74,7 +79,9 @@ def test_an_update_keeps_everything_in_its_place():
 
 
 def test_a_mesh_that_does_not_fit_is_named():
-    with pytest.raises(ConfigError, match="mesh.data=3, mesh.fsdp=1, mesh.tensor=1 does not fit the 8"):
+    with pytest.raises(
+        ConfigError, match="mesh.data=3, mesh.fsdp=1, mesh.tensor=1 does not fit the 8"
+    ):
         sharding.make_mesh(3, 1, 1)
     with pytest.raises(ConfigError, match="at most one may be -1"):
         sharding.make_mesh(-1, -1, 1)
@@ -84,7 +91,9 @@ def test_caches_are_split_over_prompts_and_heads_from_the_start():
     """Zeros know no mesh: left to the compiler, every device would hold every rollout's cache."""
     policy = dataclasses.replace(tiny.POLICY, mesh=sharding.make_mesh(2, 2, 2))
     prompts = sharding.put_batch(policy.mesh, np.full((8, 6), 7, np.int32))
-    lengths, uids = sharding.put_batch(policy.mesh, (np.full(8, 5, np.int32), np.arange(8, dtype=np.uint32)))
+    lengths, uids = sharding.put_batch(
+        policy.mesh, (np.full(8, 5, np.int32), np.arange(8, dtype=np.uint32))
+    )
     keys = sampling.rollout_keys(jax.random.key(0), uids, 4)
     settings = sampling.Sampling(4, 4, closing=(3,), eos=(2,), pad=0)
     params = models.init(policy.config, jax.random.key(0))

@@ -25,16 +25,26 @@ TABLES = sorted((LAUNCH / "tables").glob("*.txt"))
 
 
 def environment(**values):
-    return {**os.environ, "QLOG_SWEEP_SECONDS": str(TICK), "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            **values}  # fmt: skip
+    return {
+        **os.environ,
+        "QLOG_SWEEP_SECONDS": str(TICK),
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        **values,
+    }
 
 
 def sweep(*options, code=0, env=None):
     """launch/sweep's output; the exit code has to be the expected one."""
     result = subprocess.run(
-        [str(word) for word in (LAUNCH / "sweep", *options)], capture_output=True, text=True, cwd=ROOT,
-        check=False, env=env or environment(), timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        [str(word) for word in (LAUNCH / "sweep", *options)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env=env or environment(),
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
     assert result.returncode == code, f"{result.returncode}: {result.stdout}{result.stderr}"
     return result.stdout + result.stderr
 
@@ -67,7 +77,7 @@ def bucket():
 
     server = create_server("localhost", 0, in_memory=True, default_bucket="bucket")
     server.start()
-    address = "http://localhost:{}".format(server._api._httpd.server_address[1])
+    address = f"http://localhost:{server._api._httpd.server_address[1]}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", address)
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -81,15 +91,21 @@ SLURM = ["--", LAUNCH / "slurm", "--gpus-per-node=8"]
 
 
 @pytest.mark.parametrize(
-    "cluster", [{"b": ["fail", "finish"], "c": ["settings"], "d": ["fail"], "e": ["pause"]}], indirect=True
+    "cluster",
+    [{"b": ["fail", "finish"], "c": ["settings"], "d": ["fail"], "e": ["pause"]}],
+    indirect=True,
 )
 def test_submitted_runs_are_waited_for_and_retried_and_never_too_many_live(tmp_path, cluster):
     runs, workdir = table(tmp_path, *"abcde"), f"--workdir={tmp_path}/w"
     output = sweep(runs, workdir, "--parallel=2", "--retries=1", *SLURM, code=1, env=cluster.env)
     assert cluster.most == 2
     assert {name: len(tries) for name, tries in cluster.commands.items()} == {
-        "a": 1, "b": 2, "c": 1, "d": 2, "e": 1
-    }  # fmt: skip
+        "a": 1,
+        "b": 2,
+        "c": 1,
+        "d": 2,
+        "e": 1,
+    }
     outcome = summary(output, 5)
     assert outcome["a"] == outcome["b"] == outcome["e"] == "ok"
     assert outcome["c"] == "failed: config.loss.q = 7 is too large."
@@ -127,9 +143,12 @@ def test_a_jobset_that_failed_is_made_again_in_a_bucket(tmp_path, cluster, bucke
 def test_interrupted_it_says_what_goes_on_and_is_taken_up(tmp_path, cluster):
     call = [table(tmp_path, "a", "b", "c"), f"--workdir={tmp_path}/w", "--parallel=2", *SLURM]
     first = subprocess.Popen(
-        [str(word) for word in (LAUNCH / "sweep", *call)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        [str(word) for word in (LAUNCH / "sweep", *call)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         env=cluster.env,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 60
     while len(cluster.commands) < 2 and time.monotonic() < deadline:
         time.sleep(TICK)
@@ -184,17 +203,21 @@ def test_exit_codes_decide_what_is_tried_again(tmp_path):
     runs = table(tmp_path, "good", "bad", "flaky", "lost")
     output = sweep(runs, f"--workdir={tmp_path}/w/", "--retries=2", "--", program(tmp_path), code=1)
     assert summary(output, 4) == {
-        "good": "ok", "bad": "failed: exit code 3 (training went wrong)", "flaky": "ok",
+        "good": "ok",
+        "bad": "failed: exit code 3 (training went wrong)",
+        "flaky": "ok",
         "lost": "failed: exit code 1",
-    }  # fmt: skip
+    }
     counts = {path.name: tries(path) for path in (tmp_path / "w").iterdir()}
     assert counts == {"good": 1, "bad": 1, "flaky": 2, "lost": 3}
 
 
 def test_several_at_a_time_share_the_terminal_line_by_line(tmp_path):
     file = tmp_path / "local"
-    file.write_text('#!/bin/sh\nfor w; do case $w in --workdir=*) d=${w#*=} ;; esac; done\n'
-                    'echo hello\nmkdir -p "$d"; echo {} >"$d/results.json"\n')  # fmt: skip
+    file.write_text(
+        "#!/bin/sh\nfor w; do case $w in --workdir=*) d=${w#*=} ;; esac; done\n"
+        'echo hello\nmkdir -p "$d"; echo {} >"$d/results.json"\n'
+    )
     file.chmod(0o755)
     output = sweep(table(tmp_path, "a", "b"), f"--workdir={tmp_path}/w", "--parallel=2", "--", file)
     assert "[a] hello" in output and "[b] hello" in output
@@ -204,11 +227,19 @@ def test_flags_for_all_runs_and_seeds_keep_their_quotes(tmp_path):
     text = """it's "so" $HOME; *"""
     shared = shlex.join([f"--config.rollout.closing_text={text}"])
     output = sweep(
-        table(tmp_path, "a"), f"--workdir={tmp_path}/w", "--seeds=0,1", f"--flags={shared}", "--dry-run"
+        table(tmp_path, "a"),
+        f"--workdir={tmp_path}/w",
+        "--seeds=0,1",
+        f"--flags={shared}",
+        "--dry-run",
     )
     commands = [shlex.split(line) for line in output.splitlines()]
     assert [command[-3:] for command in commands] == [
-        [f"--config.rollout.closing_text={text}", f"--config.seed={seed}", f"--workdir={tmp_path}/w/a-{seed}"]
+        [
+            f"--config.rollout.closing_text={text}",
+            f"--config.seed={seed}",
+            f"--workdir={tmp_path}/w/a-{seed}",
+        ]
         for seed in (0, 1)
     ]
 
@@ -218,7 +249,9 @@ def test_finished_with_other_flags_is_refused(tmp_path):
     sweep(table(tmp_path, "a"), *call)
     other = table(tmp_path, "a", flags="--config=configs/quickstart.py --config.optimizer.b2=0.5")
     assert "optimizer.b2 = 0.95, not 0.5" in sweep(other, *call, code=2)
-    cheaper = table(tmp_path, "a", flags="--config=configs/quickstart.py --config.checkpoint.every=5")
+    cheaper = table(
+        tmp_path, "a", flags="--config=configs/quickstart.py --config.checkpoint.every=5"
+    )
     assert "finished before" in sweep(cheaper, *call)
 
 
@@ -292,7 +325,10 @@ def test_tables_share_runs_and_each_has_one_name(tmp_path):
         ("--flags=--x='", "--flags: No closing quotation"),
         ("--only=x", "--only=x: the runs are a"),
         ("--flags=--workdir=x", "--workdir is the sweep's to give"),
-        ("--flags=--config.train.stepz=4", "a: --config.train.stepz=4: the config has no field 'stepz'"),
+        (
+            "--flags=--config.train.stepz=4",
+            "a: --config.train.stepz=4: the config has no field 'stepz'",
+        ),
         ("--workdir=ftp://b/w --status", "give a folder, gs://BUCKET/... or s3://BUCKET/..."),
         ("--price=1 --slice=v4:2x2", "no roofline is known there for"),
     ],
@@ -304,10 +340,21 @@ def test_mistakes_end_in_one_sentence(tmp_path, call, message):
 
 def test_slots_name_a_slice_for_each_run_at_a_time(tmp_path):
     output = sweep(
-        table(tmp_path, "a", "b", "c"), "--workdir=gs://b/w", "--parallel=2", "--dry-run", "--",
-        "launch/tpu_vm", "keep", "--name=q{slot}", "--zone=z",
-    )  # fmt: skip
-    assert [shlex.split(line)[3] for line in output.splitlines()] == ["--name=q0", "--name=q1", "--name=q0"]
+        table(tmp_path, "a", "b", "c"),
+        "--workdir=gs://b/w",
+        "--parallel=2",
+        "--dry-run",
+        "--",
+        "launch/tpu_vm",
+        "keep",
+        "--name=q{slot}",
+        "--zone=z",
+    )
+    assert [shlex.split(line)[3] for line in output.splitlines()] == [
+        "--name=q0",
+        "--name=q1",
+        "--name=q0",
+    ]
 
 
 # The price
@@ -315,10 +362,14 @@ def test_slots_name_a_slice_for_each_run_at_a_time(tmp_path):
 
 def test_the_price_is_steps_and_evaluations_times_chips():
     rooflines = cost.read_rooflines(LAUNCH / "tables/roofline.json")
-    config = settings.merge(settings.default(), {
-        "model": "Qwen/Qwen3-0.6B", "data": {"name": "finqa", "max_prompt_tokens": 4096},
-        "rollout": {"rationale_budget": 3968, "answer_reserve": 128},
-    })  # fmt: skip
+    config = settings.merge(
+        settings.default(),
+        {
+            "model": "Qwen/Qwen3-0.6B",
+            "data": {"name": "finqa", "max_prompt_tokens": 4096},
+            "rollout": {"rationale_budget": 3968, "answer_reserve": 128},
+        },
+    )
     step = cost.roofline(config, "v5e:4x4", rooflines)
     assert step == cost.Roofline(16, 112, 0.82)
     run = cost.estimate(config, "train", step)
@@ -326,9 +377,9 @@ def test_the_price_is_steps_and_evaluations_times_chips():
     assert (run.chips, run.steps, run.evaluations) == (16, 500, 10)
     assert math.isclose(run.evaluation_seconds, 10 * one)
     assert math.isclose(run.hours, (500 * 112 + 10 * one) / 3600)
-    changed = settings.merge(config, {
-        "train": {"steps": 120}, "evaluation": {"prompts": 100, "rollouts_per_prompt": 4}
-    })  # fmt: skip
+    changed = settings.merge(
+        config, {"train": {"steps": 120}, "evaluation": {"prompts": 100, "rollouts_per_prompt": 4}}
+    )
     fewer = cost.estimate(changed, "train", step)
     assert fewer.evaluations == 3  # after 50, 100 and 120 steps
     assert math.isclose(fewer.evaluation_seconds, 3 * 100 * 4 / 1024 * 0.82 * 112)
@@ -349,7 +400,9 @@ def test_rooflines_are_those_of_the_readme_and_of_a_compilation():
     config = settings.merge(settings.default(), scaling["config"])
     step = cost.roofline(config, "v5e:2x2", [scaling])
     assert step.chips == 4 and math.isclose(step.seconds, 64.9, abs_tol=0.1)
-    share = cost.roofline(settings.merge(config, {"train": {"prompts_per_step": 32}}), "v5e:4x4", [scaling])
+    share = cost.roofline(
+        settings.merge(config, {"train": {"prompts_per_step": 32}}), "v5e:4x4", [scaling]
+    )
     assert round(share.decode_share, 2) == rooflines[0]["decode_share"]
 
 
@@ -357,12 +410,20 @@ def test_the_price_of_tables_counts_shared_runs_once():
     files = ",".join(map(str, TABLES))
     output = sweep(f"--runs={files}", "--workdir=w", "--price=1.2", "--slice=v5e:4x4", "--dry-run")
     found = {
-        label.rpartition("/")[2]: (int(runs), float(hours.replace(",", "")), float(money.replace(",", "")))
-        for label, runs, hours, money in re.findall(
-            r"^(.*): (\d+) runs, ([\d,]+) h of v5e:4x4, [\d,]+ chip-hours x 1.2 = ([\d,]+)$", output, re.M
+        label.rpartition("/")[2]: (
+            int(runs),
+            float(hours.replace(",", "")),
+            float(money.replace(",", "")),
         )
-    }  # fmt: skip
-    assert found["table1.txt"][0] == 6 and found["table2.txt"][0] == 9 and found["table3.txt"][0] == 21
+        for label, runs, hours, money in re.findall(
+            r"^(.*): (\d+) runs, ([\d,]+) h of v5e:4x4, [\d,]+ chip-hours x 1.2 = ([\d,]+)$",
+            output,
+            re.M,
+        )
+    }
+    assert (
+        found["table1.txt"][0] == 6 and found["table2.txt"][0] == 9 and found["table3.txt"][0] == 21
+    )
     total = found["all, what tables share counted once"]
     assert total[0] == 31 and total[1] < sum(found[path.name][1] for path in TABLES) - 50
     assert math.isclose(total[2], total[1] * 16 * 1.2, rel_tol=0.01)

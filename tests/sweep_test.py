@@ -26,12 +26,14 @@ def swept(tmp_path_factory):
     config = tiny.config(**changes)
     config.runs = {
         "a_base": {
-            "data": {"name": "multihop_text"}, "loss": qconfig.loss("sft"),
-            "rollout": {"rollouts_per_prompt": 1}, "evaluation": {"every": 0},
+            "data": {"name": "multihop_text"},
+            "loss": qconfig.loss("sft"),
+            "rollout": {"rollouts_per_prompt": 1},
+            "evaluation": {"every": 0},
         },
         "b_garl": {"init_from": "a_base"},
         "c_paft": {"init_from": "b_garl", "loss": qconfig.loss("paft", q=0.75)},
-    }  # fmt: skip
+    }
     sweep.run(config, workdir, ONE)
     return config, workdir
 

@@ -36,11 +36,14 @@ def gpus(nodes, per_node=8, one_process_each=True):
     """Stand-ins for the devices of GPU nodes, as JAX describes them: a node is a slice."""
     return [
         Device(
-            id=i, platform="gpu", device_kind="NVIDIA H100 80GB HBM3", slice_index=i // per_node,
+            id=i,
+            platform="gpu",
+            device_kind="NVIDIA H100 80GB HBM3",
+            slice_index=i // per_node,
             process_index=i if one_process_each else i // per_node,
         )
         for i in range(nodes * per_node)
-    ]  # fmt: skip
+    ]
 
 
 def tpus(shape, slices=1, kind="TPU v6 lite", per_host=(2, 2, 1)):
@@ -49,11 +52,21 @@ def tpus(shape, slices=1, kind="TPU v6 lite", per_host=(2, 2, 1)):
     for index in range(slices):
         for place in itertools.product(*map(range, reversed(shape))):
             coords = place[::-1]
-            host = sum(c // h * 100**i for i, (c, h) in enumerate(zip(coords, per_host, strict=True)))
-            found.append(Device(
-                id=len(found), platform="tpu", device_kind=kind, slice_index=index, coords=list(coords),
-                core_on_chip=0, process_index=index * 10**6 + host, num_cores=1,
-            ))  # fmt: skip
+            host = sum(
+                c // h * 100**i for i, (c, h) in enumerate(zip(coords, per_host, strict=True))
+            )
+            found.append(
+                Device(
+                    id=len(found),
+                    platform="tpu",
+                    device_kind=kind,
+                    slice_index=index,
+                    coords=list(coords),
+                    core_on_chip=0,
+                    process_index=index * 10**6 + host,
+                    num_cores=1,
+                )
+            )
     return found
 
 
@@ -95,8 +108,18 @@ def test_the_papers_configs_run_on_gpu_nodes(nodes, name):
     assert dict(found.shape) == {"data": nodes, "fsdp": 8 // tensor, "tensor": tensor}
 
 
-@pytest.mark.parametrize("shape, slices", [((2, 4, 1), 1), ((4, 4, 1), 1), ((4, 4, 1), 2), ((4, 4, 1), 4),
-                                           ((8, 8, 1), 1), ((16, 16, 1), 1)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, slices",
+    [
+        ((2, 4, 1), 1),
+        ((4, 4, 1), 1),
+        ((4, 4, 1), 2),
+        ((4, 4, 1), 4),
+        ((8, 8, 1), 1),
+        ((16, 16, 1), 1),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_papers_configs_run_on_8_to_256_chips_with_one_flag(shape, slices, name):
     config, devices = get_config(name), tpus(shape, slices)
@@ -109,8 +132,19 @@ def test_the_papers_configs_run_on_8_to_256_chips_with_one_flag(shape, slices, n
     assert found.shape["data"] == slices
 
 
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:2x4", "v6e:4x4", "v6e:8x8", "v5p:2x2x2", "v5p:4x4x4",
-                                      "tpu7x:2x2x1", "tpu7x:4x4x4"])  # fmt: skip
+@pytest.mark.parametrize(
+    "topology",
+    [
+        "v5e:4x4",
+        "v6e:2x4",
+        "v6e:4x4",
+        "v6e:8x8",
+        "v5p:2x2x2",
+        "v5p:4x4x4",
+        "tpu7x:2x2x1",
+        "tpu7x:4x4x4",
+    ],
+)
 def test_every_mesh_on_real_topologies(topology):
     """As the TPU compiler describes them: one to four slices, tensor groups of 1 to 8."""
     pytest.importorskip("libtpu", reason="no TPU compiler: launch/install tpu")
@@ -124,11 +158,17 @@ def test_every_mesh_on_real_topologies(topology):
         assert "mesh.tensor=3" in refused
 
 
-@pytest.mark.parametrize("topology, name, model, tensor, prompts", [
-    ("v5e:4x4", "finqa", "", 0, 0), ("v5e:4x4", "hotpotqa", "", 0, 0), ("v6e:2x4", "finqa", "", 0, 0),
-    ("v6e:4x4", "finqa", "", 0, 0), ("v5p:4x4x4", "hotpotqa", "Qwen/Qwen3-8B", 4, 0),
-    ("v5p:8x8x8", "hotpotqa", "Qwen/Qwen3-32B", 8, 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "topology, name, model, tensor, prompts",
+    [
+        ("v5e:4x4", "finqa", "", 0, 0),
+        ("v5e:4x4", "hotpotqa", "", 0, 0),
+        ("v6e:2x4", "finqa", "", 0, 0),
+        ("v6e:4x4", "finqa", "", 0, 0),
+        ("v5p:4x4x4", "hotpotqa", "Qwen/Qwen3-8B", 4, 0),
+        ("v5p:8x8x8", "hotpotqa", "Qwen/Qwen3-32B", 8, 64),
+    ],
+)
 def test_rows_of_the_readme(topology, name, model, tensor, prompts):
     """128 hosts share 64 prompts: a batch need not be a multiple of the processes."""
     pytest.importorskip("libtpu", reason="no TPU compiler: launch/install tpu")
@@ -164,7 +204,9 @@ def test_rows_follow_from_the_mesh_whatever_axis_spans_processes(sizes, monkeypa
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         everywhere = place.devices_indices_map((16,))
         mine = {d: i for d, i in everywhere.items() if d.process_index == process}
-        monkeypatch.setattr(type(place), "addressable_devices_indices_map", lambda self, shape, mine=mine: mine)
+        monkeypatch.setattr(
+            type(place), "addressable_devices_indices_map", lambda self, shape, mine=mine: mine
+        )
         held.append(sharding.held_rows(mesh, 16).tolist())
         owned.append(sharding.owned_rows(mesh, 16).tolist())
     assert sorted(sum(owned, [])) == list(range(16))

@@ -46,10 +46,24 @@ def test_a_run_leaves_everything_behind(six_steps):
     trained = [row for row in rows if row["phase"] == "train"]
     assert [row["step"] for row in trained] == list(range(6))
     gauges = {
-        "loss", "log_p", "effective_reward", "q", "ess", "no_signal", "budget_hits", "ended_early",
-        "mismatch", "mismatch_max", "mult_prob_error", "skipped_updates", "grad_norm",
-        "tokens_per_s/decode", "decode_waste", "tokens_per_s/train", "seconds/train",
-    }  # fmt: skip
+        "loss",
+        "log_p",
+        "effective_reward",
+        "q",
+        "ess",
+        "no_signal",
+        "budget_hits",
+        "ended_early",
+        "mismatch",
+        "mismatch_max",
+        "mult_prob_error",
+        "skipped_updates",
+        "grad_norm",
+        "tokens_per_s/decode",
+        "decode_waste",
+        "tokens_per_s/train",
+        "seconds/train",
+    }
     assert gauges <= set(trained[0])
     assert all(row["mismatch_max"] < 1e-4 for row in trained)
     assert [row["step"] for row in rows if row["phase"] == "validation"] == [2, 5]
@@ -90,7 +104,11 @@ def test_three_and_three_steps_equal_six_bit_for_bit(six_steps, tmp_path):
 
 def test_a_run_does_not_resume_under_another_config(six_steps):
     config, workdir, _ = six_steps
-    for changes in ({"loss": qconfig.loss("garl", q=0.5)}, {"seed": 1}, {"train": {"prompts_per_step": 2}}):
+    for changes in (
+        {"loss": qconfig.loss("garl", q=0.5)},
+        {"seed": 1},
+        {"train": {"prompts_per_step": 2}},
+    ):
         with pytest.raises(ConfigError, match="differs from the run in --workdir"):
             train.run(qconfig.merge(config, changes), workdir, ONE)
 
@@ -115,13 +133,17 @@ train.run(tiny.config(train={"steps": 100_000}, checkpoint={"every": 100_000}), 
 def test_a_signal_saves_and_exits_cleanly_and_the_run_resumes(number, tmp_path, compilation_cache):
     here = pathlib.Path(__file__).parent
     environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": compilation_cache,
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": compilation_cache,
         "PYTHONPATH": str(here.parent),
-    }  # fmt: skip
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", _KILLED, str(here), str(tmp_path)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.monotonic() + 240
     while process.poll() is None and len(read_jsonl(tmp_path / "metrics.jsonl")) < 1:
         assert time.monotonic() < deadline
@@ -151,9 +173,18 @@ def _peek(process) -> str:
 
 
 SETTINGS = {
-    "garl": {}, "paft": {}, "grpo": {"kl_weight": 0.1}, "rloo": {}, "star": {}, "maxrl": {},
-    "sft": {}, "iwae": {}, "trice": {}, "rb_rloo": {}, "rb_reinforce": {},
-}  # fmt: skip
+    "garl": {},
+    "paft": {},
+    "grpo": {"kl_weight": 0.1},
+    "rloo": {},
+    "star": {},
+    "maxrl": {},
+    "sft": {},
+    "iwae": {},
+    "trice": {},
+    "rb_rloo": {},
+    "rb_reinforce": {},
+}
 
 
 def test_every_recipe_has_a_run():
@@ -184,7 +215,9 @@ def test_several_updates_from_one_batch_train_on_every_prompt(tmp_path):
     rows = [read_jsonl(tmp_path / d / "metrics.jsonl")[0] for d in ("once", "twice")]
     assert rows[0]["log_p"] == rows[1]["log_p"]
     different = jax.tree.map(
-        lambda a, b: np.abs(a - b).max(), _params(once, tmp_path / "once"), _params(twice, tmp_path / "twice")
+        lambda a, b: np.abs(a - b).max(),
+        _params(once, tmp_path / "once"),
+        _params(twice, tmp_path / "twice"),
     )
     assert max(jax.tree.leaves(different)) > 1e-3
 
@@ -198,9 +231,11 @@ def test_a_loss_composed_by_the_user_trains(tmp_path):
 
 def _composed(scale):
     transform = losses.chain(
-        losses.garl(0.75), losses.normalize_by_bound(0.75), losses.clip_coefficients(scale),
+        losses.garl(0.75),
+        losses.normalize_by_bound(0.75),
+        losses.clip_coefficients(scale),
         losses.zero_pathwise(),
-    )  # fmt: skip
+    )
     return losses.Estimator(transform=transform, surrogate=losses.linear())
 
 

@@ -12,9 +12,13 @@ from ml_collections import config_flags
 from qlog import command_line, runtime
 from qlog.benchmark.report import report
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with variants after a colon.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with variants after a colon."
+)
 _PROMPT = flags.DEFINE_integer("prompt", 0, "Prompt tokens; 0 is data.max_prompt_tokens.")
-_RATIONALE = flags.DEFINE_integer("rationale", 0, "Rationale tokens; 0 is rollout.rationale_budget.")
+_RATIONALE = flags.DEFINE_integer(
+    "rationale", 0, "Rationale tokens; 0 is rollout.rationale_budget."
+)
 _ANSWER = flags.DEFINE_integer("answer", 16, "Gold answer tokens.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats; their median counts.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the numbers.")
@@ -24,12 +28,19 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
+        raise app.UsageError(
+            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
+        )
     runtime.set_up()
     report(
-        _CONFIG.value, prompt=_PROMPT.value, rationale=_RATIONALE.value, answer=_ANSWER.value,
-        repeats=_REPEATS.value, out=_OUT.value, profile=_PROFILE.value,
-    )  # fmt: skip
+        _CONFIG.value,
+        prompt=_PROMPT.value,
+        rationale=_RATIONALE.value,
+        answer=_ANSWER.value,
+        repeats=_REPEATS.value,
+        out=_OUT.value,
+        profile=_PROFILE.value,
+    )
 
 
 if __name__ == "__main__":

@@ -22,20 +22,36 @@ from typing import NamedTuple
 
 SIZES = {
     "tiny": {
-        "num_layers": 4, "width": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64,
-        "mlp_width": 768, "vocab_size": 4096,
+        "num_layers": 4,
+        "width": 256,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "mlp_width": 768,
+        "vocab_size": 4096,
     },
     "small": {
-        "num_layers": 8, "width": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64,
-        "mlp_width": 1536, "vocab_size": 32768,
+        "num_layers": 8,
+        "width": 512,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "mlp_width": 1536,
+        "vocab_size": 32768,
     },
-}  # fmt: skip
+}
 TABLE = (
-    "train:tiny:4x8:256+128", "train:small:4x8:256+128", "train:tiny:2x16:1024+64",
-    "train:small:1x16:1024+64", "rollouts:tiny:4x8:256+128", "rollouts:small:4x8:256+128",
-    "rollouts:tiny:2x16:1024+64", "rollouts:small:1x16:1024+64", "score:tiny:2x16:1024+64",
+    "train:tiny:4x8:256+128",
+    "train:small:4x8:256+128",
+    "train:tiny:2x16:1024+64",
+    "train:small:1x16:1024+64",
+    "rollouts:tiny:4x8:256+128",
+    "rollouts:small:4x8:256+128",
+    "rollouts:tiny:2x16:1024+64",
+    "rollouts:small:1x16:1024+64",
+    "score:tiny:2x16:1024+64",
     "score:small:4x8:256+128",
-)  # fmt: skip
+)
 _ANSWER = 16  # tokens of the gold answer in `score`
 PART = 4  # rollouts that both train on at a time, where all at once would not fit
 
@@ -69,14 +85,17 @@ def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict:
     import jax.numpy as jnp
 
     from qlog import models
-    from qlog.benchmark import measure, work as phases
+    from qlog.benchmark import measure
+    from qlog.benchmark import work as phases
     from qlog.policy import Policy
 
     config = models.huggingface.read_config(weights)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = jax.tree.map(lambda x: place, models.shapes(config))
     params = models.huggingface.load(weights, config, dtype=jnp.float32, shardings=places)
-    policy = Policy(config, config.vocab_size, remat=remat or ("dots" if in_parts(work) else "none"))
+    policy = Policy(
+        config, config.vocab_size, remat=remat or ("dots" if in_parts(work) else "none")
+    )
     answer = _ANSWER if work.kind == "score" else 0
     size = phases.Size(work.prompts, work.rollouts, work.prompt, work.new, max(1, answer))
     if work.kind == "train":
@@ -99,9 +118,12 @@ def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict:
             fresh = measure.repeat(every["score_fresh"].call, repeats)
             check = {"fresh_median": fresh.median}
     return {
-        **times._asdict(), **check, "tokens": phase.tokens, "needed_flops": phase.need.flops,
+        **times._asdict(),
+        **check,
+        "tokens": phase.tokens,
+        "needed_flops": phase.need.flops,
         "versions": f"jax {jax.__version__}",
-    }  # fmt: skip
+    }
 
 
 def write_weights(size: str, folder: pathlib.Path) -> None:
@@ -110,7 +132,9 @@ def write_weights(size: str, folder: pathlib.Path) -> None:
     from qlog import models
 
     config = models.DecoderConfig(**SIZES[size])
-    models.huggingface.export(models.init(config, jax.random.key(0)), config, folder, dtype="float32")
+    models.huggingface.export(
+        models.init(config, jax.random.key(0)), config, folder, dtype="float32"
+    )
 
 
 # ---- Its peers ----
@@ -122,7 +146,8 @@ def run_torch(work: Work, weights: str, repeats: int) -> dict:
     import transformers
 
     from qlog import models
-    from qlog.benchmark import measure, work as phases
+    from qlog.benchmark import measure
+    from qlog.benchmark import work as phases
     from qlog.policy import Policy
 
     transformers.logging.set_verbosity_error()
@@ -130,7 +155,7 @@ def run_torch(work: Work, weights: str, repeats: int) -> dict:
     size = phases.Size(work.prompts, work.rollouts, work.prompt, work.new - 1, 1)
     batch = phases.make_batch(Policy(config, config.vocab_size), size)
     model = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
-    as_tensor = lambda x: torch.from_numpy(np.array(x)).long()  # noqa: E731
+    as_tensor = lambda x: torch.from_numpy(np.array(x)).long()
     prompts = as_tensor(batch.prompts.tokens)
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     if work.kind == "rollouts":
@@ -140,10 +165,17 @@ def run_torch(work: Work, weights: str, repeats: int) -> dict:
         def generate():
             with torch.inference_mode():
                 return model.generate(
-                    prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0,
-                    top_k=0, top_p=1.0, num_return_sequences=work.rollouts, max_new_tokens=work.new,
-                    pad_token_id=0, cache_implementation="static",
-                )  # fmt: skip
+                    prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    num_return_sequences=work.rollouts,
+                    max_new_tokens=work.new,
+                    pad_token_id=0,
+                    cache_implementation="static",
+                )
 
         times = measure.repeat(lambda: generate().shape, repeats)
         return {**times._asdict(), "versions": versions}
@@ -196,18 +228,26 @@ def run_torch(work: Work, weights: str, repeats: int) -> dict:
 def main() -> None:
     from qlog.models import REMAT
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", default="", help="JSON file for all numbers")
     parser.add_argument("--markdown", default="", help="Markdown file for the table")
     parser.add_argument("--only", default=",".join(TABLE), help="work to run, comma-separated")
     parser.add_argument("--repeats", type=int, default=5, help="their median counts")
-    parser.add_argument("--remat", default="", choices=list(REMAT),
-                        help="qlog's, when it trains (default: dots where both train in parts, else none)")
+    parser.add_argument(
+        "--remat",
+        default="",
+        choices=list(REMAT),
+        help="qlog's, when it trains (default: dots where both train in parts, else none)",
+    )
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--weights", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(work_alone(args.worker, args.weights, args.repeats, args.remat)), flush=True)
+        print(
+            json.dumps(work_alone(args.worker, args.weights, args.repeats, args.remat)), flush=True
+        )
         return
     works = {text: parse(text) for text in args.only.split(",")}
     peak = json.loads(_python("-c", _PEAK))
@@ -223,8 +263,9 @@ def main() -> None:
             rows[text] = {"torch": run("torch", repeats=args.repeats)}
             compiling = run("qlog", repeats=1)
             rows[text]["qlog"] = run("qlog", repeats=args.repeats) | {
-                "first": compiling["first"], "peak_memory_compiling": compiling["peak_memory"],
-            }  # fmt: skip
+                "first": compiling["first"],
+                "peak_memory_compiling": compiling["peak_memory"],
+            }
             print(line(text, rows[text], peak), flush=True)
     versions = {row["versions"] for pair in rows.values() for row in pair.values()}
     about = f"{machine()}, {', '.join(sorted(versions))}; matmul peak {peak / 1e9:.0f} GFLOP/s"
@@ -267,13 +308,20 @@ def line(text: str, row: dict, peak: float) -> str:
     """One line of the Markdown table."""
     work, ours = parse(text), row["qlog"]
     shape = f"{work.size} {work.prompts}x{work.rollouts}, {work.prompt} + {work.new}"
-    spread = lambda r: f"{r['median']:.2f} ({r['shortest']:.2f} - {r['longest']:.2f})"  # noqa: E731
+    spread = lambda r: f"{r['median']:.2f} ({r['shortest']:.2f} - {r['longest']:.2f})"
     used = f"{ours['needed_flops'] / ours['median'] / peak:.2f}"
-    memory = [f"{r[k] / 2**20:,.0f}" for r, k in (
-        (row["torch"], "peak_memory"), (ours, "peak_memory"), (ours, "peak_memory_compiling"),
-    )]  # fmt: skip
+    memory = [
+        f"{r[k] / 2**20:,.0f}"
+        for r, k in (
+            (row["torch"], "peak_memory"),
+            (ours, "peak_memory"),
+            (ours, "peak_memory_compiling"),
+        )
+    ]
     peer = row["torch"]
-    kind = work.kind if work.kind != "score" else f"score {_ANSWER} answer tokens (PyTorch: all again)"
+    kind = (
+        work.kind if work.kind != "score" else f"score {_ANSWER} answer tokens (PyTorch: all again)"
+    )
     return (
         f"| {kind} | {shape} | {spread(peer)} | {spread(ours)} "
         f"| {peer['median'] / ours['median']:.1f}x | {', '.join(memory)} | {used} |"
@@ -303,19 +351,29 @@ def machine() -> str:
 
 def _run(name: str, text: str, weights: str, repeats: int, remat: str, cache: dict) -> dict:
     out = _python(
-        "-m", "qlog.benchmark.compare", f"--worker={name}/{text}", f"--weights={weights}",
-        f"--repeats={repeats}", *[f"--remat={remat}"] * bool(remat), **cache,
-    )  # fmt: skip
+        "-m",
+        "qlog.benchmark.compare",
+        f"--worker={name}/{text}",
+        f"--weights={weights}",
+        f"--repeats={repeats}",
+        *[f"--remat={remat}"] * bool(remat),
+        **cache,
+    )
     return json.loads(out.splitlines()[-1])
 
 
 def _python(*arguments: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=False,
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
         env=os.environ | environment,
-    )  # fmt: skip
+    )
     if done.returncode:
-        sys.exit(f"qlog.benchmark.compare: {' '.join(arguments)} failed with status {done.returncode}")
+        sys.exit(
+            f"qlog.benchmark.compare: {' '.join(arguments)} failed with status {done.returncode}"
+        )
     return done.stdout
 
 

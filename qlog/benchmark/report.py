@@ -15,9 +15,16 @@ from qlog.benchmark import measure, work
 
 
 def report(
-    config: ConfigDict, *, prompt: int = 0, rationale: int = 0, answer: int = 16, repeats: int = 5,
-    out: str = "", profile: str = "", devices: Sequence[jax.Device] | None = None,
-) -> None:  # fmt: skip
+    config: ConfigDict,
+    *,
+    prompt: int = 0,
+    rationale: int = 0,
+    answer: int = 16,
+    repeats: int = 5,
+    out: str = "",
+    profile: str = "",
+    devices: Sequence[jax.Device] | None = None,
+) -> None:
     """Times all phases of a step of `config` and prints the table.
 
     Args:
@@ -32,10 +39,12 @@ def report(
     run = aot.without_data(config, devices or jax.devices())
     policy, mesh = run.policy, run.mesh
     size = work.Size(
-        config.train.prompts_per_step, config.rollout.rollouts_per_prompt,
+        config.train.prompts_per_step,
+        config.rollout.rollouts_per_prompt,
         prompt or config.data.max_prompt_tokens,
-        rationale or config.rollout.rationale_budget, answer,
-    )  # fmt: skip
+        rationale or config.rollout.rationale_budget,
+        answer,
+    )
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract_params())
     init = jax.jit(lambda key: models.init(policy.config, key), out_shardings=places)
     params = init(jax.random.key(0))
@@ -52,12 +61,15 @@ def report(
         times = measure.repeat(phase.call, repeats)
         kind, memory = measure.peak_memory()
         rows[name] = {
-            "seconds": times.median, "shortest": times.shortest, "longest": times.longest,
-            "first_call": times.first, "tokens_per_s": phase.tokens / times.median,
+            "seconds": times.median,
+            "shortest": times.shortest,
+            "longest": times.longest,
+            "first_call": times.first,
+            "tokens_per_s": phase.tokens / times.median,
             "of_matmul_peak": phase.need.flops / times.median / (count * peaks.flops),
             "of_bandwidth": phase.need.bytes / times.median / (count * peaks.bandwidth),
             f"{kind}_peak_bytes": memory,
-        }  # fmt: skip
+        }
     parts = trainer.breakdown(rows["train"]["seconds"], repeats)
     if profile:
         with jax.profiler.trace(profile):
@@ -65,11 +77,17 @@ def report(
                 jax.block_until_ready(phases[name].call())
     device = mesh.devices.flat[0]
     facts = {
-        "device": f"{count} x {device.device_kind}", "jax": jax.__version__,
-        "dtype": str(jnp.dtype(policy.dtype)), "matmul_peak_flops": peaks.flops,
-        "bandwidth_bytes_per_s": peaks.bandwidth, "repeats": repeats, **size._asdict(),
-        "microbatch": run.microbatch, "phases": rows, "train_parts": parts,
-    }  # fmt: skip
+        "device": f"{count} x {device.device_kind}",
+        "jax": jax.__version__,
+        "dtype": str(jnp.dtype(policy.dtype)),
+        "matmul_peak_flops": peaks.flops,
+        "bandwidth_bytes_per_s": peaks.bandwidth,
+        "repeats": repeats,
+        **size._asdict(),
+        "microbatch": run.microbatch,
+        "phases": rows,
+        "train_parts": parts,
+    }
     show(facts)
     if out:
         pathlib.Path(out).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -82,17 +100,35 @@ def show(facts: dict) -> None:
         f"{facts['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s, {facts['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s"
     )
     table = Table(title=title, title_justify="left")
-    for column in ("phase", "seconds", "first call", "tokens/s", "of FLOP/s", "of GB/s", "peak memory"):
+    for column in (
+        "phase",
+        "seconds",
+        "first call",
+        "tokens/s",
+        "of FLOP/s",
+        "of GB/s",
+        "peak memory",
+    ):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for name, row in facts["phases"].items():
         memory = row.get("device_peak_bytes", row.get("process_peak_bytes"))
         bandwidth = f"{row['of_bandwidth']:.2f}" if row["of_bandwidth"] else ""
         table.add_row(
-            name, f"{row['seconds']:.3f}", f"{row['first_call']:.1f}", f"{row['tokens_per_s']:,.0f}",
-            f"{row['of_matmul_peak']:.2f}", bandwidth, f"{memory / 2**30:.2f} GiB",
-        )  # fmt: skip
+            name,
+            f"{row['seconds']:.3f}",
+            f"{row['first_call']:.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['of_matmul_peak']:.2f}",
+            bandwidth,
+            f"{memory / 2**30:.2f} GiB",
+        )
     console = Console(width=130)
     console.print(table)
     whole = facts["phases"]["train"]["seconds"]
-    shares = (f"{name} {seconds:.3f} ({seconds / whole:.0%})" for name, seconds in facts["train_parts"].items())
-    console.print(f"seconds of train, each part run alone and the last what is left: {', '.join(shares)}")
+    shares = (
+        f"{name} {seconds:.3f} ({seconds / whole:.0%})"
+        for name, seconds in facts["train_parts"].items()
+    )
+    console.print(
+        f"seconds of train, each part run alone and the last what is left: {', '.join(shares)}"
+    )

@@ -72,11 +72,15 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
         learner.Prompts(prompts, full(size.prompt), full(True, dtype=bool)),
         sampling.Golds(golds, full(size.answer)),
         learner.Trajectories(
-            tokens(*shape), everywhere, ~everywhere, full(0, *shape, dtype=np.float32), ~everywhere,
+            tokens(*shape),
+            everywhere,
+            ~everywhere,
+            full(0, *shape, dtype=np.float32),
+            ~everywhere,
             full(length, size.rollouts),
         ),
         np.arange(size.prompts, dtype=np.uint32),
-    )  # fmt: skip
+    )
     if policy.mesh:
         parts = sharding.put_batch(policy.mesh, parts)
     prompts, golds, trajectories, uids = jax.tree.map(jnp.asarray, parts)
@@ -87,9 +91,13 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
 def settings(policy: Policy, size: Size, temperature: float = 1.0) -> sampling.Sampling:
     """Rationales of exactly N tokens: the token that closes one is beyond the valid vocabulary."""
     return sampling.Sampling(
-        rationale_budget=size.rationale - 1, answer_reserve=size.answer,
-        closing=(policy.valid_vocab - 1,), eos=(), pad=0, temperature=temperature,
-    )  # fmt: skip
+        rationale_budget=size.rationale - 1,
+        answer_reserve=size.answer,
+        closing=(policy.valid_vocab - 1,),
+        eos=(),
+        pad=0,
+        temperature=temperature,
+    )
 
 
 def without_ends(policy: Policy) -> Policy:
@@ -139,7 +147,9 @@ def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Bat
     whole = Need(sum(n.flops for n in (scored, prefilled, decoded)), decoded.bytes)
     return {
         "prefill": Phase(
-            lambda: sampling.prefill(params, draws, *arguments), size.prompts * size.prompt, prefilled
+            lambda: sampling.prefill(params, draws, *arguments),
+            size.prompts * size.prompt,
+            prefilled,
         ),
         "rollouts": Phase(rollouts, count * size.rationale, whole),
         "score": Phase(score, count * size.answer, scored),
@@ -150,7 +160,9 @@ def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Bat
 class Trainer:
     """A step of policy-gradient training: gradient, clip, AdamW."""
 
-    def __init__(self, params, policy: Policy, size: Size, batch: Batch, microbatch, learning_rate=1e-5):
+    def __init__(
+        self, params, policy: Policy, size: Size, batch: Batch, microbatch, learning_rate=1e-5
+    ):
         self._policy, self._batch, self._size, self._microbatch = policy, batch, size, microbatch
         adamw = optax.adamw(learning_rate, weight_decay=0.0)
         chain = optax.chain(optax.clip_by_global_norm(1.0), adamw)
@@ -168,9 +180,15 @@ class Trainer:
 
     def step(self):
         grads, _, _ = learner.gradient(
-            self._state.params, self._policy, self._batch.prompts, self._batch.trajectories,
-            self._coefficients, None, surrogate=losses.linear(), microbatch=self._microbatch,
-        )  # fmt: skip
+            self._state.params,
+            self._policy,
+            self._batch.prompts,
+            self._batch.trajectories,
+            self._coefficients,
+            None,
+            surrogate=losses.linear(),
+            microbatch=self._microbatch,
+        )
         self._state, norms = learner.update(
             self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
         )
@@ -182,7 +200,9 @@ class Trainer:
         size = self._size
         length = size.rationale + size.answer
         tokens = size.prompts * (size.prompt + size.rollouts * length)
-        need = flops.train_need(self._policy.config, size.prompts, size.rollouts, size.prompt, length)
+        need = flops.train_need(
+            self._policy.config, size.prompts, size.rollouts, size.prompt, length
+        )
         return Phase(self.step, tokens, need)
 
     def breakdown(self, seconds: float, repeats: int) -> dict[str, float]:
@@ -223,9 +243,13 @@ class Trainer:
 def _prompts_gradient(params, policy, prompts):
     def total(params):
         prefix = models.prefill(
-            policy.gathered(params), policy.config, prompts.tokens, prompts.lengths,
-            remat=policy.remat, **policy.options,
-        )  # fmt: skip
+            policy.gathered(params),
+            policy.config,
+            prompts.tokens,
+            prompts.lengths,
+            remat=policy.remat,
+            **policy.options,
+        )
         return prefix.keys.sum(dtype=jnp.float32) + prefix.values.sum(dtype=jnp.float32)
 
     return sharding.keep(policy.mesh, jax.grad(total)(params))

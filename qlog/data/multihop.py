@@ -31,7 +31,17 @@ _NAMES = (
 _FORMAT = "answer [ met {} ]"
 # Several ways to tell it, so that naming who was met is a skill and not one fixed phrase.
 _TOLD = ("met {} .", "saw {} .", "and met {} .", "then saw {} .", "at last met {} .", "{} .")
-_WORDS = [".", "met", "saw", "and", "then", "at", "last", "ask", *_FORMAT.replace("{} ", "").split()]
+_WORDS = [
+    ".",
+    "met",
+    "saw",
+    "and",
+    "then",
+    "at",
+    "last",
+    "ask",
+    *_FORMAT.replace("{} ", "").split(),
+]
 SPLITS = ("train", "validation", "test")
 
 
@@ -56,9 +66,13 @@ class World:
     heed: float = 0.8
 
     def __post_init__(self):
-        for field, low, high in (("names", 3, len(_NAMES)), ("people", 3, self.names),
-                                 ("hops", 1, self.people - 1), ("longest", 1, 10**6),
-                                 ("shortest", 1, self.longest)):  # fmt: skip
+        for field, low, high in (
+            ("names", 3, len(_NAMES)),
+            ("people", 3, self.names),
+            ("hops", 1, self.people - 1),
+            ("longest", 1, 10**6),
+            ("shortest", 1, self.longest),
+        ):
             value = getattr(self, field)
             if not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(
@@ -110,9 +124,11 @@ class Worlds(Sequence[Example]):
             return Example(identity, source, told, rationale=_walk(ring, start, length))
         answer = ring[(start + self.world.hops) % len(ring)]
         return Example(
-            identity, f"{facts} ask {ring[start]}", _FORMAT.format(answer),
+            identity,
+            f"{facts} ask {ring[start]}",
+            _FORMAT.format(answer),
             rationale=_walk(ring, start, self.world.hops + 1),
-        )  # fmt: skip
+        )
 
 
 def _walk(ring: Sequence[str], start: int, length: int) -> str:

@@ -323,9 +323,7 @@ def _over(lengths: np.ndarray, limits: Limits) -> np.ndarray:
     return lengths > np.array([np.inf if limit is None else limit for limit in limits])
 
 
-def _pad(
-    rows: Sequence[Sequence[int]], pad_id: int, width: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     padded = np.full((len(rows), width), pad_id, np.int32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row

@@ -133,7 +133,9 @@ def open_split(
         as `builders.open_records` and `draw`.
     """
     if prepared is None:
-        official_split(name, split, builders.official_splits(name, manual_dir))  # or download nothing
+        official_split(
+            name, split, builders.official_splits(name, manual_dir)
+        )  # or download nothing
         prepared = builders.prepare(name, manual_dir=manual_dir, data_dir=data_dir)
     available = builders.prepared_splits(prepared)  # what was staged may lack some
     official = official_split(name, split, available)

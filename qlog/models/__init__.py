@@ -19,8 +19,25 @@ from qlog.models.decoder import (
 from qlog.models.families import from_hf_config
 
 __all__ = [
-    "PRESETS", "REMAT", "DecoderConfig", "Params", "Prefix", "RopeScaling", "Suffix", "apply", "attention",
-    "attention_cudnn", "attention_tpu",
-    "decoding_weights", "empty_suffix", "flops", "from_hf_config", "huggingface", "init", "prefill", "shapes",
-    "unembedding", "unstack",
-]  # fmt: skip
+    "PRESETS",
+    "REMAT",
+    "DecoderConfig",
+    "Params",
+    "Prefix",
+    "RopeScaling",
+    "Suffix",
+    "apply",
+    "attention",
+    "attention_cudnn",
+    "attention_tpu",
+    "decoding_weights",
+    "empty_suffix",
+    "flops",
+    "from_hf_config",
+    "huggingface",
+    "init",
+    "prefill",
+    "shapes",
+    "unembedding",
+    "unstack",
+]

@@ -129,7 +129,11 @@ def _attend_forward(queries, caches, visible, rows, slots):
         state = _forward(block_queries, _either(shared, its_own), block_visible, seen, slots)
         return _finish(state, queries.dtype), state.top + jnp.log(_positive(state.total))
 
-    inputs = (_split(queries, rows), *_visible_blocks(caches, visible, queries, rows, slots), private)
+    inputs = (
+        _split(queries, rows),
+        *_visible_blocks(caches, visible, queries, rows, slots),
+        private,
+    )
     out, log_total = (checkpoint_name(_join(x), ATTENTION) for x in jax.lax.map(block, inputs))
     return out, (queries, caches, visible, out, log_total)
 
@@ -138,7 +142,7 @@ def _attend_backward(rows, slots, residuals, cotangent):
     queries, caches, visible, out, log_total = residuals
     shift = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     shared, private = _shared_and_private(caches, queries, rows)
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.mT.shape, jnp.float32), tree)  # noqa: E731
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.mT.shape, jnp.float32), tree)
 
     def block(shared_grads, inputs):
         *arrays, block_visible, seen, its_own = inputs
@@ -305,7 +309,7 @@ def _shared_and_private(caches, queries: Array, rows: int):
     """Caches that all rows may see, and those in runs [blocks of rows, B, K, runs of a block, T, C];
     two lists, each with None in the other's places."""
     blocks = queries.shape[2] // rows
-    split = lambda x: _split(x, x.shape[2] // blocks)  # noqa: E731
+    split = lambda x: _split(x, x.shape[2] // blocks)
     shared = [None if keys.ndim > 4 else (keys, values) for keys, values in caches]
     return shared, [tuple(map(split, c)) if c[0].ndim > 4 else None for c in caches]
 

@@ -100,8 +100,10 @@ def _attend_by_run(queries, segments, implementation, is_causal):
         beside([segment.keys for segment in shared], own.keys),
         beside([segment.values for segment in shared], own.values),
         mask=None if is_causal else _whole_tiles(_whole_tiles(_mask(segments, grid), 2), 3),
-        scale=1.0, is_causal=is_causal, implementation=implementation,
-    )[:, :tokens]  # fmt: skip
+        scale=1.0,
+        is_causal=is_causal,
+        implementation=implementation,
+    )[:, :tokens]
     mixed = mixed.reshape(rows.shape).transpose(0, 3, 1, 2, 4, 5).reshape(queries.shape)
     return checkpoint_name(mixed, ATTENTION)
 

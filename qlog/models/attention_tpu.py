@@ -317,9 +317,23 @@ def _cache_call(
 
 
 def _cache_kernel(
-    rows_plan, plan, queries, cotangent, log_total, shift, keys, values, start, stop,
-    keys_out, values_out, keys_total, values_total, *, sizes,
-):  # fmt: skip
+    rows_plan,
+    plan,
+    queries,
+    cotangent,
+    log_total,
+    shift,
+    keys,
+    values,
+    start,
+    stop,
+    keys_out,
+    values_out,
+    keys_total,
+    values_total,
+    *,
+    sizes,
+):
     """Gradients of one block of slots, over the blocks of rows that see it."""
 
     step, is_last = pl.program_id(3), pl.program_id(3) == pl.num_programs(3) - 1
@@ -428,9 +442,10 @@ def _cost(queries, sizes: _Blocks, products: int) -> pl.CostEstimate:
     pairs = batch * heads * count * sizes.slots * sizes.slot_count
     reads = 2 * pairs // (sizes.rows if products < 4 else sizes.slots)  # of rows of C numbers
     return pl.CostEstimate(
-        flops=2 * products * pairs * size, transcendentals=pairs,
+        flops=2 * products * pairs * size,
+        transcendentals=pairs,
         bytes_accessed=reads * size * queries.dtype.itemsize,
-    )  # fmt: skip
+    )
 
 
 def _vmem(*shape):

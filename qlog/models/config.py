@@ -97,48 +97,82 @@ TRAITS = {
     "qwen2": dict(family="qwen2", qk_norm=False, qkv_bias=True),
     "llama": dict(family="llama", qk_norm=False),
     "gemma3": dict(
-        family="gemma3", qk_norm=True, post_norms=True, norm_offset=True, scale_embeddings=True,
+        family="gemma3",
+        qk_norm=True,
+        post_norms=True,
+        norm_offset=True,
+        scale_embeddings=True,
         activation="gelu_tanh",
-    ),  # fmt: skip
+    ),
 }
 
 
 def _qwen3(num_layers, width, num_heads, mlp_width, tied):
     return DecoderConfig(
-        vocab_size=151_936, num_layers=num_layers, width=width, num_heads=num_heads,
-        num_kv_heads=8, head_dim=128, mlp_width=mlp_width, tied_embeddings=tied, **TRAITS["qwen3"],
-    )  # fmt: skip
+        vocab_size=151_936,
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=mlp_width,
+        tied_embeddings=tied,
+        **TRAITS["qwen3"],
+    )
 
 
 def _qwen2p5(num_layers, width, num_heads, num_kv_heads, mlp_width, tied, norm_eps=1e-6):
     return DecoderConfig(
-        vocab_size=151_936 if tied else 152_064, num_layers=num_layers, width=width,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=width // num_heads,
-        mlp_width=mlp_width, tied_embeddings=tied, norm_eps=norm_eps,
-        max_positions=32_768 if tied else 131_072, **TRAITS["qwen2"],
-    )  # fmt: skip
+        vocab_size=151_936 if tied else 152_064,
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=width // num_heads,
+        mlp_width=mlp_width,
+        tied_embeddings=tied,
+        norm_eps=norm_eps,
+        max_positions=32_768 if tied else 131_072,
+        **TRAITS["qwen2"],
+    )
 
 
 def _llama3(num_layers, width, num_heads, mlp_width, tied, rope_factor):
     return DecoderConfig(
-        vocab_size=128_256, num_layers=num_layers, width=width, num_heads=num_heads,
-        num_kv_heads=8, head_dim=width // num_heads, mlp_width=mlp_width, tied_embeddings=tied,
-        norm_eps=1e-5, rope_theta=5e5, rope_scaling=RopeScaling(rope_factor, 8192),
-        max_positions=131_072, **TRAITS["llama"],
-    )  # fmt: skip
+        vocab_size=128_256,
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        head_dim=width // num_heads,
+        mlp_width=mlp_width,
+        tied_embeddings=tied,
+        norm_eps=1e-5,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(rope_factor, 8192),
+        max_positions=131_072,
+        **TRAITS["llama"],
+    )
 
 
 def _gemma3(num_layers, width, num_heads, num_kv_heads, mlp_width, *, text_only=False, **others):
     fields = dict(
-        vocab_size=262_144 if text_only else 262_208, head_dim=256, local_rope_theta=1e4,
+        vocab_size=262_144 if text_only else 262_208,
+        head_dim=256,
+        local_rope_theta=1e4,
         layer_windows=(512 if text_only else 1024,) * 5 + (0,),
         rope_scaling=None if text_only else RopeScaling(8.0),
-        max_positions=32_768 if text_only else 131_072, **TRAITS["gemma3"],
-    )  # fmt: skip
+        max_positions=32_768 if text_only else 131_072,
+        **TRAITS["gemma3"],
+    )
     return DecoderConfig(
-        num_layers=num_layers, width=width, num_heads=num_heads, num_kv_heads=num_kv_heads,
-        mlp_width=mlp_width, **fields | others,
-    )  # fmt: skip
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        mlp_width=mlp_width,
+        **fields | others,
+    )
 
 
 PRESETS = {

@@ -285,9 +285,10 @@ def apply(
         now = tuple(write(old, t.astype(old.dtype)) for old, t in zip(own, new))
         start, base = sight.start[:, 0], prefix.lengths[:, None]  # all rollouts are in step
         mixed = attend_step(
-            queries[:, :, 0].transpose(0, 2, 1, 3, 4), Segment(*_cast(shared, dtype), start, base),
+            queries[:, :, 0].transpose(0, 2, 1, 3, 4),
+            Segment(*_cast(shared, dtype), start, base),
             Segment(*now, jnp.maximum(start - base, 0), jnp.reshape(slot + 1, (1, 1))),
-        )  # fmt: skip
+        )
         return mixed.transpose(0, 2, 1, 3, 4)[:, :, None], now
 
     shared = None if prefix is None else (prefix.keys, prefix.values)

@@ -16,7 +16,10 @@ def matmul(x: Array, kernel: Array) -> Array:
 
 
 def _forward(x, kernel):
-    return jnp.matmul(x, kernel), (x, kernel)  # rematerialisation looks for this product by its kind
+    return jnp.matmul(x, kernel), (
+        x,
+        kernel,
+    )  # rematerialisation looks for this product by its kind
 
 
 def _backward(residuals, cotangent):

@@ -38,11 +38,19 @@ _DEFAULTS = {
     "qwen2": dict(rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=1e4),
     "llama": dict(rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=1e4),
     "gemma3": dict(
-        vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-        rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=131_072,
-        rope_theta=1e6, rope_local_base_freq=1e4, sliding_window=4096, query_pre_attn_scalar=256,
+        vocab_size=262_208,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=131_072,
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+        sliding_window=4096,
+        query_pre_attn_scalar=256,
     ),
-}  # fmt: skip
+}
 # Fields that change the arithmetic in ways the decoder does not know: the values it can take.
 _ONLY = {
     "attention_bias": (None, False),
@@ -55,17 +63,29 @@ _ONLY = {
 }
 # What a field must be wherever it stands. Hand-made files hold anything.
 _TYPES = (
-    ([name for ours, name in _FIELDS.items() if ours not in ("norm_eps", "tied_embeddings")],
-     lambda value: type(value) is int and value > 0, "a whole number above 0"),
-    (("sliding_window", "max_window_layers", "sliding_window_pattern"),
-     lambda value: type(value) is int and value >= 0, "a whole number"),
-    (("rms_norm_eps", "query_pre_attn_scalar"), lambda value: _is_positive(value),
-     "a number above 0"),
-    (("tie_word_embeddings", "use_sliding_window"), lambda value: type(value) is bool,
-     "true or false"),
+    (
+        [name for ours, name in _FIELDS.items() if ours not in ("norm_eps", "tied_embeddings")],
+        lambda value: type(value) is int and value > 0,
+        "a whole number above 0",
+    ),
+    (
+        ("sliding_window", "max_window_layers", "sliding_window_pattern"),
+        lambda value: type(value) is int and value >= 0,
+        "a whole number",
+    ),
+    (
+        ("rms_norm_eps", "query_pre_attn_scalar"),
+        lambda value: _is_positive(value),
+        "a number above 0",
+    ),
+    (
+        ("tie_word_embeddings", "use_sliding_window"),
+        lambda value: type(value) is bool,
+        "true or false",
+    ),
     (("rope_parameters", "rope_scaling"), lambda value: isinstance(value, Mapping), "an object"),
     (("architectures", "layer_types"), lambda value: isinstance(value, list), "a list"),
-)  # fmt: skip
+)
 _ACTIVATIONS = {
     family: {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[traits.get("activation", "silu")]
     for family, traits in TRAITS.items()
@@ -99,8 +119,10 @@ _TENSORS_WITH_POST_NORMS = _TENSORS | {
 # Tensors that some files carry and the decoder does not need: RoPE tables, the half for images.
 _IGNORED = re.compile(r"rotary_emb\.|vision_tower\.|multi_modal_projector\.")
 # Files of models with images put the decoder one level down; older and newer spelling.
-_OUTER_NAMES = ((re.compile(r"^language_model\.model\.|^model\.language_model\."), "model."),
-                (re.compile(r"^language_model\.lm_head\."), "lm_head."))  # fmt: skip
+_OUTER_NAMES = (
+    (re.compile(r"^language_model\.model\.|^model\.language_model\."), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+)
 
 
 def tensor_name(config: DecoderConfig, leaf: str) -> str:
@@ -175,10 +197,12 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         fields["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
     elif scaling:
         fields["rope_scaling"] = {
-            "rope_type": "llama3", "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency, "high_freq_factor": scaling.high_frequency,
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_frequency,
+            "high_freq_factor": scaling.high_frequency,
             "original_max_position_embeddings": scaling.original_length,
-        }  # fmt: skip
+        }
     activation = _ACTIVATIONS[config.family]
     windows = config.windows
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
@@ -194,8 +218,11 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     else:
         fields["hidden_act"] = activation
         if any(windows):
-            fields |= {"use_sliding_window": True, "sliding_window": max(windows),
-                       "layer_types": kinds}  # fmt: skip
+            fields |= {
+                "use_sliding_window": True,
+                "sliding_window": max(windows),
+                "layer_types": kinds,
+            }
     understood = from_hf_config(fields)
     for field in dataclasses.fields(config):
         ours, read = getattr(config, field.name), getattr(understood, field.name)
@@ -247,7 +274,9 @@ def _rope(fields, family):
         new = {"full_attention": new}
     for kind in ("full_attention", "sliding_attention"):
         if not isinstance(new.get(kind) or {}, Mapping):
-            raise ConfigError(f"config.json: rope_parameters.{kind} = {new[kind]!r} must be an object.")
+            raise ConfigError(
+                f"config.json: rope_parameters.{kind} = {new[kind]!r} must be an object."
+            )
     theta, scaling = _one_rope(old | (new["full_attention"] or {}))
     local = {"rope_theta": fields["rope_local_base_freq"], **(new.get("sliding_attention") or {})}
     local_theta, local_scaling = _one_rope(local)
@@ -278,9 +307,11 @@ def _one_rope(rope):
         scaling = RopeScaling(number("factor"))
     elif kind == "llama3":
         scaling = RopeScaling(
-            number("factor"), int(number("original_max_position_embeddings")),
-            number("low_freq_factor"), number("high_freq_factor"),
-        )  # fmt: skip
+            number("factor"),
+            int(number("original_max_position_embeddings")),
+            number("low_freq_factor"),
+            number("high_freq_factor"),
+        )
     else:
         raise ConfigError(
             f"config.json: RoPE scaling of type {kind!r} is not supported; qlog's decoder knows "

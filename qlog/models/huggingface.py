@@ -26,10 +26,17 @@ from qlog.models.config import DecoderConfig
 from qlog.models.decoder import Params, shapes
 
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
-)  # fmt: skip
+)
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WHOLE = "model.safetensors"
@@ -80,7 +87,9 @@ def is_hub_id(spec: str | os.PathLike) -> bool:
     text = os.fspath(spec)
     name = text.partition("@")[0]
     return (
-        name.count("/") == 1 and not name.startswith((".", "/", "~")) and not pathlib.Path(text).is_dir()
+        name.count("/") == 1
+        and not name.startswith((".", "/", "~"))
+        and not pathlib.Path(text).is_dir()
     )
 
 
@@ -91,7 +100,9 @@ def is_wanted(name: str, weights: bool) -> bool:
 
 
 def _is_complete(weights: bool, names: set[str]) -> bool:
-    return "config.json" in names and (not weights or any(n.endswith(".safetensors") for n in names))
+    return "config.json" in names and (
+        not weights or any(n.endswith(".safetensors") for n in names)
+    )
 
 
 def _from_hub(spec: str, weights: bool) -> pathlib.Path:
@@ -416,15 +427,15 @@ def _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer):
         if is_writer:
             _write_safetensors(on_host, folder / file)
     if is_writer and len(files) > 1:
-        _write_json(
-            folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_safetensors(tensors: dict[str, np.ndarray], target: paths.Path) -> None:
     """Through a file beside the target, or, for a bucket, on this host's disk: it needs a local one."""
     remote = paths.is_remote(target)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=None if remote else target.parent) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=".export-", dir=None if remote else target.parent
+    ) as folder:
         fresh = pathlib.Path(folder) / target.name
         fresh.touch()
         mode = fresh.stat().st_mode  # the umask's; save_file's own is private
@@ -465,9 +476,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read as JSON ({error}): download it again."
-        ) from error
+        raise ConfigError(f"{file} cannot be read as JSON ({error}): download it again.") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{file} holds no JSON object: download it again.")
     return fields

@@ -45,13 +45,17 @@ def draw_escape(curves: dict[str, list[dict]], path: paths.Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    panels = (("effective_reward", r"effective reward  $\max_m c_m / M^q$"), ("log_p", r"mean $\log P$"))
+    panels = (
+        ("effective_reward", r"effective reward  $\max_m c_m / M^q$"),
+        ("log_p", r"mean $\log P$"),
+    )
     for axis, (quantity, label) in zip(axes, panels):
         for name, rows in curves.items():
             points = [
-                (row["step"], row[quantity]) for row in rows
+                (row["step"], row[quantity])
+                for row in rows
                 if row["phase"] == "train" and "log_p" in row and quantity in row
-            ]  # fmt: skip
+            ]
             if points:
                 axis.plot(*zip(*points), label=name, linewidth=1.2)
         axis.set(xlabel="step", ylabel=label)
@@ -69,12 +73,19 @@ def _row(folder: paths.Path, name: str) -> dict | None:
     if not results:
         return None
     k = max(int(key[2:]) for key in results if key.startswith("m@") and key[2:].isdigit())
-    row = {"run": name, "p@1": results["p@1"], f"p@{k}": results[f"p@{k}"], f"m@{k}": results[f"m@{k}"]}
+    row = {
+        "run": name,
+        "p@1": results["p@1"],
+        f"p@{k}": results[f"p@{k}"],
+        f"m@{k}": results[f"m@{k}"],
+    }
     if "no_rationale/p@1" in results:
         row["p@1 without rationale"] = results["no_rationale/p@1"]
     row["mean log P"] = results["log_p"]
     seconds = folder / "seconds.json"  # not there where a start was killed after its results
-    return row | {"seconds": round(json.loads(paths.read(seconds)), 1) if paths.exists(seconds) else "-"}
+    return row | {
+        "seconds": round(json.loads(paths.read(seconds)), 1) if paths.exists(seconds) else "-"
+    }
 
 
 def _cell(value) -> str:

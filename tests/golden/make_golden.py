@@ -17,10 +17,18 @@ import torch
 import transformers
 
 _COMMON = dict(
-    vocab_size=48, hidden_size=16, intermediate_size=24, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, num_hidden_layers=2, max_position_embeddings=64,
-    bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_hidden_layers=2,
+    max_position_embeddings=64,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 MODELS = {
     "qwen3": (transformers.Qwen3Config, dict(tie_word_embeddings=True, rope_theta=1e6)),
     "qwen2": (
@@ -31,9 +39,14 @@ MODELS = {
     "llama": (
         transformers.LlamaConfig,
         dict(
-            tie_word_embeddings=False, rope_theta=5e5, rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            rope_theta=5e5,
+            rms_norm_eps=1e-5,
             rope_scaling=dict(
-                rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                rope_type="llama3",
+                factor=4.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
                 original_max_position_embeddings=16,
             ),
         ),
@@ -42,12 +55,14 @@ MODELS = {
     "gemma3": (
         transformers.Gemma3TextConfig,
         dict(
-            num_hidden_layers=3, sliding_window=4, query_pre_attn_scalar=12,
+            num_hidden_layers=3,
+            sliding_window=4,
+            query_pre_attn_scalar=12,
             layer_types=["sliding_attention", "sliding_attention", "full_attention"],
             rope_scaling=dict(rope_type="linear", factor=8.0),
         ),
     ),
-}  # fmt: skip
+}
 LENGTHS = (14, 9)
 
 
@@ -87,9 +102,12 @@ def main():
         size = "6KB" if name == "llama" else "1GB"
         model.bfloat16().save_pretrained(folder, max_shard_size=size)
         np.savez_compressed(
-            folder / "expected.npz", tokens=tokens, lengths=np.array(LENGTHS), logits=logits,
+            folder / "expected.npz",
+            tokens=tokens,
+            lengths=np.array(LENGTHS),
+            logits=logits,
             greedy=greedy[0, len(tokens[0]) :].numpy(),
-        )  # fmt: skip
+        )
         print(name, round(float(np.abs(logits).max()), 2), greedy[0, -8:].tolist())
 
 

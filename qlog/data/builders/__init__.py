@@ -124,7 +124,9 @@ def prepare(
                 f"config.data.data_dir = {str(data_dir)!r} is remote and read alone: name a local "
                 "folder beside config.data.manual_dir, or leave one of the two empty."
             )
-        folder = assets.local(f"{str(data_dir).rstrip('/')}/{staged_name(name)}", "config.data.data_dir")
+        folder = assets.local(
+            f"{str(data_dir).rstrip('/')}/{staged_name(name)}", "config.data.data_dir"
+        )
         return _whole(folder)
     found = raw.find(_local(manual_dir, builder), builder.FILES, name) if manual_dir else {}
     root = _root(data_dir)

@@ -61,8 +61,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             manual_dir = dl_manager.manual_dir
         except AssertionError:  # TFDS's way of saying that there is none, or an empty one
             urls = {split: file.url for split, file in self.FILES.items()}
-            return {split: self._official_examples(split, pathlib.Path(path))
-                    for split, path in dl_manager.download(urls).items()}
+            return {
+                split: self._official_examples(split, pathlib.Path(path))
+                for split, path in dl_manager.download(urls).items()
+            }
         paths = raw.find(manual_dir, self.FILES, self.name)
         return {split: self._generate_examples(split, path) for split, path in paths.items()}
 

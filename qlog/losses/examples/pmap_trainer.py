@@ -12,7 +12,10 @@ PROMPTS, RATIONALES, ROLLOUTS = 64, 16, 8
 
 def train(estimator: losses.Estimator, steps: int, devices=None):
     """Parameters after `steps` steps, and the mean over prompts of P before each step."""
-    optimizer, answers = optax.adam(0.1), jax.random.normal(jax.random.key(1), (PROMPTS, RATIONALES))
+    optimizer, answers = (
+        optax.adam(0.1),
+        jax.random.normal(jax.random.key(1), (PROMPTS, RATIONALES)),
+    )
     params = {"rationale": jnp.zeros_like(answers), "answer": answers - 4}  # a cold start
 
     def log_probs(params, prompts, rationales):  # of z, and of y* after it: [B, M, 2]
@@ -32,7 +35,9 @@ def train(estimator: losses.Estimator, steps: int, devices=None):
         def loss(params):
             new = log_probs(params, prompts, rationales)
             is_z = jnp.zeros(new.shape, bool).at[..., 0].set(True)
-            return estimator.surrogate(c.score, c.path, c.token_weight, new, None, None, is_z, ~is_z).loss
+            return estimator.surrogate(
+                c.score, c.path, c.token_weight, new, None, None, is_z, ~is_z
+            ).loss
 
         grads = jax.lax.psum(jax.grad(loss)(params), "devices")  # of a sum: divide once
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: g / PROMPTS, grads), opt_state)
@@ -41,7 +46,11 @@ def train(estimator: losses.Estimator, steps: int, devices=None):
     axes = (None, None, None, 0)
     mapped = jax.pmap(step, "devices", in_axes=(*axes, None), out_axes=axes, devices=devices)
     prompts, history = jnp.arange(PROMPTS).reshape(len(devices or jax.devices()), -1), []
-    state = params, optimizer.init(params), estimator.transform.init(losses.zero_scores(PROMPTS, ROLLOUTS))
+    state = (
+        params,
+        optimizer.init(params),
+        estimator.transform.init(losses.zero_scores(PROMPTS, ROLLOUTS)),
+    )
     for number in range(steps):
         *state, success = mapped(*state, prompts, jax.random.key(number))
         history.append(float(success.mean()))

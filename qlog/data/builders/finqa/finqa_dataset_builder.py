@@ -11,12 +11,24 @@ class Builder(base.RecordBuilder):
     """FinQA's train, dev and test files; private_test.json has no answers and is left out."""
 
     FILES = {
-        "train": RawFile("train.json", f"{_URL}/train.json", size=6251,
-                         git_blob="a6c2c5a60f9abe3fba5a793cc4d9e1dee2e09209"),
-        "dev": RawFile("dev.json", f"{_URL}/dev.json", size=883,
-                       git_blob="970f239f591c782b17df420c0d343b780737f3da"),
-        "test": RawFile("test.json", f"{_URL}/test.json", size=1147,
-                        git_blob="59958c7c3bb3b21f4dff6bc912a0fe0ae710aee0"),
+        "train": RawFile(
+            "train.json",
+            f"{_URL}/train.json",
+            size=6251,
+            git_blob="a6c2c5a60f9abe3fba5a793cc4d9e1dee2e09209",
+        ),
+        "dev": RawFile(
+            "dev.json",
+            f"{_URL}/dev.json",
+            size=883,
+            git_blob="970f239f591c782b17df420c0d343b780737f3da",
+        ),
+        "test": RawFile(
+            "test.json",
+            f"{_URL}/test.json",
+            size=1147,
+            git_blob="59958c7c3bb3b21f4dff6bc912a0fe0ae710aee0",
+        ),
     }
     FIELDS = {
         "id": base.TEXT,

@@ -11,11 +11,17 @@ class Builder(base.RecordBuilder):
 
     FILES = {
         "train": RawFile(
-            "hotpot_train_v1.1.json", f"{_URL}/hotpot_train_v1.1.json", size=90447,
-            sha256="26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316"),
+            "hotpot_train_v1.1.json",
+            f"{_URL}/hotpot_train_v1.1.json",
+            size=90447,
+            sha256="26650cf50234ef5fb2e664ed70bbecdfd87815e6bffc257e068efea5cf7cd316",
+        ),
         "dev": RawFile(
-            "hotpot_dev_distractor_v1.json", f"{_URL}/hotpot_dev_distractor_v1.json", size=7405,
-            sha256="4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea"),
+            "hotpot_dev_distractor_v1.json",
+            f"{_URL}/hotpot_dev_distractor_v1.json",
+            size=7405,
+            sha256="4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
+        ),
     }
     KEY = "_id"
     FIELDS = {

@@ -5,16 +5,22 @@ from qlog.data.builders.raw import RawFile
 
 # musique_v1.0.zip. This address answers with the file itself; the usual one first asks to confirm
 # that large files are not scanned for viruses. No checksum is published: the sizes are checked.
-_URL = ("https://drive.usercontent.google.com/download"
-        "?id=1tGdADlNjWFaHLeZZGShh2IRcpO6Lv24h&export=download&confirm=t")
+_URL = (
+    "https://drive.usercontent.google.com/download"
+    "?id=1tGdADlNjWFaHLeZZGShh2IRcpO6Lv24h&export=download&confirm=t"
+)
 
 
 class Builder(base.RecordBuilder):
     """MuSiQue-Answerable's train and dev files; the test file has no answers."""
 
     FILES = {
-        split: RawFile(f"musique_ans_v1.0_{split}.jsonl", _URL, size=size,
-                       member=f"data/musique_ans_v1.0_{split}.jsonl")
+        split: RawFile(
+            f"musique_ans_v1.0_{split}.jsonl",
+            _URL,
+            size=size,
+            member=f"data/musique_ans_v1.0_{split}.jsonl",
+        )
         for split, size in (("train", 19938), ("dev", 2417))
     }
     FIELDS = {
