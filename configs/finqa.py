@@ -17,7 +17,7 @@ GARL q = 0.25 38.7 and q = 0.75 37.6, PAFT q = 0.25 26.6 and q = 0.75 28.6.
 Not run with Qwen3's weights: none of these numbers is ours. `tiny` alone was tried.
 """
 
-from qlog import paper
+from qlog.config import paper
 
 
 def get_config(arg: str = ""):

@@ -16,7 +16,7 @@ cold GARL q = 1 48.7 / 75.5 / 56.6, warm GRPO 29.1 / 55.1 / 33.5, warm PAFT q = 
 Not run with Qwen3's weights: none of these numbers is ours. `tiny` alone was tried.
 """
 
-from qlog import paper
+from qlog.config import paper
 
 
 def get_config(arg: str = ""):

@@ -18,7 +18,7 @@ q = 0.25 24.3 and q = 0.75 19.7 (peaks before collapse), PAFT q = 0.25 9.0 and q
 Not run with Qwen3's weights: none of these numbers is ours. `tiny` alone was tried.
 """
 
-from qlog import paper
+from qlog.config import paper
 
 
 def get_config(arg: str = ""):

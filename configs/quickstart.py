@@ -8,13 +8,14 @@ tiny. From there each estimator of the family trains alone, GRPO beside them. Se
 what came out, with seeds.
 """
 
-from qlog import config as qconfig
+from qlog.config import schema
+from qlog.config.variants import parse_variants
 
 Q = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def get_config(arg: str = ""):
-    config = qconfig.default()
+    config = schema.default()
     config.dtype = "float32"
     config.architecture = {
         "vocab_size": 48,
@@ -53,15 +54,15 @@ def get_config(arg: str = ""):
     config.checkpoint.every = 1000
     base = {
         "data": {"name": "multihop_text"},
-        "loss": qconfig.loss("sft"),
+        "loss": schema.loss("sft"),
         "rollout": {"rollouts_per_prompt": 1},
         "optimizer": {"learning_rate": 5e-3, "warmup_steps": 50, "schedule": "cosine"},
         "train": {"steps": 1000, "prompts_per_step": 32},
         "evaluation": {"every": 0},
     }
-    runs = {"base": base, "grpo": {"init_from": "base", "loss": qconfig.loss("grpo")}}
+    runs = {"base": base, "grpo": {"init_from": "base", "loss": schema.loss("grpo")}}
     for q in Q:
-        runs[f"garl_q{100 * q:03.0f}"] = {"init_from": "base", "loss": qconfig.loss("garl", q=q)}
-    runs["paft_q075"] = {"init_from": "garl_q075", "loss": qconfig.loss("paft", q=0.75)}
+        runs[f"garl_q{100 * q:03.0f}"] = {"init_from": "base", "loss": schema.loss("garl", q=q)}
+    runs["paft_q075"] = {"init_from": "garl_q075", "loss": schema.loss("paft", q=0.75)}
     config.runs = runs
-    return qconfig.parse_variants(arg, {}, config)
+    return parse_variants(arg, {}, config)

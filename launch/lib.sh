@@ -107,11 +107,11 @@ job_name() {
 }
 
 # program: sets $program, what every host runs: qlog.main with the flags, or another module where
-# they begin with -m (-m qlog.doctor --config=...).
+# they begin with -m (-m qlog.commands.doctor --config=...).
 program() {
     case ${flags[0]-} in
         -m)
-            [ -n "${flags[1]-}" ] || fail "-m needs a module, such as qlog.doctor"
+            [ -n "${flags[1]-}" ] || fail "-m needs a module, such as qlog.commands.doctor"
             program=(python "${flags[@]}")
             ;;
         *) program=(python -m qlog.main --distributed=on ${flags[@]+"${flags[@]}"}) ;;

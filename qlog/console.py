@@ -2,8 +2,11 @@
 
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
+from rich.console import Console
+from rich.table import Table
 
 
 class ProgressLine:
@@ -33,3 +36,18 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def say(text: str):
+    """A line for the user, from the first process alone, on a line of its own."""
+    if jax.process_index() == 0:
+        print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
+
+
+def show_table(title: str, rows: Mapping[str, object]):
+    """A two-column table for the user."""
+    if jax.process_index() == 0:
+        table = Table(title=title, show_header=False, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        Console(width=None if sys.stdout.isatty() else 110).print(table)

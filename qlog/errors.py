@@ -7,7 +7,7 @@ class ConfigError(ValueError):
     """A setting, a file or a device layout that qlog cannot work with: status 2, never tried again.
 
     The message is one sentence that names the field, its value and the remedy;
-    `qlog.command_line` prints it without a traceback.
+    `qlog.commands.entry` prints it without a traceback.
     """
 
     status = 2

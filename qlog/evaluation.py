@@ -10,14 +10,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qlog import config as settings
-from qlog import data, distributed, metrics, models, paths, sampling, sharding
-from qlog.console import ProgressLine, clock
+from qlog import data, models
+from qlog.config import schema
+from qlog.console import ProgressLine, clock, say
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, identity
-from qlog.interrupts import Interrupts
-from qlog.paths import Path
-from qlog.telemetry import say
+from qlog.grading import accuracy
+from qlog.parallel import distributed, sharding
+from qlog.parallel.interrupts import Interrupts
+from qlog.records import Golds, Rollouts
+from qlog.rollouts import sampler
+from qlog.rollouts.text import rollout_texts
+from qlog.storage import paths
+from qlog.storage.paths import Path
 
 _BARE = "no_rationale/"  # before the names of metrics without a rationale
 _FIELDS = {"id", "golds", "answers", "log_p", "forced", "complete"}  # that a row must have
@@ -170,7 +175,7 @@ def record(config: ConfigDict, metrics: dict[str, float], source: str, step: int
     source: the parameters, in words; step: of training, None where there is none. `config` is a
     digest of the resolved config, which config.json beside it has in full.
     """
-    digest = hashlib.sha256(settings.to_json(config).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(schema.to_json(config).encode()).hexdigest()[:16]
     about = {
         "data": config.data.name,
         "split": config.evaluation.split,
@@ -233,7 +238,7 @@ def _list(value) -> list:
 def summarise(config: ConfigDict, rows: list[dict]) -> dict[str, float]:
     """`metrics.summarise`, and the means of what only the sampler knows."""
     count = config.evaluation.rollouts_per_prompt
-    summary = metrics.summarise(rows, k=count, dataset=config.data.name, seed=config.seed)
+    summary = accuracy.summarise(rows, k=count, dataset=config.data.name, seed=config.seed)
     numbers = np.array(
         [[row["log_p"], np.mean(row["forced"]), np.mean(row["complete"])] for row in rows]
     )
@@ -257,7 +262,7 @@ def _prefixed(prefix: str, summary: dict[str, float]) -> dict[str, float]:
 def sample_answers(
     experiment: Experiment,
     params: models.Params,
-    draws: sampling.Sampling,
+    draws: sampler.Sampling,
     start: int = 0,
     interrupts: Interrupts | None = None,
 ) -> Iterator[list[dict]]:
@@ -283,14 +288,14 @@ def sample_answers(
             experiment.mesh,
             (batch.tokens, batch.lengths, batch.gold, batch.gold_lengths, batch.uids),
         )
-        keys = sampling.rollout_keys(key, uids, count)
-        rollouts, log_w, _ = sampling.sample(
+        keys = sampler.rollout_keys(key, uids, count)
+        rollouts, log_w, _ = sampler.sample(
             params,
             experiment.policy,
             tokens,
             lengths,
             keys,
-            sampling.Golds(gold, gold_lengths),
+            Golds(gold, gold_lengths),
             draws,
             interrupts=interrupts,
         )
@@ -317,7 +322,7 @@ def _rows(
     batch: data.PromptBatch,
     held: np.ndarray,
     owned: set[int],
-    rollouts: sampling.Rollouts,
+    rollouts: Rollouts,
     log_w: np.ndarray,
 ) -> list[tuple[int, dict]]:
     """(row of the batch, its row of `sample_answers`), for those that this process answers for.
@@ -347,16 +352,3 @@ def _rows(
                 )
             )
     return rows
-
-
-def rollout_texts(
-    formatter: data.Formatter, rollouts: sampling.Rollouts, row: int
-) -> list[tuple[str, str]]:
-    """(rationale, answer) texts of a prompt's rollouts; `rollouts` on the host."""
-    texts = []
-    for tokens, end, length in zip(
-        rollouts.tokens[row], rollouts.rationale_lengths[row], rollouts.lengths[row]
-    ):
-        rationale = formatter.tokenizer.decode(tokens[: end - 1].tolist(), show_control=True)
-        texts.append((rationale, formatter.answer_text(tokens[end:length].tolist())))
-    return texts

@@ -13,13 +13,18 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qlog import assets, checkpoints, data, distributed, losses, models, optimizer, paths, sharding
-from qlog import config as settings
-from qlog.data import multihop
+from qlog import data, losses, models
+from qlog.config.check import build_estimator, check_config
+from qlog.data import synthetic
 from qlog.errors import ConfigError, PassingError
-from qlog.learner import TrainState
+from qlog.grading import graders
+from qlog.learner import optimizer
+from qlog.parallel import distributed, sharding
 from qlog.policy import Policy
-from qlog.sampling import Sampling
+from qlog.records import TrainState
+from qlog.rollouts.sampler import Sampling
+from qlog.runs import checkpoints
+from qlog.storage import assets, paths
 
 _RECORDS_DIGESTED = 32  # of each split, whole
 
@@ -47,7 +52,7 @@ class Experiment:
     sampling: Sampling
     evaluation_sampling: Sampling
     formatter: data.Formatter
-    grader: data.Grader
+    grader: graders.Grader
     train_data: data.Dataset | None
     evaluation_data: data.Dataset | None
     weights: pathlib.Path | None = None
@@ -141,8 +146,8 @@ def prepare(
     Raises:
       ConfigError: whatever is wrong, in one sentence with the field, the value and the remedy.
     """
-    settings.check(config)
-    estimator = settings.estimator(config)
+    check_config(config)
+    estimator = build_estimator(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     if train:
         check_batches(config, mesh)
@@ -157,7 +162,7 @@ def prepare(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
             f"{shape.vocab_size}: raise config.architecture.vocab_size or name another model."
         )
-    task = multihop.TASKS[config.data.name] if world else data.TASKS[config.data.name]
+    task = synthetic.TASKS[config.data.name] if world else data.TASKS[config.data.name]
     formatter = data.Formatter(tokenizer, task, config.data.style, config.rollout.closing_text)
     sampling = Sampling(
         rationale_budget=config.rollout.rationale_budget,
@@ -188,7 +193,7 @@ def prepare(
         sampling=sampling,
         evaluation_sampling=evaluation_law(config, sampling),
         formatter=formatter,
-        grader=data.Grader(data.exact_match),
+        grader=graders.Grader(graders.exact_match),
         train_data=open_split("train", estimator.rationale == "annotated") if train else None,
         evaluation_data=open_split(config.evaluation.split, False) if evaluate else None,
         weights=weights,
@@ -310,14 +315,14 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
             )
 
 
-def _world(config: ConfigDict) -> multihop.World | None:
+def _world(config: ConfigDict) -> synthetic.World | None:
     """The synthetic world, or None for a real dataset; refuses keys that the choice does not read."""
-    known = (*multihop.TASKS, *data.TASKS)
+    known = (*synthetic.TASKS, *data.TASKS)
     if config.data.name not in known:
         raise ConfigError(
             f"config.data.name = {config.data.name!r} is unknown: use one of {', '.join(known)}."
         )
-    if config.data.name not in multihop.TASKS:
+    if config.data.name not in synthetic.TASKS:
         for key in config.data.world:
             raise ConfigError(
                 f"config.data.world.{key} = {config.data.world[key]!r} is read by the synthetic "
@@ -330,14 +335,14 @@ def _world(config: ConfigDict) -> multihop.World | None:
                 f"config.{section}.{key} = {config[section][key]!r} is not read by the synthetic "
                 f"task {config.data.name!r}: remove it."
             )
-    fields = {field.name for field in dataclasses.fields(multihop.World)}
+    fields = {field.name for field in dataclasses.fields(synthetic.World)}
     for key in config.data.world:
         if key not in fields:
             raise ConfigError(
                 f"config.data.world.{key} = {config.data.world[key]!r} is read by nothing: the "
                 f"task has {', '.join(sorted(fields))}."
             )
-    return multihop.World(**config.data.world)
+    return synthetic.World(**config.data.world)
 
 
 def resolve(spec: str, field: str, weights: bool = False) -> pathlib.Path:
@@ -430,7 +435,7 @@ def prepare_data(config: ConfigDict) -> pathlib.Path:
 def _open_split(config, formatter, world, prepared, split: str, rationales: bool) -> data.Dataset:
     section = config.data
     if world:
-        source = multihop.open_examples(section.name, split, world)
+        source = synthetic.open_examples(section.name, split, world)
     else:
         source = data.open_examples(section.name, split, prepared=prepared)
     return data.open_dataset(

@@ -6,7 +6,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from qlog import command_line
+from qlog.commands import entry
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with variants after a colon."
@@ -44,17 +44,21 @@ def main(argv: list[str]) -> int:
             f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
         )
     logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
-    from qlog import distributed, runtime  # after the flags: a wrong one is reported at once
+    from qlog.parallel import (
+        distributed,
+        process,  # after the flags: a wrong one is reported at once
+    )
 
-    runtime.set_up()
+    process.set_up()
 
     with distributed.processes(_DISTRIBUTED.value):
         if _MODE.value != "compile":
-            runtime.refuse_fallback()
-        from qlog import commands, interrupts
+            process.refuse_fallback()
+        from qlog.commands import modes
+        from qlog.parallel import interrupts
 
         with interrupts.listening():
-            return commands.run(
+            return modes.run(
                 _MODE.value,
                 _CONFIG.value,
                 _WORKDIR.value or default_workdir(sys.argv),
@@ -72,4 +76,4 @@ def default_workdir(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main, _CONFIG)
+    entry.run(main, _CONFIG)

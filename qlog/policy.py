@@ -7,8 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qlog import models, sharding
+from qlog import models
 from qlog.models import DecoderConfig
+from qlog.models.attention import blocks, cudnn, tpu
+from qlog.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,11 @@ class Policy:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `models.apply` and `models.prefill`."""
-        attend, attend_step = models.attention.attend, models.attention.attend_step
+        attend, attend_step = blocks.attend, blocks.attend_step
         if self.attention == "tpu":
-            attend = functools.partial(models.attention_tpu.attend, mesh=self.mesh)
+            attend = functools.partial(tpu.attend, mesh=self.mesh)
         elif self.attention == "cudnn":
-            attend, attend_step = models.attention_cudnn.attend, models.attention_cudnn.attend_step
+            attend, attend_step = cudnn.attend, cudnn.attend_step
         hold = functools.partial(sharding.keep_prompts, self.mesh)
         return {"dtype": self.dtype, "attend": attend, "attend_step": attend_step, "hold": hold}
 
@@ -53,3 +55,15 @@ class Policy:
         """
         tables = {k: params[k] for k in ("embed", "unembed") if k in params}
         return params | sharding.keep_gathered(self.mesh, tables)
+
+
+_CHUNK_BYTES = 1 << 24  # float32 logits that exist at a time, on a device
+
+
+_FEWEST = 256  # but no fewer tokens than this: matrix products would get thin
+
+
+def logits_chunk(policy: Policy) -> int:
+    """Tokens per chunk on all devices together."""
+    fitting = max(_FEWEST, _CHUNK_BYTES // (4 * policy.config.vocab_size))
+    return fitting * (sharding.batch_shards(policy.mesh) if policy.mesh else 1)

@@ -3,16 +3,22 @@
 import contextlib
 import functools
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qlog import data, evaluation, learner, losses, models, runtime, sampling, sharding
+from qlog import data, losses, models
 from qlog.experiment import Experiment
-from qlog.interrupts import Interrupts
+from qlog.learner.gradient import batch_gradient, reference_log_probs
+from qlog.learner.optimizer import apply_update
+from qlog.learner.trajectories import annotated, with_gold_answer, with_sampled_answer
+from qlog.parallel import process, sharding
+from qlog.parallel.interrupts import Interrupts
+from qlog.records import Golds, Groups, Prompts, Rollouts, TrainState, Trajectories
+from qlog.rollouts import sampler
+from qlog.rollouts.text import rollout_texts
 
 
 class Stopwatch:
@@ -26,18 +32,6 @@ class Stopwatch:
         start = time.perf_counter()
         yield jax.block_until_ready
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-class Groups(NamedTuple):
-    """A batch of groups as sampled and scored; arrays are global, B prompts by M rollouts."""
-
-    prompts: learner.Prompts
-    gold: Array  # int32 [B, A]
-    gold_lengths: Array  # int32 [B]
-    rollouts: sampling.Rollouts
-    log_w: Array  # float32 [B, M]
-    reward: Array  # float32 [B, M]
-    row_steps: int  # of the decode loop
 
 
 def collect(
@@ -59,22 +53,22 @@ def collect(
       Stop: a signal came.
     """
     put = functools.partial(sharding.put_batch, experiment.mesh)
-    prompts = learner.Prompts(*put((batch.tokens, batch.lengths, batch.is_prompt)))
+    prompts = Prompts(*put((batch.tokens, batch.lengths, batch.is_prompt)))
     gold, gold_lengths = put((batch.gold, batch.gold_lengths))
     if experiment.estimator.rationale == "annotated":
-        rollouts = learner.annotated(*put((batch.rationale, batch.rationale_lengths)))
+        rollouts = annotated(*put((batch.rationale, batch.rationale_lengths)))
         none = jnp.zeros(rollouts.lengths.shape)
         return Groups(prompts, gold, gold_lengths, rollouts, none, none, 0)
     with watch("decode") as ready:
-        keys = sampling.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
+        keys = sampler.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
         rollouts, log_w, row_steps = ready(
-            sampling.sample(
+            sampler.sample(
                 params,
                 experiment.policy,
                 prompts.tokens,
                 prompts.lengths,
                 keys,
-                sampling.Golds(gold, gold_lengths),
+                Golds(gold, gold_lengths),
                 experiment.sampling,
                 experiment.prompts_at_once(experiment.config.rollout.prompts_per_wave),
                 rehearse,
@@ -90,7 +84,7 @@ def collect(
 
 def learn(
     experiment: Experiment,
-    state: learner.TrainState,
+    state: TrainState,
     groups: Groups,
     reference,
     key: Array,
@@ -105,7 +99,7 @@ def learn(
     config, estimator = experiment.config, experiment.estimator
     microbatch = experiment.microbatch
     gradient = functools.partial(
-        learner.gradient,
+        batch_gradient,
         surrogate=estimator.surrogate,
         temperature=experiment.sampling.temperature,
         microbatch=microbatch,
@@ -120,9 +114,9 @@ def learn(
             prompts, slice_, coefficient = _prompts_slice(
                 (groups.prompts, trajectories, coefficients), index, config.train.updates_per_batch
             )
-            reference_log_probs = None
+            reference_values = None
             if reference is not None:
-                reference_log_probs = learner.reference_log_probs(
+                reference_values = reference_log_probs(
                     reference,
                     experiment.policy,
                     prompts,
@@ -136,11 +130,11 @@ def learn(
                 prompts,
                 slice_,
                 coefficient,
-                reference_log_probs,
+                reference_values,
                 # After an update nothing can be given up: it takes the state's buffers.
                 before_each=interrupts and (interrupts.beat if index else interrupts.check),
             )
-            state, norms = learner.update(
+            state, norms = apply_update(
                 state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
             )
             if total is None:
@@ -148,7 +142,7 @@ def learn(
             else:  # later updates' log-probabilities differ from the sampler's by right
                 total = jax.tree.map(jnp.add, total[0], sums), total[1]
         state = ready(state._replace(step=state.step + 1))
-    runtime.release_memory()
+    process.release_memory()
     return state, *total, norms
 
 
@@ -174,17 +168,17 @@ def trajectory_length(experiment: Experiment, rationale: int, answer: int) -> in
     """
     estimator, settings = experiment.estimator, experiment.sampling
     if estimator.answer != "gold":
-        return sampling.whole_tiles(settings.max_length)
+        return models.whole_tiles(settings.max_length)
     longest = settings.max_rationale_length if estimator.rationale == "sampled" else rationale
-    return sampling.whole_tiles(longest + answer)
+    return models.whole_tiles(longest + answer)
 
 
-def _trajectories(experiment: Experiment, groups: Groups) -> learner.Trajectories:
+def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
     rollouts, answer = groups.rollouts, groups.gold.shape[-1]
     length = trajectory_length(experiment, rollouts.tokens.shape[-1], answer)
     if experiment.estimator.answer != "gold":
-        return learner.with_sampled_answer(rollouts, length)
-    return learner.with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
+        return with_sampled_answer(rollouts, length)
+    return with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
 
 
 @functools.partial(jax.jit, static_argnames=("index", "count"))
@@ -193,7 +187,7 @@ def _prompts_slice(tree, index: int, count: int):
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, index], tree)
 
 
-def _rewards(experiment: Experiment, rollouts: sampling.Rollouts, batch: data.PromptBatch):
+def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch):
     """Exact match of the sampled answers, float32 [B, M], in the rows that this process holds."""
     mesh, size = experiment.mesh, len(batch.examples)
     local = sharding.local_rows(mesh, rollouts)
@@ -201,8 +195,6 @@ def _rewards(experiment: Experiment, rollouts: sampling.Rollouts, batch: data.Pr
     for index, row in enumerate(sharding.held_rows(mesh, size)):
         example = batch.examples[row]
         golds = (example.answer, *example.aliases)
-        for column, (_, answer) in enumerate(
-            evaluation.rollout_texts(experiment.formatter, local, index)
-        ):
+        for column, (_, answer) in enumerate(rollout_texts(experiment.formatter, local, index)):
             reward[row, column] = experiment.grader(answer, golds)
     return reward

@@ -12,26 +12,21 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from qlog import (
-    checkpoints,
-    data,
-    distributed,
-    evaluation,
-    interrupts,
-    ownership,
-    paths,
-    reporting,
-    runtime,
-)
-from qlog import config as settings
+from qlog import data, evaluation, train_metrics
+from qlog.config import schema
+from qlog.config.check import build_estimator, check_config
+from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.experiment import Experiment, identity, prepare
-from qlog.interrupts import Interrupts
-from qlog.learner import TrainState
-from qlog.paths import Path
-from qlog.profiling import profiled
+from qlog.parallel import distributed, interrupts, process
+from qlog.parallel.interrupts import Interrupts
+from qlog.records import TrainState
+from qlog.runs import checkpoints, ownership
+from qlog.runs.log import RunLog, read_jsonl
+from qlog.runs.profiling import profiled
 from qlog.step import Stopwatch, collect, learn
-from qlog.telemetry import RunLog, read_jsonl, say, show_table
+from qlog.storage import paths
+from qlog.storage.paths import Path
 
 RESULTS = "results.json"
 
@@ -61,7 +56,7 @@ def run(
       PassingError: another run has the workdir, or takes it over.
       Stop: a signal before the first step.
     """
-    settings.check(config)
+    check_config(config)
     workdir = checkpoints.place(workdir, "--workdir")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interrupts.listening())
@@ -129,7 +124,7 @@ class _Training:
         self.metrics: dict[str, float] = {}
         self._identity = identity(experiment)
         experiment.write_split_ids(workdir / "splits.json")
-        show_table("run", reporting.describe(experiment, workdir, self.step))
+        show_table("run", train_metrics.describe(experiment, workdir, self.step))
         self._reference = None
         if self.step:
             self.state: TrainState = saved.restore(experiment.abstract_state())
@@ -143,13 +138,13 @@ class _Training:
         if not self.step:
             self.state = experiment.init_state(params)
         if jax.process_index() == 0:
-            paths.write(workdir / "config.json", settings.to_json(self._config))
+            paths.write(workdir / "config.json", schema.to_json(self._config))
         self._log = stack.enter_context(
             contextlib.closing(
                 RunLog(workdir, self.step, self._config.train.steps, is_lost=lambda: claim.is_lost)
             )
         )
-        self._compiled = stack.enter_context(contextlib.closing(runtime.Compilations()))
+        self._compiled = stack.enter_context(contextlib.closing(process.Compilations()))
         self._saved_at = time.monotonic()
         self._is_finishing = False
         stack.enter_context(
@@ -211,14 +206,14 @@ class _Training:
             experiment, self.state, groups, self._reference, key, watch, self._stop
         )
         self.step = step + 1
-        values = reporting.measure(experiment, self.state, groups, sums, gauges, norms, watch)
+        values = train_metrics.measure(experiment, self.state, groups, sums, gauges, norms, watch)
         values["compilations"] = self._compiled.count - compiled
         values["steps_since_checkpoint"] = float(self.step - (self._saved.latest_step or 0))
         self._log.scalars(step, "train", values)
-        self._log.progress(step, reporting.progress(values))
+        self._log.progress(step, train_metrics.progress(values))
         _check_health(config, step, values)
         if step % config.train.rollouts_every == 0:
-            self._log.rollouts(step, reporting.rollout_rows(experiment, groups, batch))
+            self._log.rollouts(step, train_metrics.rollout_rows(experiment, groups, batch))
         limit = config.watchdog
         self._stop.step_done(time.monotonic() - started, limit.steps, limit.seconds)
 
@@ -240,7 +235,7 @@ class _Training:
         if self.step > (self._saved.latest_step or 0):
             self._claim.check()
             self._log.flush()
-            text = settings.to_json(self._config)
+            text = schema.to_json(self._config)
             with self._stop.patient():  # it first waits for the save before
                 self._saved.save(self.state, step=self.step, config=text, identity=self._identity)
             self._saved_at = time.monotonic()
@@ -270,8 +265,8 @@ class _Training:
         self._claim.check()
         self._log.scalars(self.step - 1, split, self.metrics)
         self._log.flush()
-        say(f"{source}: {split} " + reporting.brief(self._config, self.metrics))
-        metric = reporting.best_metric(self._config)
+        say(f"{source}: {split} " + train_metrics.brief(self._config, self.metrics))
+        metric = train_metrics.best_metric(self._config)
         config = self._config.evaluation
         what = f"{metric} of {config.prompts or 'all'} questions, {split}, temperature {config.temperature}"
         self._saved.score(self.step, self.metrics[metric], what)
@@ -289,7 +284,7 @@ class _Training:
                     _evaluated, self._workdir, self.step - 1, config.evaluation.split
                 )
                 self.metrics = distributed.first(find)
-                if reporting.best_metric(config) not in self.metrics:  # of other settings
+                if train_metrics.best_metric(config) not in self.metrics:  # of other settings
                     self.evaluate()
             if jax.process_index() == 0:
                 source = f"{self._workdir}, step {self.step}"
@@ -361,9 +356,9 @@ def _check_same_run(before: dict, made_of: dict, config: ConfigDict, makes: dict
     Args:
       before, made_of: config and identity of the newest checkpoint; config, makes: of this start.
     """
-    now = json.loads(settings.to_json(config))
+    now = json.loads(schema.to_json(config))
     # Parameters come from the checkpoint; where a run began from matters to a reference alone.
-    may_change = _MAY_CHANGE | (set() if settings.estimator(config).reference else {"init_from"})
+    may_change = _MAY_CHANGE | (set() if build_estimator(config).reference else {"init_from"})
     for key in sorted((set(before) | set(now)) - may_change):
         old, new = before.get(key), now.get(key)
         if key in _MAY_CHANGE_IN:

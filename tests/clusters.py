@@ -12,7 +12,7 @@ import time
 
 import yaml
 
-from qlog import paths
+from qlog.storage import paths
 
 TICK = 0.05  # seconds between a run's heartbeats
 

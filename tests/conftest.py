@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402  (the environment must be set first)
 import pytest  # noqa: E402
 
-from qlog import runtime  # noqa: E402
+from qlog.parallel import process  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,7 +30,7 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture
 def compilations():
     """A function that says how many programs were compiled, or read from the cache, since."""
-    counted = runtime.Compilations()
+    counted = process.Compilations()
     yield lambda: counted.count
     counted.close()
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from places import ROOT
 
 _WHERE = {"--zone", "--project", "--quiet", "--format"}
 _SSH = _WHERE | {

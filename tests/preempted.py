@@ -15,8 +15,13 @@ import time
 import jax
 import tiny
 
-from qlog import checkpoints, commands, distributed, evaluation, experiment, learner, sampling
+from qlog import evaluation, experiment
+from qlog.commands import modes
 from qlog.errors import Stop
+from qlog.learner import gradient
+from qlog.parallel import distributed
+from qlog.rollouts import sampler
+from qlog.runs import checkpoints
 
 WORKDIR, POINT, NTH, SIGNALS = sys.argv[1:5]
 STEPS = int(sys.argv[5]) if len(sys.argv) > 5 else 4
@@ -69,12 +74,12 @@ def sleep_for_long():
 
 
 def main():
-    learner._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
-    before(sampling, "decode", "decode")
-    before(learner, "add_microbatch", "gradient")
+    gradient._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
+    before(sampler, "decode", "decode")
+    before(gradient, "add_microbatch", "gradient")
     before(checkpoints.Checkpoints, "save", "save")
-    before(sampling, "prefill", "compile", compile_for_long)
-    before(learner, "add_microbatch", "stall", sleep_for_long)
+    before(sampler, "prefill", "compile", compile_for_long)
+    before(gradient, "add_microbatch", "stall", sleep_for_long)
     before(experiment.Experiment, "init_params", "weights")
     before(evaluation, "record", "finished")
     before(checkpoints.Checkpoints, "prune", "pruning")
@@ -84,7 +89,7 @@ def main():
     with distributed.processes("auto"):
         mode = os.environ.get("MODE", "train")
         try:
-            commands.run(mode, get_config(**watchdog), WORKDIR)
+            modes.run(mode, get_config(**watchdog), WORKDIR)
         except Stop as stop:
             sys.exit(stop.status)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -11,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from places import ROOT, TESTS
 
-from qlog import checkpoints
 from qlog.experiment import prepare
-from qlog.telemetry import read_jsonl
+from qlog.runs import checkpoints
+from qlog.runs.log import read_jsonl
 
-HERE = pathlib.Path(__file__).parent
 STEPS = 4
 
 
@@ -24,7 +23,7 @@ def run(workdir, point, nth=1, signals="SIGTERM", code=0, launcher=(), cache="",
     """Starts tests/preempted.py and returns its output."""
     start = launcher or (sys.executable,)
     result = subprocess.run(
-        [*start, str(HERE / "preempted.py"), str(workdir), point, str(nth), signals, str(STEPS)],
+        [*start, str(TESTS / "preempted.py"), str(workdir), point, str(nth), signals, str(STEPS)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -32,7 +31,7 @@ def run(workdir, point, nth=1, signals="SIGTERM", code=0, launcher=(), cache="",
         env=os.environ
         | {
             "JAX_NUM_CPU_DEVICES": "1",
-            "PYTHONPATH": f"{HERE.parent}:{HERE}",
+            "PYTHONPATH": f"{ROOT}:{TESTS}",
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -181,7 +180,7 @@ def test_sigusr1_shows_the_stacks_and_the_run_goes_on(uninterrupted, cache, tmp_
 def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_path):
     """Hosts are preempted one by one; the second is signalled, which writes no metrics."""
     point, nth, step = POINTS[name]
-    local = (sys.executable, str(HERE.parent / "launch/local"), "--processes=2", "--")
+    local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
     output = run(
         tmp_path, point, nth, "SIGTERM,SIGTERM", launcher=local, cache=cache, SIGNALLED="1"
     )
@@ -200,7 +199,7 @@ def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_p
 
 
 def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache, tmp_path):
-    local = (sys.executable, str(HERE.parent / "launch/local"), "--processes=2", "--")
+    local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
     output = run(tmp_path, "compile", launcher=local, cache=cache, SIGNALLED="1")
     assert "[0] SIGTERM: saving" in output and "exit codes 0: 0, 1: 0" in output
     assert not list((tmp_path / "checkpoints").glob("*"))

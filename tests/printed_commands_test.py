@@ -23,8 +23,8 @@ import pytest
 from absl import flags as absl_flags
 from gcp_storage_emulator.server import create_server
 from ml_collections import config_flags
+from places import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", "qlog/losses/README.md"]
 CLOUD = ("gcloud", "kubectl", "sbatch", "scontrol", "gcluster", "xpk", "docker", "sky")
 PROGRAMS = {*CLOUD, "python", "python3", "pip", "uv", "source", "squeue", "scancel", "srun", "hf"}
@@ -42,7 +42,7 @@ NOT_RUN = {
     "launch/tpu_vm logs": "follows a file for ever; its dry run is checked",
     "launch/tpu_vm keep": "ends with a run; tests/launch_run_test.py runs it; its dry run is checked",
     "launch/stage": "downloads weights and data; its dry run is checked",
-    "launch/sweep": "tests/sweep_launcher_test.py runs it; its first run is started as it prints it",
+    "launch/sweep": "tests/launch/sweep_test.py runs it; its first run is started as it prints it",
 }
 # Words that stand for something of the reader's own.
 PLACEHOLDERS = {"my_program.py", "mine.py"}
@@ -253,7 +253,7 @@ def test_what_a_sentence_names_exists(document, span):
         ("python -m qlog.main --config=configs/finqa.py --mode=trian", "value should be one of"),
         ("python -m qlog.main --config=configs/finqa.py --wrokdir=x", "no flag --wrokdir"),
         ("launch/gke --image=I -- --config=configs/finqa.py --config.train.stepz=3", "stepz"),
-        ("python -m qlog.losses.plots --uot=x", "no flag --uot"),
+        ("python -m qlog.losses.theory.plots --uot=x", "no flag --uot"),
     ],
 )
 def test_a_wrong_command_is_noticed(command, message):

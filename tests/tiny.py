@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlog import config as qconfig
-from qlog import learner, losses, models
-from qlog.learner import Prompts
+from qlog import losses, models
+from qlog.config import schema
+from qlog.learner import gradient
 from qlog.policy import Policy
+from qlog.records import Prompts
 
 VALID_VOCAB = 29
 SHAPE = models.DecoderConfig(
@@ -32,7 +33,7 @@ def prompts(lengths=(5, 3, 4), width: int = 6, seed: int = 0) -> Prompts:
 def microbatch(params, policy, *batch):
     """The arrays that `learner.add_microbatch` takes for `batch`, the first microbatch."""
     grads, *begun = jax.eval_shape(
-        lambda params, *batch: learner.begin(params, policy, *batch), params, *batch
+        lambda params, *batch: gradient.begin(params, policy, *batch), params, *batch
     )
     return grads, params, policy, *batch, *begun, 0
 
@@ -57,7 +58,7 @@ def _picked(tree, sequence, temperature):
 
 def config(**changes):
     """A run of the synthetic task that trains in seconds; `changes` are nested."""
-    tree = qconfig.default()
+    tree = schema.default()
     tree.dtype = "float32"
     tree.architecture = dict(
         vocab_size=48, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=24
@@ -68,7 +69,7 @@ def config(**changes):
     tree.rollout.rollouts_per_prompt = 4
     tree.rollout.rationale_budget = 4
     tree.rollout.answer_reserve = 8
-    tree.loss = qconfig.loss("garl", q=0.75)
+    tree.loss = schema.loss("garl", q=0.75)
     tree.optimizer.learning_rate = 1e-2
     tree.train.steps = 3
     tree.train.prompts_per_step = 4
@@ -79,7 +80,7 @@ def config(**changes):
     tree.evaluation.prompts_per_batch = 4
     tree.evaluation.rollouts_per_prompt = 4
     tree.checkpoint.every = 100
-    return qconfig.merge(tree, changes)
+    return schema.merge(tree, changes)
 
 
 def graded_garl(q):

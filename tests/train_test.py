@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -12,12 +11,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from places import ROOT, TESTS
 
-from qlog import checkpoints, losses, train
-from qlog import config as qconfig
+from qlog import losses, train
+from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
-from qlog.telemetry import read_jsonl
+from qlog.runs import checkpoints
+from qlog.runs.log import read_jsonl
 
 ONE = jax.devices()[:1]
 
@@ -90,7 +91,7 @@ def test_nothing_compiles_after_the_second_step(six_steps):
 
 def test_three_and_three_steps_equal_six_bit_for_bit(six_steps, tmp_path):
     config, whole, _ = six_steps
-    train.run(qconfig.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
+    train.run(schema.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
     train.run(config, tmp_path, ONE)
     _assert_bit_equal(_params(config, tmp_path), _params(config, whole))
     ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
@@ -105,12 +106,12 @@ def test_three_and_three_steps_equal_six_bit_for_bit(six_steps, tmp_path):
 def test_a_run_does_not_resume_under_another_config(six_steps):
     config, workdir, _ = six_steps
     for changes in (
-        {"loss": qconfig.loss("garl", q=0.5)},
+        {"loss": schema.loss("garl", q=0.5)},
         {"seed": 1},
         {"train": {"prompts_per_step": 2}},
     ):
         with pytest.raises(ConfigError, match="differs from the run in --workdir"):
-            train.run(qconfig.merge(config, changes), workdir, ONE)
+            train.run(schema.merge(config, changes), workdir, ONE)
 
 
 def test_a_finished_run_started_again_does_nothing(six_steps):
@@ -131,14 +132,13 @@ train.run(tiny.config(train={"steps": 100_000}, checkpoint={"every": 100_000}), 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_cleanly_and_the_run_resumes(number, tmp_path, compilation_cache):
-    here = pathlib.Path(__file__).parent
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": compilation_cache,
-        "PYTHONPATH": str(here.parent),
+        "PYTHONPATH": str(ROOT),
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(here), str(tmp_path)],
+        [sys.executable, "-c", _KILLED, str(TESTS), str(tmp_path)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -193,7 +193,7 @@ def test_every_recipe_has_a_run():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_estimator_trains(name, tmp_path):
-    changes = {"train": {"steps": 1}, "loss": qconfig.loss(name, **SETTINGS[name])}
+    changes = {"train": {"steps": 1}, "loss": schema.loss(name, **SETTINGS[name])}
     if name == "sft":
         changes["rollout"] = {"rollouts_per_prompt": 1, "rationale_budget": 6}
     train.run(tiny.config(**changes), tmp_path, ONE)
@@ -207,9 +207,9 @@ def test_every_estimator_trains(name, tmp_path):
 
 
 def test_several_updates_from_one_batch_train_on_every_prompt(tmp_path):
-    loss = qconfig.loss("garl", q=1.0, normalize=False)
+    loss = schema.loss("garl", q=1.0, normalize=False)
     once = tiny.config(train={"steps": 1}, loss=loss)
-    twice = qconfig.merge(once, {"train": {"updates_per_batch": 2}})
+    twice = schema.merge(once, {"train": {"updates_per_batch": 2}})
     train.run(once, tmp_path / "once", ONE)
     train.run(twice, tmp_path / "twice", ONE)
     rows = [read_jsonl(tmp_path / d / "metrics.jsonl")[0] for d in ("once", "twice")]
@@ -223,7 +223,7 @@ def test_several_updates_from_one_batch_train_on_every_prompt(tmp_path):
 
 
 def test_a_loss_composed_by_the_user_trains(tmp_path):
-    config = tiny.config(train={"steps": 1}, loss=qconfig.loss(_composed, scale=2.0))
+    config = tiny.config(train={"steps": 1}, loss=schema.loss(_composed, scale=2.0))
     train.run(config, tmp_path, ONE)
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["grad_norm"] > 0
     assert json.loads((tmp_path / "config.json").read_text())["loss"]["name"].endswith("_composed")
@@ -246,6 +246,6 @@ def test_base_checkpoint_seeds_another_run(six_steps, tmp_path):
     _assert_bit_equal(start, _params(config, workdir))
     with pytest.raises(ConfigError, match="no checkpoint"):
         prepare(tiny.config(init_from=str(tmp_path / "nowhere")), ONE)
-    other = qconfig.merge(config, {"architecture": dict(config.architecture, width=24)})
+    other = schema.merge(config, {"architecture": dict(config.architecture, width=24)})
     with pytest.raises(ConfigError, match="another model"):
         prepare(other, ONE).init_params()

@@ -9,8 +9,9 @@ Random weights and tokens: nothing is read or downloaded. Every rollout has the 
 from absl import app, flags
 from ml_collections import config_flags
 
-from qlog import command_line, runtime
 from qlog.benchmark.report import report
+from qlog.commands import entry
+from qlog.parallel import process
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with variants after a colon."
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(
             f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
         )
-    runtime.set_up()
+    process.set_up()
     report(
         _CONFIG.value,
         prompt=_PROMPT.value,
@@ -44,4 +45,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, _CONFIG)
+    entry.run(main, _CONFIG)

@@ -282,10 +282,10 @@ def main() -> None:
 
 def work_alone(worker: str, weights: str, repeats: int, remat: str = "") -> dict:
     """One implementation's work in this process, with the memory that the process took."""
-    from qlog import runtime
     from qlog.benchmark import measure
+    from qlog.parallel import process
 
-    runtime.set_up()
+    process.set_up()
     implementation, _, text = worker.partition("/")
     if implementation == "qlog":
         row = run_qlog(parse(text), weights, repeats, remat)

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from qlog import aot, models
+from qlog import models
+from qlog.aot import compile_run
 from qlog.benchmark import measure, work
 
 
@@ -36,7 +37,7 @@ def report(
     Raises:
       ConfigError: what can be wrong with a config before data are read.
     """
-    run = aot.without_data(config, devices or jax.devices())
+    run = compile_run.without_data(config, devices or jax.devices())
     policy, mesh = run.policy, run.mesh
     size = work.Size(
         config.train.prompts_per_step,

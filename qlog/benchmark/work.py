@@ -12,11 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qlog import learner, losses, models, runtime, sampling, scoring, sharding
+from qlog import losses, models
 from qlog.benchmark import measure
-from qlog.models import flops
+from qlog.learner import gradient
+from qlog.learner.gradient import batch_gradient
+from qlog.learner.optimizer import apply_update
+from qlog.models import flops, head
 from qlog.models.flops import Need
-from qlog.policy import Policy
+from qlog.parallel import process, sharding
+from qlog.policy import Policy, logits_chunk
+from qlog.records import Golds, Prompts, TrainState, Trajectories
+from qlog.rollouts import sampler, scoring
 
 FIRST_TOKEN = 10  # random tokens are drawn from here on
 
@@ -43,10 +49,10 @@ class Batch(NamedTuple):
     """prompts: int32 [B, P]. golds. keys: [B, M]. trajectories: [B, M, N + A], all tokens counted.
     advantages: float32 [B, M], standardised within each group."""
 
-    prompts: learner.Prompts
-    golds: sampling.Golds
+    prompts: Prompts
+    golds: Golds
     keys: jax.Array
-    trajectories: learner.Trajectories
+    trajectories: Trajectories
     advantages: np.ndarray
 
 
@@ -69,9 +75,9 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
     advantages /= advantages.std(1, keepdims=True) + 1e-4
     everywhere = full(True, *shape, dtype=bool)
     parts = (
-        learner.Prompts(prompts, full(size.prompt), full(True, dtype=bool)),
-        sampling.Golds(golds, full(size.answer)),
-        learner.Trajectories(
+        Prompts(prompts, full(size.prompt), full(True, dtype=bool)),
+        Golds(golds, full(size.answer)),
+        Trajectories(
             tokens(*shape),
             everywhere,
             ~everywhere,
@@ -84,13 +90,13 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
     if policy.mesh:
         parts = sharding.put_batch(policy.mesh, parts)
     prompts, golds, trajectories, uids = jax.tree.map(jnp.asarray, parts)
-    keys = sampling.rollout_keys(jax.random.key(seed), uids, size.rollouts)
+    keys = sampler.rollout_keys(jax.random.key(seed), uids, size.rollouts)
     return Batch(prompts, golds, keys, trajectories, advantages)
 
 
-def settings(policy: Policy, size: Size, temperature: float = 1.0) -> sampling.Sampling:
+def settings(policy: Policy, size: Size, temperature: float = 1.0) -> sampler.Sampling:
     """Rationales of exactly N tokens: the token that closes one is beyond the valid vocabulary."""
-    return sampling.Sampling(
+    return sampler.Sampling(
         rationale_budget=size.rationale - 1,
         answer_reserve=size.answer,
         closing=(policy.valid_vocab - 1,),
@@ -112,11 +118,11 @@ def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Bat
     prompts, count = batch.prompts, size.prompts * size.rollouts
     draw = settings(policy, size)
     arguments = (prompts.tokens, prompts.lengths)
-    weights = sampling.decoding_weights(params, draws)
+    weights = sampler.decoding_weights(params, draws)
     # The last of `prompts_per_wave` prompts' caches, for the scoring pass.
     part = jax.tree.map(lambda x: x[: wave or size.prompts], (*arguments, batch.keys, batch.golds))
-    prefix = sampling.prefill(params, draws, *part[:2])
-    pool = sampling.start(draws, prefix, *part[:3], draw)
+    prefix = sampler.prefill(params, draws, *part[:2])
+    pool = sampler.start(draws, prefix, *part[:3], draw)
     closed = jnp.full_like(pool.rollouts.rationale_lengths, size.rationale)
     pool = pool._replace(rollouts=pool.rollouts._replace(rationale_lengths=closed))
     waves = size.prompts // (wave or size.prompts)
@@ -129,12 +135,12 @@ def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Bat
         return log_w
 
     def score_fresh():
-        return learner.reference_log_probs(
+        return gradient.reference_log_probs(
             params, draws, prompts, batch.trajectories, 1.0, (size.prompts, size.rollouts)
         )
 
     def rollouts():
-        return sampling.sample(
+        return sampler.sample(
             params, draws, *arguments, batch.keys, batch.golds, draw, prompts_per_wave=wave
         )[:2]
 
@@ -147,7 +153,7 @@ def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Bat
     whole = Need(sum(n.flops for n in (scored, prefilled, decoded)), decoded.bytes)
     return {
         "prefill": Phase(
-            lambda: sampling.prefill(params, draws, *arguments),
+            lambda: sampler.prefill(params, draws, *arguments),
             size.prompts * size.prompt,
             prefilled,
         ),
@@ -175,11 +181,11 @@ class Trainer:
             score = sharding.put_batch(policy.mesh, per_token)
         none = jnp.zeros_like(score)
         self._coefficients = losses.Coefficients(score, none, none, none)
-        self._state = learner.TrainState(jnp.zeros((), jnp.int32), params, opt_state, ())
+        self._state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, ())
         self.norms = []
 
     def step(self):
-        grads, _, _ = learner.gradient(
+        grads, _, _ = batch_gradient(
             self._state.params,
             self._policy,
             self._batch.prompts,
@@ -189,11 +195,11 @@ class Trainer:
             surrogate=losses.linear(),
             microbatch=self._microbatch,
         )
-        self._state, norms = learner.update(
+        self._state, norms = apply_update(
             self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
         )
         jax.block_until_ready(self._state)
-        runtime.release_memory()  # as after every step of training
+        process.release_memory()  # as after every step of training
         self.norms.append(float(norms["grad_norm"]))
 
     def phase(self) -> Phase:
@@ -227,7 +233,7 @@ class Trainer:
         grads = jax.tree.map(jnp.zeros_like, self._state.params)
 
         def update():
-            self._state, norms = learner.update(
+            self._state, norms = apply_update(
                 self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
             )
             return norms
@@ -260,8 +266,8 @@ def _head_gradient(params, policy, tokens):
     hidden = params["embed"][tokens].astype(policy.dtype)
 
     def total(hidden, table):
-        return scoring.token_log_probs(
-            hidden, table, tokens, valid_vocab=policy.valid_vocab, chunk=scoring.chunk_size(policy)
+        return head.token_log_probs(
+            hidden, table, tokens, valid_vocab=policy.valid_vocab, chunk=logits_chunk(policy)
         ).sum()
 
     return jax.grad(total, (0, 1))(hidden, models.unembedding(policy.gathered(params)))

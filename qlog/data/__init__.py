@@ -3,7 +3,6 @@
 from qlog.data.builders import prepare
 from qlog.data.examples import Converted, Example, Task
 from qlog.data.formatting import Formatter
-from qlog.data.graders import Grader, contains, exact_match
 from qlog.data.pipeline import (
     Dataset,
     PromptBatch,
@@ -21,14 +20,11 @@ __all__ = [
     "Dataset",
     "Example",
     "Formatter",
-    "Grader",
     "PromptBatch",
     "TASKS",
     "Task",
     "Tokenizer",
-    "contains",
     "evaluation_batches",
-    "exact_match",
     "load",
     "measure_lengths",
     "open_dataset",

@@ -22,9 +22,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlog import paths
 from qlog.data import builders
 from qlog.errors import ConfigError
+from qlog.storage import paths
 
 NAMES = ("train", "validation", "test")
 RULE = "qlog-splits-1"

@@ -17,8 +17,8 @@ from typing import Any
 import sentencepiece
 import tokenizers as hf_tokenizers
 
-from qlog import paths
 from qlog.errors import ConfigError
+from qlog.storage import paths
 
 # Names under which the known families keep their tokens, turn ends before ends of text.
 _EOS_NAMES = (

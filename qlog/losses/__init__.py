@@ -8,24 +8,7 @@
 Needs JAX and optax only. README.md beside this file has the picture and the recipes.
 """
 
-from qlog.losses.compose import (
-    chain,
-    coefficients,
-    inject_hyperparams,
-    named_chain,
-    p_hat_above,
-    seed,
-    stateless,
-    where_groups,
-)
-from qlog.losses.control import adaptive_q, q_for_pace, schedule, scheduled
-from qlog.losses.edits import (
-    aggregate,
-    clip_coefficients,
-    normalize_by_bound,
-    zero_pathwise,
-)
-from qlog.losses.estimators import (
+from qlog.losses.aliases import (
     garl,
     grpo,
     iwae,
@@ -38,9 +21,21 @@ from qlog.losses.estimators import (
     star,
     trice,
 )
+from qlog.losses.compose import (
+    chain,
+    coefficients,
+    initial_coefficients,
+    inject_hyperparams,
+    named_chain,
+    p_hat_above,
+    stateless,
+    where_groups,
+)
+from qlog.losses.edits import aggregate, clip_coefficients, normalize_by_bound, zero_pathwise
 from qlog.losses.gauges import Measured, measure, measure_groups, measurements
+from qlog.losses.group_stats import log_likelihood, log_reward
+from qlog.losses.q_schedules import adaptive_q, q_for_pace, schedule, scheduled
 from qlog.losses.recipes import RECIPES, Recipe, arguments, build
-from qlog.losses.reduce import log_likelihood, log_reward
 from qlog.losses.surrogates import add_kl, clipped, kl_estimate, linear, token_measurements
 from qlog.losses.transforms import (
     RESAMPLING,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qlog.losses import reduce
+from qlog.losses import group_stats
 from qlog.losses.types import Coefficients, LossTransform, Scores, check_number, check_scores
 
 chain = optax.chain
@@ -14,10 +14,10 @@ named_chain = optax.named_chain
 inject_hyperparams = optax.inject_hyperparams
 
 
-def seed(scores: Scores) -> Coefficients:
+def initial_coefficients(scores: Scores) -> Coefficients:
     """The coefficients a chain starts from: 1/n for every valid rollout, 0 for padding."""
     check_scores(scores)
-    uniform = scores.valid / reduce.num_valid(scores)
+    uniform = scores.valid / group_stats.num_valid(scores)
     return Coefficients(uniform, uniform, jnp.zeros_like(uniform), uniform)
 
 
@@ -37,7 +37,9 @@ def coefficients(
     """
     check_scores(scores)
     scores = jax.tree.map(jax.lax.stop_gradient, scores)
-    result, state = transform.update(seed(scores), state, scores, key=key, axis_name=axis_name)
+    result, state = transform.update(
+        initial_coefficients(scores), state, scores, key=key, axis_name=axis_name
+    )
     scale = jnp.exp(result.log_scale)
     keep = lambda x: jnp.where(scores.valid, x, 0.0)
     folded = Coefficients(
@@ -104,7 +106,9 @@ def where_groups(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def p_hat_above(threshold: float, weight=reduce.log_likelihood) -> Callable[[Scores], jax.Array]:
+def p_hat_above(
+    threshold: float, weight=group_stats.log_likelihood
+) -> Callable[[Scores], jax.Array]:
     """A predicate for `where_groups`: the groups whose estimate of P is above `threshold`."""
     check_number("threshold", threshold, 0, 1)
-    return lambda scores: reduce.log_mean(weight(scores), scores)[:, 0] > jnp.log(threshold)
+    return lambda scores: group_stats.log_mean(weight(scores), scores)[:, 0] > jnp.log(threshold)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from qlog.losses import reduce
+from qlog.losses import group_stats
 from qlog.losses.compose import stateless
 from qlog.losses.types import LossTransform, check_choice, check_count, check_number
 
@@ -18,7 +18,7 @@ def normalize_by_bound(q: ArrayLike) -> LossTransform:
     check_number("q", q, 0, 1)
 
     def function(coefficients, scores, **_):
-        bound = q * jnp.log(reduce.num_valid(scores))
+        bound = q * jnp.log(group_stats.num_valid(scores))
         return coefficients._replace(log_scale=coefficients.log_scale - bound)
 
     return stateless(function)
@@ -38,7 +38,9 @@ def clip_coefficients(limit: float) -> LossTransform:
     check_number("limit", limit, 0, float("inf"))
 
     def function(coefficients, scores, **_):
-        log_bound = jnp.log(jnp.float32(limit) / reduce.num_valid(scores)) - coefficients.log_scale
+        log_bound = (
+            jnp.log(jnp.float32(limit) / group_stats.num_valid(scores)) - coefficients.log_scale
+        )
         bound = jnp.exp(log_bound)
         return coefficients._replace(
             score=jnp.clip(coefficients.score, -bound, bound),
@@ -74,9 +76,9 @@ def aggregate(mode: str = "sum", max_tokens: int | None = None) -> LossTransform
         elif mode == "constant":
             factor = 1 / jnp.float32(max_tokens)
         else:
-            prompts = reduce.batch_sum(jnp.any(scores.valid, 1).astype(jnp.float32), axis_name)
-            tokens = jnp.maximum(reduce.batch_sum(length, axis_name), 1.0)
-            factor = reduce.num_valid(scores) * prompts / tokens
+            prompts = group_stats.batch_sum(jnp.any(scores.valid, 1).astype(jnp.float32), axis_name)
+            tokens = jnp.maximum(group_stats.batch_sum(length, axis_name), 1.0)
+            factor = group_stats.num_valid(scores) * prompts / tokens
         return coefficients._replace(
             score=coefficients.score * factor,
             path=coefficients.path * factor,

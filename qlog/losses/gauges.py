@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from qlog.losses import reduce
+from qlog.losses import group_stats
 from qlog.losses.types import Coefficients, LossTransform, check_scores
 
 
@@ -52,7 +52,9 @@ def measurements(state) -> dict[str, jax.Array]:
 
 
 def measure_groups(
-    q: ArrayLike | None, normalized: bool = True, weight: Callable | None = reduce.log_likelihood
+    q: ArrayLike | None,
+    normalized: bool = True,
+    weight: Callable | None = group_stats.log_likelihood,
 ) -> LossTransform:
     """The standard measurements of an estimator, over the batch's valid groups.
 
@@ -66,26 +68,30 @@ def measure_groups(
 
     def function(coefficients, scores, axis_name):
         is_group = jnp.any(scores.valid, 1)
-        n = reduce.num_valid(scores)
+        n = group_stats.num_valid(scores)
         values = {} if q is None else {"q": q}
         if weight is not None:
             log_weights = weight(scores)
-            mean = reduce.log_mean(log_weights, scores)[:, 0]
+            mean = group_stats.log_mean(log_weights, scores)[:, 0]
             alive = is_group & ~jnp.isneginf(mean)
-            share = reduce.normalized(log_weights)
+            share = group_stats.normalized(log_weights)
             ess = 1 / jnp.where(alive, jnp.sum(jnp.square(share), 1), 1.0)
-            values["p_hat"] = reduce.batch_mean(jnp.exp(mean), is_group, axis_name)
-            values["log_p_hat"] = reduce.batch_mean(mean, alive, axis_name)
-            values["ess"] = reduce.batch_mean(ess, alive, axis_name)
+            values["p_hat"] = group_stats.batch_mean(jnp.exp(mean), is_group, axis_name)
+            values["log_p_hat"] = group_stats.batch_mean(mean, alive, axis_name)
+            values["ess"] = group_stats.batch_mean(ess, alive, axis_name)
         scale = jnp.exp(coefficients.log_scale)
         largest = jnp.maximum(jnp.abs(coefficients.score), jnp.abs(coefficients.path)) * scale
         silent = is_group & (jnp.max(jnp.where(scores.valid, largest, 0.0), 1) == 0)
-        values["no_signal"] = reduce.batch_mean(silent.astype(jnp.float32), is_group, axis_name)
+        values["no_signal"] = group_stats.batch_mean(
+            silent.astype(jnp.float32), is_group, axis_name
+        )
         bound = 1.0 if q is None or normalized else n**q
         effective = jnp.where(scores.valid, coefficients.score * scale * n / bound, -jnp.inf)
         top = jnp.where(is_group, jnp.max(effective, 1), -jnp.inf)
-        values["effective_reward"] = reduce.batch_mean(reduce.finite(top), is_group, axis_name)
-        values["effective_reward_max"] = reduce.finite(reduce.batch_max(top, axis_name))
+        values["effective_reward"] = group_stats.batch_mean(
+            group_stats.finite(top), is_group, axis_name
+        )
+        values["effective_reward_max"] = group_stats.finite(group_stats.batch_max(top, axis_name))
         return values
 
     return measure(function)

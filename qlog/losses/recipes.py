@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from qlog.losses import control, edits, estimators, gauges, reduce, surrogates
+from qlog.losses import aliases, edits, gauges, group_stats, q_schedules, surrogates
 from qlog.losses.compose import chain
 from qlog.losses.types import Estimator, LossTransform, Surrogate, check_choice, check_number
 
@@ -46,7 +46,7 @@ class Recipe:
     surrogate: Callable[..., Surrogate] = surrogates.linear
     q: float | None = None
     normalize: bool = True
-    weight: Callable | None = reduce.log_likelihood
+    weight: Callable | None = group_stats.log_likelihood
     rationale: str = "sampled"
     answer: str = "gold"
     reward: str | None = None
@@ -110,7 +110,7 @@ class Recipe:
 def _over_steps(factory: Callable[..., LossTransform], arguments: dict) -> LossTransform:
     """`factory(q)`, q a constant, a schedule as a function, or one described by arguments."""
     q, kind = arguments["q"], arguments["q_schedule"]
-    check_choice("q_schedule", kind, control.SCHEDULES)
+    check_choice("q_schedule", kind, q_schedules.SCHEDULES)
     for name, default in SCHEDULE.items():
         unread = name != "q_schedule" and name not in _SCHEDULE_READS[kind]
         if unread and arguments[name] != default:
@@ -120,16 +120,16 @@ def _over_steps(factory: Callable[..., LossTransform], arguments: dict) -> LossT
             )
     if callable(q):
         check_choice("q_schedule, beside q as a function of the step,", kind, ("constant",))
-        return control.scheduled(factory, q)
+        return q_schedules.scheduled(factory, q)
     check_number("q", q, 0, 1)
     if kind == "constant":
         return factory(q)
     if kind == "adaptive":
         low = arguments["q_end"]
         check_number("q_end (the lower limit of an adaptive q)", low, 0, q)
-        return control.adaptive_q(factory, arguments["q_pace"], low=low, high=q)
-    return control.scheduled(
-        factory, control.schedule(kind, q, arguments["q_end"], arguments["q_steps"])
+        return q_schedules.adaptive_q(factory, arguments["q_pace"], low=low, high=q)
+    return q_schedules.scheduled(
+        factory, q_schedules.schedule(kind, q, arguments["q_end"], arguments["q_steps"])
     )
 
 
@@ -142,31 +142,31 @@ def _grpo_surrogate(
     return surrogates.add_kl(surrogate, kl_weight, kl_kind) if kl_weight else surrogate
 
 
-_GRADED = dict(answer="sampled", reward="exact_match", weight=reduce.log_reward)
+_GRADED = dict(answer="sampled", reward="exact_match", weight=group_stats.log_reward)
 _ALWAYS = lambda arguments: True
 
 RECIPES: dict[str, Callable[..., Estimator]] = {
     "garl": Recipe(
-        estimators.garl,
+        aliases.garl,
         baselined=lambda given: (given["baseline"], given["correction"]) != ("none", "none"),
     ),
-    "paft": Recipe(estimators.paft),
-    "rb_reinforce": Recipe(estimators.rb_reinforce, q=0.0),
-    "rb_rloo": Recipe(estimators.rb_rloo, q=0.0, baselined=_ALWAYS),
-    "iwae": Recipe(estimators.iwae, q=1.0),
-    "trice": Recipe(estimators.trice, q=1.0),
+    "paft": Recipe(aliases.paft),
+    "rb_reinforce": Recipe(aliases.rb_reinforce, q=0.0),
+    "rb_rloo": Recipe(aliases.rb_rloo, q=0.0, baselined=_ALWAYS),
+    "iwae": Recipe(aliases.iwae, q=1.0),
+    "trice": Recipe(aliases.trice, q=1.0),
     "star": Recipe(
-        estimators.star, normalize=False, reward="exact_match", weight=reduce.log_reward
+        aliases.star, normalize=False, reward="exact_match", weight=group_stats.log_reward
     ),
-    "maxrl": Recipe(estimators.maxrl, **_GRADED),
+    "maxrl": Recipe(aliases.maxrl, **_GRADED),
     "grpo": Recipe(
-        estimators.grpo,
+        aliases.grpo,
         _grpo_surrogate,
         overrides={"aggregation": "sequence_mean"},
         **_GRADED,
     ),
-    "rloo": Recipe(estimators.rloo, baselined=_ALWAYS, **_GRADED),
-    "sft": Recipe(estimators.sft, rationale="annotated", weight=None),
+    "rloo": Recipe(aliases.rloo, baselined=_ALWAYS, **_GRADED),
+    "sft": Recipe(aliases.sft, rationale="annotated", weight=None),
 }
 
 

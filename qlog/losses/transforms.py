@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from qlog.losses import reduce
-from qlog.losses.compose import seed, stateless
+from qlog.losses import group_stats
+from qlog.losses.compose import initial_coefficients, stateless
 from qlog.losses.types import LossTransform, check_choice, check_count, check_number
 
 RESAMPLING = ("multinomial", "systematic")
@@ -23,7 +23,7 @@ RESAMPLING = ("multinomial", "systematic")
 # --- What a group's rollouts are worth -----------------------------------------------------------
 
 
-def rao_blackwell(weight=reduce.log_likelihood) -> LossTransform:
+def rao_blackwell(weight=group_stats.log_likelihood) -> LossTransform:
     """score = path = w_m / M: the gradient of l_0 = 1 - P, the answer summed out (eq 9, q = 0).
 
     Kept as w_m / sum w with log_scale A.
@@ -31,8 +31,8 @@ def rao_blackwell(weight=reduce.log_likelihood) -> LossTransform:
 
     def function(coefficients, scores, **_):
         log_weights = weight(scores)
-        share = reduce.normalized(log_weights)
-        scale = reduce.finite(reduce.log_mean(log_weights, scores))
+        share = group_stats.normalized(log_weights)
+        scale = group_stats.finite(group_stats.log_mean(log_weights, scores))
         return coefficients._replace(
             score=share, path=share, log_scale=jnp.broadcast_to(scale, share.shape)
         )
@@ -44,7 +44,7 @@ def resample_posterior(
     k: int | None = None,
     method: str = "multinomial",
     salt: int = 0,
-    weight=reduce.log_likelihood,
+    weight=group_stats.log_likelihood,
 ) -> LossTransform:
     """score = path = n_m / K, n counts of K draws from Categorical(w / sum w): grad l_1 (eq 14).
 
@@ -74,9 +74,13 @@ def resample_posterior(
     def function(coefficients, scores, *, key, axis_name):
         if key is None:
             raise TypeError("resample_posterior draws at random: pass key=, a jax PRNG key")
-        share = reduce.normalized(weight(scores))
-        count = reduce.num_valid(scores)[:, 0] if k is None else jnp.full(share.shape[:1], float(k))
-        groups = reduce.group_index(scores, axis_name)
+        share = group_stats.normalized(weight(scores))
+        count = (
+            group_stats.num_valid(scores)[:, 0]
+            if k is None
+            else jnp.full(share.shape[:1], float(k))
+        )
+        groups = group_stats.group_index(scores, axis_name)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, salt), groups)
         frequency = jax.vmap(draw)(keys, share, count)
         frequency = jnp.where(jnp.sum(share, 1, keepdims=True) > 0, frequency, 0.0)
@@ -89,14 +93,14 @@ def resample_posterior(
 
 def uniform() -> LossTransform:
     """score = path = 1 / M: every rollout is a demonstration."""
-    return stateless(lambda coefficients, scores, **_: seed(scores))
+    return stateless(lambda coefficients, scores, **_: initial_coefficients(scores))
 
 
 def from_reward() -> LossTransform:
     """score = path = r_m / M, r the reward of the sampled answer (REINFORCE)."""
 
     def function(coefficients, scores, **_):
-        share = jnp.where(scores.valid, scores.reward, 0.0) / reduce.num_valid(scores)
+        share = jnp.where(scores.valid, scores.reward, 0.0) / group_stats.num_valid(scores)
         return coefficients._replace(score=share, path=share, log_scale=jnp.zeros_like(share))
 
     return stateless(function)
@@ -105,29 +109,29 @@ def from_reward() -> LossTransform:
 # --- Powers of P (Prop 4.1) ----------------------------------------------------------------------
 
 
-def amplify(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
+def amplify(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
     """Multiplies by wbar^(-q): from the gradient of l_0 to that of l_q (Prop 4.1)."""
     check_number("q", q, 0, 1)
 
     def function(coefficients, scores, **_):
-        scale = reduce.finite(reduce.log_mean(weight(scores), scores))
+        scale = group_stats.finite(group_stats.log_mean(weight(scores), scores))
         return coefficients._replace(log_scale=coefficients.log_scale - q * scale)
 
     return stateless(function)
 
 
-def attenuate(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
+def attenuate(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
     """Multiplies by wbar^(1-q): from the gradient of l_1 to that of l_q (Prop 4.1)."""
     check_number("q", q, 0, 1)
 
     def function(coefficients, scores, **_):
-        scale = reduce.finite(reduce.log_mean(weight(scores), scores))
+        scale = group_stats.finite(group_stats.log_mean(weight(scores), scores))
         return coefficients._replace(log_scale=coefficients.log_scale + (1 - q) * scale)
 
     return stateless(function)
 
 
-def jackknife(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
+def jackknife(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
     """GARL's plug-in with its 1/M bias removed: n T - (n-1) mean_j T_{-j} (Quenouille's jackknife).
 
     T is the plug-in estimate, T_{-j} the same without rollout j, so that for both coefficients
@@ -139,28 +143,30 @@ def jackknife(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
 
     def function(coefficients, scores, **_):
         log_weights = weight(scores)
-        mean = reduce.log_mean(log_weights, scores)
-        log_weights = log_weights - reduce.finite(jnp.max(log_weights, 1, keepdims=True))
-        share = reduce.normalized(log_weights)
-        n = reduce.num_valid(scores)
-        others = jnp.maximum(reduce.log_mean_others(log_weights, scores), reduce.LEAST)
+        mean = group_stats.log_mean(log_weights, scores)
+        log_weights = log_weights - group_stats.finite(jnp.max(log_weights, 1, keepdims=True))
+        share = group_stats.normalized(log_weights)
+        n = group_stats.num_valid(scores)
+        others = jnp.maximum(group_stats.log_mean_others(log_weights, scores), group_stats.LEAST)
         # c_m = share_m wbar^(1-q) (1 - sum_{j != m} expm1(x_j)), x_j = -q log(wbar_{-j} / wbar):
         # a sum of n small numbers, so each is computed from share_j unless j dominates the group.
         log_ratio = jnp.where(
             share < 0.5,
             jnp.log1p(-jnp.minimum(share, 0.5)) - jnp.log1p(-1 / jnp.maximum(n, 2)),
-            others - reduce.finite(reduce.log_mean(log_weights, scores)),
+            others - group_stats.finite(group_stats.log_mean(log_weights, scores)),
         )
         x = jnp.where(scores.valid & ~jnp.isneginf(mean), -q * log_ratio, 0.0)
         # A dominant rollout's x_j may exceed float32's exp where share_m falls below it: in logs.
         large = x > 1.0
         small = jnp.where(large, 0.0, jnp.expm1(x))
         small = jnp.sum(small, 1, keepdims=True) - small
-        total = reduce.finite(jax.nn.logsumexp(log_weights, 1, keepdims=True))
-        log_large = log_weights - total + reduce.logsumexp_others(jnp.where(large, x, -jnp.inf))
+        total = group_stats.finite(jax.nn.logsumexp(log_weights, 1, keepdims=True))
+        log_large = (
+            log_weights - total + group_stats.logsumexp_others(jnp.where(large, x, -jnp.inf))
+        )
         others_large = jnp.sum(large, 1, keepdims=True) - large
         value = share * (1 - small + others_large) - jnp.exp(log_large)
-        scale = jnp.broadcast_to((1 - q) * reduce.finite(mean), share.shape)
+        scale = jnp.broadcast_to((1 - q) * group_stats.finite(mean), share.shape)
         return coefficients._replace(score=value, path=value, log_scale=scale)
 
     return stateless(function, min_rollouts=2)
@@ -169,7 +175,7 @@ def jackknife(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
 # --- Baselines and normalisation within a group ---------------------------------------------------
 
 
-def leave_one_out_baseline(q: ArrayLike, weight=reduce.log_likelihood) -> LossTransform:
+def leave_one_out_baseline(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
     """Subtracts wbar_{-m}^(1-q) / M from the score coefficient (eq 12, Algorithm 1).
 
     The baseline does not depend on z_m, so the mean is unchanged (Prop 6.2). It is 1/M at q = 1.
@@ -179,12 +185,12 @@ def leave_one_out_baseline(q: ArrayLike, weight=reduce.log_likelihood) -> LossTr
 
     def function(coefficients, scores, **_):
         log_weights = weight(scores)
-        mean = reduce.log_mean(log_weights, scores)
-        scale = reduce.finite(mean)
-        others = jnp.maximum(reduce.log_mean_others(log_weights, scores), reduce.LEAST)
+        mean = group_stats.log_mean(log_weights, scores)
+        scale = group_stats.finite(mean)
+        others = jnp.maximum(group_stats.log_mean_others(log_weights, scores), group_stats.LEAST)
         # wbar_{-m}^(1-q) as (wbar_{-m}/wbar)^(1-q) times wbar^(1-q), which is the usual log_scale.
         log_baseline = (1 - q) * (others - scale) + (scale - q * scale - coefficients.log_scale)
-        baseline = jnp.exp(log_baseline) / reduce.num_valid(scores)
+        baseline = jnp.exp(log_baseline) / group_stats.num_valid(scores)
         alive = scores.valid & ~jnp.isneginf(mean)
         return coefficients._replace(score=coefficients.score - jnp.where(alive, baseline, 0.0))
 
@@ -195,7 +201,7 @@ def center() -> LossTransform:
     """Subtracts the group's mean from both coefficients."""
 
     def function(coefficients, scores, **_):
-        shift = lambda x: jnp.where(scores.valid, x - reduce.group_mean(x, scores), 0.0)
+        shift = lambda x: jnp.where(scores.valid, x - group_stats.group_mean(x, scores), 0.0)
         return coefficients._replace(score=shift(coefficients.score), path=shift(coefficients.path))
 
     return stateless(function)
@@ -207,7 +213,7 @@ def center_leave_one_out() -> LossTransform:
 
     def function(coefficients, scores, **_):
         centred, _ = centre.update(coefficients, optax.EmptyState(), scores)
-        n = reduce.num_valid(scores)
+        n = group_stats.num_valid(scores)
         factor = n / jnp.maximum(n - 1, 1)
         return centred._replace(score=centred.score * factor, path=centred.path * factor)
 
@@ -219,8 +225,8 @@ def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
     check_number("eps", eps, 0, 1)
 
     def function(coefficients, scores, **_):
-        deviation = scores.reward - reduce.group_mean(scores.reward, scores)
-        std = jnp.sqrt(reduce.group_mean(jnp.square(deviation), scores)) + eps
+        deviation = scores.reward - group_stats.group_mean(scores.reward, scores)
+        std = jnp.sqrt(group_stats.group_mean(jnp.square(deviation), scores)) + eps
         factor = 1 / jnp.where(std > 0, std, 1.0)
         return coefficients._replace(
             score=coefficients.score * factor, path=coefficients.path * factor

@@ -1,6 +1,6 @@
 """The decoder, its presets, and weights in and out (`models.huggingface`)."""
 
-from qlog.models import attention, attention_cudnn, attention_tpu, flops, huggingface
+from qlog.models import flops, huggingface
 from qlog.models.config import PRESETS, DecoderConfig, RopeScaling
 from qlog.models.decoder import (
     REMAT,
@@ -15,6 +15,7 @@ from qlog.models.decoder import (
     shapes,
     unembedding,
     unstack,
+    whole_tiles,
 )
 from qlog.models.families import from_hf_config
 
@@ -27,9 +28,6 @@ __all__ = [
     "RopeScaling",
     "Suffix",
     "apply",
-    "attention",
-    "attention_cudnn",
-    "attention_tpu",
     "decoding_weights",
     "empty_suffix",
     "flops",
@@ -40,4 +38,5 @@ __all__ = [
     "shapes",
     "unembedding",
     "unstack",
+    "whole_tiles",
 ]

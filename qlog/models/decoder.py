@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from qlog.models.attention import ATTENTION, Segment, attend, attend_step
+from qlog.models.attention.blocks import ATTENTION, Segment, attend, attend_step
 from qlog.models.config import DecoderConfig
 from qlog.models.dense import dot_general
 from qlog.models.rope import rotate, rotation
@@ -430,3 +430,16 @@ def _rotations(config: DecoderConfig, positions: Array):
         return jax.tree.map(functools.partial(jnp.where, window > 0), local, everywhere)
 
     return of
+
+
+_TILE = 128
+
+
+def whole_tiles(length: int) -> int:
+    """`length` tokens rounded up to a multiple of 128; up to 128, to a multiple of 16.
+
+    Else a TPU lays caches out in a way that the decode loop cannot update in place, copies them all
+    at its beginning and end, and spends minutes on compiling shifts of everything else.
+    """
+    tile = _TILE if length > _TILE else 16
+    return -(-length // tile) * tile

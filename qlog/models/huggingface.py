@@ -19,11 +19,11 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from qlog import assets, paths
 from qlog.errors import ConfigError, PassingError
 from qlog.models import families
 from qlog.models.config import DecoderConfig
 from qlog.models.decoder import Params, shapes
+from qlog.storage import assets, paths
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,7 +54,7 @@ def resolve(
     """The local folder for `spec`: a folder here or in a bucket, or a Hub id 'owner/name' or
     'owner/name@revision'.
 
-    A Hub id is looked for in QLOG_ASSETS first (qlog.assets), then in the Hub, which downloads it on
+    A Hub id is looked for in QLOG_ASSETS first (qlog.storage.assets), then in the Hub, which downloads it on
     first use into the cache of huggingface_hub (set HF_HOME to move it); an interrupted download goes
     on where it stopped. Several processes: within `distributed.once_per_host`.
 

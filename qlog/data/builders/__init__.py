@@ -19,9 +19,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlog import assets, paths
 from qlog.data.builders import raw
 from qlog.errors import ConfigError, PassingError
+from qlog.storage import assets, paths
 
 NAMES = ("finqa", "hotpotqa", "musique")
 _IDS = "ids.json"  # beside what TFDS writes: {official split: [id]}
@@ -100,7 +100,7 @@ def prepare(
 ) -> pathlib.Path:
     """The local folder of a prepared dataset, for `open_prepared`; prepares it where there is none.
 
-    Without manual_dir, looks into data_dir, then into QLOG_ASSETS (qlog.assets), and only then
+    Without manual_dir, looks into data_dir, then into QLOG_ASSETS (qlog.storage.assets), and only then
     downloads. Preparing writes array_record files once, into a folder that appears only when it is
     complete; of processes that ask at the same time one does it and the others wait. The folder's name
     has the builder's version and a digest of the raw files' content, so that changed files are prepared

@@ -1,0 +1,286 @@
+"""Is this machine ready to train? One screen of checks, each ok or failed with its remedy.
+
+    python -m qlog.commands.doctor
+    python -m qlog.commands.doctor --config=configs/hotpotqa.py --workdir=gs://BUCKET/runs/first
+
+On several hosts run it on all of them, as a training: the mesh and the all-reduce span them all.
+Exit status 1 when a check failed, on any host.
+"""
+
+import importlib.metadata
+import math
+import pathlib
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, config_flags
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from qlog import experiment, models
+from qlog.commands import entry
+from qlog.config import schema
+from qlog.config.check import check_config
+from qlog.errors import ConfigError
+from qlog.parallel import distributed, process, sharding
+from qlog.runs import checkpoints, ownership
+from qlog.storage import paths
+
+_PATIENCE = 120  # seconds for the all-reduce, its compilation included
+_MIB_PER_DEVICE = 16  # reduced to take its speed
+_BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 parameters and AdamW's two moments
+_LEAST_FREE = 5 * 10**9  # bytes, where no config says how large checkpoints are
+
+
+class Check(NamedTuple):
+    """`text` is what was found, or, of a failed check, what is wrong and the remedy."""
+
+    name: str
+    is_ok: bool
+    text: str
+
+
+def checks(config: ConfigDict | None, workdir: str) -> Iterator[Check]:
+    """Runs every check in turn; a failure never stops the ones after it.
+
+    Args:
+      config: of the run that is planned; None checks the machine alone.
+      workdir: folder or bucket of the run, made if it is not there.
+    """
+    yield _check("versions", _versions)
+    if config is not None:
+        yield _check("config", lambda: _settings(config))
+    yield _check("devices", _devices)
+    sizes = dict(config.mesh) if config is not None else {"data": -1, "fsdp": 1, "tensor": 1}
+    yield _check("mesh", lambda: _show_mesh(sharding.make_mesh(**sizes)))
+    yield _check("all-reduce", _all_reduce)
+    yield _check("workdir", lambda: _writes(workdir))
+    yield _check("free disk", lambda: _free_disk(config, workdir))
+    if config is not None:
+        yield _check("weights", lambda: _weights(config))
+        yield _check("tokenizer", lambda: _tokenizer(config))
+
+
+def run(config: ConfigDict | None, workdir: str) -> int:
+    """Prints the checks of the first process, and what failed on others; 1 if any failed anywhere."""
+    found = list(checks(config, workdir))
+    failed = [check for check in found if not check.is_ok]
+    shown = found if jax.process_index() == 0 else failed
+    if shown:
+        table = Table(title=f"qlog doctor, process {jax.process_index()}", title_justify="left")
+        table.add_column("check", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        table.add_column("found", overflow="fold")
+        for check in shown:
+            table.add_row(check.name, "ok" if check.is_ok else "[bold red]failed", check.text)
+        Console(width=None if sys.stdout.isatty() else 110).print(table)
+    return int(distributed.agree(bool(failed)))
+
+
+def _check(name: str, function: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, function())
+    except ConfigError as error:
+        return Check(name, False, str(error))
+    except Exception as error:  # whatever a driver, a file system or a bucket's client raises
+        return Check(name, False, f"{type(error).__name__}: {str(error).strip()}")
+
+
+def _versions() -> str:
+    """Every requirement of this installation is there, in a version that it accepts."""
+    wrong = []
+    for line in importlib.metadata.requires("qlog") or ():
+        needed = Requirement(line)
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            has = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            has = "missing"
+        if has == "missing" or not needed.specifier.contains(has, prereleases=True):
+            wrong.append(f"{needed.name}{needed.specifier} ({has})")
+    if wrong:
+        raise ConfigError(f"needs {', '.join(wrong)}: run launch/install.")
+    seen = [f"Python {platform.python_version()}"]
+    for name in ("qlog", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "libtpu"):
+        try:
+            seen.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            seen.append(f"no {name}")
+    return ", ".join(seen)
+
+
+def _settings(config: ConfigDict) -> str:
+    check_config(config)
+    return f"{config.model}, {config.data.name} {config.data.style}, {config.loss.name}"
+
+
+def _devices() -> str:
+    devices = jax.devices()
+    kind, backend = devices[0].device_kind, jax.default_backend()
+    process.refuse_fallback()
+    memory = (devices[0].memory_stats() or {}) if backend != "cpu" else {}
+    size = f", {memory['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in memory else ""
+    return (
+        f"{len(devices)} x {kind} ({backend}){size}; {jax.local_device_count()} in this process, "
+        f"{jax.process_count()} process(es)"
+    )
+
+
+def _show_mesh(mesh: Mesh) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+
+
+def _all_reduce() -> str:
+    """Sums one number and then many over all devices, against what the sums must be."""
+    mesh = sharding.make_mesh(-1, 1, 1)
+    count = mesh.size
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    outcome = {}
+
+    def reduce():
+        add = jax.jit(
+            jax.shard_map(
+                lambda x: jax.lax.psum(x, "data"),
+                mesh=mesh,
+                in_specs=PartitionSpec("data"),
+                out_specs=PartitionSpec(),
+            )
+        )
+        size = _MIB_PER_DEVICE * 2**20 // 4
+        ranks = jax.jit(lambda: jnp.repeat(jnp.arange(1.0, count + 1), size), out_shardings=place)()
+        total = jax.block_until_ready(add(ranks))
+        start = time.perf_counter()
+        jax.block_until_ready(add(ranks))
+        outcome["seconds"] = time.perf_counter() - start
+        local = np.asarray(total.addressable_data(0))
+        outcome["right"] = bool((local == count * (count + 1) / 2).all())
+
+    def guarded():
+        try:
+            reduce()
+        except Exception as error:  # shown by the thread that waits
+            outcome["error"] = error
+
+    # In a thread: a collective that lacks a peer waits forever.
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if "error" in outcome:
+        raise outcome["error"]
+    if not outcome:
+        raise ConfigError(
+            f"not done after {_PATIENCE} s: run this on every host of the slice at the same time, "
+            "and let the network between them pass all ports."
+        )
+    if not outcome["right"]:
+        raise ConfigError(
+            f"{count} devices gave a wrong sum: replace the host, or report the chip."
+        )
+    return f"{count} devices, {_MIB_PER_DEVICE} MiB each in {outcome['seconds'] * 1e3:.1f} ms"
+
+
+def _writes(workdir: str) -> str:
+    folder = paths.parse(workdir, "--workdir")
+    ownership.prove_shared(folder, "--workdir")
+    shared = (
+        f", by {jax.process_count()} processes that see the same" if jax.process_count() > 1 else ""
+    )
+    return f"{folder}: written, read, removed{shared}"
+
+
+def _free_disk(config: ConfigDict | None, workdir: str) -> str:
+    folder = paths.parse(workdir, "--workdir")
+    if paths.is_remote(folder):
+        return f"{folder} is a bucket: no limit"
+    needed, why = _LEAST_FREE, "no config given"
+    if config is not None:
+        shapes = jax.tree.leaves(models.shapes(experiment.model_shape(config)))
+        parameters = sum(math.prod(leaf.shape) for leaf in shapes)
+        kept = config.checkpoint.keep + 2  # beside the latest: the best, and the one being written
+        needed = kept * _BYTES_PER_PARAMETER * parameters
+        why = f"{kept} checkpoints of {parameters / 1e9:.2f}e9 parameters"
+    place = pathlib.Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ConfigError(
+            f"{place} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed ({why}): make "
+            "room, give another --workdir, or lower config.checkpoint.keep."
+        )
+    return f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB needed ({why})"
+
+
+def _weights(config: ConfigDict) -> str:
+    """They are there and belong to the model; a Hub id is downloaded, as training would."""
+    if config.init_from:
+        return f"from {checkpoints.find_checkpoint(config.init_from, 'config.init_from')}"
+    shape = experiment.model_shape(config)
+    if config.weights == "random":
+        return f"random, {shape.num_layers} layers of width {shape.width}"
+    folder = models.huggingface.resolve(config.weights)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"{folder} holds no *.safetensors: download them, or stage the folder again."
+        )
+    size = sum(file.stat().st_size for file in files)
+    return f"{folder}: {len(files)} file(s), {size / 1e9:.2f} GB"
+
+
+def _tokenizer(config: ConfigDict) -> str:
+    """It loads, and the model has a row for each of its tokens; on one device, whatever the mesh."""
+    alone = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
+    run = experiment.prepare(alone, jax.local_devices()[:1], train=False, evaluate=False)
+    return f"{run.policy.valid_vocab} tokens, for {run.policy.config.vocab_size} rows of the model"
+
+
+def main(argv: list[str]) -> int:
+    own = flags.FlagValues()
+    wanted = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file of the planned run, with variants after a colon.",
+        flag_values=own,
+    )
+    workdir = flags.DEFINE_string(
+        "workdir", "runs", "Where the run is to be kept.", flag_values=own
+    )
+    processes = flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        distributed.CHOICES,
+        "Connect to the other processes: on, off, or auto, where the environment names them.",
+        flag_values=own,
+    )
+    try:
+        rest = own(argv)
+        config = wanted.value
+        getattr(config, "seed", None)  # a file that did not load says so when it is read
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        print(f"qlog.commands.doctor: {entry.sentence(error, argv)}", file=sys.stderr)
+        return 2
+    if len(rest) > 1:
+        print(
+            f"qlog.commands.doctor: what is {rest[1]!r}? Settings are --config.section.key=value",
+            file=sys.stderr,
+        )
+        return 2
+    with distributed.processes(processes.value):
+        return run(config, workdir.value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,225 @@
+"""Brings what runs of a config read to where every host finds it: model, weights, tokenizer, data.
+
+    python -m qlog.commands.stage --config=configs/hotpotqa.py --to=gs://BUCKET/assets   # or s3://..., a folder
+    python -m qlog.commands.stage --model=Qwen/Qwen3-1.7B --to=gs://BUCKET/assets
+
+Downloads and prepares here what is not here yet, then copies; a second call copies what changed.
+Runs on every host with QLOG_ASSETS=gs://BUCKET/assets then find it by the names that the config has,
+and ask neither the Hub nor a dataset's server. Uses no accelerator.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shlex
+from collections.abc import Callable, Iterable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from qlog import data, models
+from qlog.commands import entry
+from qlog.config import schema
+from qlog.config.check import check_config
+from qlog.data import builders
+from qlog.errors import ConfigError
+from qlog.experiment import tokenizer_path
+from qlog.storage import assets, paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Asset:
+    """One folder of the layout in qlog/storage/assets.py.
+
+    Attributes:
+      what: for the user: 'config.model = ...'.
+      name: where it goes, relative to --to.
+      fetch: makes or finds it here; returns the local folder, or one file of it.
+      is_wanted: which files of the folder go there.
+      spec: what the config names; two that are called alike are told apart by it.
+      flags: fields of the runs that shall use it; none where its name in the config finds it.
+    """
+
+    what: str
+    name: str
+    fetch: Callable[[], pathlib.Path]
+    is_wanted: Callable[[str], bool]
+    spec: str
+    flags: tuple[str, ...] = ()
+
+
+def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
+    """What a config's runs read, each thing once; fetches nothing.
+
+    Raises:
+      ConfigError: the config is wrong, or --model is no Hub id.
+    """
+    wanted = []
+    if model:
+        if not models.huggingface.is_hub_id(model):
+            raise ConfigError(f"--model={model} is no Hub id of the form owner/name.")
+        wanted.append(_model("--model", model, weights=True))
+    runs = (
+        [schema.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()]
+        if config
+        else []
+    )
+    for each in (runs or [config]) if config else []:
+        check_config(each)
+        wanted += _read_by(each)
+    # A model wanted with its weights and without is wanted with them.
+    wanted.sort(key=lambda asset: not asset.is_wanted("model.safetensors"))
+    found: dict[str, Asset] = {}
+    for asset in wanted:
+        other = found.setdefault(asset.name, asset)
+        if other.spec != asset.spec:
+            raise ConfigError(
+                f"{asset.what} and {other.what} have the same last name, and would be one folder in the "
+                "assets: rename one of them."
+            )
+        if asset.flags != other.flags:
+            found[asset.name] = dataclasses.replace(
+                other, flags=tuple(dict.fromkeys(other.flags + asset.flags))
+            )
+    return list(found.values())
+
+
+def _read_by(config: ConfigDict) -> list[Asset]:
+    found, path, section = [], config.tokenizer.path, config.data
+    if config.weights != "random":
+        found.append(_model("weights", config.weights, weights=True))
+    if config.model not in models.PRESETS:
+        found.append(_model("model", config.model, weights=False))
+    if path and models.huggingface.is_hub_id(path):
+        found.append(_model("tokenizer.path", path, weights=False))
+    elif path:
+        found.append(
+            Asset(
+                f"config.tokenizer.path = {path!r}",
+                f"tokenizers/{_last(path)}",
+                lambda: tokenizer_path(config),
+                _files_of_model(weights=False),
+                str(path),
+                ("tokenizer.path",),
+            )
+        )
+    if section.name in data.TASKS:
+        found.append(
+            Asset(
+                f"config.data.name = {section.name!r}",
+                f"data/{builders.staged_name(section.name)}",
+                lambda: builders.prepare(
+                    section.name,
+                    manual_dir=section.manual_dir or None,
+                    data_dir=section.data_dir or None,
+                ),
+                lambda name: True,
+                f"{section.name} {section.manual_dir}",
+            )
+        )
+    return found
+
+
+def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
+    """Fetches and copies; says what it does, and what runs must be told.
+
+    Raises:
+      ConfigError, PassingError: whatever fetching and copying raise.
+    """
+    wanted = list(wanted)
+    if not wanted:
+        say("nothing to stage: the config reads no files")
+        return
+    target, flags_ = paths.parse(to, "--to"), []
+    if not paths.is_remote(target):
+        target = paths.Path(os.path.abspath(target))
+    paths.probe(target, "--to")  # before gigabytes are fetched
+    for asset in wanted:
+        source = pathlib.Path(asset.fetch())
+        folder = source.parent if source.is_file() else source
+        names = [source.name] if source.is_file() else list(filter(asset.is_wanted, files(source)))
+        if not names:
+            raise ConfigError(
+                f"{asset.what}: {source} holds no files that a run reads: mend the name."
+            )
+        last = next(
+            (n for n in ("ids.json", "config.json", "tokenizer.json") if n in names), names[-1]
+        )
+        copied = assets.publish(folder, target / asset.name, names, last)
+        say(f"{asset.what}: {target / asset.name} ({copied} of {len(names)} files copied)")
+        where = target / asset.name / (source.name if source.is_file() else "")
+        flags_ += [f"--config.{flag}={where}" for flag in asset.flags]
+    say(f"Runs find this with {assets.ENVIRONMENT}={shlex.quote(str(target))}")
+    if flags_:
+        say(f"and, for what the config names by a local path, {shlex.join(flags_)}")
+
+
+def _model(field: str, spec: str, weights: bool) -> Asset:
+    what = spec if field.startswith("--") else f"config.{field}"
+    label = f"{field}={spec}" if field.startswith("--") else f"{what} = {spec!r}"
+    local = not models.huggingface.is_hub_id(spec)
+    return Asset(
+        label,
+        f"models/local/{_last(spec)}" if local else f"models/{spec}",
+        lambda: models.huggingface.resolve(spec, weights=weights, field=what),
+        _files_of_model(weights),
+        spec,
+        (field,) if local else (),
+    )
+
+
+def _files_of_model(weights: bool) -> Callable[[str], bool]:
+    return functools.partial(models.huggingface.is_wanted, weights=weights)
+
+
+def _last(spec: str) -> str:
+    return pathlib.PurePath(spec.partition("://")[2] or spec).name
+
+
+def files(folder: pathlib.Path) -> list[str]:
+    """All its files, relative to it, without what tools keep there for themselves."""
+    names = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [str(name) for name in names if not name.parts[0].startswith(".")]
+
+
+class _Flags:
+    """The command's flags; defined when it runs, since other commands have some of the same names."""
+
+    def __init__(self):
+        self.config = config_flags.DEFINE_config_file(
+            "config", None, "Config file, with variants after a colon."
+        )
+        self.model = flags.DEFINE_string(
+            "model", "", "A Hub id to bring beside, or instead of, a config's."
+        )
+        self.to = flags.DEFINE_string(
+            "to", "", "gs://BUCKET/FOLDER, s3://BUCKET/FOLDER, or a folder all hosts see."
+        )
+        self.dry_run = flags.DEFINE_bool(
+            "dry-run", False, "Say what would be copied where, and stop."
+        )
+
+
+def main(given: _Flags, argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
+        )
+    logging.set_verbosity(logging.WARNING)
+    if not given.to.value:
+        raise ConfigError("--to is needed: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.")
+    if not (given.config.value or given.model.value):
+        raise ConfigError("give a --config, a --model, or both.")
+    wanted = plan(given.config.value, given.model.value)
+    if given.dry_run.value:
+        for asset in wanted:
+            print(f"{asset.what}: to {paths.parse(given.to.value, '--to') / asset.name}")
+        return 0
+    stage(wanted, given.to.value)
+    return 0
+
+
+if __name__ == "__main__":
+    _given = _Flags()
+    entry.run(functools.partial(main, _given), _given.config)

@@ -1,0 +1,141 @@
+"""The paper's experiments as configs: what Section 7 gives, and our choices where it is silent.
+
+The files in configs/ differ in the dataset and its budgets alone; everything else is here.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from qlog.config import schema
+from qlog.config.check import build_estimator
+from qlog.config.variants import estimator_variants, parse_variants
+
+_ANNOTATED = 384  # tokens of the tiny variant's annotated rationales: FinQA's reach 324
+
+
+def experiment(
+    arg: str | None, *, dataset: str, total_budget: int, max_prompt_tokens: int, tensor: int = 1
+) -> ConfigDict:
+    """Qwen3 0.6B on one dataset, M = 32, cold start and GARL q = 0.75 unless `arg` says otherwise.
+
+    Args:
+      arg: variants, as in 'warm,grpo' or 'cold,garl,q=0.25,tiny'.
+      dataset: finqa | hotpotqa | musique.
+      total_budget: tokens of rationale and answer together (the paper's 4096, 3072, 2048).
+      max_prompt_tokens: our choice: the longest prompt of the dataset fits.
+      tensor: devices that share a prompt's heads, where the caches of its M longest rollouts
+        exceed 16 GiB.
+    """
+    config = schema.default()
+    # ---- Given by the paper ----
+    config.model = config.weights = "Qwen/Qwen3-0.6B"  # post-trained Qwen3 0.6B
+    config.data.name = dataset  # its splits' sizes: qlog/data/splits.py
+    config.data.style = "cold"  # both starts are the paper's; variants cold and warm
+    config.rollout.rollouts_per_prompt = 32  # M
+    config.rollout.rationale_budget = total_budget - 128
+    config.rollout.answer_reserve = 128
+    config.evaluation.rollouts_per_prompt = 16  # and the best checkpoint is that of the best m@16
+    config.loss = schema.loss("garl", q=0.75)  # with RLOO, divided by M^q
+    _our_choices(config, max_prompt_tokens, tensor)
+    return parse_variants(arg, variants(), config)
+
+
+def _our_choices(config: ConfigDict, max_prompt_tokens: int, tensor: int) -> None:
+    """What the paper does not give, each with its reason. Beside these: the prompts' texts, those of
+    qlog/data/tasks.py; the loss's other arguments, the recipe's defaults (GRPO divides by the
+    group's standard deviation, as published, and has no KL term: the paper gives it no weight, and
+    every step is on policy); fields that change memory, speed or reports alone, as config.py has
+    them."""
+    data, rollout, optimizer, train = config.data, config.rollout, config.optimizer, config.train
+    data.max_prompt_tokens = max_prompt_tokens  # fits the longest of our sample records, warm
+    data.overlong = "skip"  # the rare longer ones are counted, shown at start and left out
+    rollout.temperature = 1.0  # the law that the gradient is about
+    rollout.closing_text = ""  # the thinking-end token alone is forced, as the paper words it
+    config.dtype = "bfloat16"  # activations, as the weights were trained; parameters float32
+    # AdamW as usual for RL fine-tuning of models of this size:
+    optimizer.learning_rate = 1e-6
+    optimizer.warmup_steps = 10  # Adam's second moments are noise in the first steps
+    optimizer.schedule = "constant"  # runs of different lengths stay comparable
+    optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.999, 1e-8  # Adam's own defaults
+    optimizer.weight_decay = 0.0  # the policy starts from what it should not forget
+    optimizer.max_grad_norm = 1.0  # q = 1 can blow a gradient up by 1/P
+    train.steps = 500  # Figures 3 and 4 are decided by step 150
+    train.prompts_per_step = 32  # with M = 32, 1024 rollouts per step; HotPotQA: 1.8 epochs
+    train.updates_per_batch = 1  # on policy, as the estimators assume
+    # These change memory and speed alone; --mode=compile tells whether they fit:
+    train.remat = "full"
+    train.prompts_per_microbatch, train.rollouts_per_microbatch = 1, 8
+    rollout.prompts_per_wave = 1  # 7 to 11 GiB of caches on each of a shard's chips
+    config.evaluation.prompts_per_batch = 2  # of half the rollouts each
+    # 16 GiB chips have no room for copies of the state; each slice of several holds one. On more than
+    # 32 x tensor chips train.prompts_per_step has to grow with them: the one flag that is needed.
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.mesh.tensor = tensor
+    config.seed = 0  # of data order and sampling; the weights are given
+    config.evaluation.temperature = 1.0  # as in training; p@16 needs samples that differ
+    config.evaluation.top_k, config.evaluation.top_p = 0, 1.0  # the whole law, as in training
+    config.evaluation.prompts = 0  # the whole split, of which the paper gives the size
+    config.evaluation.every = config.checkpoint.every = 50  # the spacing that Figure 4 shows
+    config.evaluation.split = "validation"  # chooses the checkpoint; 'test' is for its numbers
+
+
+def variants() -> dict[str, Callable[[ConfigDict, str], None]]:
+    """cold | warm, the name of any estimator, q=..., tiny, model_card."""
+
+    def style(name):
+        def variant(config, value):
+            config.data.style = name
+
+        return variant
+
+    estimators = estimator_variants()
+
+    def sft(config, value):
+        estimators["sft"](config, value)
+        config.rollout.rationale_budget = max(_ANNOTATED, config.rollout.rationale_budget)
+
+    return {
+        **estimators,
+        "sft": sft,
+        "cold": style("cold"),
+        "warm": style("warm"),
+        "tiny": tiny,
+        "model_card": model_card,
+    }
+
+
+def model_card(config: ConfigDict, value: str = "") -> None:
+    """Evaluation as Qwen3's model card advises for thinking; training stays at temperature 1."""
+    config.evaluation.temperature, config.evaluation.top_k = 0.6, 20
+    config.evaluation.top_p = 0.95
+
+
+def tiny(config: ConfigDict, value: str = "") -> None:
+    """A random model of the same architecture and vocabulary, and budgets for two CPU cores: it
+    shows that everything runs on the real records; it learns nothing worth having."""
+    config.model, config.weights, config.dtype = "qwen3_0p6b", "random", "float32"
+    config.architecture = {
+        "num_layers": 2,
+        "width": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "mlp_width": 128,
+    }
+    config.data.max_prompt_tokens = min(4096, config.data.max_prompt_tokens)
+    config.rollout.rollouts_per_prompt = min(4, config.rollout.rollouts_per_prompt)
+    is_annotated = build_estimator(config).rationale == "annotated"
+    config.rollout.rationale_budget = _ANNOTATED if is_annotated else 24
+    config.rollout.answer_reserve = 32
+    config.optimizer.learning_rate = 1e-3
+    config.train.steps = 6
+    config.train.prompts_per_step = 4
+    config.train.rollouts_per_microbatch = config.train.prompts_per_microbatch = 0
+    config.rollout.prompts_per_wave, config.mesh.tensor = 0, 1
+    config.train.rollouts_every = 2
+    config.evaluation.every = 3
+    config.evaluation.prompts = 8
+    config.evaluation.prompts_per_batch = 4
+    config.evaluation.rollouts_per_prompt = 4
+    config.checkpoint.every = 3

@@ -1,0 +1,94 @@
+"""Estimators as chains of parts: functions from hyperparameters to a loss transform.
+
+All take `q` as a number or a traced array, so `optax.inject_hyperparams(garl)(q=schedule)` works.
+"""
+
+from jax.typing import ArrayLike
+
+from qlog.losses import group_stats
+from qlog.losses import transforms as parts
+from qlog.losses.compose import chain
+from qlog.losses.types import LossTransform, check_choice
+
+BASELINES = ("leave_one_out", "none")
+CORRECTIONS = ("none", "jackknife")
+
+
+def garl(
+    q: ArrayLike = 0.75, baseline: str = "leave_one_out", correction: str = "none"
+) -> LossTransform:
+    """GARL: score (w_m / wbar^q - wbar_{-m}^(1-q)) / M, path w_m / wbar^q / M (eq 12, Algorithm 1).
+
+    `baseline='none'` is the plug-in estimator (eq 9, 20): same mean, more variance.
+    `correction='jackknife'` removes the bias of order 1/M (ours, not the paper's).
+    """
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("correction", correction, CORRECTIONS)
+    if correction == "jackknife":
+        group = [parts.jackknife(q)]
+    else:
+        group = [parts.rao_blackwell(), parts.amplify(q)]
+    if baseline == "leave_one_out":
+        group.append(parts.leave_one_out_baseline(q))
+    return chain(*group)
+
+
+def paft(
+    q: ArrayLike = 0.75, k: int | None = None, resampling: str = "multinomial"
+) -> LossTransform:
+    """PAFT: wbar^(1-q) n_m / K for both, n the counts of K posterior draws (eq 14, Algorithm 2)."""
+    return chain(parts.resample_posterior(k, resampling), parts.attenuate(q))
+
+
+def rb_reinforce() -> LossTransform:
+    """RB-REINFORCE: GARL plug-in at q = 0, w_m / M; unbiased for every M."""
+    return garl(0.0, "none")
+
+
+def rb_rloo() -> LossTransform:
+    """RB-RLOO (VeriFree): GARL at q = 0, (w_m - wbar_{-m}) / M and w_m / M; unbiased."""
+    return garl(0.0)
+
+
+def iwae() -> LossTransform:
+    """IWAE: GARL plug-in at q = 1, self-normalised importance weights w_m / sum w."""
+    return garl(1.0, "none")
+
+
+def trice(k: int | None = None, resampling: str = "multinomial") -> LossTransform:
+    """EM / TRICE E-step: PAFT at q = 1, n_m / K."""
+    return paft(1.0, k, resampling)
+
+
+def star(q: ArrayLike = 1.0) -> LossTransform:
+    """STaR-like: exact-match rollouts only, uniformly: rbar^(1-q) r_m / sum r for both.
+
+    q = 1 gives every prompt with a right rollout the same weight; q = 0, r_m / M, is
+    rejection-sampling fine-tuning on all right rollouts.
+    """
+    weight = group_stats.log_reward
+    return chain(parts.rao_blackwell(weight), parts.amplify(q, weight))
+
+
+def maxrl() -> LossTransform:
+    """MaxRL (T -> infinity): (r_m - rbar) / rbar / M on sampled answers, 0 when none is right."""
+    weight = group_stats.log_reward
+    return chain(parts.rao_blackwell(weight), parts.amplify(1.0, weight), parts.center())
+
+
+def grpo(scale_by_std: bool = True, eps: float = 1e-6) -> LossTransform:
+    """GRPO: (r_m - rbar) / (std(r) + eps) / M on sampled answers; Dr. GRPO does not scale."""
+    advantage = [parts.from_reward(), parts.center()]
+    if scale_by_std:
+        advantage.append(parts.scale_by_group_std(eps))
+    return chain(*advantage)
+
+
+def rloo() -> LossTransform:
+    """RLOO: (r_m - rbar_{-m}) / M on sampled answers."""
+    return chain(parts.from_reward(), parts.center_leave_one_out())
+
+
+def sft() -> LossTransform:
+    """SFT: 1 / M on annotated rationales and gold answers, the q = 1 pole."""
+    return parts.uniform()

@@ -1,0 +1,104 @@
+"""How q moves over steps: schedules that a config can carry, and a controller driven by P."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qlog.losses import group_stats
+from qlog.losses.types import LossTransform, check_choice, check_count, check_number, check_scores
+
+SCHEDULES = ("constant", "linear", "cosine", "step", "adaptive")
+
+
+class ControllerState(NamedTuple):
+    """State of `adaptive_q`: float32 scalars, the step count, and the inner transform's state."""
+
+    count: jax.Array  # int32, updates so far
+    average: jax.Array  # exponential moving average of the batches' q, not yet debiased
+    inner: object
+
+
+def schedule(name: str, q: float, q_end: float, q_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """q as a function of the step: from `q` at step 0 to `q_end` at step `q_steps` and after.
+
+    'linear' and 'cosine' move gradually; 'step' holds q for `q_steps` steps and then q_end, so that
+    q = 1, q_end = 0 is SFT-then-RL as one run. Raises ValueError for values out of range.
+    """
+    check_choice("q_schedule", name, SCHEDULES[1:4])
+    check_number("q", q, 0, 1)
+    check_number("q_end", q_end, 0, 1)
+    check_count("q_steps", q_steps)
+    if name == "linear":
+        return optax.linear_schedule(q, q_end, q_steps)
+    if name == "step":
+        return lambda step: jnp.where(step < q_steps, q, q_end)
+
+    def cosine(step):
+        progress = jnp.clip(step / q_steps, 0.0, 1.0)
+        return q_end + (q - q_end) * (1 + jnp.cos(jnp.pi * progress)) / 2
+
+    return cosine
+
+
+def scheduled(
+    factory: Callable[[jax.Array], LossTransform], q: Callable[[jax.Array], jax.Array]
+) -> LossTransform:
+    """`factory(q(step))`, the step being counted in the state: optax's `inject_hyperparams`."""
+
+    def build(q):
+        return factory(q)
+
+    return optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(q=q)
+
+
+def q_for_pace(log_p: jax.Array, pace: float) -> jax.Array:
+    """The q at which the attenuation P^(1-q) equals `pace`: q = 1 - log(pace) / log P, in [0, 1].
+
+    By eq 6, dp/dt = p^(2-q) ||s||^2 = pace p ||s||^2: escape in time O(log(1/p0) / pace), as at
+    q = 1, yet q falls to 0, RL, once P reaches `pace`. It is 1 at P = 0.
+    """
+    # At P = 1 the ratio is 0/0; any P above `pace` asks for q = 0.
+    return jnp.clip(1 - jnp.log(pace) / jnp.minimum(log_p, jnp.log(pace)), 0.0, 1.0)
+
+
+def adaptive_q(
+    factory: Callable[[jax.Array], LossTransform],
+    pace: float = 0.8,
+    low: float = 0.0,
+    high: float = 1.0,
+    decay: float = 0.9,
+) -> LossTransform:
+    """`factory(q)` with q chosen at every step from the batch's own estimates of P.
+
+    q is the mean over groups of `q_for_pace`, averaged over steps with `decay` (debiased) and kept
+    within [low, high]: high while P is tiny, low once P exceeds `pace`. It uses log w, whatever the
+    estimator; groups without any weight ask for q = 1.
+    """
+    check_number("q_pace", pace, 1e-6, 1 - 1e-6)
+    check_number("low", low, 0, 1)
+    check_number("high", high, low, 1)
+    check_number("decay", decay, 0, 1 - 1e-6)
+
+    def init(scores):
+        check_scores(scores)
+        zero = jnp.zeros((), jnp.float32)
+        return ControllerState(jnp.zeros((), jnp.int32), zero, factory(zero).init(scores))
+
+    def update(coefficients, state, scores=None, *, axis_name=None, **extra):
+        check_scores(scores)
+        log_p = group_stats.log_mean(group_stats.log_likelihood(scores), scores)[:, 0]
+        wanted = q_for_pace(log_p, pace)
+        batch_q = group_stats.batch_mean(wanted, jnp.any(scores.valid, 1), axis_name)
+        count = optax.safe_increment(state.count)
+        average = decay * state.average + (1 - decay) * batch_q
+        q = jnp.clip(average / (1 - jnp.float32(decay) ** count), low, high)
+        inner = optax.with_extra_args_support(factory(q))
+        result, inner_state = inner.update(
+            coefficients, state.inner, scores, axis_name=axis_name, **extra
+        )
+        return result, ControllerState(count, average, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,117 @@
+"""Draws the theory of the family: `python -m qlog.losses.theory.plots --out=DIR`.
+
+Four figures, PNG: escape time against p0, escort distributions, contamination by noise against
+time, and the bias of GARL against M, each from the functions of `theory` and `exact`.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
+
+from qlog.losses import aliases
+from qlog.losses.theory import (
+    closed_forms,
+    exact,  # noqa: E402
+)
+
+QS = (0.0, 0.25, 0.5, 0.75, 1.0)
+COLOURS = pyplot.colormaps["viridis"](np.linspace(0, 0.9, len(QS)))
+
+
+def escape_time(axes) -> None:
+    """Time to reach p = 1/2 on the sigmoid model (eq 15), and its order (Theorems 5.1, 5.2)."""
+    log_p0 = np.linspace(np.log(1e-8), np.log(0.1), 60)
+    for q, colour in zip(QS, COLOURS):
+        exact_time = closed_forms.sigmoid_escape_time(log_p0, np.log(0.5), q)
+        axes.loglog(np.exp(log_p0), exact_time, color=colour, label=f"q = {q}")
+        axes.loglog(np.exp(log_p0), closed_forms.escape_time_order(log_p0, q), ":", color=colour)
+    axes.set(xlabel="first success probability p0", ylabel="time to reach p = 0.5")
+    axes.set_title("Escape time: exact (lines), order (dots)")
+    axes.legend()
+
+
+def escorts(axes) -> None:
+    """The distribution that minimises J_Q over labels of frequencies alpha (Theorem 3.1)."""
+    alpha = np.array([0.35, 0.25, 0.2, 0.12, 0.08])
+    place = np.arange(len(alpha))
+    for i, (q, colour) in enumerate(zip(QS, COLOURS)):
+        theta = closed_forms.escort(np.log(alpha), q)
+        axes.bar(place + 0.16 * (i - 2), theta, 0.16, color=colour, label=f"q = {q}")
+    axes.set(xlabel="label", ylabel="probability at the minimum")
+    axes.set_xticks(place, [f"alpha = {a}" for a in alpha], fontsize=7)
+    axes.set_title("Escort distributions: alpha itself at q = 1, its mode at q = 0")
+    axes.legend()
+
+
+def contamination(axes) -> None:
+    """Probability of a wrong label against time, 20% of labels wrong (Prop C.2)."""
+    noise, start = 0.2, 1e-6
+    for q, colour in zip(QS[1:], COLOURS[1:]):
+        times, etas = closed_forms.noise_flow(noise, q, start, 3000)
+        times = times + closed_forms.noise_fitting_time(start, noise, q)
+        axes.loglog(times, etas, color=colour, label=f"q = {q}")
+        early = etas < 0.1 * closed_forms.noise_equilibrium(noise, q)
+        order = closed_forms.noise_fitting_time(etas[early], noise, q)
+        axes.loglog(order, etas[early], ":", color=colour)
+    axes.set(xlabel="time", ylabel="probability of the wrong label")
+    axes.set_title("Noise fitting: flow (lines), order (dots); never at q = 0")
+    axes.legend()
+
+
+def bias(axes) -> None:
+    """Relative bias of plug-in GARL, exact, and to first order in 1/M (Theorem 6.1)."""
+    model = exact.LatentModel(jnp.array([0.0, 1.0, -0.5]), jnp.array([-3.0, -1.0, 1.0]))
+    rollouts = np.array([2, 8, 32])  # the exact bias: every M compiles anew
+    for q, colour in zip(QS[1:], COLOURS[1:]):
+        gradient = exact.exact_gradient(model, q)
+        size = np.linalg.norm(gradient)
+        means = [exact.moments(model, aliases.garl(q), m).mean for m in rollouts.tolist()]
+        found = [np.linalg.norm(mean - gradient) / size for mean in means]
+        first_order = np.linalg.norm(exact.leading_bias(model, q, 1)) / size / rollouts
+        axes.loglog(rollouts, found, "o-", color=colour, label=f"q = {q}")
+        axes.loglog(rollouts, first_order, ":", color=colour)
+    axes.set_xticks(rollouts, rollouts)
+    axes.minorticks_off()
+    axes.set(xlabel="rollouts M", ylabel="|bias| / |gradient|")
+    axes.set_title("Bias of GARL at P = 0.28: exact (lines), Theorem 6.1 (dots)")
+    axes.legend()
+
+
+FIGURES: dict[str, Callable] = {
+    "escape_time": escape_time,
+    "escort": escorts,
+    "noise_fitting": contamination,
+    "bias": bias,
+}
+
+
+def draw(folder: str | pathlib.Path) -> list[pathlib.Path]:
+    """Writes the four figures into `folder`, which is created; returns their paths."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, plot in FIGURES.items():
+        figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+        plot(axes)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=120)
+        pyplot.close(figure)
+    return paths
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder for the figures")
+    for path in draw(parser.parse_args(argv).out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

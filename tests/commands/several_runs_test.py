@@ -1,0 +1,94 @@
+"""A sweep of dependent runs and its report; evaluation's numbers from its own samples."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from qlog import evaluation
+from qlog.commands import several_runs
+from qlog.config import schema
+from qlog.errors import ConfigError
+from qlog.experiment import prepare
+from qlog.grading import accuracy
+from qlog.runs.log import read_jsonl
+
+ONE = jax.devices()[:1]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sweep")
+    changes = {
+        "train": {"steps": 2, "prompts_per_step": 8},
+        "evaluation": {"every": 2, "prompts_per_batch": 1, "without_rationale": True},
+    }
+    config = tiny.config(**changes)
+    config.runs = {
+        "a_base": {
+            "data": {"name": "multihop_text"},
+            "loss": schema.loss("sft"),
+            "rollout": {"rollouts_per_prompt": 1},
+            "evaluation": {"every": 0},
+        },
+        "b_garl": {"init_from": "a_base"},
+        "c_paft": {"init_from": "b_garl", "loss": schema.loss("paft", q=0.75)},
+    }
+    several_runs.run(config, workdir, ONE)
+    return config, workdir
+
+
+def test_the_report_has_every_evaluated_run(swept):
+    _, workdir = swept
+    rows = json.loads((workdir / "report.json").read_text())
+    assert [row["run"] for row in rows] == ["b_garl", "c_paft"]
+    for row in rows:
+        results = json.loads((workdir / row["run"] / "results.json").read_text())["metrics"]
+        assert row["p@1"] == results["p@1"] and row["mean log P"] == results["log_p"]
+        assert row["p@1 without rationale"] == results["no_rationale/p@1"]
+    table = (workdir / "report.md").read_text()
+    assert table.count("\n") == 4 and "| b_garl |" in table
+    assert (workdir / "escape.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_runs_are_not_run_again(swept):
+    config, workdir = swept
+    before = (workdir / "b_garl" / "metrics.jsonl").stat().st_mtime_ns
+    (workdir / "report.md").unlink()
+    (workdir / "c_paft" / "seconds.json").unlink()  # killed at the very end: taken up again
+    several_runs.run(config, workdir, ONE)
+    assert (workdir / "b_garl" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert (workdir / "report.md").exists()  # its seconds are nobody's guess
+
+
+def test_a_wrong_run_stops_the_sweep_before_the_first_one(tmp_path):
+    config = tiny.config()
+    config.runs = {"good": {}, "wrong": {"train": {"steps": 0}}}
+    with pytest.raises(ConfigError, match=r"run 'wrong': config\.train\.steps = 0"):
+        several_runs.run(config, tmp_path, ONE)
+    assert not (tmp_path / "good").exists()
+
+
+def test_every_number_can_be_computed_again_from_the_samples(swept):
+    config, workdir = swept
+    results = json.loads((workdir / "b_garl" / "results.json").read_text())["metrics"]
+    rows = read_jsonl(workdir / "b_garl" / "samples" / "step_000002.jsonl")
+    assert len(rows) == config.evaluation.prompts
+    again = accuracy.summarise(rows, k=4, dataset="multihop", seed=config.seed)
+    for name, value in again.items():
+        assert results[name] == pytest.approx(value), name
+    by_hand = np.mean([np.logaddexp.reduce(row["log_w"]) - np.log(4) for row in rows])
+    assert results["log_p"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_evaluation_uses_the_same_random_numbers_every_time(swept):
+    config, _ = swept
+    experiment = prepare(schema.merge(config, {"runs": {}}), ONE, train=False)
+    params = experiment.init_params()
+    first, second = (
+        list(evaluation.sample_answers(experiment, params, experiment.evaluation_sampling))
+        for _ in range(2)
+    )
+    assert first == second

@@ -1,0 +1,192 @@
+"""What a careless user gets wrong ends in one sentence, before anything compiles."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+from places import ROOT
+
+from qlog.config import schema
+from qlog.config.variants import estimator_variants, parse_variants
+from qlog.errors import ConfigError
+from qlog.experiment import prepare
+from qlog.main import default_workdir
+from qlog.parallel import sharding
+
+ONE = jax.devices()[:1]
+
+WRONG = {
+    "unknown key": ({"train": {"stepz": 3}}, r"config\.train\.stepz = 3 .*did you mean 'steps'"),
+    "unknown section": ({"trian": {"steps": 3}}, r"config\.trian .*did you mean 'train'"),
+    "key of another loss": (
+        {"loss": {"name": "garl", "q": 0.5, "clip_low": 0.2}},
+        r"config\.loss: garl: .*clip_low",
+    ),
+    "unknown loss": ({"loss": {"name": "gral"}}, r"config\.loss: no loss is called 'gral'"),
+    "q out of range": (
+        {"loss": {"name": "garl", "q": 1.5}},
+        r"garl: q must be in \[0, 1\], got 1\.5",
+    ),
+    "M = 1": ({"rollout": {"rollouts_per_prompt": 1}}, r"at least 2 rollouts per prompt"),
+    "M for SFT": ({"loss": {"name": "sft"}}, r"rollouts_per_prompt = 4: .*set it to 1"),
+    "wrong type": (
+        {"train": {"steps": "many"}},
+        r"config\.train\.steps = 'many' must be of type int",
+    ),
+    "too small": ({"train": {"steps": 0}}, r"config\.train\.steps = 0 must be at least 1"),
+    "negative rate": ({"optimizer": {"learning_rate": -1.0}}, r"learning_rate = -1\.0 must be"),
+    "microbatch": (
+        {"train": {"rollouts_per_microbatch": 3}},
+        r"rollouts_per_microbatch = 3 must divide 4: .*1, 2, 4",
+    ),
+    "updates": ({"train": {"updates_per_batch": 3}}, r"updates_per_batch = 3 must divide"),
+    "top p": ({"evaluation": {"top_p": 0.0}}, r"config\.evaluation\.top_p = 0\.0 must be from"),
+    "top k in training": (
+        {"rollout": {"top_k": 20}},
+        r"config\.rollout\.top_k = 20 is read by nothing",
+    ),
+    "dtype": ({"dtype": "float8"}, r"config\.dtype = 'float8' is unknown: use float32 or bfloat16"),
+    "task": ({"data": {"name": "squad"}}, r"config\.data\.name = 'squad' is unknown: use one of"),
+    "style": ({"data": {"style": "hot"}}, r"config\.data\.style"),
+    "world": (
+        {"data": {"world": {"peple": 3}}},
+        r"config\.data\.world\.peple = 3 is read by nothing",
+    ),
+    "world size": (
+        {"data": {"world": {"people": 99}}},
+        r"config\.data\.world\.people = 99 must be from",
+    ),
+    "unread path": ({"tokenizer": {"path": "x"}}, r"config\.tokenizer\.path = 'x' is not read"),
+    "prompt budget": (
+        {"data": {"max_prompt_tokens": 8}},
+        r"config\.data\.max_prompt_tokens = 8 is too small",
+    ),
+    "answer reserve": (
+        {"rollout": {"answer_reserve": 3}},
+        r"config\.rollout\.answer_reserve = 3 is too small",
+    ),
+    "split": ({"evaluation": {"split": "dev", "every": 1}}, r"split 'dev' is unknown"),
+    "model": ({"model": "qwen9"}, r"config\.model = 'qwen9' is unknown: use one of"),
+    "architecture": (
+        {"architecture": {"depth": 3}},
+        r"config\.architecture\.depth = 3 is read by nothing",
+    ),
+    "heads": (
+        {"architecture": {"num_heads": 3, "num_kv_heads": 2}},
+        r"config\.architecture: .*num_heads = 3",
+    ),
+    "vocabulary": (
+        {"architecture": {"vocab_size": 8}},
+        r"tokenizer has \d+ tokens but the model only 8",
+    ),
+    "weights": ({"weights": "no_such_folder"}, r"config\.weights = 'no_such_folder' is no folder"),
+    "init_from": (
+        {"init_from": "no_such_run"},
+        r"config\.init_from = ?'no_such_run' has no checkpoint",
+    ),
+    "mesh": ({"mesh": {"data": 3}}, r"mesh\.data=3.* does not fit the 1 devices"),
+    "mesh zero": ({"mesh": {"data": 0}}, r"mesh\.data=0.*at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_named(case):
+    changes, message = WRONG[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare(tiny.config(**changes), ONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_must_split_over_the_mesh():
+    config = tiny.config(train={"prompts_per_step": 4}, mesh={"data": 8})
+    with pytest.raises(
+        ConfigError, match=r"prompts_per_step = 4 is not a multiple of the 8 shards"
+    ):
+        prepare(config)
+
+
+def test_a_mesh_takes_the_rest_of_the_devices():
+    assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    with pytest.raises(ConfigError, match="at most one may be -1"):
+        sharding.make_mesh(-1, -1, 1)
+
+
+def test_real_data_and_tokenizers_that_are_missing(tmp_path):
+    tree = tiny.config(data={"name": "hotpotqa", "world": {}, "manual_dir": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"config\.tokenizer\.path is empty"):
+        prepare(tree, ONE)
+    tree.tokenizer.path = str(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"tokenizer\.path.*does not exist"):
+        prepare(tree, ONE)
+    tree.data.world = {"people": 3}
+    with pytest.raises(ConfigError, match="read by the synthetic tasks alone"):
+        prepare(tree, ONE)
+
+
+def test_variants_apply_in_order_and_mistakes_are_named():
+    variants = estimator_variants()
+    tree = parse_variants("grpo,garl,q=0.25", variants, schema.default())
+    assert tree.loss.name == "garl" and tree.loss.q == 0.25 and "clip_low" not in tree.loss
+    for arg, message in (
+        ("gral", "did you mean 'garl'"),
+        ("grpo,q=0.5", "not read by the loss 'grpo'"),
+        ("q=high", "q='high' is not a number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_variants(arg, variants, schema.default())
+
+
+def test_choosing_sft_sets_the_number_of_rollouts():
+    tree = parse_variants("sft", estimator_variants(), schema.default())
+    assert tree.rollout.rollouts_per_prompt == 1
+
+
+def test_merge_leaves_the_original_alone_and_replaces_choices_whole():
+    tree = schema.default()
+    merged = schema.merge(tree, {"train": {"steps": 7}, "loss": schema.loss("grpo")})
+    assert merged.train.steps == 7 and tree.train.steps != 7
+    assert merged.train.prompts_per_step == tree.train.prompts_per_step
+    assert "q" not in merged.loss and "q" in tree.loss
+
+
+def test_the_config_is_written_as_json():
+    written = json.loads(schema.to_json(tiny.config()))
+    assert written["loss"]["q"] == 0.75 and written["data"]["world"]["people"] == 4
+
+
+def test_default_workdir_is_named_after_the_config():
+    assert (
+        default_workdir(["x", "--config=configs/hotpotqa.py:cold,garl"])
+        == "runs/hotpotqa-cold,garl"
+    )
+    assert default_workdir(["x", "--config=configs/quickstart.py"]) == "runs/quickstart"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config=configs/hotpotqa.py:clod"], "did you mean 'cold'"),
+        (
+            ["--config=configs/hotpotqa.py", "--config.train.stepz=3"],
+            "--config.train.stepz=3: the config has no field 'stepz'; did you mean 'steps'?",
+        ),
+        (["--config=configs/hotpotqa.py", "--config.trian.steps=3"], "did you mean 'train'?"),
+        (["--config=configs/nowhere.py"], "nowhere.py"),
+        (["--config=configs/quickstart.py", "--mode=fly"], "fly"),
+        (["--config=configs/quickstart.py", "--config.runs.grpo.loss.clip_low=7.0"], "clip_low"),
+    ],
+)
+def test_the_command_line_answers_in_one_sentence(arguments, message, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "qlog.main", *arguments, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

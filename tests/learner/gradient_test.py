@@ -1,0 +1,228 @@
+"""The group's gradient: against separate sequences, across microbatches, and its update."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from qlog import losses, models
+from qlog.learner import gradient
+from qlog.learner.gradient import batch_gradient
+from qlog.learner.optimizer import apply_update
+from qlog.learner.packing import pack
+from qlog.learner.trajectories import with_gold_answer, with_sampled_answer
+from qlog.records import Rollouts, TrainState, Trajectories
+
+B, M, R = 4, 4, 7
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    prompts = tiny.prompts(lengths=(5, 3, 4, 6))
+    tokens = jnp.asarray(rng.integers(5, tiny.VALID_VOCAB, (B, M, R)), jnp.int32)
+    slots = np.arange(R)
+    ends = rng.integers(1, 5, (B, M, 1))
+    lengths = ends + rng.integers(1, 3, (B, M, 1))
+    rationale = jnp.asarray((slots < ends) & (slots != 1))  # token 1 was forced
+    trajectories = Trajectories(
+        tokens,
+        rationale,
+        jnp.asarray((slots >= ends) & (slots < lengths)),
+        jnp.asarray(rng.normal(size=(B, M, R)), jnp.float32),
+        rationale,
+        jnp.asarray(lengths[..., 0]),
+    )
+    score, path = jnp.asarray(rng.normal(size=(2, B, M)), jnp.float32)
+    coefficients = losses.Coefficients(score, path, jnp.zeros((B, M)), jnp.ones((B, M)))
+    return tiny.params(), prompts, trajectories, coefficients
+
+
+def _gradient(batch, microbatch, policy=tiny.POLICY, temperature=1.0):
+    params, prompts, trajectories, coefficients = batch
+    return batch_gradient(
+        params,
+        policy,
+        prompts,
+        trajectories,
+        coefficients,
+        None,
+        surrogate=losses.linear(),
+        temperature=temperature,
+        microbatch=microbatch,
+    )
+
+
+def _assert_trees_close(got, wanted, tolerance=2e-5):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted)):
+        scale = np.abs(b).max() + 1e-6
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=str(path))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temperature):
+    params, prompts, trajectories, coefficients = batch
+
+    # One sequence per rollout: prompt, then rollout, then padding; no group, no caches.
+    width = prompts.tokens.shape[1] + R
+    sequences = np.zeros((B * M, 1, width), np.int32)
+    masks = np.zeros((2, B * M, width), np.float32)
+    weights = np.stack([coefficients.score, coefficients.path]).reshape(2, B * M, 1)
+    for row, (b, m) in enumerate(np.ndindex(B, M)):
+        start = int(prompts.lengths[b])
+        sequences[row, 0, :start] = prompts.tokens[b, :start]
+        length = int(trajectories.lengths[b, m])
+        sequences[row, 0, start : start + length] = trajectories.tokens[b, m, :length]
+        masks[0, row, start : start + R] = trajectories.rationale_mask[b, m]
+        masks[1, row, start : start + R] = trajectories.answer_mask[b, m]
+
+    @jax.jit
+    def separate(params):
+        positions = jnp.broadcast_to(jnp.arange(width), sequences.shape)
+        hidden, _ = models.apply(params, tiny.SHAPE, jnp.asarray(sequences), positions)
+        logits = (hidden @ models.unembedding(params).T)[:, 0, :-1, : tiny.VALID_VOCAB]
+        picked = [
+            jnp.take_along_axis(jax.nn.log_softmax(logits / t), sequences[:, 0, 1:, None], -1)[
+                ..., 0
+            ]
+            for t in (temperature, 1.0)
+        ]
+        return -sum((w * mask[:, 1:] * p).sum() for w, mask, p in zip(weights, masks, picked))
+
+    loss, wanted = jax.value_and_grad(separate)(params)
+    got, sums, gauges = _gradient(batch, (B, M), temperature=temperature)
+    np.testing.assert_allclose(sums.loss, loss, rtol=1e-4)
+    assert float(sums.tokens) == (trajectories.rationale_mask | trajectories.answer_mask).sum()
+    assert float(gauges.sampled) == trajectories.was_sampled.sum()
+    _assert_trees_close(got, jax.tree.map(lambda g: g / B, wanted))
+
+
+@pytest.mark.parametrize("together", [0.0, 1e11])
+@pytest.mark.parametrize("microbatch", [(1, 4), (4, 1), (2, 2)])
+def test_results_do_not_depend_on_the_microbatch(batch, microbatch, together, monkeypatch):
+    monkeypatch.setattr(gradient, "_FLOPS_PER_PROGRAM", together)
+    whole, sums, gauges = _gradient(batch, (B, M))
+    got, other_sums, other_gauges = _gradient(batch, microbatch)
+    _assert_trees_close(got, whole)
+    np.testing.assert_allclose(jnp.stack(other_sums), jnp.stack(sums), rtol=1e-5)
+    np.testing.assert_allclose(jnp.stack(other_gauges), jnp.stack(gauges), rtol=1e-5)
+
+
+def test_packed_rollouts_follow_one_another_in_few_rows():
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.geometric(1 / 20, (16, 32)), 100)
+    is_needed = rng.random((16, 32)) < 0.8
+    packing = jax.tree.map(np.asarray, jax.jit(pack, static_argnums=2)(lengths, is_needed, 104))
+    assert (packing.row[~is_needed] == -1).all()
+    for b in range(16):
+        grid = np.full((32, 104), 32)
+        for m in np.flatnonzero(is_needed[b]):
+            cells = grid[packing.row[b, m], packing.offset[b, m] :][: lengths[b, m]]
+            assert len(cells) == lengths[b, m] and (cells == 32).all(), "inside its row, on nobody"
+            cells[:] = m
+            own = packing.token[b, packing.row[b, m], packing.offset[b, m] :][: lengths[b, m]]
+            np.testing.assert_array_equal(own, np.arange(lengths[b, m]))
+        np.testing.assert_array_equal(packing.rollout[b], grid)
+        assert packing.rows[b] == (grid < 32).any(1).sum()
+    needed = (lengths * is_needed).sum(1)
+    assert (packing.rows <= np.ceil(needed / 104) + 1).all() and packing.rows.max() < 12
+
+
+def test_rollouts_with_zero_coefficients_change_nothing_and_take_no_row(batch):
+    params, prompts, trajectories, coefficients = batch
+    keep = jnp.asarray(np.random.default_rng(1).random((B, M)) < 0.4).at[2].set(False)
+    some = coefficients._replace(score=coefficients.score * keep, path=coefficients.path * keep)
+    cut = trajectories._replace(
+        rationale_mask=trajectories.rationale_mask & keep[..., None],
+        answer_mask=trajectories.answer_mask & keep[..., None],
+    )
+    wanted, _, _ = _gradient((params, prompts, cut, coefficients), (B, M))
+    for microbatch in ((B, M), (1, 1)):
+        got, sums, gauges = _gradient((params, prompts, trajectories, some), microbatch)
+        _assert_trees_close(got, wanted)
+    first = keep.at[0, 0].set(True)[..., None]  # the one rollout that always passes, for the gauges
+    assert float(gauges.sampled) == (trajectories.was_sampled & first).sum()
+    assert (
+        float(sums.tokens)
+        == ((trajectories.rationale_mask | trajectories.answer_mask) & first).sum()
+    )
+
+
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+def test_rematerialisation_changes_nothing(batch, remat):
+    remat = gradient.Policy(tiny.SHAPE, tiny.VALID_VOCAB, remat=remat)
+    _assert_trees_close(_gradient(batch, (B, M), remat)[0], _gradient(batch, (B, M))[0])
+
+
+def test_the_gauge_measures_sampler_against_learner(batch):
+    params, prompts, trajectories, _ = batch
+    prefix, last = gradient._prefix(params, tiny.POLICY, prompts)
+    packing = pack(trajectories.lengths, jnp.ones((B, M), bool), R)
+    new = gradient.log_probs(params, tiny.POLICY, prefix, last, trajectories, packing, 1.0)
+    difference = np.abs(new - trajectories.old_log_probs)[np.array(trajectories.was_sampled)]
+    gauges = _gradient(batch, (2, 2))[2]
+    np.testing.assert_allclose(gauges.mismatch, difference.sum(), rtol=1e-4)
+    np.testing.assert_allclose(gauges.mismatch_max, difference.max(), rtol=1e-4)
+    np.testing.assert_allclose(gauges.mismatch_exp, np.exp(difference).sum(), rtol=1e-4)
+
+
+def test_gold_answers_are_spliced_after_each_rationale():
+    tokens = jnp.array([[[11, 12, 3, 21, 22, 0], [13, 3, 23, 0, 0, 0]]], jnp.int32)
+    ends = jnp.array([[3, 2]], jnp.int32)
+    sampled = jnp.array([[[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]]], bool)
+    no = jnp.zeros((1, 2), bool)
+    rollouts = Rollouts(tokens, tokens * -0.1, sampled, ends, ends + 2, no, no, no)
+    gold, lengths = jnp.array([[31, 32, 33, 0]], jnp.int32), jnp.array([3], jnp.int32)
+    out = with_gold_answer(rollouts, gold, lengths, 7)
+    np.testing.assert_array_equal(out.tokens[0, 0, :6], [11, 12, 3, 31, 32, 33])
+    np.testing.assert_array_equal(out.tokens[0, 1, :5], [13, 3, 31, 32, 33])
+    np.testing.assert_array_equal(
+        out.answer_mask[0], [[0, 0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        out.rationale_mask[0], [[1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(out.was_sampled, out.rationale_mask)
+    out = with_sampled_answer(rollouts, 5)
+    np.testing.assert_array_equal(out.tokens, tokens[..., :5])
+    np.testing.assert_array_equal(out.answer_mask[0], [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]])
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted():
+    optimizer = optax.apply_if_finite(optax.adam(0.1), 2**30)
+    params = {"w": jnp.ones(3)}
+
+    def fresh():
+        copy = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), copy, optimizer.init(copy), ())
+
+    bad = {"w": jnp.array([1.0, jnp.nan, 1.0])}
+    state, metrics = apply_update(fresh(), (), bad, optimizer=optimizer)
+    np.testing.assert_array_equal(state.params["w"], params["w"])
+    assert metrics["skipped_updates"] == 1 and metrics["skipped_in_a_row"] == 1
+    good = {"w": jnp.array([1.0, 1.0, 1.0])}
+    state, metrics = apply_update(state, (), good, optimizer=optimizer)
+    assert (state.params["w"] < params["w"]).all()
+    assert metrics["skipped_updates"] == 1 and metrics["skipped_in_a_row"] == 0
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(3.0), rtol=1e-6)
+
+
+def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
+    """Temporaries of a program with microbatches are less than the gradients: these add up in place."""
+    shape = dataclasses.replace(tiny.SHAPE, num_layers=6, width=256, mlp_width=1024)
+    policy = dataclasses.replace(tiny.POLICY, config=shape, remat="full")
+    _, prompts, trajectories, coefficients = batch
+    params = models.shapes(shape)
+    lowered = gradient.add_microbatch.lower(
+        *tiny.microbatch(params, policy, prompts, trajectories, coefficients, None),
+        surrogate=losses.linear(),
+        temperature=1.0,
+        microbatch=(2, 2),
+    )
+    memory = lowered.compile().memory_analysis()
+    gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < gradients

@@ -1,0 +1,111 @@
+"""The page about the losses: its examples run, its new estimator trains, its commands work."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlog import losses, train
+from qlog.config import schema
+from qlog.losses.theory import exact, plots, study
+
+PAGE = pathlib.Path(losses.__file__).with_name("README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def own_recipes(monkeypatch):
+    """Recipes that an example adds are gone after the test."""
+    monkeypatch.setattr(losses.recipes, "RECIPES", dict(losses.RECIPES))
+    monkeypatch.setattr(losses, "RECIPES", losses.recipes.RECIPES)
+
+
+def test_composition_examples(capsys):
+    names = {}
+    for example in EXAMPLES[:2]:
+        exec(example, names)
+    assert np.all(np.isfinite(names["coefficients"].score))
+    assert names["annealed"].init(names["scores"]).hyperparams["q"] == 1.0
+    assert "effective_reward_max" in capsys.readouterr().out
+
+
+def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
+    names = {}
+    exec(EXAMPLES[2], names)
+    scores = losses.zero_scores(1, 2)._replace(log_w=jnp.log(jnp.array([[0.1, 0.3]])))
+    transform = names["hard_garl"](0.5)
+    got, _ = losses.coefficients(transform, scores, transform.init(scores))
+    np.testing.assert_allclose(got.path, [[0, 0.3 / 0.2**0.5 / 2]], rtol=1e-5)
+
+    config = names["get_config"]()
+    assert list(config.runs) == ["base", "hard"]
+    short = {
+        "init_from": "",
+        "runs": {},
+        "train": {"steps": 2, "prompts_per_step": 2},
+        "evaluation": {
+            "every": 0,
+            "prompts": 2,
+            "prompts_per_batch": 2,
+            "rollouts_per_prompt": 2,
+            "without_rationale": False,
+        },
+    }
+    run = schema.merge(schema.merge(config, config.runs.hard), short)
+    train.run(run, tmp_path, jax.devices()[:1])
+    assert "hard_garl" in (tmp_path / "config.json").read_text()
+    assert '"q": 0.75' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_table_has_every_recipe_and_the_page_every_shared_argument():
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
+    assert sorted(rows) == sorted(losses.RECIPES)
+    for name in losses.recipes.SCHEDULE | losses.recipes.EDITS:
+        assert f"`{name}`" in PAGE, name
+    state = losses.build("garl").transform.init(losses.zero_scores(1, 2))
+    for name in losses.measurements(state):
+        assert f"`{name}`" in PAGE, name
+
+
+def test_the_plots_command_draws_four_figures(tmp_path, capsys):
+    plots.main([f"--out={tmp_path / 'figures'}"])
+    paths = capsys.readouterr().out.split()
+    assert len(paths) == 4
+    for path in paths:
+        image = plots.pyplot.imread(path)
+        assert image.shape[0] > 300 and np.std(image) > 0.05
+
+
+def test_the_study_of_bias_measures_less_bias_with_the_jackknife():
+    rows = study.bias_table(num_rollouts=(8,))
+    assert len(rows) == 16
+    for row in rows:
+        assert row["jackknife bias"] < row["plain bias"], row
+        if not row["model"].startswith("rare"):
+            assert row["jackknife bias"] < 0.25 * row["plain bias"], row
+
+
+def test_the_study_of_control_trains():
+    """From p = 1e-4 at the least, the controller escapes within 60 steps, and q = 0 does not."""
+    final = {}
+    for name in ("fixed q = 0.0", "adaptive, pace 0.8"):
+        transform = losses.build("garl", normalize=False, **study.methods(60)[name]).transform
+        run = jax.jit(lambda key: study.train(transform, key, 1.0, 0.0, 60, 16, -4.0))
+        right, wrong = run(jax.random.key(0))
+        assert np.all(right + wrong <= 1.001)
+        final[name] = right[-1]
+    assert final["fixed q = 0.0"] < 0.5 < 0.9 < final["adaptive, pace 0.8"]
+    table = study.show([{"a": 1.23456, "b": "x"}])
+    assert table == "| a | b |\n|---|---|\n| 1.23 | x |"
+
+
+def test_exact_groups_have_probability_one():
+    model = exact.LatentModel(jnp.array([0.3, -1.0, 2.0]), jnp.zeros(3))
+    groups, probability = exact.all_groups(model, 6)
+    assert groups.shape == (28, 6)
+    np.testing.assert_allclose(probability.sum(), 1, rtol=1e-9)
+    with pytest.raises(ValueError, match="num_rollouts must be at least 1, got 0"):
+        exact.all_groups(model, 0)

@@ -1,0 +1,102 @@
+"""What a process sets up before it computes."""
+
+import os
+import subprocess
+import sys
+
+from places import ROOT
+
+from qlog.parallel import process
+
+_PROGRAM = """
+import jax
+from qlog import runtime
+
+runtime.set_up()
+print(jax.jit(lambda x: 3 * x)(14))
+"""
+
+
+def test_a_restart_compiles_nothing_not_even_what_is_quick(tmp_path):
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))
+    }
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def programs():
+        command = [sys.executable, "-c", _PROGRAM]
+        assert subprocess.check_output(command, env=environment, text=True).strip() == "42"
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "qlog/xla").glob("*-cache")}
+
+    first = programs()
+    assert first and programs() == first
+
+
+_FLAG = "--xla_backend_optimization_level=0"
+_SETTINGS = """
+import jax
+from qlog import runtime
+
+runtime.set_up()
+print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
+"""
+
+_HITS = f"""
+import jax
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
+{_PROGRAM}
+print(sum(hits))
+"""
+
+
+def test_a_bucket_keeps_compiled_programs(tmp_path):
+    """A second process on another machine finds what the first one compiled, in GCS's emulator."""
+    from gcp_storage_emulator import server
+
+    emulator = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    emulator.start()
+    try:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_PERS")} | {
+            "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{emulator._api._httpd.server_address[1]}",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla",
+            "PYTHONPATH": str(ROOT),
+        }
+
+        def output(program, **more):
+            command = [sys.executable, "-c", program]
+            return subprocess.run(
+                command,
+                env=environment | more,
+                text=True,
+                check=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            ).stdout
+
+        assert output(_SETTINGS).split() == ["gs://bucket/xla", "1.0"]
+        missing = output(
+            _SETTINGS, JAX_COMPILATION_CACHE_DIR="gs://none/xla", XDG_CACHE_HOME=str(tmp_path)
+        )
+        assert missing.startswith(
+            "qlog: JAX_COMPILATION_CACHE_DIR=gs://none/xla cannot be used (FileNotFound"
+        )
+        assert missing.split()[-2:] == [f"{tmp_path}/qlog/xla", "0.0"]
+        every = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        assert output(_HITS, **every).split() == ["42", "0"]
+        assert output(_HITS, **every).split() == ["42", "1"]
+    finally:
+        emulator.stop()
+
+
+def test_only_gpus_are_told_to_measure_kernels_alone(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", _FLAG)
+    process._compile_alone()
+    assert os.environ["XLA_FLAGS"] == _FLAG, "no GPU's plug-in is installed here"
+    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: "cuda12" in name)
+    process._compile_alone()
+    process._compile_alone()
+    assert os.environ["XLA_FLAGS"] == f"{_FLAG} --xla_gpu_shard_autotuning=false"
+    # An unknown flag would end the process when the backend starts.
+    subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], check=True)
