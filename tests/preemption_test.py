@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 import tiny
+import trees
 from places import ROOT, TESTS
 
 from qlog.experiment import prepare
@@ -67,9 +67,7 @@ def latest(workdir):
 
 def assert_same_run(workdir, whole):
     """Parameters, metrics, samples: bit for bit, each row once."""
-    pairs = zip(jax.tree.leaves(params(workdir)), jax.tree.leaves(params(whole)), strict=True)
-    for ours, theirs in pairs:
-        np.testing.assert_array_equal(ours, theirs)
+    trees.assert_equal(params(workdir), params(whole))
     timed = ("seconds", "per_s", "compilations", "steps_since", "utilization")
     rows = [
         [

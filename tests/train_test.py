@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import trees
 from places import ROOT, TESTS
 
 from qlog import losses, train
@@ -26,11 +27,6 @@ ONE = jax.devices()[:1]
 def _params(config, workdir):
     abstract = prepare(config, ONE).abstract_params()
     return checkpoints.load_params(workdir, abstract)
-
-
-def _assert_bit_equal(a, b):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
-        np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +89,7 @@ def test_three_and_three_steps_equal_six_bit_for_bit(six_steps, tmp_path):
     config, whole, _ = six_steps
     train.run(schema.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
     train.run(config, tmp_path, ONE)
-    _assert_bit_equal(_params(config, tmp_path), _params(config, whole))
+    trees.assert_equal(_params(config, tmp_path), _params(config, whole))
     ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
     assert ids[0] == ids[1] and len(set(ids[0])) == 12
     losses_ = [
@@ -162,7 +158,7 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_resumes(number, tmp_path, 
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(done + 1))
     whole = tmp_path / "uninterrupted"
     train.run(config, whole, ONE)
-    _assert_bit_equal(_params(config, tmp_path), _params(config, whole))
+    trees.assert_equal(_params(config, tmp_path), _params(config, whole))
     ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
     assert ids[0] == ids[1]
 
@@ -243,7 +239,7 @@ def test_base_checkpoint_seeds_another_run(six_steps, tmp_path):
     _, workdir, _ = six_steps
     config = tiny.config(train={"steps": 1}, init_from=str(workdir))
     start = prepare(config, ONE).init_params()
-    _assert_bit_equal(start, _params(config, workdir))
+    trees.assert_equal(start, _params(config, workdir))
     with pytest.raises(ConfigError, match="no checkpoint"):
         prepare(tiny.config(init_from=str(tmp_path / "nowhere")), ONE)
     other = schema.merge(config, {"architecture": dict(config.architecture, width=24)})

@@ -264,7 +264,7 @@ def test_run_status_and_logs_in_a_bucket(tmp_path):
         wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         program = """
             import sys
-            from qlog import paths
+            from qlog.storage import paths
             for name in sys.argv[1:]:
                 paths.write(paths.parse(f"gs://b/run/{name}"), '{"step": 6, "time": 5.0}')
         """

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import trees
 
 from qlog import losses, models
 from qlog.learner import gradient
@@ -58,9 +59,7 @@ def _gradient(batch, microbatch, policy=tiny.POLICY, temperature=1.0):
 
 
 def _assert_trees_close(got, wanted, tolerance=2e-5):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted)):
-        scale = np.abs(b).max() + 1e-6
-        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=str(path))
+    trees.assert_close(got, wanted, atol=tolerance, scaled=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trees
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -216,10 +217,7 @@ def mesh_of(*sizes):
 
 
 def assert_same(expected, got):
-    for (path, one), two in zip(
-        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
-    ):
-        np.testing.assert_allclose(two, one, rtol=2e-5, atol=1e-6, err_msg=str(path))
+    trees.assert_close(got, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_every_estimator_gives_a_signal(layouts):

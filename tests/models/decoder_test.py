@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import trees
 from models_fixtures import CONFIGS, jit, random_params
 
 from qlog import models
@@ -196,10 +197,7 @@ def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(size
     run = lambda attend: jit(jax.value_and_grad(functools.partial(loss, attend), (0, 1)))(
         queries, caches
     )
-    for one, other in zip(
-        jax.tree.leaves(run(blocks.attend)), jax.tree.leaves(run(dense_attention))
-    ):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    trees.assert_close(run(blocks.attend), run(dense_attention), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", [6, 20], ids=["several runs a block", "a run fills blocks"])
@@ -228,12 +226,10 @@ def test_runs_side_by_side_change_nothing(length, monkeypatch):
             return blocks.attend(queries, segments)
 
         value, back = jax.vjp(out, queries, caches)
-        return jax.tree.leaves((value, back(cotangent)))
+        return value, back(cotangent)
 
-    for one, other in zip(
-        jit(results, static_argnums=0)(runs), jit(results, static_argnums=0)(1), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    several, one = (jit(results, static_argnums=0)(n) for n in (runs, 1))
+    trees.assert_close(several, one, rtol=2e-5, atol=2e-5)
 
 
 def test_attention_stores_no_array_of_queries_by_keys():

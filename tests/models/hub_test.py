@@ -20,8 +20,9 @@ WORKER = """
 import sys
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from qlog import distributed, models
+from qlog import models
 from qlog.models import huggingface
+from qlog.parallel import distributed
 
 coordinator, process, out = sys.argv[1:]
 jax.distributed.initialize(coordinator, 2, int(process))
@@ -141,8 +142,9 @@ def test_one_process_downloads_and_two_load_and_export(hub, tmp_path):
 FETCH = """
 import sys
 import jax
-from qlog import distributed, experiment
+from qlog import experiment
 from qlog.errors import QLOG_ERRORS
+from qlog.parallel import distributed
 
 coordinator, process, spec = sys.argv[1:]
 jax.distributed.initialize(coordinator, 2, int(process))

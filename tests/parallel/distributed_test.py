@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import trees
 from places import ROOT, TESTS
 
 from qlog import train
@@ -134,10 +135,7 @@ def test_one_process_reads_and_continues_the_checkpoint_of_several(several, one)
     workdir, _ = several
     abstract = prepare(get_config()).abstract_params()
     ours, theirs = (checkpoints.load_params(d, abstract) for d in (workdir, one))
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(theirs), jax.tree.leaves(ours), strict=True
-    ):
-        np.testing.assert_allclose(b, a, **CLOSE, err_msg=str(path))
+    trees.assert_close(ours, theirs, **CLOSE)
     train.run(schema.merge(get_config(3), {"evaluation": {"every": 0}}), workdir)
     rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["phase"] == "train"]
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -145,7 +143,7 @@ def test_one_process_reads_and_continues_the_checkpoint_of_several(several, one)
 
 _ONE_FAILS = """
     import jax
-    from qlog import distributed
+    from qlog.parallel import distributed
 
     with distributed.processes("auto"):
         if jax.process_index() == 1:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import trees
 
 from qlog import models, train
 from qlog.config import schema
@@ -61,10 +62,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(one_device, mesh, tmp_path):
     assert {"loss", "log_p", "reward", "grad_norm", "mismatch"} <= set(metrics)
     for name in [n for n in metrics if n not in ("phase", "compilations") and "/" not in n]:
         np.testing.assert_allclose(sharded_metrics[name], metrics[name], **CLOSE, err_msg=name)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharded_params)
-    ):
-        np.testing.assert_allclose(b, a, **CLOSE, err_msg=str(path))
+    trees.assert_close(sharded_params, params, **CLOSE)
 
 
 def test_an_update_keeps_everything_in_its_place():

@@ -1,5 +1,6 @@
 """Runs whose workdir is in a bucket, against object stores on loopback: equal to those on a disk."""
 
+import trees
 from places import ROOT, TESTS
 import json
 import os
@@ -136,7 +137,7 @@ def _assert_same_run(workdir, on_disk):
     one, two = (
         checkpoints.load_params(w, experiment.abstract_params()) for w in (workdir, on_disk)
     )
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    trees.assert_equal(one, two)
     assert _timeless(workdir) == _timeless(on_disk)
     for name in ("rollouts.jsonl", "samples/step_000002.jsonl", "samples/step_000004.jsonl"):
         assert read_jsonl(workdir / name) == read_jsonl(paths.Path(on_disk) / name) != []

@@ -402,7 +402,9 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
 
 _PREPARE = """
 import sys
-from qlog import distributed, experiment, paper
+from qlog import experiment
+from qlog.config import paper
+from qlog.parallel import distributed
 
 config = paper.experiment("cold", dataset="musique", total_budget=192, max_prompt_tokens=512)
 config.data.manual_dir = sys.argv[1]
