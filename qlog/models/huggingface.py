@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qlog.errors import ConfigError, PassingError
-from qlog.models import families
 from qlog.models.config import DecoderConfig
+from qlog.models.config_json import from_hf_config, to_hf_config
 from qlog.models.decoder import Params, shapes
+from qlog.models.families import FAMILIES
 from qlog.storage import assets, paths
 
 _TOKENIZER_FILES = (
@@ -42,6 +44,13 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WHOLE = "model.safetensors"
 _SAMPLE = 16 << 10  # bytes
 _INDEX = "model.safetensors.index.json"
+# Tensors that some files carry and the decoder does not need: RoPE tables, the part for images.
+_IGNORED = re.compile(r"rotary_emb\.|vision_tower\.|multi_modal_projector\.")
+# Files of models with images put the decoder one level down; older and newer spelling.
+_OUTER_NAMES = (
+    (re.compile(r"^language_model\.model\.|^model\.language_model\."), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+)
 _IS_IT_THE_MODEL = (
     "is config.model (with config.architecture) the model of these weights, and were all of their "
     "*.safetensors downloaded?"
@@ -144,7 +153,7 @@ def _passes(error: BaseException | None) -> bool:
 
 def read_config(folder: str | os.PathLike) -> DecoderConfig:
     """The DecoderConfig of a model's folder; ConfigError if qlog's decoder cannot express it."""
-    return families.from_hf_config(_read_json(pathlib.Path(folder) / "config.json"))
+    return from_hf_config(_read_json(pathlib.Path(folder) / "config.json"))
 
 
 def load(
@@ -207,7 +216,7 @@ def export(
     """
     folder = paths.parse(folder, "the folder to export to")
     is_writer = jax.process_index() == 0
-    fields = families.to_hf_config(config)
+    fields = to_hf_config(config)
     carried = {pathlib.Path(file).name: pathlib.Path(file) for file in tokenizer_files}
     # Process 0 looks, or a late process would see the files of this very export.
     found, reason = _look(folder) if is_writer else (_EMPTY, "")
@@ -261,7 +270,7 @@ def digest(folder: str | os.PathLike, config: DecoderConfig) -> str:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
                 for key, entry in header.items():
-                    name = None if key == "__metadata__" else families.canonical_name(key, config)
+                    name = None if key == "__metadata__" else _canonical_name(key, config)
                     if name is None:
                         continue
                     start, end = (8 + size + offset for offset in entry["data_offsets"])
@@ -281,9 +290,24 @@ def _leaf_name(path) -> str:
     return "/".join(entry.key for entry in path)
 
 
+def _canonical_name(tensor: str, config: DecoderConfig) -> str | None:
+    """A tensor's name as in a text-only file; None if the decoder has no use for it."""
+    for pattern, replacement in _OUTER_NAMES:
+        tensor = pattern.sub(replacement, tensor)
+    if _IGNORED.search(tensor) or (config.tied_embeddings and tensor == "lm_head.weight"):
+        return None
+    return tensor
+
+
 def _tensors_of(config: DecoderConfig, leaf: str) -> list[str]:
     """The tensors that make up a leaf: one, or one per layer."""
-    name = families.tensor_name(config, leaf)
+    tensors = FAMILIES[config.family].tensors
+    if leaf not in tensors:
+        raise ConfigError(
+            f"DecoderConfig: models of family {config.family!r} have no tensor for {leaf!r}; "
+            "is config.architecture right?"
+        )
+    name = tensors[leaf]
     return [name.format(i) for i in range(config.num_layers)] if "{}" in name else [name]
 
 
@@ -330,7 +354,7 @@ def _open_tensors(folder, config, stack):
     for path in _tensor_files(folder):
         file = _open_safetensors(path, stack)
         for key in file.keys():
-            canonical = families.canonical_name(key, config)
+            canonical = _canonical_name(key, config)
             if canonical in tensors:
                 raise ConfigError(
                     f"{folder} holds the tensor {canonical!r} twice, the second time in {path.name}: "

@@ -1,12 +1,27 @@
 """Rotary position embeddings."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qlog.models.config import RopeScaling
+Rotation = tuple[Array, Array]  # cos and sin
 
-Rotation = tuple[Array, Array]
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Slows RoPE's frequencies down, for contexts longer than the ones trained on first.
+
+    Without `original_length` every frequency is divided by `factor` (Gemma 3). With it, Llama 3's
+    rule: wavelengths above original_length / low_frequency are divided by `factor`, those below
+    original_length / high_frequency are kept, and the ones between are interpolated.
+    """
+
+    factor: float
+    original_length: int | None = None
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
 
 
 def rotation(
