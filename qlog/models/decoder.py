@@ -181,10 +181,15 @@ def unstack(prefix: Prefix) -> Prefix:
 
 
 def _unstacked(tree) -> tuple:
+    """A tree of arrays [L, ...] as a tuple of L trees; a tuple is unstacked already."""
     if isinstance(tree, tuple):
         return tree
-    count = jax.tree.leaves(tree)[0].shape[0]
-    return tuple(jax.tree.map(lambda leaf: leaf[index], tree) for index in range(count))
+    num_layers = jax.tree.leaves(tree)[0].shape[0]
+    return tuple(_layer_of(tree, layer) for layer in range(num_layers))
+
+
+def _layer_of(tree, layer: int):
+    return jax.tree.map(lambda leaf: leaf[layer], tree)
 
 
 def extend(

@@ -1,4 +1,4 @@
-"""How a decoder is executed: choices that change speed and memory, and no result but by rounding."""
+"""How a decoder is executed: what changes speed, memory and rounding, and nothing else."""
 
 import dataclasses
 from collections.abc import Callable

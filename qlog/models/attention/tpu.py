@@ -173,7 +173,7 @@ def _forward(queries: Array, caches, visible, *, options: _Options) -> tuple[Arr
     part_dtype = dtype if len(caches) == 1 else jnp.float32
     parts = []
     for cache, interval in zip(caches, visible, strict=True):
-        problem = _problem(queries, *cache, *interval, rows, options.blocks.slots)
+        problem = _problem(queries, cache, interval, rows, options.blocks.slots)
         parts.append(_run(_FORWARD, (queries,), problem, part_dtype, options.interpret))
     out, log_total = parts[0]
     if len(parts) > 1:
@@ -210,7 +210,7 @@ def _backward(
     part_dtype = dtype if len(caches) == 1 else jnp.float32
     query_grads, cache_grads = [], []
     for cache, interval in zip(caches, visible, strict=True):
-        problem = _problem(inputs.queries, *cache, *interval, rows, options.blocks.slots)
+        problem = _problem(inputs.queries, cache, interval, rows, options.blocks.slots)
         (query_grad,) = _run(_QUERIES, inputs, problem, part_dtype, options.interpret)
         query_grads.append(query_grad)
         grads = _run(_CACHE, inputs, problem, part_dtype, options.interpret)
@@ -221,13 +221,13 @@ def _backward(
 
 def _problem(
     queries: Array,
-    keys: Array,
-    values: Array,
-    start: Array,
-    stop: Array,
+    cache: tuple[Array, Array],
+    interval: tuple[Array, Array],
     rows: int,
     most_slots: int,
 ) -> _Problem:
+    """A segment for padded queries, which are cut into blocks of `rows`."""
+    (keys, values), (start, stop) = cache, interval
     slots = _block_size(keys.shape[2], most_slots)
     stop = jnp.minimum(stop, keys.shape[2])  # padded slots are seen by no row
     keys, values = _pad(keys, slots), _pad(values, slots)

@@ -71,7 +71,7 @@ class Rope(NamedTuple):
     scaling: RopeScaling | None
 
 
-def is_positive(value: object) -> bool:
+def is_positive(value: Any) -> bool:
     """Whether it is a finite number above 0."""
     return type(value) in (int, float) and 0 < value < math.inf
 
@@ -83,7 +83,7 @@ def read_rope(rope: Fields) -> Rope:
     """
 
     def number(name: str) -> float:
-        value = rope.get(name)
+        value: Any = rope.get(name)
         if not is_positive(value):
             raise ConfigError(
                 f"config.json: {name} = {value!r} of the RoPE {rope} must be a number above 0."

@@ -60,7 +60,7 @@ def _write(config: Fields, windows: tuple[int, ...]) -> dict[str, Any]:
 
 def _gemma3(
     num_layers: int, width: int, num_heads: int, num_kv_heads: int, mlp_width: int
-) -> Fields:
+) -> dict[str, Any]:
     return dict(
         vocab_size=262_208,
         num_layers=num_layers,
@@ -77,7 +77,7 @@ def _gemma3(
 
 
 # Sizes that read no images.
-_TEXT_ONLY = dict(
+_TEXT_ONLY: dict[str, Any] = dict(
     vocab_size=262_144,
     layer_windows=(512,) * 5 + (0,),
     rope_scaling=None,

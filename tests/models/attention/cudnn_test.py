@@ -43,12 +43,7 @@ OTHERS = {
     "on the rollouts' caches": [PREFIX, (8, *up_to([3], 60), 2), OWN],
 }
 PATTERNS = SERVED | OTHERS
-plain = functools.partial(cudnn.attend, implementation="xla")
-
-
-@pytest.fixture(autouse=True)
-def short_rollouts(monkeypatch):
-    monkeypatch.setattr(cudnn, "_FEWEST_TOKENS", 4)
+plain = functools.partial(cudnn.attend, implementation="xla", fewest_tokens=4)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -73,8 +68,7 @@ def test_training_and_prompts_are_served(name, monkeypatch):
         cudnn, "_attend_by_run", lambda queries, *_, **__: jnp.full_like(queries, 7)
     )
     assert np.all(plain(queries, segments) == 7) == (name in SERVED)
-    monkeypatch.setattr(cudnn, "_FEWEST_TOKENS", 40)
-    assert np.all(plain(queries, segments) == 7) == (name == "causal")
+    assert np.all(plain(queries, segments, fewest_tokens=40) == 7) == (name == "causal")
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -91,7 +85,7 @@ def test_float32_stays_in_blocks():
     pattern = SERVED["rows over a prefix"]
     given = arrays(pattern)
     for one, other in zip(
-        value_and_gradients(cudnn.attend, pattern, *given),
+        value_and_gradients(functools.partial(cudnn.attend, fewest_tokens=4), pattern, *given),
         value_and_gradients(blocks.attend, pattern, *given),
         strict=True,
     ):
@@ -147,7 +141,7 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(
 
 
 def compute_on_cpus(module):
-    """Gives cuDNN's two primitives, which JAX splits over a mesh by its own rules, a CPU's arithmetic."""
+    """Gives cuDNN's two primitives a CPU's arithmetic; JAX splits them over a mesh by its rules."""
 
     def attend(queries, keys, values, bias, mask_type):
         keys, values = (jnp.repeat(x, queries.shape[2] // x.shape[2], 2) for x in (keys, values))
