@@ -58,10 +58,13 @@ def coefficients(
     check_scores(scores)
     if any(isinstance(value, jax.ShapeDtypeStruct) for value in scores):
         raise TypeError("scores must hold arrays, got shapes: abstract_scores are for init only")
+    # log w may come from the very parameters that the surrogate is differentiated with respect to.
     scores = jax.tree.map(jax.lax.stop_gradient, scores)
     result, state = update(
         transform, initial_coefficients(scores), state, scores, key=key, axis_name=axis_name
     )
+    # The one place where powers of P leave the logs: by now score and path are bounded, so that a
+    # tiny scale gives zeros and never NaN. A part may leave anything on padding; it ends here.
     scale = jnp.exp(result.log_scale)
     keep = lambda x: jnp.where(scores.is_valid, x, 0.0)
     folded = Coefficients(

@@ -1,4 +1,4 @@
-"""How q moves over steps: schedules that a config can carry, and a controller driven by P."""
+"""How q moves over steps: schedules that a config can describe, and a controller that follows P."""
 
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -49,7 +49,7 @@ def schedule(name: str, q: float, q_end: float, q_steps: int) -> optax.Schedule:
 
 
 def scheduled(factory: Callable[[jax.Array], LossTransform], q: optax.Schedule) -> LossTransform:
-    """`factory(q(step))`, the step being counted in the state: optax's `inject_hyperparams`."""
+    """`factory(q(step))`; the step is counted in the state, by optax's `inject_hyperparams`."""
 
     def build(q):  # optax finds what to schedule by the argument's name
         return factory(q)
@@ -92,12 +92,16 @@ def adaptive_q(
 
     def update_at_q(coefficients, state, scores, *, key=None, axis_name=None):
         log_p = group_stats.log_mean(group_stats.log_likelihood(scores), scores)[:, 0]
+        # The mean of the groups' q, not the q of their mean P: a few easy prompts would hide all
+        # the hard ones.
         wanted = q_for_pace(log_p, pace)
         batch_q = group_stats.batch_mean(wanted, jnp.any(scores.is_valid, 1), axis_name)
         # The average starts from 0, so it is divided by the sum of its weights, 1 - decay^count.
         count = cast(jax.Array, optax.safe_increment(state.count))
         average = decay * state.average + (1 - decay) * batch_q
         q = jnp.clip(average / (1 - jnp.float32(decay) ** count), low, high)
+        # q is traced here, so the transform is made inside the program; its state does not depend
+        # on q, which is why init could make it at q = 0.
         result, inner_state = update(
             factory(q), coefficients, state.inner, scores, key=key, axis_name=axis_name
         )

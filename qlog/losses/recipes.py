@@ -42,8 +42,7 @@ EDITS: dict[str, Any] = {
     "max_tokens": None,
 }
 
-
-Arguments = Mapping[str, Any]  # name to value; each is checked by whoever reads it
+Arguments = Mapping[str, Any]  # name to value; the part that reads a value checks it
 
 
 def _defaults(function: Callable) -> dict[str, Any]:
@@ -128,6 +127,7 @@ class Recipe:
                 + closest(unknown[0], arguments)
             )
         arguments |= given
+        # Under a schedule everything that depends on q is built anew at each step, inside jit.
         if "q" in _defaults(self.transform):
             transform = _over_steps(lambda q: self._chain(arguments, q), arguments)
         else:
@@ -170,6 +170,7 @@ def _over_steps(factory: Callable[..., LossTransform], arguments: Arguments) -> 
     q, kind = arguments["q"], arguments["q_schedule"]
     check_choice("q_schedule", kind, q_schedules.SCHEDULES)
     for name, default in SCHEDULE.items():
+        # A value that the schedule ignores is a misunderstanding: say so instead of training on.
         unread = name != "q_schedule" and name not in _SCHEDULE_READS[kind]
         if unread and arguments[name] != default:
             raise ValueError(
@@ -197,6 +198,7 @@ def _grpo_surrogate(
     check_choice("kl_kind", kl_kind, surrogates.KL_KINDS)
     check_number("kl_weight", kl_weight, 0, float("inf"))
     surrogate = surrogates.clipped(clip_low, clip_high)
+    # Without the penalty no reference parameters are kept in memory.
     return surrogates.add_kl(surrogate, kl_weight, kl_kind) if kl_weight else surrogate
 
 

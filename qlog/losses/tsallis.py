@@ -80,7 +80,8 @@ def log_exp_q(value: ArrayLike, q: ArrayLike) -> jax.Array:
     value, q = jnp.broadcast_arrays(*_prepare("value", value, q))
     s = 1 - q
     x = s * value
-    near = jnp.abs(x) < 1e-4  # includes q = 1; the series keeps value and gradient exact there
+    # log1p(x) / x, by its series where x is near 0, q = 1 included: value and gradient are exact.
+    near = jnp.abs(x) < 1e-4
     far = jnp.where(near, 1.0, x)
     ratio = jnp.where(near, 1 - x / 2 + x * x / 3, jnp.log1p(far) / far)
     return value * ratio

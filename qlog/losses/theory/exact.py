@@ -78,6 +78,7 @@ def gradient_estimates(
     model: LatentModel, rationales: np.ndarray, coefficients: Coefficients
 ) -> np.ndarray:
     """[B, 2Z] float64 gradient of the surrogate -sum_m (score log p(z_m) + path log p(y*|z_m))."""
+    # A rollout's gradient depends on its rationale z only: add up the coefficients of each z first.
     prior, answer = jacobians(model)
     size = prior.shape[0]
     score, path = (np.asarray(x, np.float64) for x in (coefficients.score, coefficients.path))
@@ -107,6 +108,7 @@ def all_groups(model: LatentModel, num_rollouts: int) -> tuple[np.ndarray, np.nd
 
 def moments(model: LatentModel, transform: LossTransform, num_rollouts: int) -> Moments:
     """Exact mean and covariance of the estimate by a `transform` that draws nothing itself."""
+    # All groups are one batch, so the estimator itself is run once, in float32; sums are float64.
     groups, probability = all_groups(model, num_rollouts)
     scores = scores_of(model, groups)
     result, _ = compose.coefficients(transform, scores, transform.init(scores))

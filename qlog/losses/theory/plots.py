@@ -52,6 +52,7 @@ def contamination(axes: Axes) -> None:
     noise, start = 0.2, 1e-6
     for q, colour in zip(QS[1:], COLOURS[1:], strict=True):
         times, etas = closed_forms.noise_flow(noise, q, start, 3000)
+        # The flow begins at `start`: add the time from 0 to it.
         times = times + closed_forms.noise_fitting_time(start, noise, q)
         axes.loglog(times, etas, color=colour, label=f"q = {q}")
         early = etas < 0.1 * closed_forms.noise_equilibrium(noise, q)
@@ -89,7 +90,7 @@ FIGURES: dict[str, Callable[[Axes], None]] = {
 }
 
 
-def draw(folder: str | pathlib.Path) -> list[pathlib.Path]:
+def save_figures(folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Writes the four figures into `folder`, which is created; returns their paths."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command: draws into --out and prints the files' paths."""
     parser = argparse.ArgumentParser(description="Draws the theory of the family of losses.")
     parser.add_argument("--out", required=True, help="folder for the figures")
-    for path in draw(parser.parse_args(argv).out):
+    for path in save_figures(parser.parse_args(argv).out):
         print(path)
 
 

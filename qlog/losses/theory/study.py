@@ -125,6 +125,7 @@ def train(
 
         slope = jax.grad(surrogate)(population)
         population = jax.tree.map(lambda x, g: x - learning_rate * g, population, slope)
+        # Progress is measured exactly, not on the samples that were trained on.
         p = answer_probabilities(population)
         return (population, state), (jnp.mean(p[:, 0]), jnp.mean(p[:, 1]))
 
@@ -169,8 +170,10 @@ def control_tables(
         # [noises, rates, seeds, steps] each.
         right_p, wrong_p = (np.asarray(x, np.float64) for x in results)
         for noise, right, wrong in zip(noises, right_p, wrong_p, strict=True):
+            # Every method at its best rate, chosen by the final p, mean over seeds.
             best = int(np.argmax(right[:, :, -1].mean(1)))
             reached = right[best] >= 0.5
+            # inf for a run that never gets there; the median copes with it, a mean would not.
             first = np.where(reached.any(1), reached.argmax(1) + 1, np.inf)
             final = right[best, :, -1]
             tables[noise].append(
