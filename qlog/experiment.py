@@ -86,7 +86,7 @@ class Experiment:
 
     def prompts_at_once(self, per_shard: int) -> int:
         """Prompts of the whole mesh at a time, from a config field that counts those of a shard."""
-        return per_shard * sharding.batch_shards(self.mesh)
+        return per_shard * sharding.num_batch_shards(self.mesh)
 
     def write_split_ids(self, path: paths.Path) -> None:
         """Writes which records each split holds, or compares them with what an earlier start wrote.
@@ -98,7 +98,7 @@ class Experiment:
           ConfigError: on every process: the data have changed since the run began.
         """
         if records := self._records():
-            distributed.first(lambda: data.write_ids(path, self.config.data.name, records))
+            distributed.once_per_run(lambda: data.write_ids(path, self.config.data.name, records))
 
     def _records(self) -> dict[str, Sequence[dict]]:
         """The records of each open split that has any; its examples were converted from them."""
@@ -113,7 +113,7 @@ class Experiment:
         """ShapeDtypeStructs of the parameters, with their places on the mesh."""
         init = functools.partial(models.init, self.policy.config)
         shapes = jax.eval_shape(init, jax.random.key(0))
-        return checkpoints.abstract_like(shapes, sharding.tree_shardings(self.mesh, shapes))
+        return checkpoints.abstract_like(shapes, sharding.param_shardings(self.mesh, shapes))
 
     def init_params(self) -> models.Params:
         """The parameters that training begins with, float32, on the mesh.
@@ -138,7 +138,7 @@ class Experiment:
     def init_state(self, params: models.Params) -> TrainState:
         """The state of a run that begins with these parameters; it shares their buffers."""
         # Only the rest goes through jit: parameters that passed through it would be copied.
-        places = sharding.tree_shardings(
+        places = sharding.param_shardings(
             self.mesh, jax.eval_shape(self._initial_state_without_params, params)
         )
         build = jax.jit(self._initial_state_without_params, out_shardings=places)
@@ -148,7 +148,7 @@ class Experiment:
         """ShapeDtypeStructs of `init_state`, with their places on the mesh."""
         params = self.abstract_params()
         rest = jax.eval_shape(self._initial_state_without_params, params)
-        places = sharding.tree_shardings(self.mesh, rest)
+        places = sharding.param_shardings(self.mesh, rest)
         return checkpoints.abstract_like(rest, places)._replace(params=params)
 
     def _initial_state_without_params(self, params: models.Params) -> TrainState:

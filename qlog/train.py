@@ -105,7 +105,7 @@ def run(
             )
             made_of = identity(experiment)
             _check_resumption(saved, config, made_of)
-            metrics = distributed.first(lambda: _finished(workdir, config))
+            metrics = distributed.once_per_run(lambda: _finished(workdir, config))
             if metrics is not None:
                 saved.prune(config.checkpoint.finished)
                 say(f"finished before, in {workdir}")
@@ -217,7 +217,7 @@ class _Training:
             )
         )
         self._compilations = stack.enter_context(contextlib.closing(process.Compilations()))
-        self._num_compiled = self._compilations.count
+        self._num_compiled = self._compilations.num_compiled
         self._saved_at = time.monotonic()
         self._is_finishing = False
         limit = self._config.watchdog.first_seconds
@@ -247,7 +247,7 @@ class _Training:
             if step >= config.train.steps:
                 return
             # Here, so that it does not count with the step what an evaluation compiled.
-            self._num_compiled = self._compilations.count
+            self._num_compiled = self._compilations.num_compiled
             yield step, batch
 
     def log_step(
@@ -262,7 +262,7 @@ class _Training:
         values = train_metrics.measure(
             self._experiment, self.state, groups, sums, gauges, norms, watch
         )
-        values["compilations"] = self._compilations.count - self._num_compiled
+        values["compilations"] = self._compilations.num_compiled - self._num_compiled
         values["steps_since_checkpoint"] = float(self.step - (self._saved.latest_step or 0))
         self._log.scalars(step, "train", values)
         self._log.progress(step, train_metrics.progress(values))
@@ -278,7 +278,7 @@ class _Training:
         # Clocks differ, and a save needs every process: the first one's clock counts.
         minutes = (time.monotonic() - self._saved_at) / 60
         is_late = bool(config.checkpoint.minutes) and minutes >= config.checkpoint.minutes
-        return distributed.agree(is_late and jax.process_index() == 0)
+        return distributed.any_process(is_late and jax.process_index() == 0)
 
     def save(self) -> None:
         """Starts saving the state, unless the newest checkpoint has it."""
@@ -340,7 +340,7 @@ class _Training:
                 find = functools.partial(
                     _logged_metrics, self._workdir, self.step - 1, config.evaluation.split
                 )
-                self.metrics = distributed.first(find)
+                self.metrics = distributed.once_per_run(find)
                 if train_metrics.best_metric(config) not in self.metrics:  # of other settings
                     self.evaluate()
             if jax.process_index() == 0:

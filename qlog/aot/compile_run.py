@@ -119,7 +119,7 @@ def _rollout_programs(run: parts.Experiment):
     opt_state, params = _bytes_per_chip(run.abstract_state().opt_state), run.abstract_params()
     weights = _results(sampler.decoding_weights, (params, policy), (params, policy))
     beside, step = opt_state + _bytes_per_chip(params), jax.ShapeDtypeStruct((), jnp.int32)
-    flags = sharding.own_shape(run.mesh, bool)
+    flags = sharding.per_device_shape(run.mesh, bool)
 
     def decode(law, pool, results):
         lowered = sampler.decode.lower(weights, policy, pool, law, step, flags)

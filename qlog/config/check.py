@@ -96,7 +96,7 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     Raises:
       ConfigError: they do not; it names the next size that does.
     """
-    shards, train = sharding.batch_shards(mesh), config.train
+    shards, train = sharding.num_batch_shards(mesh), config.train
     prompts, updates = train.prompts_per_step, train.updates_per_batch
     if prompts % (shards * updates):
         wanted = -(-prompts // (shards * updates)) * shards * updates
