@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from qlog import data, losses, models
+from qlog.config.streams import StepStream
 from qlog.experiment import Experiment
 from qlog.learner.gradient import batch_gradient, reference_log_probs
 from qlog.learner.optimizer import apply_update
@@ -106,8 +107,9 @@ def learn(
     )
     with watch("train") as ready:
         trajectories = _trajectories(experiment, groups)
+        loss_key = jax.random.fold_in(key, StepStream.LOSS)
         coefficients, loss_state = _coefficients(
-            estimator, groups, trajectories, state.loss_state, jax.random.fold_in(key, 1)
+            estimator, groups, trajectories, state.loss_state, loss_key
         )
         total = None
         for index in range(config.train.updates_per_batch):
