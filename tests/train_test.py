@@ -14,7 +14,7 @@ import tiny
 import trees
 from places import ROOT, TESTS
 
-from qlog import losses, train
+from qlog import losses
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare

@@ -11,7 +11,6 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qlog.losses import compose, tsallis
