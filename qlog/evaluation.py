@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.config import schema
+from qlog.config.streams import Stream, stream_key
 from qlog.console import ProgressLine, clock, say
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, identity
@@ -57,7 +58,7 @@ def evaluate(
     for prefix, draws in passes.items():
         file = samples and _samples_file(samples, prefix)
         rows = _sample_all(experiment, params, draws, file, source, interrupts)
-        found = distributed.first(lambda rows=rows: summarise(experiment.config, rows))
+        found = distributed.once_per_run(lambda rows=rows: summarise(experiment.config, rows))
         summary |= _prefixed(prefix, found)
     return summary
 
@@ -73,7 +74,7 @@ def _sample_all(
         rows.extend(parts.read())
         return len(rows)
 
-    first = done = distributed.first(read) if parts else 0
+    first = done = distributed.once_per_run(read) if parts else 0
     total = _questions(experiment)
     if done:
         say(f"evaluation goes on after {done} of {total} questions")
@@ -279,7 +280,7 @@ def sample_answers(
     # No more rows than questions, so that few of them on many chips are not filled up with copies.
     shards, total = experiment.prompts_at_once(1), _questions(experiment)
     batch_size = min(config.evaluation.prompts_per_batch, -(-total // shards)) * shards
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    key = stream_key(config.seed, Stream.EVALUATION)
     batches = data.evaluation_batches(
         experiment.evaluation_data, batch_size=batch_size, limit=total, start=start
     )
@@ -299,13 +300,13 @@ def sample_answers(
             draws,
             interrupts=interrupts,
         )
-        rollouts, log_w = sharding.local_rows(experiment.mesh, (rollouts, log_w))
+        rollouts, log_w = sharding.local_batch(experiment.mesh, (rollouts, log_w))
         size = len(batch.examples)
         found = _rows(
             formatter,
             batch,
-            sharding.held_rows(experiment.mesh, size),
-            set(sharding.owned_rows(experiment.mesh, size)),
+            sharding.local_prompts(experiment.mesh, size),
+            set(sharding.owned_prompts(experiment.mesh, size)),
             rollouts,
             log_w,
         )

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from qlog import data, losses, models
+from qlog.config.streams import StepStream
 from qlog.experiment import Experiment
 from qlog.learner.gradient import batch_gradient, reference_log_probs
 from qlog.learner.optimizer import apply_update
@@ -106,8 +107,9 @@ def learn(
     )
     with watch("train") as ready:
         trajectories = _trajectories(experiment, groups)
+        loss_key = jax.random.fold_in(key, StepStream.LOSS)
         coefficients, loss_state = _coefficients(
-            estimator, groups, trajectories, state.loss_state, jax.random.fold_in(key, 1)
+            estimator, groups, trajectories, state.loss_state, loss_key
         )
         total = None
         for index in range(config.train.updates_per_batch):
@@ -191,9 +193,9 @@ def _prompts_slice(tree, index: int, count: int):
 def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch):
     """Exact match of the sampled answers, float32 [B, M], in the rows that this process holds."""
     mesh, size = experiment.mesh, len(batch.examples)
-    local = sharding.local_rows(mesh, rollouts)
+    local = sharding.local_batch(mesh, rollouts)
     reward = np.zeros((size, experiment.rollouts_per_prompt), np.float32)
-    for index, row in enumerate(sharding.held_rows(mesh, size)):
+    for index, row in enumerate(sharding.local_prompts(mesh, size)):
         example = batch.examples[row]
         golds = (example.answer, *example.aliases)
         for column, (_, answer) in enumerate(rollout_texts(experiment.formatter, local, index)):

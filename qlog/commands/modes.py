@@ -28,7 +28,8 @@ def run_train(config: ConfigDict, workdir: Path) -> int:
         if config.runs:
             several_runs.run(config, workdir)
         else:
-            train.run(config, workdir)
+            with train.claimed(config, workdir) as claim:
+                train.run(prepare(config), workdir, claim)
     except Stop as stop:
         say("stopped: the same command goes on.")
         stop.status = 0
@@ -81,7 +82,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     carried = []
     if tokenizer.path:
         carried = models.huggingface.tokenizer_files(tokenizer.path.parent)
-    distributed.first(lambda: str(tokenizer.save(folder)))
+    distributed.once_per_run(lambda: str(tokenizer.save(folder)))
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if tokenizer.bos_id is not None:
         ids["bos_token_id"] = tokenizer.bos_id
@@ -146,7 +147,7 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
 
 def _report(workdir: Path, name: str, record: str) -> None:
     """Prints the numbers and writes evaluation_NAME.json."""
-    distributed.first(lambda: paths.write(workdir / f"evaluation_{name}.json", record))
+    distributed.once_per_run(lambda: paths.write(workdir / f"evaluation_{name}.json", record))
     say(record)
 
 

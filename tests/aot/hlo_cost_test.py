@@ -177,7 +177,7 @@ def test_a_models_flops_are_those_counted_by_hand(slice_):
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
-        sharding.tree_shardings(slice_, shapes),
+        sharding.param_shardings(slice_, shapes),
     )
     rows = sharding.batch_sharding(slice_)
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32, sharding=rows)
@@ -186,7 +186,7 @@ def test_a_models_flops_are_those_counted_by_hand(slice_):
     @jax.jit
     def forward(params, tokens, lengths):
         prefix = models.prefill(params, policy.config, tokens, lengths, dtype=policy.dtype)
-        return sharding.keep_prefix(policy.mesh, prefix)
+        return sharding.constrain_prefix(policy.mesh, prefix)
 
     phase = compile_run.compile_phase(forward.lower(params, tokens, lengths))
     heads, kv, mlp = 4 * 64, 2 * 64, 256

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from qlog import losses, train
+from qlog import losses
 from qlog.config import schema
 from qlog.losses.theory import exact, plots, study
 
@@ -57,7 +58,7 @@ def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
         },
     }
     run = schema.merge(schema.merge(config, config.runs.hard), short)
-    train.run(run, tmp_path, jax.devices()[:1])
+    tiny.run(run, tmp_path, jax.devices()[:1])
     assert "hard_garl" in (tmp_path / "config.json").read_text()
     assert '"q": 0.75' in (tmp_path / "metrics.jsonl").read_text()
 
