@@ -120,7 +120,7 @@ def test_a_bucket_is_copied_once_and_again_when_it_changes(place, tmp_path):
 def test_what_is_missing_or_out_of_reach_is_a_sentence(place, monkeypatch):
     if not paths.is_remote(place):
         monkeypatch.setenv("QLOG_ASSETS", str(place))
-        with pytest.raises(ConfigError, match="QLOG_ASSETS=.* is no folder on this host"):
+        with pytest.raises(ConfigError, match="QLOG_ASSETS=.* is not a folder on this host"):
             assets.find("models/a/b", bool)
         return
     with pytest.raises(ConfigError, match="config.weights = '.*' holds no files"):
@@ -180,7 +180,7 @@ def test_a_hub_id_is_found_in_the_assets_first(place, monkeypatch):
     for name in sorted(files, key=lambda name: name == "config.json"):
         with pytest.raises(PassingError, match="launch/stage --model=owner/name"):
             huggingface.resolve("owner/name")  # half of it is nothing
-        assets.put(GOLDEN / "qwen3" / name, target / name)
+        paths.copy(GOLDEN / "qwen3" / name, target / name)
     folder = huggingface.resolve("owner/name")
     assert load_file(next(folder.glob("*.safetensors")))
     with pytest.raises(PassingError):
@@ -221,7 +221,7 @@ def test_the_digest_is_of_the_weights_however_they_lie(tmp_path):
 
 def test_raw_and_prepared_data_may_be_in_a_bucket(place, monkeypatch):
     for file in (TESTDATA / "hotpotqa").iterdir():
-        assets.put(file, place / "raw/hotpotqa" / file.name)
+        paths.copy(file, place / "raw/hotpotqa" / file.name)
     prepared = builders.prepare("hotpotqa", manual_dir=str(place / "raw"))
     target = place / "data" / builders.staged_name("hotpotqa")
     assets.publish(prepared, target, stage.files(prepared), "ids.json")
