@@ -432,6 +432,19 @@ def prepare_data(config: ConfigDict) -> pathlib.Path:
     )
 
 
+def data_limits(config: ConfigDict, rationales: bool) -> data.Limits:
+    """How long examples may be; without a limit of rationales they are left out of batches."""
+    rollout = config.rollout
+    return data.Limits(
+        data.Limit("config.data.max_prompt_tokens", config.data.max_prompt_tokens),
+        data.Limit("config.rollout.answer_reserve", rollout.answer_reserve),
+        # The budget does not count the thinking-end token, which a rationale ends with.
+        data.Limit("config.rollout.rationale_budget", rollout.rationale_budget, uncounted=1)
+        if rationales
+        else None,
+    )
+
+
 def _open_split(config, formatter, world, prepared, split: str, rationales: bool) -> data.Dataset:
     section = config.data
     if world:
@@ -441,9 +454,7 @@ def _open_split(config, formatter, world, prepared, split: str, rationales: bool
     return data.open_dataset(
         source,
         formatter,
-        max_prompt_tokens=section.max_prompt_tokens,
-        max_answer_tokens=config.rollout.answer_reserve,
-        max_rationale_tokens=config.rollout.rationale_budget + 1 if rationales else None,
+        data_limits(config, rationales),
         overlong=section.overlong,
         measure=256 if world else None,
         name=f"config.data.name = {section.name!r}, split {split!r}",

@@ -7,6 +7,18 @@ import unicodedata
 
 import tokenizers
 
+from qlog import data
+
+
+def limits(prompt: int, gold: int, rationale: int | None = None) -> data.Limits:
+    """Limits in tokens, under the names of the config fields that set them."""
+    return data.Limits(
+        data.Limit("config.data.max_prompt_tokens", prompt),
+        data.Limit("config.rollout.answer_reserve", gold),
+        data.Limit("config.rollout.rationale_budget", rationale - 1, 1) if rationale else None,
+    )
+
+
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 

@@ -117,9 +117,9 @@ class Checkpoints:
         training = self._folder / "checkpoints" / str(self.latest_step) / "training"
         if not distributed.once_per_run(lambda: paths.exists(training)):
             raise ConfigError(
-                f"{self._folder} kept parameters only (config.checkpoint.finished = 'best_params'), "
-                "so the run cannot go on: "
-                f"begin another with --config.init_from={self._folder}."
+                f"{self._folder} kept parameters only "
+                f"(config.checkpoint.finished = 'best_params'), so the run cannot "
+                f"go on: begin another with --config.init_from={self._folder}."
             )
         parts = {"params": abstract.params, "training": abstract._replace(params=None)._asdict()}
         loaded = self._checkpointer.load_checkpointables(self.latest_step, parts)
