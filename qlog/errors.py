@@ -41,7 +41,7 @@ class Stop(BaseException):
       number: of the signal.
 
     Attributes:
-      status: the exit status: 128 + number, as shells have it; 0 after a training that lost nothing.
+      status: the exit status: 128 + number, as shells have it; 0 of a training that lost nothing.
     """
 
     def __init__(self, number: int):
