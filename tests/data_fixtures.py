@@ -1,6 +1,7 @@
 """Made-up vocabularies and records in the official formats, and a second byte-level BPE."""
 
 import functools
+import itertools
 import json
 import re
 import unicodedata
@@ -101,7 +102,7 @@ class ReferenceBPE:
     def _word(self, word: str) -> list[int]:
         pieces = [self._alphabet[b] for b in word.encode()]
         while len(pieces) > 1:
-            pairs = list(zip(pieces, pieces[1:]))
+            pairs = list(itertools.pairwise(pieces))
             best = min(pairs, key=lambda pair: self._ranks.get(pair, float("inf")))
             if best not in self._ranks:
                 break

@@ -322,9 +322,10 @@ def test_downloads_from_an_archive(server, monkeypatch, tmp_path):
         for split in ("train", "dev"):
             name = pathlib.Path(FILES["musique", split]).name
             archive.write(TESTDATA / "musique" / name, f"data/{name}")
+    sizes = {"train": 16, "dev": 12}
     files = {
-        split: raw.RawFile(file.name, f"{address}/musique.zip", size, member=file.member)
-        for (split, file), size in zip(musique_dataset_builder.Builder.FILES.items(), (16, 12))
+        split: raw.RawFile(file.name, f"{address}/musique.zip", sizes[split], member=file.member)
+        for split, file in musique_dataset_builder.Builder.FILES.items()
     }
     monkeypatch.setattr(musique_dataset_builder.Builder, "FILES", files)
     records = builders.open_records("musique", "dev", data_dir=tmp_path / "data")

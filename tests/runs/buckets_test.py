@@ -1,4 +1,4 @@
-"""Runs whose workdir is in a bucket, against object stores on loopback: equal to those on a disk."""
+"""Runs with a workdir in a bucket (object stores on loopback): equal to runs on a disk."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import sys
 
 import buckets
 import jax
-import numpy as np
 import pytest
 import tiny
 import trees

@@ -1,5 +1,8 @@
-"""What runs read, from folders and from buckets (emulators of GCS and S3 on loopback): found before any
-network is asked, copied once, staged by one command that a whole run then starts from."""
+"""What runs read, from folders and from buckets (emulators of GCS and S3 on loopback).
+
+It is found before any network is asked, copied once, and staged by one command, from which a whole
+run then starts.
+"""
 
 import dataclasses
 import json
@@ -150,7 +153,10 @@ def test_runs_side_by_side_on_one_host_copy_once(google, tmp_path):
         os.environ | google | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     )
     where = f"gs://bucket/{tmp_path.name}"
-    fill = f"from qlog.storage import paths; p = paths.parse('{where}'); paths.write(p / 'a', b'x' * 4_000_000)"
+    fill = (
+        f"from qlog.storage import paths; p = paths.parse('{where}'); "
+        "paths.write(p / 'a', b'x' * 4_000_000)"
+    )
     run([sys.executable, "-c", fill], environment)
     program = f"from qlog.storage import assets; print(assets.local('{where}', 'x'))"
     both = [
