@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from qlog import experiment
 from qlog.data import pipeline, synthetic, tasks, tokenizers
 from qlog.data.examples import Example
 from qlog.data.formatting import Formatter
@@ -35,13 +36,13 @@ def report(
     yield f"{'tokens':<12}" + "".join(f"{word:>9}" for word in head)
     for name, limit, column in zip(("prompt", "gold answer", "rationale"), limits, lengths.T):
         quantiles = np.quantile(column, (0, 0.5, 0.95, 1), method="nearest")
-        over = "-" if limit is None else f"{(column > limit).sum():,}"
-        limit = "-" if limit is None else f"{limit:,}"
-        yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{limit:>9}{over:>9}"
-    over = (lengths[:, 0] > limits.prompt).sum()
+        over = "-" if limit is None else f"{(column > limit.tokens).sum():,}"
+        most = "-" if limit is None else f"{limit.tokens:,}"
+        yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{most:>9}{over:>9}"
+    over = (lengths[:, 0] > limits.prompt.tokens).sum()
     yield (
-        f"{over:,} of {len(lengths):,} prompts exceed config.data.max_prompt_tokens = "
-        f"{limits.prompt:,}"
+        f"{over:,} of {len(lengths):,} prompts exceed {limits.prompt.field} = "
+        f"{limits.prompt.value:,}"
     )
     for index in examples:
         yield from _example(source[index], formatter, f"example {index} of {len(source):,}")
@@ -95,13 +96,7 @@ def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, p
             think_end=tokens.think_end,
         )
     formatter = Formatter(tokenizer, task, section.style, rollout.closing_text)
-    return (
-        source,
-        formatter,
-        pipeline.Limits(
-            section.max_prompt_tokens, rollout.answer_reserve, rollout.rationale_budget + 1
-        ),
-    )
+    return source, formatter, experiment.data_limits(config, rationales=True)
 
 
 def _beside_the_weights(config: ConfigDict) -> str:
