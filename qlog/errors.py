@@ -31,7 +31,7 @@ QLOG_ERRORS = (ConfigError, TrainingError, PassingError)
 
 
 class Stop(BaseException):
-    """A signal asked this run to end. A BaseException, so that no handler of errors takes it for one.
+    """A signal asked this run to end. A BaseException: no handler of errors takes it for one.
 
     Attributes:
       status: what a shell calls a process that the signal ended, 130 or 143; 0 of a training that
@@ -41,3 +41,11 @@ class Stop(BaseException):
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.status = 128 + number
+
+
+def summary(error: BaseException) -> str:
+    """What a library said, on one line of at most 300 characters, to be part of our sentence.
+
+    The name of its type where it said nothing.
+    """
+    return " ".join(str(error).split())[:300] or type(error).__name__

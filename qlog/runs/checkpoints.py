@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from qlog.parallel import distributed
 from qlog.storage import paths
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 from qlog.records import TrainState
 from qlog.storage.paths import Path
 
@@ -162,7 +162,7 @@ def load_params(
         return ocp.load_checkpointables(path, {"params": abstract_params})["params"]
     except (ValueError, KeyError) as error:
         raise ConfigError(
-            f"{field} = {str(folder)!r} holds parameters of another model: {_first_line(error)}"
+            f"{field} = {str(folder)!r} holds parameters of another model: {summary(error)}"
         ) from error
 
 
@@ -257,7 +257,3 @@ def abstract_like(tree, shardings=None):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
