@@ -152,7 +152,8 @@ class Experiment:
         return checkpoints.abstract_like(rest, places)._replace(params=params)
 
     def _initial_state_without_params(self, params: models.Params) -> TrainState:
-        scores = losses.zero_scores(self.config.train.prompts_per_step, self.rollouts_per_prompt)
+        prompts = self.config.train.prompts_per_step
+        scores = losses.abstract_scores(prompts, self.rollouts_per_prompt)
         return TrainState(
             jnp.zeros((), jnp.int32),
             None,
