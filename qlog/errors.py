@@ -47,3 +47,11 @@ class Stop(BaseException):
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.status = 128 + number
+
+
+def summary(error: BaseException) -> str:
+    """What a library said, on one line of at most 300 characters, to be part of our sentence.
+
+    The name of its type where it said nothing.
+    """
+    return " ".join(str(error).split())[:300] or type(error).__name__

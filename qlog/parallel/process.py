@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 from qlog.storage import assets, paths
 
 # JAX's event after a program was compiled, or read from the cache.
@@ -73,7 +73,7 @@ def _reachable(folder: paths.Path) -> str:
     error = paths.within(_PATIENCE, ask)
     if error is None:
         return str(folder)
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    reason = f"{type(error).__name__}: {summary(error)}"
     own = str(assets.cache("xla"))
     print(
         f"qlog: JAX_COMPILATION_CACHE_DIR={folder} cannot be used ({reason}): "

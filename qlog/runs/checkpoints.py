@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 from qlog.parallel import distributed
 from qlog.records import TrainState
 from qlog.storage import paths
@@ -190,7 +190,7 @@ def load_params(
         return ocp.load_checkpointables(path, {"params": abstract_params})["params"]
     except (ValueError, KeyError) as error:
         raise ConfigError(
-            f"{field} = {str(folder)!r} holds parameters of another model: {_first_line(error)}"
+            f"{field} = {str(folder)!r} holds parameters of another model: {summary(error)}"
         ) from error
 
 
@@ -289,7 +289,3 @@ def abstract_like(tree, shardings=None):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import filelock
 
-from qlog.errors import QLOG_ERRORS, ConfigError, PassingError
+from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, summary
 from qlog.storage import paths
 
 ENVIRONMENT = "QLOG_ASSETS"
@@ -325,7 +325,7 @@ def _faults(where: str) -> Iterator[None]:
     except QLOG_ERRORS:
         raise
     except Exception as error:  # each client has its own kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {summary(error)}"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
                 f"{where}: no room ({error.strerror}; {cache('assets')} is the cache): make room, "

@@ -22,7 +22,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 
 Path = epath.Path  # the interface of pathlib, for gs:// and s3:// too
 
@@ -106,7 +106,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no room is left ({error}): make some; the same command goes on."
     if isinstance(error, Exception) and passes(error) and not isinstance(error, BrokenPipeError):
-        reason = " ".join(str(error).split())[:300]
+        reason = summary(error)
         return (
             f"a store or a network failed ({type(error).__name__}: {reason}); "
             "the same command goes on."
@@ -310,7 +310,7 @@ def _why(error: Exception, folder: Path) -> str:
         "gs": "`gcloud auth application-default login`, or a service account",
         "s3": "`aws configure`, or a role",
     }[scheme]
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = summary(error)
     if isinstance(error, FileNotFoundError):
         return f"there is no bucket {bucket}: make it, or correct the name."
     code = str(getattr(error, "code", ""))

@@ -373,7 +373,7 @@ def test_what_has_no_name_of_its_own_is_told_as_flags(alone, tmp_path, capsys):
         (["--model=a/b"], "--to is needed"),
         (["--to=x"], "give a --config, a --model"),
         (["--to=ftp://b", "--model=a/b"], "gs://BUCKET"),
-        (["--to=x", "--model=./b"], "--model=./b is no Hub id"),
+        (["--to=x", "--model=./b"], "--model=./b is not a Hub id"),
     ],
 )
 def test_mistakes_of_stage_are_sentences(flags, message, tmp_path):
