@@ -213,7 +213,7 @@ def decoding_weights(params: models.Params, policy: Policy) -> models.Params:
 def prefill(params, policy: Policy, prompts: Array, lengths: Array) -> models.Prefix:
     """The prompts' caches, all tokens but the last of each: prompts int32 [B, P], lengths [B]."""
     params = policy.gathered(params)
-    prefix = models.prefill(params, policy.config, prompts, lengths - 1, **policy.options)
+    prefix = models.prefill(params, policy.config, prompts, lengths - 1, policy.execution)
     return sharding.constrain_batch(policy.mesh, models.unstack(prefix))
 
 
@@ -277,19 +277,16 @@ def decode(
         return (pool.step < until) & ~pool.done.all()
 
     def step(pool):
-        positions = (prefix.lengths[:, None] + pool.step)[..., None]
-        positions = jnp.broadcast_to(positions, (*pool.last.shape, 1))
-        hidden, suffix = models.apply(
+        hidden, suffix = models.decode_step(
             weights,
             policy.config,
-            pool.last[..., None],
-            positions,
-            prefix=prefix,
-            suffix=pool.suffix,
-            slot=pool.step,
-            **policy.options,
+            pool.last,
+            prefix,
+            pool.suffix,
+            pool.step,
+            policy.execution,
         )
-        logits = head.masked_logits(hidden[:, :, 0], table, policy.valid_vocab)
+        logits = head.masked_logits(hidden, table, policy.valid_vocab)
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(pool.keys, pool.step)
         drawn, log_probs = draw(logits, keys, settings.temperature, settings.top_k, settings.top_p)
         return _advance(pool, settings, drawn, log_probs)._replace(suffix=suffix)

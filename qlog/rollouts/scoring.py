@@ -42,17 +42,14 @@ def score_answers(
     last = jnp.take_along_axis(tokens, rationale_lengths[..., None] - 1, axis=-1)
     gold_m = jnp.broadcast_to(gold[:, None], (batch, rollouts, gold.shape[-1]))
     inputs = jnp.concatenate([last, gold_m[..., :-1]], axis=-1)
-    # The prefix lacks the prompt's last token, which suffix slot 0 holds: see sampling.py.
-    start = prefix.lengths[:, None] + rationale_lengths
-    positions = start[..., None] + jnp.arange(gold.shape[-1])
-    hidden, _ = models.apply(
+    # The prefix lacks the prompt's last token, which suffix slot 0 holds: see sampler.py.
+    hidden = models.score_step(
         params,
         policy.config,
         inputs,
-        positions,
-        prefix=prefix,
-        suffix=suffix._replace(lengths=rationale_lengths),
-        **policy.options,
+        prefix,
+        suffix._replace(lengths=rationale_lengths),
+        policy.execution,
     )
     log_probs = head.token_log_probs(
         hidden,
