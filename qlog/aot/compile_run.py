@@ -21,17 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qlog import experiment as parts
-from qlog import losses, models, step
+from qlog import losses, step
 from qlog.aot.hlo_cost import Cost, Module, Sweep
 from qlog.config import schema
-from qlog.config.check import build_estimator, check_config
 from qlog.console import say
 from qlog.errors import ConfigError
-from qlog.learner import gradient, optimizer
+from qlog.learner import gradient
 from qlog.learner.optimizer import apply_update
 from qlog.parallel import sharding
 from qlog.parallel.chips import CHIPS, Chip
-from qlog.policy import Policy
 from qlog.records import Golds, Prompts, Trajectories
 from qlog.rollouts import sampler
 from qlog.storage import paths
@@ -72,7 +70,7 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Ch
         raise ConfigError(
             f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}."
         )
-    run = without_data(config, devices)
+    run = parts.prepare_shapes(config, devices)
     phases = {}
     for name, lowered, runs, beside in programs(run):
         start = time.monotonic()
@@ -102,52 +100,6 @@ def topology_devices(topology: str):
             f"--topology={topology!r} is not known to libtpu ({str(error).splitlines()[0]}): "
             "write v5e:4x4, v6e:2x4, v5p:4x4x4, or 2*v5e:4x4 for two slices."
         ) from None
-
-
-def without_data(config: ConfigDict, devices) -> parts.Experiment:
-    """An Experiment of shapes on `devices`: no weights, tokenizer or data are read.
-
-    Raises:
-      ConfigError: as `experiment.prepare` does, of what can be checked without data.
-    """
-    preset = config.model.rpartition("/")[2].lower().replace("-", "_").replace(".", "p")
-    if preset in models.PRESETS:
-        config = schema.merge(config, {"model": preset, "weights": "random"})
-    check_config(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    parts.check_batches(config, mesh)
-    estimator = build_estimator(config)
-    draws = sampler.Sampling(
-        rationale_budget=config.rollout.rationale_budget,
-        closing=(1,),
-        eos=(2,),
-        pad=0,
-        answer_reserve=config.rollout.answer_reserve,
-        with_answer=estimator.reward is not None,
-        temperature=float(config.rollout.temperature),
-    )
-    shape = parts.model_shape(config)
-    policy = Policy(
-        shape,
-        shape.vocab_size - 1,
-        jnp.dtype(config.dtype),
-        config.train.remat,
-        mesh,
-        parts.attention(config, mesh),
-    )
-    return parts.Experiment(
-        config=config,
-        estimator=estimator,
-        optimizer=optimizer.build(config),
-        mesh=mesh,
-        policy=policy,
-        sampling=draws,
-        evaluation_sampling=parts.evaluation_law(config, draws),
-        formatter=None,
-        grader=None,
-        train_data=None,
-        evaluation_data=None,
-    )
 
 
 def programs(run: parts.Experiment):

@@ -4,6 +4,7 @@ import jax
 import pytest
 import tiny
 
+from qlog import experiment
 from qlog.aot import compile_run, run_cost
 from qlog.aot.hlo_cost import Cost, Sweep
 from qlog.errors import ConfigError
@@ -66,7 +67,7 @@ def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
         data={"max_prompt_tokens": 512},
         mesh={"data": 8},
     )
-    run = compile_run.without_data(config, jax.devices())
+    run = experiment.prepare_shapes(config, jax.devices())
     trips = compile_run._trips(run)
     assert trips(Sweep((1, 1, 4, 1024, 8), 1024, 1)) == 1024  # decoding
     assert trips(Sweep((1, 1, 512, 8), 512, 128)) == 4  # attention to a full prompt

@@ -10,6 +10,7 @@ import math
 import pytest
 import tiny
 
+from qlog import experiment
 from qlog.aot import compile_run
 from qlog.aot.hlo_cost import Module
 
@@ -45,7 +46,7 @@ MESHES = [{"data": 1, "fsdp": 2, "tensor": 2}, {"data": 4}, {"data": 1, "fsdp": 
 def _compiled(name, **mesh):
     """The experiment and one of its programs."""
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
-    run = compile_run.without_data(_config(mesh), compile_run.topology_devices("v5e:2x2"))
+    run = experiment.prepare_shapes(_config(mesh), compile_run.topology_devices("v5e:2x2"))
     lowered = next(lowered for each, lowered, *_ in compile_run.programs(run) if each == name)
     return run, Module(compile_run.compiled(lowered).as_text())
 
