@@ -132,7 +132,12 @@ def _rollout_programs(run: parts.Experiment):
     yield "prefill", prefill, waves, opt_state + _bytes_per_chip(weights)
     lowered, held = decode(run.sampling, pool, results)
     yield "decode", lowered, waves, held
-    yield "score", sampler.score_and_store.lower(weights, policy, pool, results, golds), waves, beside
+    yield (
+        "score",
+        sampler.score_and_store.lower(weights, policy, pool, results, golds),
+        waves,
+        beside,
+    )
     if config.evaluation.every:
         evaluation, law = config.evaluation, run.evaluation_sampling
         batch = (run.prompts_at_once(evaluation.prompts_per_batch), evaluation.rollouts_per_prompt)
