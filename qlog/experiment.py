@@ -209,7 +209,7 @@ def prepare(
     experiment = dataclasses.replace(
         experiment,
         formatter=formatter,
-        grader=graders.Grader(graders.exact_match),
+        grader=graders.Grader(graders.by_name(experiment.estimator.reward or "exact_match")),
         train_data=open_split("train", rationales=annotated) if train else None,
         evaluation_data=open_split(config.evaluation.split) if evaluate else None,
         weights=weights,

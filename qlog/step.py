@@ -62,7 +62,7 @@ def collect(
         return Groups(prompts, gold, gold_lengths, rollouts, none, none, 0)
     with watch("decode") as ready:
         keys = sampler.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
-        rollouts, log_w, row_steps = ready(
+        rollouts, log_w, lane_steps = ready(
             sampler.sample(
                 params,
                 experiment.policy,
@@ -80,7 +80,7 @@ def collect(
     if experiment.estimator.reward:
         with watch("reward"):
             reward = put(_rewards(experiment, rollouts, batch))
-    return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward, row_steps)
+    return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward, lane_steps)
 
 
 def learn(

@@ -31,7 +31,7 @@ def measure(
             "rationale_length": rollouts.rationale_lengths.mean(),
             "budget_hits": rollouts.forced.mean(),
             "ended_early": rollouts.ended_early.mean(),
-            "decode_waste": groups.row_steps / rollouts.lengths.sum(),
+            "decode_waste": groups.lane_steps / rollouts.lengths.sum(),
             "mismatch": gauges.mismatch / sampled,
             "mismatch_max": gauges.mismatch_max,
             "mult_prob_error": gauges.mismatch_exp / sampled,

@@ -132,7 +132,12 @@ def _rollout_programs(run: parts.Experiment):
     yield "prefill", prefill, waves, opt_state + _bytes_per_chip(weights)
     lowered, held = decode(run.sampling, pool, results)
     yield "decode", lowered, waves, held
-    yield "score", sampler.leave.lower(weights, policy, pool, results, golds), waves, beside
+    yield (
+        "score",
+        sampler.score_and_store.lower(weights, policy, pool, results, golds),
+        waves,
+        beside,
+    )
     if config.evaluation.every:
         evaluation, law = config.evaluation, run.evaluation_sampling
         batch = (run.prompts_at_once(evaluation.prompts_per_batch), evaluation.rollouts_per_prompt)
@@ -151,7 +156,7 @@ def _pool(run: parts.Experiment, law: sampler.Sampling, prompts: int, rollouts: 
     prefix = _results(sampler.prefill, (params, policy, tokens, lengths), few_from)
     few_prefix = _results(sampler.prefill, few_from, few_from)
     pool = _results(
-        sampler.start,
+        sampler.initial_pool,
         (policy, prefix, tokens, lengths, keys, law),
         (policy, few_prefix, few, lengths, keys, brief),
     )

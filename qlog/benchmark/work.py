@@ -122,7 +122,7 @@ def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Bat
     # The last of `prompts_per_wave` prompts' caches, for the scoring pass.
     part = jax.tree.map(lambda x: x[: wave or size.prompts], (*arguments, batch.keys, batch.golds))
     prefix = sampler.prefill(params, draws, *part[:2])
-    pool = sampler.start(draws, prefix, *part[:3], draw)
+    pool = sampler.initial_pool(draws, prefix, *part[:3], draw)
     closed = jnp.full_like(pool.rollouts.rationale_lengths, size.rationale)
     pool = pool._replace(rollouts=pool.rollouts._replace(rationale_lengths=closed))
     waves = size.prompts // (wave or size.prompts)

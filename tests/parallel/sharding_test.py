@@ -99,7 +99,7 @@ def test_caches_are_split_over_prompts_and_heads_from_the_start():
     keys = sampler.rollout_keys(jax.random.key(0), uids, 4)
     settings = sampler.Sampling(4, 4, closing=(3,), eos=(2,), pad=0)
     params = models.init(policy.config, jax.random.key(0))
-    pool = sampler.start(
+    pool = sampler.initial_pool(
         policy, sampler.prefill(params, policy, prompts, lengths), prompts, lengths, keys, settings
     )
     for cache in jax.tree.leaves((pool.suffix.layers, pool.prefix.keys)):
