@@ -292,7 +292,9 @@ def decode(
         drawn, log_probs = draw(logits, keys, settings.temperature, settings.top_k, settings.top_p)
         return _advance(pool, settings, drawn, log_probs)._replace(suffix=suffix)
 
-    pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))._replace(prefix=prefix)
+    with jax.named_scope("decode_steps"):  # qlog.aot finds the loop by this name
+        pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))
+    pool = pool._replace(prefix=prefix)
     pool = sharding.keep_rows(policy.mesh, pool)
     return pool, *sharding.keep_everywhere(policy.mesh, (pool.step, ~pool.done, flags.any()))
 

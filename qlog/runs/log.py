@@ -1,7 +1,6 @@
 """What a run leaves behind and shows: metrics, rollouts, events, a progress line, a table."""
 
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -15,7 +14,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from qlog.storage import paths
+from qlog.storage import paths, strict_json
 from qlog.console import ProgressLine
 from qlog.console import clock
 
@@ -122,8 +121,8 @@ class RunLog:
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _write(self, name: str, row: Mapping):
-        clean = {k: _finite(v) for k, v in row.items()}
-        self._files[name].write(clean["step"], json.dumps(clean, ensure_ascii=False) + "\n")
+        line = strict_json.dumps(row, ensure_ascii=False) + "\n"
+        self._files[name].write(row["step"], line)
 
 
 # ---- Lines on a disk, and in a bucket ----
@@ -314,10 +313,3 @@ def _drop_from(path: paths.Path | pathlib.Path, step: int) -> list[dict]:
 
 def _text(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _finite(value):
-    """JSON has no NaN or infinity: they become strings, and stay visible."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
