@@ -112,9 +112,9 @@ def show(facts: Mapping[str, Any]) -> None:
     """Prints the facts that `report` writes."""
     flops, bandwidth = facts["matmul_peak_flops"], facts["bandwidth_bytes_per_s"]
     title = (
-        f"{facts['device']}, {facts['dtype']}: {facts['prompts']} x {facts['rollouts']}, prompt "
-        f"{facts['prompt']}, rationale {facts['rationale']}, answer {facts['answer']}; peaks of one "
-        f"device {flops / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.0f} GB/s"
+        f"{facts['device']}, {facts['dtype']}: {facts['prompts']} x {facts['rollouts']}, "
+        f"prompt {facts['prompt']}, rationale {facts['rationale']}, answer {facts['answer']}; "
+        f"peaks of one device {flops / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.0f} GB/s"
     )
     table = Table(title=title, title_justify="left")
     for column in _COLUMNS:
@@ -139,5 +139,5 @@ def show(facts: Mapping[str, Any]) -> None:
         for name, seconds in facts["train_parts"].items()
     )
     console.print(
-        f"seconds of train by part, each run by itself, the last the rest: {', '.join(shares)}"
+        f"seconds of train by part, each run by itself, then the rest: {', '.join(shares)}"
     )
