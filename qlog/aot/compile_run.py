@@ -241,9 +241,10 @@ def _cells(program: CompiledProgram, chip: Chip) -> list[str]:
     runs, cost = program.runs, program.cost
     sizes = (program.arguments, program.temporaries, program.peak)
     cells = [f"{runs}", *(f"{size / _GIB:.2f} GiB" for size in sizes)]
-    if cost is None:
+    if cost is None:  # the compiler gave up for memory, so there is no program to read
         return [*cells, *["nan"] * 4, ""]
     sent = ", ".join(f"{kind} {runs * size / 1e9:,.2f}" for kind, size in cost.sent.items())
+    # ">" marks FLOPs that are a lower bound, as some kernel does not tell its own.
     times = cost.times(chip)
     return [
         *cells,

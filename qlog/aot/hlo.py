@@ -18,9 +18,11 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 # "bf16[64,32]{1,0:T(8,128)(2,1)S(1)}": dtype, sizes, layout. S(n) is a memory other than HBM.
 _SHAPE = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
+# Computations are called by attributes: a fusion's calls, a reduction's to_apply, a loop's two.
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)"
 )
+# The conditional of several cases, a `switch`, names its branches in one list.
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -119,6 +121,7 @@ class Module:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         current: Computation = {}
+        # A computation is a header, indented instructions, and a line "}" that adds nothing.
         for line in text.splitlines():
             if header := _COMPUTATION.match(line):
                 current = self.computations.setdefault(header.group(2), {})
@@ -144,6 +147,7 @@ def _parse(root: str | None, name: str, rest: str) -> Instruction:
 
     No regular expression can do it: a tuple's type and a layout have parentheses of their own.
     """
+    # "(s32[], bf16[64,32]{1,0}) while(%init), ..." or "bf16[64,32]{1,0} copy(%x), ...".
     type_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opening = rest.index("(", type_end)
     closing = _closing(rest, opening)

@@ -125,6 +125,7 @@ def _rollout_programs(run: Experiment) -> Iterator[LoweredProgram]:
     opt_state = _bytes_per_chip(run.abstract_state().opt_state)
     training_state = opt_state + _bytes_per_chip(params)
 
+    # What is an argument of a program is in its own memory report, and not counted here again.
     wave = _wave(run, run.sampling, wave_prompts, run.rollouts_per_prompt)
     golds = Golds(_by_prompt(run, wave_prompts)(config.rollout.answer_reserve), wave.lengths)
     yield LoweredProgram("cast", sampler.decoding_weights.lower(params, policy), 1, opt_state)
@@ -146,6 +147,7 @@ def _rollout_programs(run: Experiment) -> Iterator[LoweredProgram]:
         waves,
         training_state,
     )
+    # Evaluation runs between steps and takes no time of one. It has to fit all the same.
     if config.evaluation.every:
         evaluation, sampling = config.evaluation, run.evaluation_sampling
         prompts = run.prompts_at_once(evaluation.prompts_per_batch)
@@ -207,6 +209,7 @@ def _learner_programs(run: Experiment) -> Iterator[LoweredProgram]:
     log_probs = by_prompt(rollouts, longest, dtype=jnp.float32)
     per_rollout = by_prompt(rollouts, dtype=jnp.float32)
     params, state = run.abstract_params(), run.abstract_state()
+    # The records that `step` hands to the learner, all rollouts at the length of the longest.
     batch = (
         Prompts(by_prompt(config.data.max_prompt_tokens), by_prompt(), by_prompt(dtype=bool)),
         Trajectories(tokens, mask, mask, log_probs, mask, by_prompt(rollouts)),
@@ -224,6 +227,7 @@ def _learner_programs(run: Experiment) -> Iterator[LoweredProgram]:
         temperature=run.sampling.temperature,
         microbatch=run.microbatch,
     )
+    # One program per microbatch of prompts. Packed rollouts of a microbatch are a loop inside it.
     runs = updates * (prompts_per_update // run.microbatch[0])
     yield LoweredProgram("gradient", lowered, runs, _bytes_per_chip(state.opt_state))
     update = apply_update.lower(

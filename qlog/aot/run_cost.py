@@ -96,6 +96,8 @@ def roofline(config: ConfigDict, topology: str, results: Iterable[Mapping[str, A
                 row["seconds"], int | float
             ):  # "nan": the compiler gave up for memory
                 continue
+            # A compile_*.json knows the seconds of each program. The table of the paper's configs
+            # has one share for all. Where neither is known, a whole step bounds the decoding.
             share = result["decode_share"]
             if "decode" in row.get("phases", {}):
                 share = row["phases"]["decode"] / row["seconds"]

@@ -68,6 +68,7 @@ def measure(config: ConfigDict, topologies: list[str]) -> tuple[list[SliceStep],
         `compile_run.compile_run` raises.
     """
     slices = {topology: topology_devices(topology) for topology in topologies}
+    # Before minutes of compiling: chips must be multiples, as prompts grow in whole batches.
     first, *_ = slices.values()
     num_first, kind = len(first), first[0].device_kind
     for topology, devices in slices.items():
@@ -93,6 +94,7 @@ def _slice_step(
     programs: Mapping[str, compile_run.CompiledProgram],
     chip: Chip,
 ) -> SliceStep:
+    # Programs run one after the other, so each resource's seconds add up over them.
     costs = [(each.runs, each.cost.times(chip)) for each in programs.values() if each.cost]
     resources = {
         resource: sum(runs * times[resource] for runs, times in costs)
@@ -124,6 +126,7 @@ def with_times_prompts(config: ConfigDict, times: int) -> ConfigDict:
 
 def conclusion(steps: Sequence[SliceStep]) -> str:
     """Where communication begins to dominate, in sentences made from the numbers."""
+    # Above 1, a chip waits for its links, if all three resources overlap as well as they can.
     share = {step.chips: step.interconnect / max(step.arithmetic, step.memory) for step in steps}
     dominated = [chips for chips, value in share.items() if value > 1]
     first, last = steps[0], steps[-1]

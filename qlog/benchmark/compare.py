@@ -248,7 +248,7 @@ def _torch_train(work: Work, weights: str, model: Any, repeats: int) -> dict[str
     advantages = advantages.reshape(-1, 1)
     sequences = len(completions)
     size = _PART if work.is_in_parts else sequences
-    model.config.use_cache = False
+    model.config.use_cache = False  # no caches of keys and values while training
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
     norms = []
@@ -258,9 +258,11 @@ def _torch_train(work: Work, weights: str, model: Any, repeats: int) -> dict[str
         for first in range(0, sequences, size):
             part = slice(first, first + size)
             tokens = torch.cat([prompts[part], completions[part]], 1)
+            # Logits of the completion only, which begins one position before its first token.
             logits = model(tokens, logits_to_keep=work.new_tokens + 1).logits[:, :-1]
             picked = logits.gather(-1, completions[part][..., None]).squeeze(-1)
             log_probs = picked - torch.logsumexp(logits, -1)
+            # The mean over a rollout's tokens, then over the rollouts of the whole batch.
             (-(advantages[part] * log_probs).mean(1).sum() / sequences).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
@@ -283,6 +285,7 @@ def main() -> None:
     rows = {}
     works = {text: parse(text) for text in args.only.split(",")}
     with tempfile.TemporaryDirectory() as folder:
+        # The same weights for all, in files of the format that all of them read.
         for size in {work.size for work in works.values()}:
             write_weights(size, pathlib.Path(folder) / size)
         for text, work in works.items():

@@ -61,6 +61,7 @@ def report(
         answer,
     )
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract_params())
+    # Weights are made where they will lie: no device ever has them whole.
     init = jax.jit(lambda key: models.init(policy.config, key), out_shardings=places)
     params = init(jax.random.key(0))
     batch = work.make_batch(policy, size)
@@ -69,6 +70,7 @@ def report(
     trainer = work.Trainer(params, policy, size, batch, run.microbatch)  # owns params from here
     phases["train"] = trainer.phase()
 
+    # ---- Every phase, next to the machine's own peaks.
     peaks = measure.measure_peaks(policy.dtype)
     num_devices = mesh.devices.size
     rows = {}
@@ -90,6 +92,7 @@ def report(
         with jax.profiler.trace(profile):
             for name in ("rollouts", "train"):
                 jax.block_until_ready(phases[name].call())
+    # ---- For the user, and for a file.
     device = mesh.devices.flat[0]
     facts = {
         "device": f"{num_devices} x {device.device_kind}",

@@ -69,6 +69,7 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
     prompts, golds = tokens(size.prompt), tokens(size.answer)
     length = size.rationale + size.answer
     shape = (size.rollouts, length)
+    # Of mean 0 in each group, as a policy gradient with a baseline has them.
     advantages = random.normal(size=(size.prompts, size.rollouts)).astype(np.float32)
     advantages -= advantages.mean(1, keepdims=True)
     advantages /= advantages.std(1, keepdims=True) + 1e-4
@@ -96,7 +97,7 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
 def full_length_sampling(policy: Policy, size: Size, temperature: float = 1.0) -> sampler.Sampling:
     """Rationales of exactly N tokens: `without_ends` cannot sample the token that closes one."""
     return sampler.Sampling(
-        rationale_budget=size.rationale - 1,
+        rationale_budget=size.rationale - 1,  # then the closing token is forced
         answer_reserve=size.answer,
         closing=(policy.valid_vocab - 1,),
         eos=(),
@@ -131,6 +132,7 @@ def rollout_phases(
     part = jax.tree.map(lambda x: x[: wave or size.prompts], (*arguments, batch.keys, batch.golds))
     prefix = sampler.prefill(params, draws, *part[:2])
     pool = sampler.start(draws, prefix, *part[:3], sampling)
+    # As if every rationale had just been closed: the pool was not decoded, its tokens are padding.
     closed = jnp.full_like(pool.rollouts.rationale_lengths, size.rationale)
     pool = pool._replace(rollouts=pool.rollouts._replace(rationale_lengths=closed))
     waves = size.prompts // (wave or size.prompts)
@@ -159,6 +161,7 @@ def rollout_phases(
     decoded = flops.decode_need(
         config, size.prompts, size.rollouts, size.prompt, size.rationale, itemsize
     )
+    # Decoding is the only phase that memory bounds, so only its bytes are counted.
     whole = Need(sum(n.flops for n in (scored, prefilled, decoded)), decoded.bytes)
     return {
         "prefill": TimedPhase(
@@ -199,6 +202,7 @@ class Trainer:
         score = jnp.asarray(per_token)
         if policy.mesh:
             score = sharding.put_batch(policy.mesh, per_token)
+        # The other coefficients are zero: a plain policy gradient.
         none = jnp.zeros_like(score)
         self._coefficients = losses.Coefficients(score, none, none, none)
         self._state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, ())
@@ -301,6 +305,7 @@ def _head_gradient(
     params: models.Params, policy: Policy, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Of the tokens' log-probabilities, by hidden states (here embeddings) and output table."""
+    # Any hidden states of the right shape cost the same.
     hidden = params["embed"][tokens].astype(policy.dtype)
 
     def total(hidden: jax.Array, table: jax.Array) -> jax.Array:
