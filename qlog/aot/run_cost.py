@@ -92,9 +92,7 @@ def roofline(config: ConfigDict, topology: str, results: Iterable[Mapping[str, A
         for row in result["rows"]:
             if (row["topology"], row["prompts"]) != (topology, config.train.prompts_per_step):
                 continue
-            if not isinstance(
-                row["seconds"], int | float
-            ):  # "nan": the compiler gave up for memory
+            if not isinstance(row["seconds"], int | float):  # "nan": it did not fit
                 continue
             # A compile_*.json knows the seconds of each program. The table of the paper's configs
             # has one share for all. Where neither is known, a whole step bounds the decoding.

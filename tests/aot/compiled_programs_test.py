@@ -78,7 +78,7 @@ def _programs(*names, fast=()):
 
 
 def _sent(module, in_loops=False):
-    """(bytes, name) of every collective's largest array, those in loops alone if asked."""
+    """(bytes, name) of every collective's largest array, only those in loops if asked."""
     for each, depth in module.instructions():
         if each.opcode.removesuffix("-start") in _COLLECTIVES and depth >= in_loops:
             yield max(shape.bytes for shape in each.results), f"{each.name} {each.results}"

@@ -140,7 +140,7 @@ def test_supervise_forwards_sigterm_and_does_not_call_it_finished(tmp_path, grou
 
 @pytest.mark.parametrize("code, tries", [(0, 1), (2, 1), (3, 1), (130, 1), (7, 3), (75, 3), (1, 3)])
 def test_supervise_tries_again_what_may_pass(tmp_path, code, tries):
-    """Without a newer checkpoint it gives up: a crash then has a code that nobody tries again."""
+    """Without a newer checkpoint it gives up: a crash then has a code that is not tried again."""
     log = tmp_path / "log"
     call = [LAUNCH / "supervise", "--restarts=2", f"--log={log}", "--"]
     env = environment(**{"BASH_FUNC_sleep%%": "() { :; }"})  # No pause between the tries.
@@ -560,7 +560,7 @@ def test_slurm_mounts_into_a_container_what_is_not_in_a_bucket(slurm):
 @pytest.mark.parametrize(
     "plan, code, requeued",
     [
-        ("", 0, True),  # SLURM's default preemption signals the steps alone
+        ("", 0, True),  # SLURM's default preemption signals the steps only
         ("finish", 0, False),
         ("exit 2", 2, False),
         ("exit 3", 3, False),
