@@ -57,7 +57,7 @@ def evaluate(
     for prefix, draws in passes.items():
         file = samples and _samples_file(samples, prefix)
         rows = _sample_all(experiment, params, draws, file, source, interrupts)
-        found = distributed.first(lambda rows=rows: summarise(experiment.config, rows))
+        found = distributed.once_per_run(lambda rows=rows: summarise(experiment.config, rows))
         summary |= _prefixed(prefix, found)
     return summary
 
@@ -73,7 +73,7 @@ def _sample_all(
         rows.extend(parts.read())
         return len(rows)
 
-    first = done = distributed.first(read) if parts else 0
+    first = done = distributed.once_per_run(read) if parts else 0
     total = _questions(experiment)
     if done:
         say(f"evaluation goes on after {done} of {total} questions")
@@ -299,13 +299,13 @@ def sample_answers(
             draws,
             interrupts=interrupts,
         )
-        rollouts, log_w = sharding.local_rows(experiment.mesh, (rollouts, log_w))
+        rollouts, log_w = sharding.local_batch(experiment.mesh, (rollouts, log_w))
         size = len(batch.examples)
         found = _rows(
             formatter,
             batch,
-            sharding.held_rows(experiment.mesh, size),
-            set(sharding.owned_rows(experiment.mesh, size)),
+            sharding.local_prompts(experiment.mesh, size),
+            set(sharding.owned_prompts(experiment.mesh, size)),
             rollouts,
             log_w,
         )

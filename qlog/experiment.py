@@ -71,7 +71,7 @@ class Experiment:
 
     def prompts_at_once(self, per_shard: int) -> int:
         """Prompts over the whole mesh, for a field that counts those of a shard."""
-        return per_shard * sharding.batch_shards(self.mesh)
+        return per_shard * sharding.num_batch_shards(self.mesh)
 
     def write_split_ids(self, path: paths.Path) -> None:
         """Writes which records each split holds, or checks them against an earlier run's: process 0
@@ -87,13 +87,13 @@ class Experiment:
             if dataset is not None and isinstance(dataset.source, data.Converted)
         }
         if drawn:
-            distributed.first(lambda: data.write_ids(path, self.config.data.name, drawn))
+            distributed.once_per_run(lambda: data.write_ids(path, self.config.data.name, drawn))
 
     def abstract_params(self) -> models.Params:
         """ShapeDtypeStructs of the parameters, with their places on the mesh."""
         init = functools.partial(models.init, self.policy.config)
         shapes = jax.eval_shape(init, jax.random.key(0))
-        return checkpoints.abstract_like(shapes, sharding.tree_shardings(self.mesh, shapes))
+        return checkpoints.abstract_like(shapes, sharding.param_shardings(self.mesh, shapes))
 
     def init_params(self) -> models.Params:
         """Random, from weights, or from another run's checkpoint, as the config says."""
@@ -111,14 +111,14 @@ class Experiment:
 
     def init_state(self, params: models.Params) -> TrainState:
         """Step 0 with these parameters."""
-        places = sharding.tree_shardings(self.mesh, jax.eval_shape(self._rest, params))
+        places = sharding.param_shardings(self.mesh, jax.eval_shape(self._rest, params))
         return jax.jit(self._rest, out_shardings=places)(params)._replace(params=params)
 
     def abstract_state(self) -> TrainState:
         """ShapeDtypeStructs of `init_state`, with their places on the mesh."""
         params = self.abstract_params()
         rest = jax.eval_shape(self._rest, params)
-        places = sharding.tree_shardings(self.mesh, rest)
+        places = sharding.param_shardings(self.mesh, rest)
         return checkpoints.abstract_like(rest, places)._replace(params=params)
 
     def _rest(self, params: models.Params) -> TrainState:
@@ -287,7 +287,7 @@ def _has_cudnn_attention(gpu) -> bool:
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     """Raises ConfigError unless a step's prompts split evenly over the mesh, and a shard's over waves
     and microbatches."""
-    shards, train = sharding.batch_shards(mesh), config.train
+    shards, train = sharding.num_batch_shards(mesh), config.train
     prompts, updates = train.prompts_per_step, train.updates_per_batch
     if prompts % (shards * updates):
         wanted = -(-prompts // (shards * updates)) * shards * updates

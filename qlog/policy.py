@@ -44,7 +44,7 @@ class Policy:
             attend = functools.partial(tpu.attend, mesh=self.mesh)
         elif self.attention == "cudnn":
             attend, attend_step = cudnn.attend, cudnn.attend_step
-        hold = functools.partial(sharding.keep_prompts, self.mesh)
+        hold = functools.partial(sharding.constrain_activations, self.mesh)
         return {"dtype": self.dtype, "attend": attend, "attend_step": attend_step, "hold": hold}
 
     def gathered(self, params: models.Params) -> models.Params:
@@ -54,7 +54,7 @@ class Policy:
         and logits be partial sums.
         """
         tables = {k: params[k] for k in ("embed", "unembed") if k in params}
-        return params | sharding.keep_gathered(self.mesh, tables)
+        return params | sharding.constrain_gathered_params(self.mesh, tables)
 
 
 _CHUNK_BYTES = 1 << 24  # float32 logits that exist at a time, on a device
@@ -66,4 +66,4 @@ _FEWEST = 256  # but no fewer tokens than this: matrix products would get thin
 def logits_chunk(policy: Policy) -> int:
     """Tokens per chunk on all devices together."""
     fitting = max(_FEWEST, _CHUNK_BYTES // (4 * policy.config.vocab_size))
-    return fitting * (sharding.batch_shards(policy.mesh) if policy.mesh else 1)
+    return fitting * (sharding.num_batch_shards(policy.mesh) if policy.mesh else 1)

@@ -190,9 +190,9 @@ def _prompts_slice(tree, index: int, count: int):
 def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch):
     """Exact match of the sampled answers, float32 [B, M], in the rows that this process holds."""
     mesh, size = experiment.mesh, len(batch.examples)
-    local = sharding.local_rows(mesh, rollouts)
+    local = sharding.local_batch(mesh, rollouts)
     reward = np.zeros((size, experiment.rollouts_per_prompt), np.float32)
-    for index, row in enumerate(sharding.held_rows(mesh, size)):
+    for index, row in enumerate(sharding.local_prompts(mesh, size)):
         example = batch.examples[row]
         golds = (example.answer, *example.aliases)
         for column, (_, answer) in enumerate(rollout_texts(experiment.formatter, local, index)):

@@ -80,7 +80,7 @@ def run(
                 )
             if saved.latest_step:
                 _check_same_run(*saved.made_of(), config, identity(experiment))
-            finished = distributed.first(lambda: _finished(workdir, config))
+            finished = distributed.once_per_run(lambda: _finished(workdir, config))
             if finished is not None:
                 saved.prune(config.checkpoint.finished)
                 say(f"finished before, in {workdir}")
@@ -191,7 +191,7 @@ class _Training:
         """One step: rollouts, gradient, update; until the update the state is as it was."""
         config, experiment, started = self._config, self._experiment, time.monotonic()
         self._claim.beat(step, "train")
-        watch, compiled = Stopwatch(), self._compiled.count
+        watch, compiled = Stopwatch(), self._compiled.num_compiled
         key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
         groups = collect(
             experiment,
@@ -207,7 +207,7 @@ class _Training:
         )
         self.step = step + 1
         values = train_metrics.measure(experiment, self.state, groups, sums, gauges, norms, watch)
-        values["compilations"] = self._compiled.count - compiled
+        values["compilations"] = self._compiled.num_compiled - compiled
         values["steps_since_checkpoint"] = float(self.step - (self._saved.latest_step or 0))
         self._log.scalars(step, "train", values)
         self._log.progress(step, train_metrics.progress(values))
@@ -228,7 +228,7 @@ class _Training:
             return True
         minutes = (time.monotonic() - self._saved_at) / 60
         is_late = bool(config.checkpoint.minutes) and minutes >= config.checkpoint.minutes
-        return distributed.agree(is_late and jax.process_index() == 0)
+        return distributed.any_process(is_late and jax.process_index() == 0)
 
     def save(self) -> None:
         """Starts saving the state, unless the newest checkpoint has it."""
@@ -283,7 +283,7 @@ class _Training:
                 find = functools.partial(
                     _evaluated, self._workdir, self.step - 1, config.evaluation.split
                 )
-                self.metrics = distributed.first(find)
+                self.metrics = distributed.once_per_run(find)
                 if train_metrics.best_metric(config) not in self.metrics:  # of other settings
                     self.evaluate()
             if jax.process_index() == 0:

@@ -68,7 +68,7 @@ def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
         groups.rollouts.rationale_lengths,
         groups.gold_lengths,
     )
-    starts, rollouts, rationales, gold = sharding.on_host(experiment.mesh, lengths)
+    starts, rollouts, rationales, gold = sharding.gather_to_host(experiment.mesh, lengths)
     prompts = flops.prefill_need(shape, 1, starts).flops.sum()
     trained = rationales + gold[:, None] if experiment.estimator.answer == "gold" else rollouts
     own = flops.continuation_need(shape, 1, starts[:, None], trained).flops.sum()
@@ -112,7 +112,7 @@ def rollout_rows(experiment: Experiment, groups: Groups, batch: data.PromptBatch
     if experiment.estimator.rationale == "annotated" or not count:
         return []
     found = (groups.rollouts, groups.log_w, groups.reward)
-    rollouts, log_w, reward = sharding.on_host(
+    rollouts, log_w, reward = sharding.gather_to_host(
         experiment.mesh, jax.tree.map(lambda x: x[:count], found)
     )
     rows = []

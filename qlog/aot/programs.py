@@ -164,7 +164,7 @@ def _lower_decode(
     run: Experiment, weights: Any, wave: _Wave, sampling: sampler.Sampling
 ) -> jax.stages.Lowered:
     until = jax.ShapeDtypeStruct((), jnp.int32)
-    flags = sharding.own_shape(run.mesh, bool)
+    flags = sharding.per_device_shape(run.mesh, bool)
     return sampler.decode.lower(weights, run.policy, wave.pool, sampling, until, flags)
 
 

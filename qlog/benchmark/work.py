@@ -297,7 +297,7 @@ def _prompts_gradient(params: models.Params, policy: Policy, prompts: Prompts) -
         )
         return prefix.keys.sum(dtype=jnp.float32) + prefix.values.sum(dtype=jnp.float32)
 
-    return sharding.keep(policy.mesh, jax.grad(total)(params))
+    return sharding.constrain_params(policy.mesh, jax.grad(total)(params))
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))

@@ -85,7 +85,7 @@ def run(config: ConfigDict | None, workdir: str) -> int:
         for check in shown:
             table.add_row(check.name, "ok" if check.is_ok else "[bold red]failed", check.text)
         Console(width=None if sys.stdout.isatty() else 110).print(table)
-    return int(distributed.agree(bool(failed)))
+    return int(distributed.any_process(bool(failed)))
 
 
 def _check(name: str, function: Callable[[], str]) -> Check:

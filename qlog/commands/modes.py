@@ -81,7 +81,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     carried = []
     if tokenizer.path:
         carried = models.huggingface.tokenizer_files(tokenizer.path.parent)
-    distributed.first(lambda: str(tokenizer.save(folder)))
+    distributed.once_per_run(lambda: str(tokenizer.save(folder)))
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if tokenizer.bos_id is not None:
         ids["bos_token_id"] = tokenizer.bos_id
@@ -146,7 +146,7 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
 
 def _report(workdir: Path, name: str, record: str) -> None:
     """Prints the numbers and writes evaluation_NAME.json."""
-    distributed.first(lambda: paths.write(workdir / f"evaluation_{name}.json", record))
+    distributed.once_per_run(lambda: paths.write(workdir / f"evaluation_{name}.json", record))
     say(record)
 
 

@@ -39,20 +39,22 @@ def run(
             raise ConfigError(f"run {name!r}: {error}") from None
     for index, (name, child) in enumerate(children.items(), 1):
         folder = workdir / name
-        if distributed.first(lambda: _finished(folder, child)):
+        if distributed.once_per_run(lambda: _finished(folder, child)):
             say(f"run {index}/{len(children)} {name}: finished before")
             continue
         say(f"run {index}/{len(children)} {name}")
         start = time.monotonic()
-        was_done = distributed.first(lambda: paths.exists(folder / train.RESULTS))
+        was_done = distributed.once_per_run(lambda: paths.exists(folder / train.RESULTS))
         with interrupts.listening() as stop:
             outcome = train.run(child, folder, devices)
-            if outcome.interrupted or distributed.agree(stop.asked):
+            if outcome.interrupted or distributed.any_process(stop.asked):
                 return
         seconds = time.monotonic() - start
         if not was_done:
-            distributed.first(lambda: paths.write(folder / "seconds.json", json.dumps(seconds)))
-    distributed.first(lambda: report.write(workdir, list(children)))
+            distributed.once_per_run(
+                lambda: paths.write(folder / "seconds.json", json.dumps(seconds))
+            )
+    distributed.once_per_run(lambda: report.write(workdir, list(children)))
 
 
 def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:

@@ -212,9 +212,9 @@ def begin(params, policy: Policy, prompts: Prompts, trajectories, coefficients, 
         is_needed = jnp.ones_like(is_needed)  # the penalty is on all
     is_needed = is_needed.at[0, 0].set(True)  # without a rollout the gauges would know nothing
     packing = pack(trajectories.lengths, is_needed, trajectories.tokens.shape[-1])
-    packing = sharding.keep_rows(policy.mesh, packing)
+    packing = sharding.constrain_batch(policy.mesh, packing)
     share = 1 / jnp.maximum(prompts.is_prompt.sum(), 1).astype(jnp.float32)
-    return sharding.keep(policy.mesh, _zeros(params)), packing, share
+    return sharding.constrain_params(policy.mesh, _zeros(params)), packing, share
 
 
 @functools.partial(
@@ -253,7 +253,7 @@ def add_microbatch(
         its_prompts, mine, coefficient, its_reference, its_packing = chunk
         prefix, last, pull_prefix = _prefix_vjp(params, policy, its_prompts)
         caches = prefix.keys, prefix.values
-        cache_total = _references(sharding.keep_rows(policy.mesh, _zeros(caches), rows=1))
+        cache_total = _references(sharding.constrain_batch(policy.mesh, _zeros(caches), axis=1))
 
         def rows_chunk(first_row, rows):
             is_here = _is_in_rows(rows, first_row)[..., None]
@@ -352,7 +352,7 @@ def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Ar
         remat=policy.remat,
         **policy.options,
     )
-    prefix = sharding.keep_prefix(policy.mesh, prefix)
+    prefix = sharding.constrain_prefix(policy.mesh, prefix)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     return prefix, last
 

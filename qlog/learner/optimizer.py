@@ -61,4 +61,6 @@ def apply_update(
         "skipped_updates": optax.tree.get(opt_state, "total_notfinite"),
         "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
     }
-    return sharding.keep(mesh, TrainState(state.step, params, opt_state, loss_state)), metrics
+    return sharding.constrain_params(
+        mesh, TrainState(state.step, params, opt_state, loss_state)
+    ), metrics

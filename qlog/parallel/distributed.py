@@ -101,14 +101,14 @@ def environment(variables: Mapping[str, str]) -> str:
     return ""
 
 
-def agree(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether `flag` is true on any process; every process must ask."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def first(function: Callable[[], Any]) -> Any:
+def once_per_run(function: Callable[[], Any]) -> Any:
     """What `function` returns on process 0, on every process: for what steers control flow.
 
     Values that JSON keeps (tuples become lists). Every process must ask; the others do not call it.
@@ -128,7 +128,7 @@ def first(function: Callable[[], Any]) -> Any:
     return value
 
 
-def tell(name: str, text: str) -> None:
+def set_key(name: str, text: str) -> None:
     """Leaves a word for the other processes with the coordinator, from any thread; nothing where
     there are none. The first word stays."""
     client = jax_distributed.global_state.client
@@ -137,7 +137,7 @@ def tell(name: str, text: str) -> None:
             client.key_value_set(f"qlog/{name}", text)
 
 
-def told(name: str) -> str | None:
+def get_key(name: str) -> str | None:
     """What another process, or this one, has left under that name; None where nobody has."""
     client = jax_distributed.global_state.client
     if client is None:
@@ -152,7 +152,7 @@ def once_per_host(function: Callable[[], Any]) -> Any:
     """What `function` returns on the lowest process of this host, which alone calls it here: for what
     fills a host's disk, downloads say. The others wait, however long it takes.
 
-    Values that JSON keeps, as of `first`; a path belongs to the host. Every process must ask. A host is
+    Values that JSON keeps, as of `once_per_run`; a path belongs to the host. Every process must ask. A host is
     a running kernel with a host name, so two containers of one machine are two; QLOG_HOST, where it
     is set, is the name instead.
 

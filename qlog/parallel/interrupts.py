@@ -93,7 +93,7 @@ class Interrupts:
 
     def check(self) -> None:
         """A sign of life; raises Stop if a signal has reached any process. Every process must call."""
-        self.beat(distributed.agree(self.asked))
+        self.beat(distributed.any_process(self.asked))
 
     def flags(self, mesh: Mesh | None) -> jax.Array:
         """bool [devices]: this process's `asked`, for a compiled program to tell whether any is set.
@@ -103,7 +103,7 @@ class Interrupts:
         asked = self.asked
         if (mesh, asked) not in self._flags:
             host = np.full(mesh.size if mesh else 1, asked)
-            self._flags[mesh, asked] = sharding.put_own(mesh, host)
+            self._flags[mesh, asked] = sharding.put_per_device(mesh, host)
         return self._flags[mesh, asked]
 
     def beat(self, any_asked: bool = False) -> None:
@@ -190,11 +190,11 @@ class Interrupts:
                 self._note(number, is_first=not heard)
                 if not heard:
                     heard.append(time.time() + self._patience())
-                    distributed.tell(_WORD, f"{number} {heard[0]}")
+                    distributed.set_key(_WORD, f"{number} {heard[0]}")
         now = time.monotonic()
         if not heard and now - self._asked_others > 1:
             self._asked_others = now
-            if word := distributed.told(_WORD):
+            if word := distributed.get_key(_WORD):
                 number, until = word.split()
                 heard.append(float(until))
                 self._note(int(number), is_first=True)

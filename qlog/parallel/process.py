@@ -127,11 +127,11 @@ class Compilations:
     """Counts the programs that are compiled, or read from the cache, until it is closed."""
 
     def __init__(self):
-        self.count = 0
+        self.num_compiled = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration: float, **kwargs) -> None:
-        self.count += event == _COMPILED
+        self.num_compiled += event == _COMPILED
 
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)

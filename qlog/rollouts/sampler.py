@@ -156,7 +156,7 @@ def _sample_wave(
     params, weights, policy, prompts, lengths, keys, golds, settings, rehearse, interrupts
 ) -> Samples:
     count, rollouts = keys.shape
-    shards = sharding.batch_shards(policy.mesh) if policy.mesh else 1
+    shards = sharding.num_batch_shards(policy.mesh) if policy.mesh else 1
     slots = settings.max_length
     sizes = levels(count // shards, rollouts, slots, prompts.shape[1])
     nobody = count * rollouts
@@ -204,7 +204,9 @@ def _sample_wave(
 def decoding_weights(params: models.Params, policy: Policy) -> models.Params:
     """The parameters as `decode` reads them at every step: in the activations' dtype, whole on
     every device but for the tensor axis."""
-    return sharding.keep_gathered(policy.mesh, models.decoding_weights(params, policy.dtype))
+    return sharding.constrain_gathered_params(
+        policy.mesh, models.decoding_weights(params, policy.dtype)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -212,7 +214,7 @@ def prefill(params, policy: Policy, prompts: Array, lengths: Array) -> models.Pr
     """The prompts' caches, all tokens but the last of each: prompts int32 [B, P], lengths [B]."""
     params = policy.gathered(params)
     prefix = models.prefill(params, policy.config, prompts, lengths - 1, **policy.options)
-    return sharding.keep_rows(policy.mesh, models.unstack(prefix))
+    return sharding.constrain_batch(policy.mesh, models.unstack(prefix))
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "settings"))
@@ -231,14 +233,14 @@ def start(policy, prefix, prompts, lengths, keys, settings) -> Pool:
         prefix=prefix,
         suffix=models.empty_suffix(policy.config, *shape, slots, policy.dtype),
     )
-    return sharding.keep_rows(policy.mesh, pool)
+    return sharding.constrain_batch(policy.mesh, pool)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "settings", "count", "rollouts"))
 def empty_results(policy, settings, count: int, rollouts: int) -> tuple[Rollouts, Array]:
     """Where rollouts that are done are kept: [B * M, ...], and their log w."""
     size = count * rollouts
-    return sharding.keep_rows(policy.mesh, (_no_rollouts((size,), settings), jnp.zeros(size)))
+    return sharding.constrain_batch(policy.mesh, (_no_rollouts((size,), settings), jnp.zeros(size)))
 
 
 def _no_rollouts(shape, settings: Sampling) -> Rollouts:
@@ -295,8 +297,8 @@ def decode(
     with jax.named_scope("decode_steps"):  # qlog.aot finds the loop by this name
         pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))
     pool = pool._replace(prefix=prefix)
-    pool = sharding.keep_rows(policy.mesh, pool)
-    return pool, *sharding.keep_everywhere(policy.mesh, (pool.step, ~pool.done, flags.any()))
+    pool = sharding.constrain_batch(policy.mesh, pool)
+    return pool, *sharding.constrain_replicated(policy.mesh, (pool.step, ~pool.done, flags.any()))
 
 
 @functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("results",))
@@ -305,8 +307,8 @@ def leave(weights, policy, pool: Pool, results, golds: Golds):
     count = golds.lengths.shape[0]
     rollouts = results[1].size // count
     prompt = jnp.minimum(pool.source[:, 0] // rollouts, count - 1)  # empty blocks: any
-    golds = jax.tree.map(lambda x: x[prompt], sharding.keep_everywhere(policy.mesh, golds))
-    golds = sharding.keep_rows(policy.mesh, golds)
+    golds = jax.tree.map(lambda x: x[prompt], sharding.constrain_replicated(policy.mesh, golds))
+    golds = sharding.constrain_batch(policy.mesh, golds)
     log_w = scoring.score_answers(
         weights,
         policy,
@@ -317,12 +319,14 @@ def leave(weights, policy, pool: Pool, results, golds: Golds):
         *golds,
     )
     write = lambda whole, own: whole.at[pool.source].set(own, mode="drop")
-    return sharding.keep_rows(policy.mesh, jax.tree.map(write, results, (pool.rollouts, log_w)))
+    return sharding.constrain_batch(
+        policy.mesh, jax.tree.map(write, results, (pool.rollouts, log_w))
+    )
 
 
 def _move(policy, pool: Pool, plan: Plan, nobody: int) -> Pool:
     """The pool after `plan`; cache by cache, so that two whole pools are never in memory."""
-    put = functools.partial(sharding.put_rows, policy.mesh)
+    put = functools.partial(sharding.put_batch, policy.mesh)
     parent, lane, source = map(put, plan)
 
     def move(cache, take, index):
@@ -354,7 +358,7 @@ def _move(policy, pool: Pool, plan: Plan, nobody: int) -> Pool:
 @functools.partial(jax.jit, static_argnames=("mesh",))
 def _take_blocks(mesh, blocks: Array, parent: Array) -> Array:
     """[N, ...] -> [N', ...]; indices count within the shard."""
-    return sharding.by_shard(mesh, lambda x, index: x[index], blocks, parent)
+    return sharding.shard_map_batch(mesh, lambda x, index: x[index], blocks, parent)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
@@ -365,14 +369,14 @@ def _take_lanes(mesh, cache: Array, lane: Array) -> Array:
         taken = x[index // x.shape[2], :, index % x.shape[2]]  # [N', m', K, S, C]
         return taken.transpose(0, 2, 1, 3, 4)
 
-    return sharding.by_shard(mesh, take, cache, lane)
+    return sharding.shard_map_batch(mesh, take, cache, lane)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
 def _take_rows(mesh, rows, lane: Array):
     """Arrays [N, m, ...] -> [N', m', ...]; indices count rows within the shard."""
     take = lambda x, index: x.reshape(-1, *x.shape[2:])[index]
-    return jax.tree.map(lambda x: sharding.by_shard(mesh, take, x, lane), rows)
+    return jax.tree.map(lambda x: sharding.shard_map_batch(mesh, take, x, lane), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("nobody",))

@@ -37,7 +37,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
         self._folder = paths.parse(workdir)
-        scores = distributed.first(lambda: _read_scores(self._folder))
+        scores = distributed.once_per_run(lambda: _read_scores(self._folder))
         self.scores: Scores = {int(step): score for step, score in scores.items()}
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
@@ -97,7 +97,7 @@ class Checkpoints:
           ConfigError: it was pruned.
         """
         training = self._folder / "checkpoints" / str(self.latest_step) / "training"
-        if not distributed.first(lambda: paths.exists(training)):
+        if not distributed.once_per_run(lambda: paths.exists(training)):
             raise ConfigError(
                 f"{self._folder} kept parameters only (config.checkpoint.finished = 'best_params'), so the "
                 f"run cannot go on: begin another with --config.init_from={self._folder}."
@@ -179,13 +179,13 @@ def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") 
       ConfigError: no checkpoint there, or not the one that was asked for.
     """
     named, folder = os.fspath(folder), place(folder, field)
-    above = distributed.first(lambda: _above(folder))
+    above = distributed.once_per_run(lambda: _above(folder))
     steps = []
     if above:
         with ocp.training.Checkpointer(paths.parse(above)) as checkpointer:  # all: it has barriers
             steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
     return paths.parse(
-        distributed.first(lambda: _choose(folder, above, steps, f"{field} = {named!r}", which))
+        distributed.once_per_run(lambda: _choose(folder, above, steps, f"{field} = {named!r}", which))
     )
 
 

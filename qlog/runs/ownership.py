@@ -60,7 +60,7 @@ class Claim:
         Raises:
           PassingError: another run has taken the workdir over: nothing may be written any more.
         """
-        if distributed.agree(self.is_lost):
+        if distributed.any_process(self.is_lost):
             raise PassingError(
                 "another run has taken this workdir over (this one was silent for too long): it goes on "
                 "there, this one stops."
@@ -126,7 +126,7 @@ def claim(workdir: paths.Path) -> Iterator[Claim]:
       PassingError: another run has it.
     """
     prove_shared(workdir, "--workdir")
-    me = distributed.first(lambda: _take(workdir / FILE))
+    me = distributed.once_per_run(lambda: _take(workdir / FILE))
     held = Claim(workdir / FILE if jax.process_index() == 0 else None, me)
     try:
         yield held
@@ -142,7 +142,7 @@ def prove_shared(folder: paths.Path, field: str = "path") -> None:
     Raises:
       ConfigError: on all of them, as soon as one of them cannot.
     """
-    nonce = distributed.first(lambda: _leave_proof(folder, field))
+    nonce = distributed.once_per_run(lambda: _leave_proof(folder, field))
     proof = folder / f"{_PROOF}{nonce}"
     trouble = ""
     if jax.process_index():

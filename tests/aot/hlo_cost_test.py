@@ -153,7 +153,7 @@ def test_a_models_flops_are_those_counted_by_hand(slice_):
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
-        sharding.tree_shardings(slice_, shapes),
+        sharding.param_shardings(slice_, shapes),
     )
     rows = sharding.batch_sharding(slice_)
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32, sharding=rows)
@@ -162,7 +162,7 @@ def test_a_models_flops_are_those_counted_by_hand(slice_):
     @jax.jit
     def forward(params, tokens, lengths):
         prefix = models.prefill(params, policy.config, tokens, lengths, dtype=policy.dtype)
-        return sharding.keep_prefix(policy.mesh, prefix)
+        return sharding.constrain_prefix(policy.mesh, prefix)
 
     program = compile_program(forward.lower(params, tokens, lengths))
     heads, kv, mlp = 4 * 64, 2 * 64, 256

@@ -209,8 +209,8 @@ def test_rows_follow_from_the_mesh_whatever_axis_spans_processes(sizes, monkeypa
         monkeypatch.setattr(
             type(place), "addressable_devices_indices_map", lambda self, shape, mine=mine: mine
         )
-        held.append(sharding.held_rows(mesh, 16).tolist())
-        owned.append(sharding.owned_rows(mesh, 16).tolist())
+        held.append(sharding.local_prompts(mesh, 16).tolist())
+        owned.append(sharding.owned_prompts(mesh, 16).tolist())
     assert sorted(sum(owned, [])) == list(range(16))
     assert all(set(o) <= set(h) for o, h in zip(owned, held, strict=True))
     shards = sizes[0] * sizes[1]

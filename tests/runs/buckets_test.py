@@ -70,7 +70,10 @@ def _run(command, environment, status=0):
 
 _KILLED = """
 import os, signal, sys, time
-from qlog import command_line, main, paths, telemetry
+from qlog import main
+from qlog.commands import entry
+from qlog.runs import log
+from qlog.storage import paths
 workdir = paths.parse(sys.argv[-1].partition("=")[2])
 
 def progress(self, step, text):
@@ -79,14 +82,15 @@ def progress(self, step, text):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 
-telemetry.RunLog.progress = progress
-command_line.run(main.main, main._CONFIG)
+log.RunLog.progress = progress
+entry.run(main.main, main._CONFIG)
 """
 _UNSHARED = """
 import os, sys
-from qlog import command_line, main
+from qlog import main
+from qlog.commands import entry
 sys.argv[-1] += os.environ["JAX_PROCESS_ID"]
-command_line.run(main.main, main._CONFIG)
+entry.run(main.main, main._CONFIG)
 """
 
 

@@ -18,7 +18,8 @@ from qlog.storage import paths
 
 _OWNER = """
 import sys, time
-from qlog import ownership, paths
+from qlog.runs import ownership
+from qlog.storage import paths
 ownership.Claim.INTERVAL = 0.1
 with ownership.claim(paths.parse(sys.argv[1])) as claim:
     claim.beat(step=7, phase="train")
