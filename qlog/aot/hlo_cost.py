@@ -185,7 +185,7 @@ def _constant_trips(loop: Instruction, computation: Computation, module: Module)
     """
     if noted := _KNOWN_TRIP_COUNT.search(loop.attributes):
         return int(noted.group(1))
-    condition = module.computations[_attribute("condition", loop)]
+    condition = module.computations[_called_as("condition", loop)]
     root = next(each for each in condition.values() if each.is_root)
     if root.opcode != "compare" or "direction=LT" not in root.attributes:
         return None
@@ -208,12 +208,12 @@ def _longest_sliced(loop: Instruction, module: Module) -> SlicedArray:
     A loop over tokens, chunks or blocks of keys touches one slice of some array in each iteration:
     this array's number of slices is how often the loop runs at most.
     """
-    arrays = [SlicedArray((), 1, 1), *_sliced(_attribute("body", loop), module)]
+    arrays = [SlicedArray((), 1, 1), *_sliced(_called_as("body", loop), module)]
     return max(arrays, key=lambda array: array.length / array.size)
 
 
-def _attribute(name: str, loop: Instruction) -> str:
-    """The computation that is the loop's `body` or `condition`."""
+def _called_as(name: str, loop: Instruction) -> str:
+    """Name of the computation that is the `body` or `condition` of the loop."""
     found = re.search(rf"{name}=%([\w.\-]+)", loop.attributes)
     if not found:
         raise ValueError(f"{loop.name}: a loop without a {name}")
@@ -240,7 +240,7 @@ def _sliced(name: str, module: Module) -> Iterator[SlicedArray]:
 
 
 def _own_cost(instruction: Instruction, computation: Computation) -> Cost:
-    """Of an instruction that calls nothing."""
+    """The cost of an instruction that calls no computation."""
     # An asynchronous instruction is two: NAME-start begins, NAME-done waits. The first one counts.
     kind = instruction.opcode.removesuffix("-start")
     is_start = kind != instruction.opcode
