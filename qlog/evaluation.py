@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.config import schema
+from qlog.config.streams import Stream, stream_key
 from qlog.console import ProgressLine, clock, say
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, identity
@@ -279,7 +280,7 @@ def sample_answers(
     # No more rows than questions, so that few of them on many chips are not filled up with copies.
     shards, total = experiment.prompts_at_once(1), _questions(experiment)
     batch_size = min(config.evaluation.prompts_per_batch, -(-total // shards)) * shards
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    key = stream_key(config.seed, Stream.EVALUATION)
     batches = data.evaluation_batches(
         experiment.evaluation_data, batch_size=batch_size, limit=total, start=start
     )

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from qlog import data, losses, models
+from qlog.config.streams import StepStream
 from qlog.experiment import Experiment
 from qlog.learner.gradient import batch_gradient, reference_log_probs
 from qlog.learner.optimizer import apply_update
@@ -106,8 +107,9 @@ def learn(
     )
     with watch("train") as ready:
         trajectories = _trajectories(experiment, groups)
+        loss_key = jax.random.fold_in(key, StepStream.LOSS)
         coefficients, loss_state = _coefficients(
-            estimator.transform, groups, trajectories, state.loss_state, jax.random.fold_in(key, 1)
+            estimator, groups, trajectories, state.loss_state, loss_key
         )
         total = None
         for index in range(config.train.updates_per_batch):
@@ -146,17 +148,18 @@ def learn(
     return state, *total, norms
 
 
-@functools.partial(jax.jit, static_argnames=("transform",))
-def _coefficients(transform, groups: Groups, trajectories, loss_state, key):
+@functools.partial(jax.jit, static_argnames=("estimator",))
+def _coefficients(estimator: losses.Estimator, groups: Groups, trajectories, loss_state, key):
+    # What was not measured is left out, so that a part that reads it is an error and not a zero.
     scores = losses.Scores(
-        log_w=groups.log_w,
-        reward=groups.reward,
+        log_w=groups.log_w if estimator.rationale == "sampled" else None,
+        reward=groups.reward if estimator.reward else None,
         valid=jnp.broadcast_to(groups.prompts.is_prompt[:, None], groups.log_w.shape),
         num_tokens=(trajectories.rationale_mask | trajectories.answer_mask).sum(
             -1, dtype=jnp.int32
         ),
     )
-    return losses.coefficients(transform, scores, loss_state, key=key)
+    return losses.coefficients(estimator.transform, scores, loss_state, key=key)
 
 
 def trajectory_length(experiment: Experiment, rationale: int, answer: int) -> int:

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlog import losses, models
+from qlog import losses, models, train
 from qlog.config import schema
+from qlog.experiment import prepare
 from qlog.learner import gradient
 from qlog.policy import Policy
 from qlog.records import Prompts
@@ -81,6 +82,12 @@ def config(**changes):
     tree.evaluation.rollouts_per_prompt = 4
     tree.checkpoint.every = 100
     return schema.merge(tree, changes)
+
+
+def run(config, workdir, devices=None):
+    """Trains a config as the command does: the workdir is claimed before anything is read."""
+    with train.claimed(config, workdir) as claim:
+        return train.run(prepare(config, devices), workdir, claim)
 
 
 def graded_garl(q):

@@ -14,24 +14,17 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from qlog import experiment as parts
-from qlog import models
 from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
 from qlog.aot.programs import LongestStep, step_programs
 from qlog.config import schema
-from qlog.config.check import build_estimator, check_config
 from qlog.console import say
 from qlog.errors import ConfigError
-from qlog.learner import optimizer
-from qlog.parallel import sharding
+from qlog.experiment import prepare_shapes
 from qlog.parallel.chips import CHIPS, Chip
-from qlog.policy import Policy
-from qlog.rollouts import sampler
 from qlog.storage import paths, strict_json
 
 _GIB = 2**30
@@ -104,59 +97,13 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, CompiledPr
         raise ConfigError(
             f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}."
         )
-    run = without_data(config, devices)
+    run = prepare_shapes(config, devices)
     trips, programs = LongestStep.of(run).trips, {}
     for name, lowered, runs, resident in step_programs(run):
         start = time.monotonic()
         programs[name] = compile_program(lowered, runs, resident, trips)
         say(f"{topology} {name}: compiled in {time.monotonic() - start:,.0f} s")
     return programs, CHIPS[kind]
-
-
-def without_data(config: ConfigDict, devices) -> parts.Experiment:
-    """An Experiment of shapes on `devices`: no weights, tokenizer or data are read.
-
-    Raises:
-      ConfigError: as `experiment.prepare` does, of what can be checked without data.
-    """
-    preset = config.model.rpartition("/")[2].lower().replace("-", "_").replace(".", "p")
-    if preset in models.PRESETS:
-        config = schema.merge(config, {"model": preset, "weights": "random"})
-    check_config(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    parts.check_batches(config, mesh)
-    estimator = build_estimator(config)
-    draws = sampler.Sampling(
-        rationale_budget=config.rollout.rationale_budget,
-        closing=(1,),
-        eos=(2,),
-        pad=0,
-        answer_reserve=config.rollout.answer_reserve,
-        with_answer=estimator.reward is not None,
-        temperature=float(config.rollout.temperature),
-    )
-    shape = parts.model_shape(config)
-    policy = Policy(
-        shape,
-        shape.vocab_size - 1,
-        jnp.dtype(config.dtype),
-        config.train.remat,
-        mesh,
-        parts.attention(config, mesh),
-    )
-    return parts.Experiment(
-        config=config,
-        estimator=estimator,
-        optimizer=optimizer.build(config),
-        mesh=mesh,
-        policy=policy,
-        sampling=draws,
-        evaluation_sampling=parts.evaluation_law(config, draws),
-        formatter=None,
-        grader=None,
-        train_data=None,
-        evaluation_data=None,
-    )
 
 
 def step_seconds(programs: Mapping[str, CompiledProgram], chip: Chip) -> dict[str, float]:

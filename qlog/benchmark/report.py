@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qlog import models
-from qlog.aot import compile_run
 from qlog.benchmark import measure, work
+from qlog.experiment import prepare_shapes
 from qlog.storage import strict_json
 
 _COLUMNS = (
@@ -51,7 +51,7 @@ def report(
     Raises:
       ConfigError: what can be wrong with a config before data are read.
     """
-    run = compile_run.without_data(config, devices or jax.devices())
+    run = prepare_shapes(config, devices)
     policy, mesh = run.policy, run.mesh
     size = work.Size(
         config.train.prompts_per_step,

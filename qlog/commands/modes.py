@@ -28,7 +28,8 @@ def run_train(config: ConfigDict, workdir: Path) -> int:
         if config.runs:
             several_runs.run(config, workdir)
         else:
-            train.run(config, workdir)
+            with train.claimed(config, workdir) as claim:
+                train.run(prepare(config), workdir, claim)
     except Stop as stop:
         say("stopped: the same command goes on.")
         stop.status = 0

@@ -13,6 +13,7 @@ from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import say
 from qlog.errors import ConfigError
+from qlog.experiment import prepare
 from qlog.parallel import distributed, interrupts
 from qlog.runs import report
 from qlog.storage import paths
@@ -46,7 +47,8 @@ def run(
         start = time.monotonic()
         was_done = distributed.once_per_run(lambda: paths.exists(folder / train.RESULTS))
         with interrupts.listening() as stop:
-            outcome = train.run(child, folder, devices)
+            with train.claimed(child, folder) as claim:
+                outcome = train.run(prepare(child, devices), folder, claim)
             if outcome.interrupted or distributed.any_process(stop.asked):
                 return
         seconds = time.monotonic() - start

@@ -263,16 +263,14 @@ def add_microbatch(
                 new = log_probs(
                     params, policy, its_prefix, last, mine, rows, temperature, first_row
                 )
-                sums = surrogate(
-                    coefficient.score,
-                    coefficient.path,
-                    coefficient.token_weight,
-                    new,
-                    mine.old_log_probs,
-                    its_reference,
-                    mine.rationale_mask & is_here,
-                    mine.answer_mask & is_here,
+                tokens = losses.TokenLogProbs(
+                    new=new,
+                    rationale_mask=mine.rationale_mask & is_here,
+                    answer_mask=mine.answer_mask & is_here,
+                    old=mine.old_log_probs,
+                    reference=its_reference,
                 )
+                sums = surrogate(coefficient, tokens)
                 return sums.loss, (sums, new)
 
             value, pull, (sums, new) = jax.vjp(loss, params, *caches, has_aux=True)

@@ -28,6 +28,7 @@ from qlog.losses.compose import (
     inject_hyperparams,
     named_chain,
     p_hat_above,
+    stateful,
     stateless,
     where_groups,
 )
@@ -68,5 +69,6 @@ from qlog.losses.types import (
     Scores,
     Sums,
     Surrogate,
-    zero_scores,
+    TokenLogProbs,
+    abstract_scores,
 )

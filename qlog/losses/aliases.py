@@ -7,8 +7,9 @@ from jax.typing import ArrayLike
 
 from qlog.losses import group_stats
 from qlog.losses import transforms as parts
+from qlog.losses.checks import check_choice
 from qlog.losses.compose import chain
-from qlog.losses.types import LossTransform, check_choice
+from qlog.losses.types import LossTransform
 
 BASELINES = ("leave_one_out", "none")
 CORRECTIONS = ("none", "jackknife")

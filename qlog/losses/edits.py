@@ -4,8 +4,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qlog.losses import group_stats
+from qlog.losses.checks import check_choice, check_integer, check_number
 from qlog.losses.compose import stateless
-from qlog.losses.types import LossTransform, check_choice, check_count, check_number
+from qlog.losses.types import LossTransform
 
 AGGREGATIONS = ("sum", "sequence_mean", "token_mean", "constant")
 
@@ -63,20 +64,23 @@ def aggregate(mode: str = "sum", max_tokens: int | None = None) -> LossTransform
     if mode == "constant":
         if max_tokens is None:
             raise ValueError("aggregation='constant' needs max_tokens, an integer of at least 1")
-        check_count("max_tokens", max_tokens)
+        check_integer("max_tokens", max_tokens)
     elif max_tokens is not None:
         raise ValueError(f"max_tokens={max_tokens!r} is not read with aggregation={mode!r}")
 
     def function(coefficients, scores, *, axis_name, **_):
-        length = jnp.where(scores.valid, scores.num_tokens, 0).astype(jnp.float32)
         if mode == "sum":
             return coefficients
-        if mode == "sequence_mean":
-            factor = 1 / jnp.maximum(length, 1.0)
-        elif mode == "constant":
+        if mode == "constant":
             factor = 1 / jnp.float32(max_tokens)
         else:
-            prompts = group_stats.batch_sum(jnp.any(scores.valid, 1).astype(jnp.float32), axis_name)
+            num_tokens = scores.require("num_tokens", f"aggregate({mode!r})")
+            length = jnp.where(scores.is_valid, num_tokens, 0).astype(jnp.float32)
+        if mode == "sequence_mean":
+            factor = 1 / jnp.maximum(length, 1.0)
+        elif mode == "token_mean":
+            is_group = jnp.any(scores.is_valid, 1)
+            prompts = group_stats.batch_sum(is_group.astype(jnp.float32), axis_name)
             tokens = jnp.maximum(group_stats.batch_sum(length, axis_name), 1.0)
             factor = group_stats.num_valid(scores) * prompts / tokens
         return coefficients._replace(

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from qlog.losses import group_stats
-from qlog.losses.types import Coefficients, LossTransform, check_scores
+from qlog.losses.compose import stateful
+from qlog.losses.types import Coefficients, LossTransform
 
 
 class Measured(NamedTuple):
@@ -29,16 +29,14 @@ def measure(function: Callable[..., dict[str, jax.Array]]) -> LossTransform:
         return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
 
     def init(scores):
-        check_scores(scores)
-        blank = Coefficients(*[jnp.zeros_like(scores.log_w)] * 4)
+        blank = Coefficients(*[jnp.zeros(scores.shape)] * 4)
         shapes = jax.eval_shape(lambda c, s: evaluate(c, s, None), blank, scores)
         return Measured({name: jnp.zeros((), jnp.float32) for name in shapes})
 
-    def update(coefficients, state, scores=None, *, axis_name=None, **ignored):
-        check_scores(scores)
+    def update(coefficients, state, scores, *, key, axis_name):
         return coefficients, Measured(evaluate(coefficients, scores, axis_name))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stateful(init, update)
 
 
 def measurements(state) -> dict[str, jax.Array]:
@@ -54,7 +52,7 @@ def measurements(state) -> dict[str, jax.Array]:
 def measure_groups(
     q: ArrayLike | None,
     normalized: bool = True,
-    weight: Callable | None = group_stats.log_likelihood,
+    weight: group_stats.Weight | None = group_stats.log_likelihood,
 ) -> LossTransform:
     """The standard measurements of an estimator, over the batch's valid groups.
 
@@ -67,7 +65,7 @@ def measure_groups(
     """
 
     def function(coefficients, scores, axis_name):
-        is_group = jnp.any(scores.valid, 1)
+        is_group = jnp.any(scores.is_valid, 1)
         n = group_stats.num_valid(scores)
         values = {} if q is None else {"q": q}
         if weight is not None:
@@ -81,12 +79,12 @@ def measure_groups(
             values["ess"] = group_stats.batch_mean(ess, alive, axis_name)
         scale = jnp.exp(coefficients.log_scale)
         largest = jnp.maximum(jnp.abs(coefficients.score), jnp.abs(coefficients.path)) * scale
-        silent = is_group & (jnp.max(jnp.where(scores.valid, largest, 0.0), 1) == 0)
+        silent = is_group & (jnp.max(jnp.where(scores.is_valid, largest, 0.0), 1) == 0)
         values["no_signal"] = group_stats.batch_mean(
             silent.astype(jnp.float32), is_group, axis_name
         )
         bound = 1.0 if q is None or normalized else n**q
-        effective = jnp.where(scores.valid, coefficients.score * scale * n / bound, -jnp.inf)
+        effective = jnp.where(scores.is_valid, coefficients.score * scale * n / bound, -jnp.inf)
         top = jnp.where(is_group, jnp.max(effective, 1), -jnp.inf)
         values["effective_reward"] = group_stats.batch_mean(
             group_stats.finite(top), is_group, axis_name

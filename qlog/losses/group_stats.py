@@ -1,31 +1,36 @@
 """Masked statistics of groups `[B, M]` and of batches, on one device or over a named axis."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from qlog.losses.types import Scores
+
+Weight = Callable[[Scores], jax.Array]  # scores to log-weights [B, M]
 
 LEAST = -1e30  # a finite log 0: times zero it is zero
 
 
 def log_likelihood(scores: Scores) -> jax.Array:
     """[B, M] log w_m = log p(y*|x*, z_m), -inf on padding."""
-    return jnp.where(scores.valid, scores.log_w, -jnp.inf)
+    return jnp.where(scores.is_valid, scores.require("log_w", "log_likelihood"), -jnp.inf)
 
 
 def log_reward(scores: Scores) -> jax.Array:
     """[B, M] log of the reward of the sampled answer, -inf on padding: exact match as a weight."""
-    return jnp.where(scores.valid, jnp.log(jnp.maximum(scores.reward, 0.0)), -jnp.inf)
+    reward = scores.require("reward", "log_reward")
+    return jnp.where(scores.is_valid, jnp.log(jnp.maximum(reward, 0.0)), -jnp.inf)
 
 
 def num_valid(scores: Scores) -> jax.Array:
     """[B, 1] float32 number of valid rollouts of each group, at least 1."""
-    return jnp.maximum(jnp.sum(scores.valid, 1, keepdims=True), 1).astype(jnp.float32)
+    return jnp.maximum(jnp.sum(scores.is_valid, 1, keepdims=True), 1).astype(jnp.float32)
 
 
 def group_mean(values: jax.Array, scores: Scores) -> jax.Array:
     """[B, 1] mean of `values` [B, M] over the valid rollouts of each group."""
-    return jnp.sum(jnp.where(scores.valid, values, 0.0), 1, keepdims=True) / num_valid(scores)
+    return jnp.sum(jnp.where(scores.is_valid, values, 0.0), 1, keepdims=True) / num_valid(scores)
 
 
 def log_mean(log_weights: jax.Array, scores: Scores) -> jax.Array:
@@ -88,6 +93,6 @@ def batch_mean(values: jax.Array, where: jax.Array, axis_name=None) -> jax.Array
 
 def group_index(scores: Scores, axis_name=None) -> jax.Array:
     """[B] index of each group in the whole batch, so that draws do not depend on its layout."""
-    num_groups = scores.log_w.shape[0]
+    num_groups = scores.shape[0]
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_groups
     return first + jnp.arange(num_groups)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from qlog.losses import group_stats
-from qlog.losses.types import LossTransform, check_choice, check_count, check_number, check_scores
+from qlog.losses.checks import check_choice, check_integer, check_number
+from qlog.losses.compose import stateful, update
+from qlog.losses.types import LossTransform
 
 SCHEDULES = ("constant", "linear", "cosine", "step", "adaptive")
 
@@ -30,7 +32,7 @@ def schedule(name: str, q: float, q_end: float, q_steps: int) -> Callable[[jax.A
     check_choice("q_schedule", name, SCHEDULES[1:4])
     check_number("q", q, 0, 1)
     check_number("q_end", q_end, 0, 1)
-    check_count("q_steps", q_steps)
+    check_integer("q_steps", q_steps)
     if name == "linear":
         return optax.linear_schedule(q, q_end, q_steps)
     if name == "step":
@@ -83,22 +85,19 @@ def adaptive_q(
     check_number("decay", decay, 0, 1 - 1e-6)
 
     def init(scores):
-        check_scores(scores)
         zero = jnp.zeros((), jnp.float32)
         return ControllerState(jnp.zeros((), jnp.int32), zero, factory(zero).init(scores))
 
-    def update(coefficients, state, scores=None, *, axis_name=None, **extra):
-        check_scores(scores)
+    def update_at_q(coefficients, state, scores, *, key, axis_name):
         log_p = group_stats.log_mean(group_stats.log_likelihood(scores), scores)[:, 0]
         wanted = q_for_pace(log_p, pace)
-        batch_q = group_stats.batch_mean(wanted, jnp.any(scores.valid, 1), axis_name)
+        batch_q = group_stats.batch_mean(wanted, jnp.any(scores.is_valid, 1), axis_name)
         count = optax.safe_increment(state.count)
         average = decay * state.average + (1 - decay) * batch_q
         q = jnp.clip(average / (1 - jnp.float32(decay) ** count), low, high)
-        inner = optax.with_extra_args_support(factory(q))
-        result, inner_state = inner.update(
-            coefficients, state.inner, scores, axis_name=axis_name, **extra
+        result, inner_state = update(
+            factory(q), coefficients, state.inner, scores, key=key, axis_name=axis_name
         )
         return result, ControllerState(count, average, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stateful(init, update_at_q)

@@ -10,12 +10,12 @@ the same over the other rollouts, n the group's valid rollouts (M unless some ar
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from qlog.losses import group_stats
+from qlog.losses.checks import check_choice, check_integer, check_number
 from qlog.losses.compose import initial_coefficients, stateless
-from qlog.losses.types import LossTransform, check_choice, check_count, check_number
+from qlog.losses.types import Coefficients, LossTransform, Scores
 
 RESAMPLING = ("multinomial", "systematic")
 
@@ -56,7 +56,7 @@ def resample_posterior(
     """
     check_choice("method", method, RESAMPLING)
     if k is not None:
-        check_count("k", k)
+        check_integer("k", k)
 
     def draw(key, share, count):
         size = share.shape[0] if k is None else k
@@ -100,7 +100,8 @@ def from_reward() -> LossTransform:
     """score = path = r_m / M, r the reward of the sampled answer (REINFORCE)."""
 
     def function(coefficients, scores, **_):
-        share = jnp.where(scores.valid, scores.reward, 0.0) / group_stats.num_valid(scores)
+        reward = scores.require("reward", "from_reward")
+        share = jnp.where(scores.is_valid, reward, 0.0) / group_stats.num_valid(scores)
         return coefficients._replace(score=share, path=share, log_scale=jnp.zeros_like(share))
 
     return stateless(function)
@@ -155,7 +156,7 @@ def jackknife(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
             jnp.log1p(-jnp.minimum(share, 0.5)) - jnp.log1p(-1 / jnp.maximum(n, 2)),
             others - group_stats.finite(group_stats.log_mean(log_weights, scores)),
         )
-        x = jnp.where(scores.valid & ~jnp.isneginf(mean), -q * log_ratio, 0.0)
+        x = jnp.where(scores.is_valid & ~jnp.isneginf(mean), -q * log_ratio, 0.0)
         # A dominant rollout's x_j may exceed float32's exp where share_m falls below it: in logs.
         large = x > 1.0
         small = jnp.where(large, 0.0, jnp.expm1(x))
@@ -191,7 +192,7 @@ def leave_one_out_baseline(q: ArrayLike, weight=group_stats.log_likelihood) -> L
         # wbar_{-m}^(1-q) as (wbar_{-m}/wbar)^(1-q) times wbar^(1-q), which is the usual log_scale.
         log_baseline = (1 - q) * (others - scale) + (scale - q * scale - coefficients.log_scale)
         baseline = jnp.exp(log_baseline) / group_stats.num_valid(scores)
-        alive = scores.valid & ~jnp.isneginf(mean)
+        alive = scores.is_valid & ~jnp.isneginf(mean)
         return coefficients._replace(score=coefficients.score - jnp.where(alive, baseline, 0.0))
 
     return stateless(function, min_rollouts=2)
@@ -199,25 +200,24 @@ def leave_one_out_baseline(q: ArrayLike, weight=group_stats.log_likelihood) -> L
 
 def center() -> LossTransform:
     """Subtracts the group's mean from both coefficients."""
-
-    def function(coefficients, scores, **_):
-        shift = lambda x: jnp.where(scores.valid, x - group_stats.group_mean(x, scores), 0.0)
-        return coefficients._replace(score=shift(coefficients.score), path=shift(coefficients.path))
-
-    return stateless(function)
+    return stateless(lambda coefficients, scores, **_: _centered(coefficients, scores))
 
 
 def center_leave_one_out() -> LossTransform:
     """Subtracts the mean of the *other* rollouts from both coefficients: n/(n-1) times `center`."""
-    centre = center()
 
     def function(coefficients, scores, **_):
-        centred, _ = centre.update(coefficients, optax.EmptyState(), scores)
+        centered = _centered(coefficients, scores)
         n = group_stats.num_valid(scores)
         factor = n / jnp.maximum(n - 1, 1)
-        return centred._replace(score=centred.score * factor, path=centred.path * factor)
+        return centered._replace(score=centered.score * factor, path=centered.path * factor)
 
     return stateless(function, min_rollouts=2)
+
+
+def _centered(coefficients: Coefficients, scores: Scores) -> Coefficients:
+    shift = lambda x: jnp.where(scores.is_valid, x - group_stats.group_mean(x, scores), 0.0)
+    return coefficients._replace(score=shift(coefficients.score), path=shift(coefficients.path))
 
 
 def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
@@ -225,7 +225,8 @@ def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
     check_number("eps", eps, 0, 1)
 
     def function(coefficients, scores, **_):
-        deviation = scores.reward - group_stats.group_mean(scores.reward, scores)
+        reward = scores.require("reward", "scale_by_group_std")
+        deviation = reward - group_stats.group_mean(reward, scores)
         std = jnp.sqrt(group_stats.group_mean(jnp.square(deviation), scores)) + eps
         factor = 1 / jnp.where(std > 0, std, 1.0)
         return coefficients._replace(

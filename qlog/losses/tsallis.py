@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from qlog.losses.types import check_number
+from qlog.losses.checks import check_number
 
 _LEAST = -1e18  # stands for log 0: its square is still a float32
 

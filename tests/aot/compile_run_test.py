@@ -6,6 +6,7 @@ import jax
 import pytest
 import tiny
 
+from qlog import experiment
 from qlog.aot import compile_run, run_cost
 from qlog.aot.compiler import CompiledProgram
 from qlog.aot.hlo_cost import Cost, DataLoop, SlicedArray
@@ -70,7 +71,7 @@ def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
         data={"max_prompt_tokens": 512},
         mesh={"data": 8},
     )
-    run = compile_run.without_data(config, jax.devices())
+    run = experiment.prepare_shapes(config, jax.devices())
     longest = LongestStep.of(run)
 
     def trips(scope, shape, length, size):

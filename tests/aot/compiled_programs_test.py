@@ -10,7 +10,7 @@ import math
 import pytest
 import tiny
 
-from qlog.aot import compile_run
+from qlog import experiment
 from qlog.aot.compiler import compile_lowered, topology_devices
 from qlog.aot.hlo import Module
 from qlog.aot.hlo_cost import all_slices, module_cost
@@ -48,7 +48,7 @@ MESHES = [{"data": 1, "fsdp": 2, "tensor": 2}, {"data": 4}, {"data": 1, "fsdp": 
 @functools.cache
 def _compiled(name, **mesh):
     """The experiment and one of its programs."""
-    run = compile_run.without_data(_config(mesh), _devices())
+    run = experiment.prepare_shapes(_config(mesh), _devices())
     return run, _module(run, name)
 
 
@@ -122,7 +122,7 @@ def test_decodings_loops_are_found_by_their_names():
 @pytest.mark.slow
 def test_the_learners_loop_is_found_by_its_name():
     config = schema.merge(_config(MESHES[0]), {"train": {"rollouts_per_microbatch": 2}})
-    module = _module(compile_run.without_data(config, _devices()), "gradient")
+    module = _module(experiment.prepare_shapes(config, _devices()), "gradient")
     assert _scopes(module) == {"packed_rows", "attention_blocks"}
 
 

@@ -11,9 +11,9 @@ import tiny
 from places import ROOT
 
 from qlog import experiment
-from qlog.aot import compile_run
 from qlog.aot.compiler import topology_devices
 from qlog.config import schema
+from qlog.config.check import check_batches
 from qlog.errors import ConfigError
 from qlog.parallel import sharding
 
@@ -84,7 +84,7 @@ def check(config, devices):
     """The mesh of a config on the devices, or the sentence that refuses it."""
     try:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        experiment.check_batches(config, mesh)
+        check_batches(config, mesh)
     except ConfigError as error:
         assert "\n" not in str(error)
         return str(error)
@@ -179,7 +179,7 @@ def test_rows_of_the_readme(topology, name, model, tensor, prompts):
         changes |= {"model": model, "weights": model}
     if prompts:
         changes["train"] = {"prompts_per_step": prompts}
-    compile_run.without_data(get_config(name, **changes), topology_devices(topology))
+    experiment.prepare_shapes(get_config(name, **changes), topology_devices(topology))
 
 
 def test_slices_of_one_mesh_and_those_that_differ():
@@ -221,4 +221,4 @@ def test_tiny_configs_keep_to_the_mesh_they_had():
     mesh = sharding.make_mesh(2, 2, 2)
     assert [d.id for d in mesh.devices.flat] == list(range(8))
     with pytest.raises(ConfigError, match="prompts_per_step = 4 is not a multiple of the 8 shards"):
-        experiment.check_batches(tiny.config(mesh={"data": 8}), sharding.make_mesh(8, 1, 1))
+        check_batches(tiny.config(mesh={"data": 8}), sharding.make_mesh(8, 1, 1))

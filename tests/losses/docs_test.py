@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from qlog import losses, train
+from qlog import losses
 from qlog.config import schema
 from qlog.losses.theory import exact, plots, study
 
@@ -35,7 +36,7 @@ def test_composition_examples(capsys):
 def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
     names = {}
     exec(EXAMPLES[2], names)
-    scores = losses.zero_scores(1, 2)._replace(log_w=jnp.log(jnp.array([[0.1, 0.3]])))
+    scores = losses.Scores(log_w=jnp.log(jnp.array([[0.1, 0.3]])))
     transform = names["hard_garl"](0.5)
     got, _ = losses.coefficients(transform, scores, transform.init(scores))
     np.testing.assert_allclose(got.path, [[0, 0.3 / 0.2**0.5 / 2]], rtol=1e-5)
@@ -55,7 +56,7 @@ def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
         },
     }
     run = schema.merge(schema.merge(config, config.runs.hard), short)
-    train.run(run, tmp_path, jax.devices()[:1])
+    tiny.run(run, tmp_path, jax.devices()[:1])
     assert "hard_garl" in (tmp_path / "config.json").read_text()
     assert '"q": 0.75' in (tmp_path / "metrics.jsonl").read_text()
 
@@ -65,7 +66,7 @@ def test_the_table_has_every_recipe_and_the_page_every_shared_argument():
     assert sorted(rows) == sorted(losses.RECIPES)
     for name in losses.recipes.SCHEDULE | losses.recipes.EDITS:
         assert f"`{name}`" in PAGE, name
-    state = losses.build("garl").transform.init(losses.zero_scores(1, 2))
+    state = losses.build("garl").transform.init(losses.abstract_scores(1, 2))
     for name in losses.measurements(state):
         assert f"`{name}`" in PAGE, name
 

@@ -13,7 +13,6 @@ import tiny
 import trees
 from places import ROOT, TESTS
 
-from qlog import train
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -86,7 +85,7 @@ def one(layout, tmp_path_factory):
     """The workdir of one process with the same mesh."""
     workdir = tmp_path_factory.mktemp("one")
     processes, devices, mesh = LAYOUTS[layout]
-    train.run(
+    tiny.run(
         schema.merge(get_config(), {"mesh": mesh}), workdir, jax.devices()[: processes * devices]
     )
     return workdir
@@ -136,7 +135,7 @@ def test_one_process_reads_and_continues_the_checkpoint_of_several(several, one)
     abstract = prepare(get_config()).abstract_params()
     ours, theirs = (checkpoints.load_params(d, abstract) for d in (workdir, one))
     trees.assert_close(ours, theirs, **CLOSE)
-    train.run(schema.merge(get_config(3), {"evaluation": {"every": 0}}), workdir)
+    tiny.run(schema.merge(get_config(3), {"evaluation": {"every": 0}}), workdir)
     rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["phase"] == "train"]
     assert [row["step"] for row in rows] == [0, 1, 2]
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import trees
 
-from qlog import models, train
+from qlog import models
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -36,7 +36,7 @@ def _config(**mesh):
 
 def _one_step(folder, devices=None, **mesh):
     config = _config(**mesh)
-    train.run(config, folder, devices)
+    tiny.run(config, folder, devices)
     abstract = prepare(config, devices).abstract_params()
     row = read_jsonl(folder / "metrics.jsonl")[0]
     return read_jsonl(folder / "rollouts.jsonl"), row, checkpoints.load_params(folder, abstract)

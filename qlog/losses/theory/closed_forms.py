@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qlog.losses import tsallis
-from qlog.losses.types import check_count, check_number
+from qlog.losses.checks import check_integer, check_number
 
 _PANELS = 256
 
@@ -120,7 +120,7 @@ def gradient_flow(
     `step` is the distance that theta moves in one step, not a time, since plateaus last for 1/p0;
     `max_dt` limits the time of a step near a point of rest.
     """
-    check_count("num_steps", num_steps)
+    check_integer("num_steps", num_steps)
     check_number("step", step, 1e-6, 10)
     start = jnp.asarray(start, jnp.float32)
     velocity = lambda theta: -jax.grad(loss)(theta)
@@ -147,7 +147,7 @@ def noise_flow(noise: float, q: float, eta0: float, num_steps: int) -> tuple[jax
     From eta0 above the equilibrium it decays: at q = 0 contamination never grows.
     """
     check_number("eta0", eta0, 1e-20, 1 - 1e-6)
-    check_count("num_steps", num_steps)
+    check_integer("num_steps", num_steps)
 
     def advance(carry, _):
         time, eta = carry

@@ -11,11 +11,11 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qlog.losses import compose, tsallis
-from qlog.losses.types import Coefficients, LossTransform, Scores, check_count
+from qlog.losses.checks import check_integer
+from qlog.losses.types import Coefficients, LossTransform, Scores
 
 
 class LatentModel(NamedTuple):
@@ -67,10 +67,8 @@ _jacobians = jax.jit(jax.jacobian(log_probs))
 
 
 def scores_of(model: LatentModel, rationales: np.ndarray) -> Scores:
-    """Scores of groups of sampled rationales, int [B, M]; rewards are zero."""
-    log_w = log_probs(model)[1][rationales]
-    ones = jnp.ones(log_w.shape, jnp.int32)
-    return Scores(log_w, jnp.zeros_like(log_w), ones.astype(bool), ones)
+    """Scores of groups of sampled rationales, int [B, M]: log w only."""
+    return Scores(log_w=log_probs(model)[1][rationales])
 
 
 def gradient_estimates(
@@ -90,7 +88,7 @@ def gradient_estimates(
 
 def all_groups(model: LatentModel, num_rollouts: int) -> tuple[np.ndarray, np.ndarray]:
     """Every multiset of M rationales, int [N, M], and its probability [N] (float64)."""
-    check_count("num_rollouts", num_rollouts)
+    check_integer("num_rollouts", num_rollouts)
     size = len(model.logits)
     groups = np.array(
         list(itertools.combinations_with_replacement(range(size), num_rollouts)), np.int32

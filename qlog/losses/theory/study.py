@@ -88,7 +88,7 @@ def train(transform, key, learning_rate, noise, steps: int, examples: int, colde
     """Stochastic gradient descent; (mean p(right) [steps], mean p(wrong label) [steps])."""
     start, key = jax.random.split(key)
     population = initial_population(start, examples, coldest)
-    state = transform.init(losses.zero_scores(examples, ROLLOUTS))
+    state = transform.init(losses.abstract_scores(examples, ROLLOUTS))
 
     def step(carry, index):
         population, state = carry
@@ -103,7 +103,7 @@ def train(transform, key, learning_rate, noise, steps: int, examples: int, colde
             )
             return log_z, jnp.take_along_axis(of_label[..., 0], z, 1)
 
-        scores = losses.zero_scores(examples, ROLLOUTS)._replace(log_w=log_probs(population)[1])
+        scores = losses.Scores(log_w=log_probs(population)[1])
         found, state = losses.coefficients(transform, scores, state, key=draw_key)
 
         def surrogate(population):
