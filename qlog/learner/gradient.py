@@ -297,6 +297,7 @@ def add_microbatch(
     return jax.tree.map(jax.freeze, total), *found
 
 
+@jax.named_scope("packed_rows")  # qlog.aot finds the loop by this name
 def _sum_over_rows(function, packing: Packing, size: int):
     """The sum of function(first_row, packing of `size` rows) over the rows that hold something."""
     count = packing.token.shape[1]

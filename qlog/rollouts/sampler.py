@@ -449,7 +449,9 @@ def decode(
         )
         return _advance(pool, sampling, token, log_probs)._replace(suffix=suffix)
 
-    pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))._replace(prefix=prefix)
+    with jax.named_scope("decode_steps"):  # qlog.aot finds the loop by this name
+        pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))
+    pool = pool._replace(prefix=prefix)
     pool = sharding.constrain_batch(policy.mesh, pool)
     # Replicated, so that every process reads the same and takes the same way afterwards.
     look = Look(step=pool.step, going=~pool.done, stop=flags.any())
