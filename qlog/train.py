@@ -202,11 +202,9 @@ class _Training:
             self._stop,
             rehearse=step == self._start,
         )
-        self.state, sums, gauges, norms = learn(
-            experiment, self.state, groups, self._reference, key, watch, self._stop
-        )
-        self.step = step + 1
-        values = train_metrics.measure(experiment, self.state, groups, sums, gauges, norms, watch)
+        result = learn(experiment, self.state, groups, self._reference, key, watch, self._stop)
+        self.state, self.step = result.state, step + 1
+        values = train_metrics.measure(experiment, groups, result, watch)
         values["compilations"] = self._compiled.count - compiled
         values["steps_since_checkpoint"] = float(self.step - (self._saved.latest_step or 0))
         self._log.scalars(step, "train", values)

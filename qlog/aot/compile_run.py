@@ -29,6 +29,7 @@ from qlog.console import say
 from qlog.errors import ConfigError
 from qlog.learner import gradient, optimizer
 from qlog.learner.optimizer import apply_update
+from qlog.learner.types import LearnerBatch, Objective
 from qlog.parallel import sharding
 from qlog.parallel.chips import CHIPS, Chip
 from qlog.policy import Policy
@@ -223,24 +224,23 @@ def _learner_programs(run: parts.Experiment):
     log_probs = rows(rollouts_count, longest, dtype=jnp.float32)
     per_rollout = rows(rollouts_count, dtype=jnp.float32)
     params, whole = run.abstract_params(), run.abstract_state()
-    batch = (
+    batch = LearnerBatch(
         Prompts(rows(config.data.max_prompt_tokens), rows(), rows(dtype=bool)),
         Trajectories(tokens, mask, mask, log_probs, mask, rows(rollouts_count)),
         losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields)),
         log_probs if estimator.reference else None,
     )
-    begun = (params, run.policy, *batch)
+    begun = (params, run.policy, batch)
     grads, *packing = _results(gradient.begin, begun, begun)
-    lowered = gradient.add_microbatch.lower(
+    lowered = gradient.add_microbatches.lower(
         grads,
         *begun,
         *packing,
         jax.ShapeDtypeStruct((), jnp.int32),
-        surrogate=estimator.surrogate,
-        temperature=run.sampling.temperature,
+        objective=Objective(estimator.surrogate, run.sampling.temperature),
         microbatch=run.microbatch,
     )
-    runs = updates * (part // run.microbatch[0])
+    runs = updates * (part // run.microbatch.prompts)
     yield "gradient", lowered, runs, _bytes_per_chip(whole.opt_state)
     update = apply_update.lower(
         whole, whole.loss_state, params, optimizer=run.optimizer, mesh=run.mesh
@@ -291,8 +291,7 @@ def _trips(run: parts.Experiment):
     config, shape = run.config, run.policy.config
     prompt, steps = config.data.max_prompt_tokens, run.sampling.max_length
     rollout = run.sampling.max_rationale_length + config.rollout.answer_reserve
-    rows = run.rollouts_per_prompt
-    chunks = rows // (config.train.rollouts_per_microbatch or rows)
+    chunks = run.rollouts_per_prompt // run.microbatch.packs
 
     def trips(sweep: Sweep) -> float:
         if sweep.size == 1 and sweep.length >= steps:  # decoding, a token at a time

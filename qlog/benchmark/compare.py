@@ -87,6 +87,7 @@ def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict:
     from qlog import models
     from qlog.benchmark import measure
     from qlog.benchmark import work as phases
+    from qlog.learner.types import Microbatch
     from qlog.policy import Policy
 
     config = models.huggingface.read_config(weights)
@@ -101,7 +102,9 @@ def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict:
     if work.kind == "train":
         size = size._replace(rationale=work.new - 1)
         batch = phases.make_batch(policy, size)
-        microbatch = (1, PART if in_parts(work) else size.rollouts)  # a group at a time, or less
+        microbatch = Microbatch(
+            1, PART if in_parts(work) else size.rollouts
+        )  # a group at a time, or less
         trainer = phases.Trainer(params, policy, size, batch, microbatch)
         phase = trainer.phase()
         del params  # the trainer owns and donates them

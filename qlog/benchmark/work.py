@@ -17,6 +17,7 @@ from qlog.benchmark import measure
 from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
+from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.models import flops, head
 from qlog.models.flops import Need
 from qlog.parallel import process, sharding
@@ -135,8 +136,9 @@ def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Bat
         return log_w
 
     def score_fresh():
+        everything = Microbatch(size.prompts, size.rollouts)
         return gradient.reference_log_probs(
-            params, draws, prompts, batch.trajectories, 1.0, (size.prompts, size.rollouts)
+            params, draws, prompts, batch.trajectories, 1.0, everything
         )
 
     def rollouts():
@@ -167,7 +169,13 @@ class Trainer:
     """A step of policy-gradient training: gradient, clip, AdamW."""
 
     def __init__(
-        self, params, policy: Policy, size: Size, batch: Batch, microbatch, learning_rate=1e-5
+        self,
+        params,
+        policy: Policy,
+        size: Size,
+        batch: Batch,
+        microbatch: Microbatch,
+        learning_rate=1e-5,
     ):
         self._policy, self._batch, self._size, self._microbatch = policy, batch, size, microbatch
         adamw = optax.adamw(learning_rate, weight_decay=0.0)
@@ -185,22 +193,19 @@ class Trainer:
         self.norms = []
 
     def step(self):
-        grads, _, _ = batch_gradient(
+        grads, _ = batch_gradient(
             self._state.params,
             self._policy,
-            self._batch.prompts,
-            self._batch.trajectories,
-            self._coefficients,
-            None,
-            surrogate=losses.linear(),
-            microbatch=self._microbatch,
+            LearnerBatch(self._batch.prompts, self._batch.trajectories, self._coefficients),
+            Objective(losses.linear()),
+            self._microbatch,
         )
-        self._state, norms = apply_update(
+        self._state, update = apply_update(
             self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
         )
         jax.block_until_ready(self._state)
         process.release_memory()  # as after every step of training
-        self.norms.append(float(norms["grad_norm"]))
+        self.norms.append(float(update.grad_norm))
 
     def phase(self) -> Phase:
         size = self._size
@@ -219,8 +224,8 @@ class Trainer:
     def parts(self) -> dict[str, Callable[[], object]]:
         """What can be run alone of a step: the prompts and the output head, forward and backward in
         the same microbatches, and the update. The rest of a step are the rollouts' layers."""
-        prompts, rows = self._microbatch
-        chunks, row_chunks = self._size.prompts // prompts, self._size.rollouts // rows
+        prompts, packs = self._microbatch
+        chunks, pack_chunks = self._size.prompts // prompts, self._size.rollouts // packs
         some, tokens = jax.tree.map(
             lambda x: x[::chunks], (self._batch.prompts, self._batch.trajectories.tokens)
         )
@@ -240,7 +245,7 @@ class Trainer:
 
         return {
             "prompts": lambda: run(_prompts_gradient, chunks, some),
-            "output head": lambda: run(_head_gradient, chunks * row_chunks, tokens[:, :rows]),
+            "output head": lambda: run(_head_gradient, chunks * pack_chunks, tokens[:, :packs]),
             "update": update,
         }
 
