@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlog import losses, models
+from qlog import losses, models, train
 from qlog.config import schema
+from qlog.experiment import prepare
 from qlog.learner import gradient
 from qlog.policy import Policy
 from qlog.records import Prompts
@@ -30,12 +31,11 @@ def prompts(lengths=(5, 3, 4), width: int = 6, seed: int = 0) -> Prompts:
     return Prompts(jnp.array(tokens), jnp.array(lengths, jnp.int32), jnp.ones(len(lengths), bool))
 
 
-def microbatch(params, policy, *batch):
-    """The arrays that `learner.add_microbatch` takes for `batch`, the first microbatch."""
-    grads, *begun = jax.eval_shape(
-        lambda params, *batch: gradient.begin(params, policy, *batch), params, *batch
-    )
-    return grads, params, policy, *batch, *begun, 0
+def microbatch(params, policy, batch):
+    """What `gradient.add_microbatches` takes for the first microbatch of a LearnerBatch."""
+    begin = lambda params, batch: gradient.begin(params, policy, batch)
+    grads, *begun = jax.eval_shape(begin, params, batch)
+    return grads, params, policy, batch, *begun, 0
 
 
 def full_log_probs(tree, prompt, tokens, temperature: float = 1.0):
@@ -80,6 +80,12 @@ def config(**changes):
     tree.evaluation.rollouts_per_prompt = 4
     tree.checkpoint.every = 100
     return schema.merge(tree, changes)
+
+
+def run(config, workdir, devices=None):
+    """Trains a config as the command does: the workdir is claimed before anything is read."""
+    with train.claimed(config, workdir) as claim:
+        return train.run(prepare(config, devices), workdir, claim)
 
 
 def graded_garl(q):

@@ -55,7 +55,7 @@ def attend(queries: Array, segments: list[Segment], blocks: Blocks = CPU_BLOCKS)
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
     num_rows = queries.shape[2]
-    run = num_rows // max(segment.runs for segment in segments)  # rows of a run
+    run = num_rows // max([segment.runs for segment in segments])  # rows of a run
     # Runs shorter than a block are visited several at a time, each with only its own slots.
     is_short = run < num_rows and run <= blocks.rows
     if is_short:
@@ -65,7 +65,7 @@ def attend(queries: Array, segments: list[Segment], blocks: Blocks = CPU_BLOCKS)
     padding = -num_rows % rows  # padded rows have the interval [0, 0): they see nothing
     caches = []
     for segment in segments:
-        start, stop = (_pad(x[:, None], padding) for x in (segment.start, segment.stop))
+        start, stop = _pad(segment.start[:, None], padding), _pad(segment.stop[:, None], padding)
         cache = _Cache(segment.keys, segment.values, start, stop)
         if is_short and segment.runs > 1:
             cache = _by_run(cache, segment.runs, run)
@@ -284,6 +284,7 @@ def _backward(
     return query_grads.reshape(grads_shape), (keys_grads, values_grads)
 
 
+@jax.named_scope("attention_blocks")  # qlog.aot finds the loop by this name
 def _visit(visit, state, part: _RowBlock, is_single: bool):
     """state -> visit(index, state) over the visible blocks of slots.
 

@@ -5,10 +5,10 @@ attention with a mask: each row of packed rollouts has its own keys next to a co
 keys, so that prefix and suffix are one softmax. (Two softmaxes would have to be merged by their
 log-sum-exps, which `jax.nn.dot_product_attention` rounds to 16 bits and cannot differentiate.)
 
-Scores are never stored. A layer stores the mask instead, 2 T S bytes for each packed row of T tokens
-over S slots, shared by all heads. JAX up to version 0.10 stores as much again, for a gradient of the
-mask that nothing reads. The copies of the prompt's keys and values come on top. All of it shrinks
-with the number of packed rows in a microbatch.
+Scores are never stored. A layer stores the mask instead: 2 T S bytes for each packed row of T
+tokens over S slots, shared by all heads. JAX up to version 0.10 stores as much again, for a
+gradient of the mask that nothing reads. The copies of the prompt's keys and values come on top. All
+of it shrinks with the number of packed rows in a microbatch.
 
 Blocks serve everything else: float32, decoding, prompts under sliding windows, and gold answers
 scored on the rollouts' caches, whose queries are too few to be worth copies of the keys.
@@ -39,7 +39,6 @@ def attend(
     queries: Array,
     segments: list[Segment],
     implementation: Literal["cudnn", "xla"] = "cudnn",
-    fewest_tokens: int = _FEWEST_TOKENS,
 ) -> Array:
     """Softmax attention over all segments together; differentiable in queries, keys and values.
 
@@ -49,13 +48,12 @@ def attend(
         heads of a token see the same. Causal attention is known as such if `start` and `stop` are
         NumPy arrays.
       implementation: of `jax.nn.dot_product_attention`; "xla" runs on every device, for tests.
-      fewest_tokens: shorter rollouts stay in blocks.
 
     Returns:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
     is_causal = _is_causal(queries, segments)
-    is_served = is_causal or _are_rollouts(queries, segments, fewest_tokens)
+    is_served = is_causal or _are_rollouts(queries, segments)
     if not is_served or (implementation == "cudnn" and not _fits(queries)):
         return blocks.attend(queries, segments, _BLOCKS)
     return _attend_by_run(queries, segments, implementation, is_causal)
@@ -78,7 +76,7 @@ def _is_causal(queries: Array, segments: list[Segment]) -> bool:
     return bool(np.all(start == 0) and np.all(stop == np.arange(num_rows) // groups + 1))
 
 
-def _are_rollouts(queries: Array, segments: list[Segment], fewest_tokens: int) -> bool:
+def _are_rollouts(queries: Array, segments: list[Segment]) -> bool:
     """Whether the last segment holds the queries' own tokens, and all others are shared.
 
     At least one shared segment is needed. On a mesh JAX splits the mask as it splits the queries
@@ -86,7 +84,7 @@ def _are_rollouts(queries: Array, segments: list[Segment], fewest_tokens: int) -
     """
     *shared, own = segments
     slots = own.keys.shape[2]
-    is_own = queries.shape[2] % slots == 0 and slots // own.runs >= fewest_tokens
+    is_own = queries.shape[2] % slots == 0 and slots // own.runs >= _FEWEST_TOKENS
     return is_own and bool(shared) and all(segment.runs == 1 for segment in shared)
 
 

@@ -21,6 +21,7 @@ from qlog.benchmark import work
 from qlog.errors import ConfigError
 from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
+from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.models.attention import blocks, cudnn
 from qlog.parallel import sharding
 from qlog.policy import Policy
@@ -43,7 +44,12 @@ OTHERS = {
     "on the rollouts' caches": [PREFIX, (8, *up_to([3], 60), 2), OWN],
 }
 PATTERNS = SERVED | OTHERS
-plain = functools.partial(cudnn.attend, implementation="xla", fewest_tokens=4)
+plain = functools.partial(cudnn.attend, implementation="xla")
+
+
+@pytest.fixture(autouse=True)
+def short_rollouts(monkeypatch):
+    monkeypatch.setattr(cudnn, "_FEWEST_TOKENS", 4)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -68,7 +74,8 @@ def test_training_and_prompts_are_served(name, monkeypatch):
         cudnn, "_attend_by_run", lambda queries, *_, **__: jnp.full_like(queries, 7)
     )
     assert np.all(plain(queries, segments) == 7) == (name in SERVED)
-    assert np.all(plain(queries, segments, fewest_tokens=40) == 7) == (name == "causal")
+    monkeypatch.setattr(cudnn, "_FEWEST_TOKENS", 40)
+    assert np.all(plain(queries, segments) == 7) == (name == "causal")
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -85,7 +92,7 @@ def test_float32_stays_in_blocks():
     pattern = SERVED["rows over a prefix"]
     given = arrays(pattern)
     for one, other in zip(
-        value_and_gradients(functools.partial(cudnn.attend, fewest_tokens=4), pattern, *given),
+        value_and_gradients(cudnn.attend, pattern, *given),
         value_and_gradients(blocks.attend, pattern, *given),
         strict=True,
     ):
@@ -108,18 +115,14 @@ def gradient_of(policy, size, mesh=None):
     batch = work.make_batch(policy, size)
     params = tiny.params()
     if mesh is not None:
-        params = jax.device_put(params, sharding.tree_shardings(mesh, params))
+        params = jax.device_put(params, sharding.param_shardings(mesh, params))
     coefficients = losses.Coefficients(*[jnp.asarray(batch.advantages)] * 4)
-    return functools.partial(
-        batch_gradient, surrogate=losses.linear(), microbatch=(size.prompts, 2)
-    ), (
-        params,
-        policy,
-        batch.prompts,
-        batch.trajectories,
-        coefficients,
-        None,
-    )
+    keywords = {
+        "objective": Objective(losses.linear()),
+        "microbatch": Microbatch(size.prompts, 2),
+    }
+    learner_batch = LearnerBatch(batch.prompts, batch.trajectories, coefficients)
+    return functools.partial(batch_gradient, **keywords), (params, policy, learner_batch)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +134,7 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(
     policy = Policy(tiny.SHAPE, tiny.VALID_VOCAB, jnp.bfloat16, remat, attention="cudnn")
     size = work.Size(prompts=2, rollouts=2, prompt=12, rationale=5, answer=3)
     compute, arguments = gradient_of(policy, size)
-    traced = gradient.add_microbatch.trace(
-        *tiny.microbatch(*arguments), temperature=1.0, **compute.keywords
-    )
+    traced = gradient.add_microbatches.trace(*tiny.microbatch(*arguments), **compute.keywords)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("Softmax", "ScaleBiasSoftmax"):
         assert program.count(f"@__cudnn$fmha{kernel}(") == forwards
@@ -141,7 +142,7 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(
 
 
 def compute_on_cpus(module):
-    """Gives cuDNN's two primitives a CPU's arithmetic; JAX splits them over a mesh by its rules."""
+    """Gives cuDNN's two primitives, which JAX splits over a mesh by its own rules, a CPU's arithmetic."""
 
     def attend(queries, keys, values, bias, mask_type):
         keys, values = (jnp.repeat(x, queries.shape[2] // x.shape[2], 2) for x in (keys, values))
