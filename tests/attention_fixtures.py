@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import jit
 
-from qlog.models.attention import blocks
+from qlog.models.attention import Segment
 
 
 def rollouts_of(lengths, window=None, groups=1):
@@ -60,7 +60,7 @@ def value_and_gradients(attend, pattern, queries, cotangent, caches):
     def run(queries, caches):
         return attend(
             queries,
-            [blocks.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern, strict=True)],
+            [Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern, strict=True)],
         )
 
     def both(queries, caches):

@@ -123,7 +123,9 @@ class Block(nn.Module):
         )
         if cfg.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
+        # Scaled here, in float32, so that no kernel of attention has to.
         queries = rotate(queries, turn, (cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5)
+        # Query head k * G + g shares key/value head k.
         queries = queries.reshape(*x.shape[:-1], cfg.num_kv_heads, -1, cfg.head_dim)
         return queries, rotate(keys, turn), values
 
@@ -152,6 +154,7 @@ def init(config: DecoderConfig, key: Array, dtype: DTypeLike = jnp.float32) -> P
     def init_layer(layer_key: Array) -> Params:
         return Block(config, dtype).init(layer_key, x, turn)["params"]
 
+    # One layer's parameters, L times with different keys: leaves [L, ...], as the scan takes them.
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
     table = (config.vocab_size, config.width)
     params = {
@@ -181,6 +184,7 @@ def decoding_weights(params: Params, dtype: DTypeLike) -> Params:
     """
 
     def cast(path, leaf):
+        # `RMSNorm` computes in float32 from its scale; rounding that would change the result.
         is_norm = "norm" in jax.tree_util.keystr(path)
         return leaf if is_norm else leaf.astype(dtype)
 
@@ -491,6 +495,14 @@ def _cast(cache: KeysAndValues, dtype: DTypeLike) -> KeysAndValues:
     return keys.astype(dtype), values.astype(dtype)
 
 
+# ---- Layouts: queries as rows, keys by head ----
+#
+# Activations keep tokens before heads, [B, M, R, heads, C], since projections act on whole tokens.
+# Attention multiplies per key/value head, so caches keep heads first, [B, K, ..., slots, C]. All
+# queries of a prompt that share a key/value head, of any rollout, token and group, are then rows of
+# one matrix, and the product with the prompt's keys is one matrix product.
+
+
 def _by_head(x: Array) -> Array:
     """[B, M, R, K, C] -> [B, K, M, R, C]: heads before slots, as caches are laid out."""
     return x.transpose(0, 3, 1, 2, 4)
@@ -563,6 +575,7 @@ class _Visible:
 
     def _per_row(self, x, xp=jnp):
         """[M, R] or [B, M, R], or less by broadcasting -> one number per query row, [1 or B, N]."""
+        # Without an axis of prompts the interval is the same for all, and stays [1, N].
         x = x if x.ndim == 3 else x[None]
         x = xp.broadcast_to(x, (x.shape[0], *self._shape[1:]))
         return xp.repeat(x.reshape(x.shape[0], -1), self._groups, axis=1)

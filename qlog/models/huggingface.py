@@ -143,6 +143,7 @@ def _from_hub(spec: str, weights: bool) -> pathlib.Path:
 
 def _passes(error: BaseException | None) -> bool:
     """Whether asking the Hub again later may help: it did not answer, or its answer says so."""
+    # The client wraps errors of the layers below, so the reason may be anywhere down the chain.
     while error is not None:
         if isinstance(error, huggingface_hub.errors.OfflineModeIsEnabled | ValueError):
             return False
@@ -188,12 +189,13 @@ def load(
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, leaves)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # files stay open: tensors are read in parts
         tensors = _open_tensors(folder, config, stack)
         _check_tensors(folder, tensors, _expected_shapes(config, leaves))
 
         def place(path, leaf, sharding):
             read = functools.partial(_read, tensors, config, _leaf_name(path), leaf)
+            # Each process is asked only for the parts of its own devices.
             return jax.make_array_from_callback(leaf.shape, sharding, _once_per_index(read))
 
         return jax.tree.map_with_path(place, leaves, shardings)
@@ -243,6 +245,7 @@ def export(
     if "generation_config.json" in carried:
         generation = _read_json(carried.pop("generation_config.json")) | generation
     dtype = np.dtype(dtype or params["embed"].dtype)
+    # Readers of transformers look for the token ids in either file.
     fields |= {"torch_dtype": dtype.name}
     fields |= {name: generation[name] for name in _TOKEN_IDS if name in generation}
     if is_writer and not paths.is_remote(folder):
@@ -277,6 +280,7 @@ def digest(folder: str | os.PathLike, config: DecoderConfig) -> str:
         for path in _tensor_files(folder):
             _open_safetensors(path, stack)  # says what is damaged
             with path.open("rb") as file:
+                # A safetensors file: the header's size, the header (JSON), the tensors' bytes.
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
                 for key, entry in header.items():
@@ -426,7 +430,7 @@ def _read(
     return out
 
 
-def _once_per_index(read: Callable[[Index], np.ndarray]) -> Callable[[Index], np.ndarray]:
+def _once_per_index(read: Callable[[Index], np.ndarray]) -> Callable[[Any], np.ndarray]:
     """Devices that hold the same part share one reading of it."""
     parts: dict[Any, np.ndarray] = {}
 

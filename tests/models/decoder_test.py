@@ -12,7 +12,7 @@ import trees
 from models_fixtures import CONFIGS, jit, random_params
 
 from qlog import models
-from qlog.models.attention import blocks
+from qlog.models.attention import Segment, blocks
 
 B, M, P, R, A = 2, 3, 9, 7, 4
 LENGTHS = np.array([9, 5])
@@ -39,7 +39,7 @@ def as_sequences(prompts, continuations, lengths):
     for b in range(B):
         for m in range(M):
             row = list(prompts[b, : LENGTHS[b]])
-            for part, size in zip(continuations, lengths):
+            for part, size in zip(continuations, lengths, strict=True):
                 starts[b, m] = len(row)
                 row += list(part[b, m, : size[b, m]])
             tokens[b * M + m, 0, : len(row)] = row
@@ -180,7 +180,7 @@ def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(size
     )
 
     def loss(attend, queries, caches):
-        segments = [blocks.Segment(*cache, *ends) for cache, ends in zip(caches, intervals)]
+        segments = [Segment(*cache, *ends) for cache, ends in zip(caches, intervals, strict=True)]
         return (attend(queries, segments) * cotangent).sum()
 
     run = lambda attend: jit(jax.value_and_grad(functools.partial(loss, attend), (0, 1)))(
@@ -208,8 +208,8 @@ def test_runs_side_by_side_change_nothing(length):
     def results(runs):
         def out(queries, caches):
             segments = [
-                blocks.Segment(*cache, *map(jnp.int32, ends), 1 if i == 0 else runs)
-                for i, (cache, ends) in enumerate(zip(caches, intervals))
+                Segment(*cache, *map(jnp.int32, ends), 1 if i == 0 else runs)
+                for i, (cache, ends) in enumerate(zip(caches, intervals, strict=True))
             ]
             return blocks.attend(queries, segments, blocks.Blocks(16, 4, 4))
 
@@ -221,12 +221,12 @@ def test_runs_side_by_side_change_nothing(length):
 
 
 def test_attention_stores_no_array_of_queries_by_keys():
-    """What the compiled gradient needs beside its arguments grows with the length, not its square."""
+    """The compiled gradient's temporary memory grows with the length, not with its square."""
 
     def temporaries(length):
         shape = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.float32)
         at = np.arange(length, dtype=np.int32)[None]
-        loss = lambda q, k, v: blocks.attend(q, [blocks.Segment(q, k, 0 * at, at + 1)]).sum()
+        loss = lambda q, k, v: blocks.attend(q, [Segment(q, k, 0 * at, at + 1)]).sum()
         compiled = jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

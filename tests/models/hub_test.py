@@ -1,5 +1,8 @@
-"""First use of a Hub id by two processes, of one host and of two, against a server on this machine that
-speaks the Hub's protocol, drops one connection halfway, and has faults when asked."""
+"""First use of a Hub id by two processes, of one host and of two.
+
+The server runs on this machine. It speaks the Hub's protocol, drops one connection halfway, and has
+faults when asked.
+"""
 
 import hashlib
 import http.server
@@ -115,7 +118,7 @@ def run_workers(hub, program, tmp_path, own=({}, {}), arguments=()):
         for process in range(2)
     ]
     outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    return [(worker.returncode, output) for worker, output in zip(workers, outputs)]
+    return [(worker.returncode, output) for worker, output in zip(workers, outputs, strict=True)]
 
 
 def downloads(hub) -> list[str]:

@@ -9,7 +9,7 @@ the keys. Private keys cost what is visible of them.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,11 @@ def attend(queries: Array, segments: list[Segment], blocks: Blocks = CPU_BLOCKS)
     """
     num_rows = queries.shape[2]
     run = num_rows // max([segment.runs for segment in segments])  # rows of a run
-    # Runs shorter than a block are visited several at a time, each with only its own slots.
+    # Rows are ordered by rollout, token, head, so a run's rows lie next to each other. A run that
+    # fills blocks needs nothing special: a block of rows then sees slots of one run, and the loop
+    # over slots skips the others. Runs shorter than a block would share a block of rows, and every
+    # row would be multiplied with the slots of all of them. So these get an axis of their own: a
+    # block visits several runs at a time, each with only its own slots, as a batched product.
     is_short = run < num_rows and run <= blocks.rows
     if is_short:
         rows = run * min(num_rows // run, blocks.rows // run)
@@ -70,7 +74,8 @@ def attend(queries: Array, segments: list[Segment], blocks: Blocks = CPU_BLOCKS)
         if is_short and segment.runs > 1:
             cache = _by_run(cache, segment.runs, run)
         caches.append(cache)
-    return _attend(_pad(queries, padding), caches, rows, blocks.slots)[:, :, :num_rows]
+    out: Any = _attend(_pad(queries, padding), caches, rows, blocks.slots)
+    return out[:, :, :num_rows]
 
 
 def attend_step(
@@ -153,6 +158,7 @@ def _attend_forward(queries: Array, caches: list[_Cache], rows: int, slots: int)
             state = _forward(state, block_queries, keys, values, part, slots)
         return _finish(state, queries.dtype), state.top + jnp.log(_positive(state.total))
 
+    # One block of rows at a time, so that scores of rows x slots exist for one pair of blocks only.
     num_blocks = queries.shape[2] // rows
     inputs = (
         _split(queries, num_blocks),
@@ -211,6 +217,9 @@ def _attend_backward(rows: int, slots: int, residuals, cotangent: Array):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+# ---- One block of rows over one cache ----
+
+
 class _Rows(NamedTuple):
     """What the backward pass needs of query rows."""
 
@@ -229,6 +238,8 @@ def _forward(
     rows = _like_keys(queries, keys, lead)
     state = _Partial(*(_like_keys(x, keys, lead) for x in state))
 
+    # The softmax of one more block of slots, merged with that of all blocks before. Each is relative
+    # to the largest score that it has seen, so nothing overflows and no score is needed twice.
     def visit(index, state: _Partial) -> _Partial:
         scores = _scores(rows, keys, part, index, slots)
         top = jnp.maximum(state.top, scores.max(-1))
@@ -263,6 +274,8 @@ def _backward(
     def visit(index, carry):
         query_grads, keys_grads, values_grads = carry
         keys_block, values_block = (_block(x, index, slots) for x in (keys, values))
+        # With the log of the denominator from the forward pass, the weights are final at once:
+        # w = exp(s - log_total), and ds = w * (dout . v - shift).
         scores = _scores(queries, keys, part, index, slots)
         weights = jnp.exp(scores - log_total[..., None])
         weight_grads = jnp.einsum(
@@ -301,6 +314,7 @@ def _scores(queries: Array, keys: Array, part: _RowBlock, index, slots: int) -> 
     block = _block(keys, index, slots)
     scores = jnp.einsum("...nc,...tc->...nt", queries, block, preferred_element_type=jnp.float32)
     size, num_slots = block.shape[-2], keys.shape[-2]
+    # `dynamic_slice` moves a block that would reach beyond the end to an earlier start.
     numbers = jnp.minimum(index * size, num_slots - size) + jnp.arange(size)
     # The last block may overlap the one before it: what that one saw is not seen twice.
     start = jnp.maximum(part.start, index * size)
@@ -318,6 +332,7 @@ def _add_block(x: Array, part: Array, index) -> Array:
     """`part` added to x [..., C, T] where `_block` takes it from."""
     size = part.shape[-1]
     start = jnp.minimum(index * size, x.shape[-1] - size)
+    # Where the last block overlaps the one before, its scores were masked, and `part` is 0.
     total = jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1) + part
     return jax.lax.dynamic_update_slice_in_dim(x, total, start, axis=-1)
 
@@ -354,6 +369,9 @@ def _nothing_seen(queries: Array) -> _Partial:
     """The softmax of queries [..., N, C] before the first block of keys."""
     lead = queries.shape[:-1]
     return _Partial(jnp.full(lead, _MASKED), jnp.zeros(lead), jnp.zeros(queries.shape))
+
+
+# ---- How arrays are cut into blocks ----
 
 
 def _ceil_div(x, divisor: int):
@@ -425,6 +443,7 @@ def _row_blocks(caches: list[_Cache], num_blocks: int, slots: int) -> list[_RowB
     for cache in caches:
         start, stop = _split(cache.start, num_blocks), _split(cache.stop, num_blocks)
         size = min(slots, cache.keys.shape[-2])
+        # The range that covers all rows of a block, of all prompts: one loop serves them together.
         first = start.reshape(num_blocks, -1).min(1) // size
         last = _ceil_div(stop.reshape(num_blocks, -1).max(1), size)
         parts.append(_RowBlock(start, stop, first, jnp.maximum(first, last)))

@@ -22,7 +22,7 @@ from qlog.errors import ConfigError
 from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.types import LearnerBatch, Microbatch, Objective
-from qlog.models.attention import blocks, cudnn
+from qlog.models.attention import Segment, blocks, cudnn
 from qlog.parallel import sharding
 from qlog.policy import Policy
 
@@ -63,7 +63,7 @@ def test_equals_the_blockwise_attention_in_value_and_gradients(name):
 
 
 def segments_of(pattern, caches):
-    return [blocks.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern, strict=True)]
+    return [Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern, strict=True)]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -142,7 +142,7 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(
 
 
 def compute_on_cpus(module):
-    """Gives cuDNN's two primitives, which JAX splits over a mesh by its own rules, a CPU's arithmetic."""
+    """Gives cuDNN's two primitives a CPU's arithmetic; JAX splits them over a mesh by its rules."""
 
     def attend(queries, keys, values, bias, mask_type):
         keys, values = (jnp.repeat(x, queries.shape[2] // x.shape[2], 2) for x in (keys, values))

@@ -16,7 +16,7 @@ from attention_fixtures import (
 from jax import jit
 
 from qlog.aot.compiler import topology_devices
-from qlog.models.attention import blocks, tpu
+from qlog.models.attention import Segment, blocks, tpu
 from qlog.parallel import sharding
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
@@ -78,9 +78,7 @@ def compiled(topology, sizes, attend=tpu.attend, mesh_sizes=(-1, 1, 1)):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
     def both(queries, caches, intervals, cotangent):
-        segments = lambda caches: [
-            blocks.Segment(*c, *i) for c, i in zip(caches, intervals, strict=True)
-        ]
+        segments = lambda caches: [Segment(*c, *i) for c, i in zip(caches, intervals, strict=True)]
         run = lambda queries, caches: attend(queries, segments(caches), mesh)
         out, back = jax.vjp(run, queries, caches)
         return out, back(cotangent)
