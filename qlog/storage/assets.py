@@ -292,9 +292,8 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
             with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
                 for size in pool.map(fetch, listing):
                     news.add(size)
-            try:
+            try:  # a rename is atomic: who sees the folder sees all of it
                 fresh.rename(target)
-            # A rename is atomic: who sees the folder sees all of it.
             except OSError:  # without locks, another process was first, with the same files
                 if not is_there(target):
                     raise
