@@ -15,7 +15,8 @@ The functions, by what they do:
 | where       | functions                                                                          |
 |-------------|------------------------------------------------------------------------------------|
 | inside jit  | `constrain_*`: `jax.lax.with_sharding_constraint` by kind of array;                |
-|             | `shard_map_batch`: a function of each device's own part                            |
+|             | `shard_map_batch`: a function of each device's own part;                           |
+|             | `every_nth`, `split`, `join`: some prompts of a batch at a time                    |
 | outside     | `put_*`: host -> devices; `local_batch`, `gather_to_host`: devices -> host         |
 | on the host | `local_prompts`, `owned_prompts`: which prompts of a batch belong to this process  |
 
@@ -368,8 +369,8 @@ def owned_prompts(mesh: Mesh, batch: int) -> np.ndarray:
 
 # ---- Parts of a batch: waves, updates and microbatches take some of its prompts at a time ----
 #
-# Part i of n has the prompts i, i + n, i + 2n, ... A device holds neighbouring prompts, so each part
-# has as many prompts from every device, where they lie already: no device waits, nothing moves.
+# Part i of n has the prompts i, i + n, i + 2n, ... A device has neighbouring prompts, so each part
+# has as many prompts from every device, where they are already: no device waits, nothing moves.
 # The first B / n prompts would all lie on the first devices.
 
 
