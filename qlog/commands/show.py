@@ -39,13 +39,13 @@ def report(
     names = ("prompt", "gold answer", "rationale")
     for name, limit, column in zip(names, limits, lengths.T, strict=True):
         quantiles = np.quantile(column, (0, 0.5, 0.95, 1), method="nearest")
-        over = "-" if limit is None else f"{(column > limit).sum():,}"
-        limit = "-" if limit is None else f"{limit:,}"
-        yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{limit:>9}{over:>9}"
-    over = (lengths[:, 0] > limits.prompt).sum()
+        over = "-" if limit is None else f"{(column > limit.tokens).sum():,}"
+        most = "-" if limit is None else f"{limit.tokens:,}"
+        yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{most:>9}{over:>9}"
+    over = (lengths[:, 0] > limits.prompt.tokens).sum()
     yield (
-        f"{over:,} of {len(lengths):,} prompts exceed config.data.max_prompt_tokens = "
-        f"{limits.prompt:,}"
+        f"{over:,} of {len(lengths):,} prompts exceed {limits.prompt.field} = "
+        f"{limits.prompt.value:,}"
     )
     for index in examples:
         yield from _example(source[index], formatter, f"example {index} of {len(source):,}")
@@ -84,11 +84,7 @@ def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, p
     """A split's examples, how training formats them, and how long they may be."""
     formatter = experiment.load_formatter(config)
     source = experiment.open_source(config, split, experiment.prepare_data(config))
-    limits = pipeline.Limits(
-        config.data.max_prompt_tokens,
-        config.rollout.answer_reserve,
-        config.rollout.rationale_budget + 1,  # its thinking-end token is not counted
-    )
+    limits = experiment.data_limits(config, rationales=True)
     return source, formatter, limits
 
 

@@ -230,7 +230,7 @@ def export(
     _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer)
     if is_writer:
         for name, source in carried.items():
-            assets.put(source, folder / name)
+            paths.copy(source, folder / name)
         _write_json(folder / "generation_config.json", generation)
         _write_json(folder / "config.json", fields)  # last: its presence says the rest is there
 
@@ -438,7 +438,7 @@ def _write_safetensors(tensors: dict[str, np.ndarray], target: paths.Path) -> No
         save_file(tensors, fresh, metadata={"format": "pt"})
         fresh.chmod(mode)
         if remote:
-            assets.put(fresh, target)
+            paths.copy(fresh, target)
         else:
             os.replace(fresh, target)
 
