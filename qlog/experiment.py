@@ -26,6 +26,7 @@ from qlog.data import pipeline, synthetic
 from qlog.errors import ConfigError, PassingError
 from qlog.grading import graders
 from qlog.learner import optimizer
+from qlog.learner.types import Microbatch
 from qlog.parallel import distributed, sharding
 from qlog.policy import Policy
 from qlog.records import TrainState
@@ -77,12 +78,9 @@ class Experiment:
         return self.config.rollout.rollouts_per_prompt
 
     @property
-    def microbatch(self) -> tuple[int, int]:
-        """Prompts, and rows of packed rollouts of a prompt, that the gradient has in memory at a time."""
-        train = self.config.train
-        prompts = self.prompts_at_once(train.prompts_per_microbatch)
-        part = train.prompts_per_step // train.updates_per_batch
-        return prompts or part, train.rollouts_per_microbatch or self.rollouts_per_prompt
+    def microbatch(self) -> Microbatch:
+        """How much of an update's batch the gradient has in memory at a time."""
+        return Microbatch.of(self.config, self.mesh)
 
     def prompts_at_once(self, per_shard: int) -> int:
         """Prompts of the whole mesh at a time, from a config field that counts those of a shard."""
@@ -209,7 +207,7 @@ def prepare(
     experiment = dataclasses.replace(
         experiment,
         formatter=formatter,
-        grader=graders.Grader(graders.exact_match),
+        grader=graders.Grader(graders.by_name(experiment.estimator.reward or "exact_match")),
         train_data=open_split("train", rationales=annotated) if train else None,
         evaluation_data=open_split(config.evaluation.split) if evaluate else None,
         weights=weights,
@@ -511,6 +509,19 @@ def prepare_data(config: ConfigDict) -> pathlib.Path | None:
     return pathlib.Path(distributed.once_per_host(lambda: str(prepared())))
 
 
+def data_limits(config: ConfigDict, rationales: bool) -> data.Limits:
+    """How long examples may be; without a limit of rationales they are left out of batches."""
+    rollout = config.rollout
+    return data.Limits(
+        data.Limit("config.data.max_prompt_tokens", config.data.max_prompt_tokens),
+        data.Limit("config.rollout.answer_reserve", rollout.answer_reserve),
+        # The budget does not count the thinking-end token, which a rationale ends with.
+        data.Limit("config.rollout.rationale_budget", rollout.rationale_budget, uncounted=1)
+        if rationales
+        else None,
+    )
+
+
 def open_source(config: ConfigDict, split: str, prepared: pathlib.Path | None) -> pipeline.Source:
     """The examples of a split.
 
@@ -540,14 +551,11 @@ def _open_split(
     rationales: bool = False,
 ) -> data.Dataset:
     """A split, every example of it within the config's budgets."""
-    section, rollout = config.data, config.rollout
+    section = config.data
     return data.open_dataset(
         open_source(config, split, prepared),
         formatter,
-        max_prompt_tokens=section.max_prompt_tokens,
-        max_answer_tokens=rollout.answer_reserve,
-        # An annotated rationale brings its own thinking-end token, which no budget counts.
-        max_rationale_tokens=rollout.rationale_budget + 1 if rationales else None,
+        data_limits(config, rationales),
         overlong=section.overlong,
         measure=None if prepared else _LENGTHS_MEASURED,
         name=f"config.data.name = {section.name!r}, split {split!r}",

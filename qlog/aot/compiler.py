@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from qlog.aot import hlo, hlo_cost
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 from qlog.parallel.chips import Chip
 
 # What the compiler says when a program does not fit: "required for ... (17.3G)" or "Used 17.3G".
@@ -60,7 +60,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(one_slice, platform="tpu", **several).devices
     except Exception as error:  # whatever libtpu raises
         raise ConfigError(
-            f"--topology={topology!r} is not known to libtpu ({str(error).splitlines()[0]}): "
+            f"--topology={topology!r} is not known to libtpu ({summary(error)}): "
             "write v5e:4x4, v6e:2x4, v5p:4x4x4, or 2*v5e:4x4 for two slices."
         ) from None
 

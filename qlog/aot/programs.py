@@ -19,6 +19,7 @@ from qlog.aot.hlo_cost import DataLoop, all_slices
 from qlog.experiment import Experiment
 from qlog.learner import gradient
 from qlog.learner.optimizer import apply_update
+from qlog.learner.types import LearnerBatch, Objective
 from qlog.parallel import sharding
 from qlog.records import Golds, Prompts, Trajectories
 from qlog.rollouts import sampler
@@ -143,7 +144,7 @@ def _rollout_programs(run: Experiment) -> Iterator[LoweredProgram]:
     )
     yield LoweredProgram(
         "score",
-        sampler.leave.lower(weights, policy, wave.pool, wave.results, golds),
+        sampler.score_and_store.lower(weights, policy, wave.pool, wave.results, golds),
         waves,
         training_state,
     )
@@ -180,7 +181,7 @@ def _wave(run: Experiment, sampling: sampler.Sampling, prompts: int, rollouts: i
     prefix = _results(sampler.prefill, (params, policy, tokens, lengths), short_prefill)
     short_prefix = _results(sampler.prefill, short_prefill, short_prefill)
     pool = _results(
-        sampler.start,
+        sampler.initial_pool,
         (policy, prefix, tokens, lengths, keys, sampling),
         (policy, short_prefix, short_tokens, lengths, keys, short_sampling),
     )
@@ -210,25 +211,24 @@ def _learner_programs(run: Experiment) -> Iterator[LoweredProgram]:
     per_rollout = by_prompt(rollouts, dtype=jnp.float32)
     params, state = run.abstract_params(), run.abstract_state()
     # The records that `step` hands to the learner, all rollouts at the length of the longest.
-    batch = (
+    batch = LearnerBatch(
         Prompts(by_prompt(config.data.max_prompt_tokens), by_prompt(), by_prompt(dtype=bool)),
         Trajectories(tokens, mask, mask, log_probs, mask, by_prompt(rollouts)),
         losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields)),
         log_probs if estimator.reference else None,
     )
-    begun = (params, run.policy, *batch)
+    begun = (params, run.policy, batch)
     grads, *packing = _results(gradient.begin, begun, begun)
-    lowered = gradient.add_microbatch.lower(
+    lowered = gradient.add_microbatches.lower(
         grads,
         *begun,
         *packing,
         jax.ShapeDtypeStruct((), jnp.int32),
-        surrogate=estimator.surrogate,
-        temperature=run.sampling.temperature,
+        objective=Objective(estimator.surrogate, run.sampling.temperature),
         microbatch=run.microbatch,
     )
     # One program per microbatch of prompts. Packed rollouts of a microbatch are a loop inside it.
-    runs = updates * (prompts_per_update // run.microbatch[0])
+    runs = updates * (prompts_per_update // run.microbatch.prompts)
     yield LoweredProgram("gradient", lowered, runs, _bytes_per_chip(state.opt_state))
     update = apply_update.lower(
         state, state.loss_state, params, optimizer=run.optimizer, mesh=run.mesh

@@ -105,6 +105,7 @@ def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict[st
     from qlog import models
     from qlog.benchmark import measure
     from qlog.benchmark import work as phases
+    from qlog.learner.types import Microbatch
     from qlog.policy import Policy
 
     config = models.huggingface.read_config(weights)
@@ -117,7 +118,7 @@ def run_qlog(work: Work, weights: str, repeats: int, remat: str = "") -> dict[st
         size = phases.Size(work.prompts, work.rollouts, work.prompt_tokens, work.new_tokens - 1, 1)
         batch = phases.make_batch(policy, size)
         # A group at a time, or less.
-        microbatch = (1, _PART if work.is_in_parts else size.rollouts)
+        microbatch = Microbatch(1, _PART if work.is_in_parts else size.rollouts)
         trainer = phases.Trainer(params, policy, size, batch, microbatch)
         phase = trainer.phase()
         del params  # the trainer owns and donates them

@@ -17,6 +17,7 @@ from qlog.benchmark import measure
 from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
+from qlog.learner.types import LearnerBatch, Microbatch, Objective, UpdateMetrics
 from qlog.models import flops, head
 from qlog.models.flops import Need
 from qlog.parallel import process, sharding
@@ -131,7 +132,7 @@ def rollout_phases(
     # ---- Caches of one wave, as decoding leaves them to the scoring pass.
     part = jax.tree.map(lambda x: x[: wave or size.prompts], (*arguments, batch.keys, batch.golds))
     prefix = sampler.prefill(params, draws, *part[:2])
-    pool = sampler.start(draws, prefix, *part[:3], sampling)
+    pool = sampler.initial_pool(draws, prefix, *part[:3], sampling)
     # As if every rationale had just been closed: the pool was not decoded, its tokens are padding.
     closed = jnp.full_like(pool.rollouts.rationale_lengths, size.rationale)
     pool = pool._replace(rollouts=pool.rollouts._replace(rationale_lengths=closed))
@@ -145,8 +146,9 @@ def rollout_phases(
         return log_w
 
     def score_fresh() -> jax.Array:
+        everything = Microbatch(size.prompts, size.rollouts)
         return gradient.reference_log_probs(
-            params, draws, prompts, batch.trajectories, 1.0, (size.prompts, size.rollouts)
+            params, draws, prompts, batch.trajectories, 1.0, everything
         )
 
     def rollouts() -> tuple:
@@ -188,7 +190,7 @@ class Trainer:
         policy: Policy,
         size: Size,
         batch: Batch,
-        microbatch: tuple[int, int],
+        microbatch: Microbatch,
         learning_rate: float = 1e-5,
     ):
         """Owns `params` from here on: the first step donates them."""
@@ -209,22 +211,19 @@ class Trainer:
         self.norms: list[float] = []
 
     def step(self) -> None:
-        grads, _, _ = batch_gradient(
+        grads, _ = batch_gradient(
             self._state.params,
             self._policy,
-            self._batch.prompts,
-            self._batch.trajectories,
-            self._coefficients,
-            None,
-            surrogate=losses.linear(),
-            microbatch=self._microbatch,
+            LearnerBatch(self._batch.prompts, self._batch.trajectories, self._coefficients),
+            Objective(losses.linear()),
+            self._microbatch,
         )
-        self._state, norms = apply_update(
+        self._state, update = apply_update(
             self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
         )
         jax.block_until_ready(self._state)
         process.release_memory()  # as after every step of training
-        self.norms.append(float(norms["grad_norm"]))
+        self.norms.append(float(update.grad_norm))
 
     def phase(self) -> TimedPhase:
         size = self._size
@@ -246,9 +245,9 @@ class Trainer:
         The first two are forward and backward passes in the microbatches of the step. The rest of a
         step are the rollouts' layers.
         """
-        num_prompts, num_rows = self._microbatch
+        num_prompts, num_packs = self._microbatch
         microbatches = self._size.prompts // num_prompts
-        row_microbatches = self._size.rollouts // num_rows
+        pack_microbatches = self._size.rollouts // num_packs
         # The prompts of one microbatch come from all over the batch, as in the learner.
         prompts, tokens = jax.tree.map(
             lambda x: x[::microbatches], (self._batch.prompts, self._batch.trajectories.tokens)
@@ -260,8 +259,8 @@ class Trainer:
             "output head": functools.partial(
                 self._repeat_gradient,
                 _head_gradient,
-                microbatches * row_microbatches,
-                tokens[:, :num_rows],
+                microbatches * pack_microbatches,
+                tokens[:, :num_packs],
             ),
             "update": functools.partial(
                 self._update, jax.tree.map(jnp.zeros_like, self._state.params)
@@ -275,7 +274,7 @@ class Trainer:
             grads = function(self._state.params, self._policy, tokens)
         return grads
 
-    def _update(self, grads: models.Params) -> dict[str, jax.Array]:
+    def _update(self, grads: models.Params) -> UpdateMetrics:
         self._state, norms = apply_update(
             self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
         )
@@ -292,8 +291,7 @@ def _prompts_gradient(params: models.Params, policy: Policy, prompts: Prompts) -
             policy.config,
             prompts.tokens,
             prompts.lengths,
-            remat=policy.remat,
-            **policy.options,
+            policy.execution,
         )
         return prefix.keys.sum(dtype=jnp.float32) + prefix.values.sum(dtype=jnp.float32)
 
