@@ -185,6 +185,10 @@ def check_module(words):
 def check(command):
     """Fails where the command names a script, flag, module, config or variant that is not there."""
     words = [w for w in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+    if "&&" in words:  # one command after another
+        where = words.index("&&")
+        check(shlex.join(words[:where]))
+        return check(shlex.join(words[where + 1 :]))
     program, rest = words[0], words[1:]
     if program.startswith("launch/"):
         assert os.access(ROOT / program, os.X_OK), f"{program}: no such script"
