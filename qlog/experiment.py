@@ -511,6 +511,19 @@ def prepare_data(config: ConfigDict) -> pathlib.Path | None:
     return pathlib.Path(distributed.once_per_host(lambda: str(prepared())))
 
 
+def data_limits(config: ConfigDict, rationales: bool) -> data.Limits:
+    """How long examples may be; without a limit of rationales they are left out of batches."""
+    rollout = config.rollout
+    return data.Limits(
+        data.Limit("config.data.max_prompt_tokens", config.data.max_prompt_tokens),
+        data.Limit("config.rollout.answer_reserve", rollout.answer_reserve),
+        # The budget does not count the thinking-end token, which a rationale ends with.
+        data.Limit("config.rollout.rationale_budget", rollout.rationale_budget, uncounted=1)
+        if rationales
+        else None,
+    )
+
+
 def open_source(config: ConfigDict, split: str, prepared: pathlib.Path | None) -> pipeline.Source:
     """The examples of a split.
 
@@ -540,14 +553,11 @@ def _open_split(
     rationales: bool = False,
 ) -> data.Dataset:
     """A split, every example of it within the config's budgets."""
-    section, rollout = config.data, config.rollout
+    section = config.data
     return data.open_dataset(
         open_source(config, split, prepared),
         formatter,
-        max_prompt_tokens=section.max_prompt_tokens,
-        max_answer_tokens=rollout.answer_reserve,
-        # An annotated rationale brings its own thinking-end token, which no budget counts.
-        max_rationale_tokens=rollout.rationale_budget + 1 if rationales else None,
+        data_limits(config, rationales),
         overlong=section.overlong,
         measure=None if prepared else _LENGTHS_MEASURED,
         name=f"config.data.name = {section.name!r}, split {split!r}",

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qlog import models
-from qlog.models import DecoderConfig
-from qlog.models.attention import blocks, cudnn, tpu
+from qlog.models import DecoderConfig, attention
 from qlog.parallel import sharding
 
 
@@ -37,15 +36,9 @@ class Policy:
     attention: str = "blocks"
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `models.apply` and `models.prefill`."""
-        attend, attend_step = blocks.attend, blocks.attend_step
-        if self.attention == "tpu":
-            attend = functools.partial(tpu.attend, mesh=self.mesh)
-        elif self.attention == "cudnn":
-            attend, attend_step = cudnn.attend, cudnn.attend_step
-        hold = functools.partial(sharding.constrain_activations, self.mesh)
-        return {"dtype": self.dtype, "attend": attend, "attend_step": attend_step, "hold": hold}
+    def execution(self) -> models.Execution:
+        """How the functions of `models` run for this policy."""
+        return _execution(self)
 
     def gathered(self, params: models.Params) -> models.Params:
         """Parameters whose tables lie whole on every device, but for the tensor axis.
@@ -55,6 +48,18 @@ class Policy:
         """
         tables = {k: params[k] for k in ("embed", "unembed") if k in params}
         return params | sharding.constrain_gathered_params(self.mesh, tables)
+
+
+@functools.cache  # equal policies share one, whose functions are the same objects
+def _execution(policy: Policy) -> models.Execution:
+    kernels = attention.kernels(policy.attention, policy.mesh)
+    return models.Execution(
+        dtype=policy.dtype,
+        attend=kernels.attend,
+        attend_step=kernels.attend_step,
+        constrain=functools.partial(sharding.constrain_activations, policy.mesh),
+        remat=policy.remat,
+    )
 
 
 _CHUNK_BYTES = 1 << 24  # float32 logits that exist at a time, on a device

@@ -50,8 +50,7 @@ def full_log_probs(tree, prompt, tokens, temperature: float = 1.0):
 
 @jax.jit
 def _picked(tree, sequence, temperature):
-    positions = jnp.arange(sequence.shape[-1])[None, None]
-    hidden, _ = models.apply(tree, SHAPE, sequence[None, None], positions)
+    hidden = models.extend(tree, SHAPE, sequence[None, None])
     logits = hidden[0, 0] @ models.unembedding(tree)[:VALID_VOCAB].T / temperature
     log_probs = jax.nn.log_softmax(logits)[:-1]
     return jnp.take_along_axis(log_probs, sequence[1:, None], axis=-1)[:, 0]

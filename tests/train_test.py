@@ -1,5 +1,6 @@
 """End to end on a tiny model: what a run leaves behind, exact resume, every estimator, signals."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,14 +15,15 @@ import tiny
 import trees
 from places import ROOT, TESTS
 
-from qlog import losses
+from qlog import data, losses, train
 from qlog.config import schema
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, PassingError
 from qlog.experiment import prepare
 from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
 
 ONE = jax.devices()[:1]
+NAMES = ("amy", "bea", "cal", "dan")
 
 
 def _params(config, workdir):
@@ -232,6 +234,36 @@ def _composed(scale):
         losses.zero_pathwise(),
     )
     return losses.Estimator(transform=transform, surrogate=losses.linear())
+
+
+def test_it_trains_on_data_that_a_caller_brings(tmp_path):
+    """One seam: an experiment whose parts were replaced trains like any other."""
+    config = tiny.config(train={"steps": 2})
+    experiment = prepare(config, ONE)
+    formatter = experiment.formatter
+    source = [data.Example(f"mine {i}", f"ask {name}", "bob") for i, name in enumerate(NAMES)]
+    mine = data.open_dataset(source, formatter, max_prompt_tokens=24, max_answer_tokens=8)
+    train.run(dataclasses.replace(experiment, train_data=mine), tmp_path)
+    ids = {row["id"] for row in read_jsonl(tmp_path / "rollouts.jsonl")}
+    assert ids <= {example.id for example in source} and len(ids) == 4
+    assert np.isfinite(read_jsonl(tmp_path / "metrics.jsonl")[-1]["loss"])
+
+
+def test_a_workdir_is_claimed_before_anything_is_read(tmp_path, monkeypatch):
+    """Of two starts the second is refused at once; a wrong config touches no workdir."""
+    config = tiny.config(train={"steps": 1})
+    with train.claimed(config, tmp_path / "taken"):
+        with pytest.raises(PassingError, match="which still runs"):
+            with train.claimed(config, tmp_path / "taken"):
+                raise AssertionError("two owners")
+    with pytest.raises(ConfigError, match="train.steps = 0"):
+        tiny.run(schema.merge(config, {"train": {"steps": 0}}), tmp_path / "new", ONE)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_due():
+    assert [step for step in range(1, 9) if train.due(step, 3, 8)] == [3, 6, 8]
+    assert [step for step in range(1, 9) if train.due(step, 0, 8)] == [8]
 
 
 def test_base_checkpoint_seeds_another_run(six_steps, tmp_path):

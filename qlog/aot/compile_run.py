@@ -25,7 +25,7 @@ from qlog import losses, step
 from qlog.aot.hlo_cost import Cost, Module, Sweep
 from qlog.config import schema
 from qlog.console import say
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 from qlog.learner import gradient
 from qlog.learner.optimizer import apply_update
 from qlog.parallel import sharding
@@ -97,7 +97,7 @@ def topology_devices(topology: str):
         return topologies.get_topology_desc(one, platform="tpu", **several).devices
     except Exception as error:
         raise ConfigError(
-            f"--topology={topology!r} is not known to libtpu ({str(error).splitlines()[0]}): "
+            f"--topology={topology!r} is not known to libtpu ({summary(error)}): "
             "write v5e:4x4, v6e:2x4, v5p:4x4x4, or 2*v5e:4x4 for two slices."
         ) from None
 

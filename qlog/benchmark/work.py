@@ -253,8 +253,7 @@ def _prompts_gradient(params, policy, prompts):
             policy.config,
             prompts.tokens,
             prompts.lengths,
-            remat=policy.remat,
-            **policy.options,
+            policy.execution,
         )
         return prefix.keys.sum(dtype=jnp.float32) + prefix.values.sum(dtype=jnp.float32)
 

@@ -77,16 +77,13 @@ def log_probs(
     tokens = packed(trajectories.tokens)
     before = jnp.pad(tokens, ((0, 0), (0, 0), (1, 0)))[..., :-1]
     inputs = jnp.where(packing.token == 0, last[:, None, None], before)
-    positions = prefix.lengths[:, None, None] + packing.token
-    hidden, _ = models.apply(
+    hidden = models.extend(
         params,
         policy.config,
         inputs,
-        positions,
         prefix=prefix,
-        first=jnp.arange(slots) - packing.token,
-        remat=policy.remat,
-        **policy.options,
+        offsets=packing.token,
+        execution=policy.execution,
     )
     if temperature != 1.0:
         is_gold = packed(trajectories.answer_mask & ~trajectories.was_sampled)
@@ -346,8 +343,7 @@ def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Ar
         policy.config,
         prompts.tokens,
         prompts.lengths - 1,
-        remat=policy.remat,
-        **policy.options,
+        policy.execution,
     )
     prefix = sharding.constrain_prefix(policy.mesh, prefix)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]

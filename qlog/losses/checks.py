@@ -11,7 +11,8 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
     """Raises unless `value` is traced, or a real number or array with all of it in [low, high].
 
     Raises:
-      TypeError: not a real number. ValueError: out of range, or NaN.
+      TypeError: not a real number.
+      ValueError: out of range, or NaN.
     """
     if isinstance(value, Tracer):
         return  # its value is known only when the program runs
@@ -27,7 +28,8 @@ def check_integer(name: str, value: object, low: int = 1) -> None:
     """Raises unless `value` is a Python integer of at least `low`: it fixes a shape or a length.
 
     Raises:
-      TypeError: not an integer (a bool is none). ValueError: below `low`.
+      TypeError: not an integer; True and False are not integers here.
+      ValueError: below `low`.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least {low}, got {value!r}")

@@ -1,7 +1,8 @@
 """How parts compose: where a chain starts, how it runs, and choosing between parts by group."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,27 +10,20 @@ import optax
 
 from qlog.losses import group_stats
 from qlog.losses.checks import check_number
-from qlog.losses.types import Coefficients, LossState, LossTransform, Scores, check_scores
+from qlog.losses.types import (
+    AxisName,
+    Coefficients,
+    LossState,
+    LossTransform,
+    Scores,
+    Update,
+    check_scores,
+)
 
-chain = optax.chain
-named_chain = optax.named_chain
-inject_hyperparams = optax.inject_hyperparams
-
-AxisName = str | tuple[str, ...] | None  # mapped axes that split the prompts; None under jit
-
-
-class Update(Protocol):
-    """A part's update: its coefficients and new state, for a batch of groups."""
-
-    def __call__(
-        self,
-        coefficients: Coefficients,
-        state: LossState,
-        scores: Scores,
-        *,
-        key: jax.Array | None,
-        axis_name: AxisName,
-    ) -> tuple[Coefficients, LossState]: ...
+# optax's own functions, with the types that they have on loss transforms.
+chain = cast(Callable[..., LossTransform], optax.chain)
+named_chain = cast(Callable[..., LossTransform], optax.named_chain)
+inject_hyperparams = cast(Callable[..., Callable[..., LossTransform]], optax.inject_hyperparams)
 
 
 def initial_coefficients(scores: Scores) -> Coefficients:
@@ -40,7 +34,7 @@ def initial_coefficients(scores: Scores) -> Coefficients:
 
 
 def coefficients(
-    transform: optax.GradientTransformation,
+    transform: LossTransform,
     scores: Scores,
     state: LossState,
     *,
@@ -64,10 +58,13 @@ def coefficients(
     check_scores(scores)
     if any(isinstance(value, jax.ShapeDtypeStruct) for value in scores):
         raise TypeError("scores must hold arrays, got shapes: abstract_scores are for init only")
+    # log w may come from the very parameters that the surrogate is differentiated with respect to.
     scores = jax.tree.map(jax.lax.stop_gradient, scores)
     result, state = update(
         transform, initial_coefficients(scores), state, scores, key=key, axis_name=axis_name
     )
+    # The one place where powers of P leave the logs: by now score and path are bounded, so that a
+    # tiny scale gives zeros and never NaN. A part may leave anything on padding; it ends here.
     scale = jnp.exp(result.log_scale)
     keep = lambda x: jnp.where(scores.is_valid, x, 0.0)
     folded = Coefficients(
@@ -80,42 +77,42 @@ def coefficients(
 
 
 def update(
-    transform: optax.GradientTransformation,
+    transform: LossTransform,
     coefficients: Coefficients,
     state: LossState,
     scores: Scores,
-    **extra: Any,
+    *,
+    key: jax.Array | None,
+    axis_name: AxisName,
 ) -> tuple[Coefficients, LossState]:
-    """`transform.update` with the types of losses, for parts that run another part.
-
-    `extra` is `key` and `axis_name`; a plain optax transform, which reads neither, may be given.
-    """
-    run = optax.with_extra_args_support(transform).update
-    # optax's types know trees of arrays only; every part maps Coefficients to Coefficients.
-    return cast(tuple[Coefficients, LossState], run(coefficients, state, scores, **extra))
+    """`transform.update`, for a plain optax transform too, which takes no `key` and `axis_name`."""
+    supported = cast(LossTransform, optax.with_extra_args_support(cast(Any, transform)))
+    return supported.update(coefficients, state, scores, key=key, axis_name=axis_name)
 
 
 def stateful(init: Callable[[Scores], LossState], update: Update) -> LossTransform:
     """A transform from `init(scores)` and `update(coefficients, state, scores, key=, axis_name=)`.
 
-    Both are called with checked scores only; `init` may get shapes in place of arrays.
+    Both are called with checked scores only. Those of `init` may be shapes without values.
     """
 
-    def checked_init(scores):
-        check_scores(scores)
-        return init(scores)
+    def checked_init(scores: Scores) -> LossState:
+        return init(check_scores(scores))
 
-    def checked_update(updates, state, params=None, *, key=None, axis_name=None, **ignored):
-        check_scores(params)
-        return update(updates, state, params, key=key, axis_name=axis_name)
+    # optax.chain passes three positional arguments, and to every part all that was given by name.
+    def checked_update(coefficients, state, scores=None, *, key=None, axis_name=None, **ignored):
+        return update(coefficients, state, check_scores(scores), key=key, axis_name=axis_name)
 
-    return LossTransform(checked_init, checked_update)
+    build = cast(Callable[..., LossTransform], optax.GradientTransformationExtraArgs)
+    return build(checked_init, checked_update)
 
 
 def stateless(function: Callable[..., Coefficients], min_rollouts: int = 1) -> LossTransform:
     """A transform without state from `function(coefficients, scores, key=, axis_name=)`.
 
-    This is all that a new part needs. Smaller M than `min_rollouts` is a ValueError from init.
+    This is all that a new part needs. It reads `scores.is_valid` and, for any other field,
+    `scores.require("reward", by="its name")`, so that a missing one is named. Smaller M than
+    `min_rollouts` is a ValueError.
 
         +------------------------------------------------------------------------------------+
         | The rule of log_scale. What a part receives stands for                             |
@@ -131,7 +128,7 @@ def stateless(function: Callable[..., Coefficients], min_rollouts: int = 1) -> L
         +------------------------------------------------------------------------------------+
     """
 
-    def init(scores):
+    def init(scores: Scores) -> optax.EmptyState:
         if scores.shape[1] < min_rollouts:
             raise ValueError(
                 f"M, the rollouts per prompt, must be at least {min_rollouts} for leave-one-out "
@@ -139,17 +136,17 @@ def stateless(function: Callable[..., Coefficients], min_rollouts: int = 1) -> L
             )
         return optax.EmptyState()
 
-    def update(coefficients, state, scores, *, key, axis_name):
-        init(scores)  # a state may come from a batch of another M
+    def update_stateless(coefficients, state, scores, *, key=None, axis_name=None):
+        init(scores)  # the state may come from a batch of another M
         return function(coefficients, scores, key=key, axis_name=axis_name), state
 
-    return stateful(init, update)
+    return stateful(init, update_stateless)
 
 
 def where_groups(
     predicate: Callable[[Scores], jax.Array],
-    then: optax.GradientTransformation,
-    otherwise: optax.GradientTransformation,
+    then: LossTransform,
+    otherwise: LossTransform,
 ) -> LossTransform:
     """`then` for the groups where `predicate(scores)`, bool [B], is True, `otherwise` elsewhere.
 
@@ -157,18 +154,19 @@ def where_groups(
     elsewhere: `where_groups(p_hat_above(0.1), paft(0.75), garl(0.75))`.
     """
 
-    def init(scores):
+    def init(scores: Scores) -> tuple[LossState, LossState]:
         return then.init(scores), otherwise.init(scores)
 
-    def update_both(coefficients, state, scores, **extra):
+    def update_both(coefficients, state, scores, *, key=None, axis_name=None):
         mask = predicate(scores)
         if mask.shape != scores.shape[:1] or mask.dtype != jnp.bool_:
             raise ValueError(
                 f"predicate must give bool [B] = {scores.shape[:1]}, got {mask.dtype} {mask.shape}"
             )
-        yes, yes_state = update(then, coefficients, state[0], scores, **extra)
-        no, no_state = update(otherwise, coefficients, state[1], scores, **extra)
-        # log_scale is chosen with the rest, so each group keeps the scale of its own estimator.
+        run = functools.partial(update, key=key, axis_name=axis_name)
+        yes, yes_state = run(then, coefficients, state[0], scores)
+        no, no_state = run(otherwise, coefficients, state[1], scores)
+        # log_scale is chosen too, so a group's scale belongs to its score and path.
         chosen = jax.tree.map(lambda a, b: jnp.where(mask[:, None], a, b), yes, no)
         return chosen, (yes_state, no_state)
 

@@ -8,12 +8,16 @@ trainer must provide. Its arguments are those of both functions, plus, where the
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
+
+import optax
 
 from qlog.losses import aliases, edits, gauges, group_stats, q_schedules, surrogates
 from qlog.losses.checks import check_choice, check_integer, check_number, closest
 from qlog.losses.compose import chain
 from qlog.losses.types import (
     Answer,
+    Commitment,
     Estimator,
     LossTransform,
     Rationale,
@@ -21,7 +25,8 @@ from qlog.losses.types import (
     check_needs,
 )
 
-SCHEDULE = {"q_schedule": "constant", "q_end": 0.0, "q_steps": 0, "q_pace": 0.8}
+# Arguments with their defaults of recipes that take `q`, and which of them each schedule reads.
+SCHEDULE: dict[str, Any] = {"q_schedule": "constant", "q_end": 0.0, "q_steps": 0, "q_pace": 0.8}
 _SCHEDULE_READS = {
     "constant": (),
     "linear": ("q_end", "q_steps"),
@@ -29,10 +34,19 @@ _SCHEDULE_READS = {
     "step": ("q_end", "q_steps"),
     "adaptive": ("q_end", "q_pace"),
 }
-EDITS = {"pathwise": True, "max_coefficient": None, "aggregation": "sum", "max_tokens": None}
+# Arguments of every recipe with their defaults: what changes the coefficients of any estimator.
+EDITS: dict[str, Any] = {
+    "pathwise": True,
+    "max_coefficient": None,
+    "aggregation": "sum",
+    "max_tokens": None,
+}
+
+Arguments = Mapping[str, Any]  # name to value; the part that reads a value checks it
 
 
-def _defaults(function: Callable) -> dict[str, object]:
+def _defaults(function: Callable) -> dict[str, Any]:
+    """The parameters of a function with their defaults, `inspect.Parameter.empty` for none."""
     return {p.name: p.default for p in inspect.signature(function).parameters.values()}
 
 
@@ -65,8 +79,8 @@ class Recipe:
     rationale: Rationale = "sampled"
     answer: Answer = "gold"
     reward: str | None = None
-    min_rollouts: int | Callable[[Mapping[str, object]], int] = 1
-    overrides: Mapping[str, object] = field(default_factory=dict)
+    min_rollouts: int | Callable[[Arguments], int] = 1
+    overrides: Arguments = field(default_factory=dict)
 
     def __post_init__(self):
         for name, function in (("transform", self.transform), ("surrogate", self.surrogate)):
@@ -91,7 +105,7 @@ class Recipe:
             check_choice("a key of Recipe.overrides", name, self._usual)
 
     @property
-    def _usual(self) -> dict[str, object]:
+    def _usual(self) -> dict[str, Any]:
         """Every argument with its default before `overrides`."""
         own = _defaults(self.transform)
         if "q" in own:
@@ -99,7 +113,7 @@ class Recipe:
         return own | _defaults(self.surrogate) | EDITS
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """Every argument with its default."""
         return self._usual | dict(self.overrides)
 
@@ -113,6 +127,7 @@ class Recipe:
                 + closest(unknown[0], arguments)
             )
         arguments |= given
+        # Under a schedule everything that depends on q is built anew at each step, inside jit.
         if "q" in _defaults(self.transform):
             transform = _over_steps(lambda q: self._chain(arguments, q), arguments)
         else:
@@ -129,15 +144,17 @@ class Recipe:
             min_rollouts=least(arguments) if callable(least) else least,
         )
 
-    def _chain(self, arguments: Mapping[str, object], q) -> LossTransform:
+    def _chain(self, arguments: Arguments, q: Commitment | None) -> LossTransform:
         """The whole chain at one commitment q: a number, traced under a schedule, or None."""
         own = {name: arguments[name] for name in _defaults(self.transform)}
         takes_q = "q" in own
-        parts = [self.transform(**own | {"q": q} if takes_q else own)]
+        if takes_q:
+            own["q"] = q
+        parts = [self.transform(**own)]
         if not arguments["pathwise"]:
             parts.append(edits.zero_pathwise())
         normalize = takes_q and bool(arguments["normalize"])
-        if normalize:
+        if normalize and q is not None:
             parts.append(edits.normalize_by_bound(q))
         # Measured here: what follows limits and averages, and would hide the effective rewards.
         parts.append(gauges.measure_groups(q, normalize, self.weight))
@@ -148,13 +165,12 @@ class Recipe:
         return chain(*parts)
 
 
-def _over_steps(
-    factory: Callable[..., LossTransform], arguments: Mapping[str, object]
-) -> LossTransform:
+def _over_steps(factory: Callable[..., LossTransform], arguments: Arguments) -> LossTransform:
     """`factory(q)`, q a constant, a schedule as a function, or one described by arguments."""
     q, kind = arguments["q"], arguments["q_schedule"]
     check_choice("q_schedule", kind, q_schedules.SCHEDULES)
     for name, default in SCHEDULE.items():
+        # A value that the schedule ignores is a misunderstanding: say so instead of training on.
         unread = name != "q_schedule" and name not in _SCHEDULE_READS[kind]
         if unread and arguments[name] != default:
             raise ValueError(
@@ -163,7 +179,7 @@ def _over_steps(
             )
     if callable(q):
         check_choice("q_schedule, with q as a function of the step,", kind, ("constant",))
-        return q_schedules.scheduled(factory, q)
+        return q_schedules.scheduled(factory, cast(optax.Schedule, q))
     check_number("q", q, 0, 1)
     if kind == "constant":
         return factory(q)
@@ -182,10 +198,11 @@ def _grpo_surrogate(
     check_choice("kl_kind", kl_kind, surrogates.KL_KINDS)
     check_number("kl_weight", kl_weight, 0, float("inf"))
     surrogate = surrogates.clipped(clip_low, clip_high)
+    # Without the penalty no reference parameters are kept in memory.
     return surrogates.add_kl(surrogate, kl_weight, kl_kind) if kl_weight else surrogate
 
 
-def _garl_min_rollouts(arguments: Mapping[str, object]) -> int:
+def _garl_min_rollouts(arguments: Arguments) -> int:
     """Both the baseline and the jackknife leave a rollout out: one must remain."""
     plug_in = arguments["baseline"] == arguments["correction"] == "none"
     return 1 if plug_in else 2
@@ -233,7 +250,7 @@ def _find(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def arguments(name: str) -> dict[str, object]:
+def arguments(name: str) -> dict[str, Any]:
     """The arguments of a recipe with their defaults; ValueError for an unknown name."""
     return _find(name).arguments
 

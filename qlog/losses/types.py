@@ -5,18 +5,21 @@ Shapes: B prompts, M rollouts per prompt, R tokens of a continuation. All reals 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from qlog.losses.checks import check_choice, check_integer
 
-# An optax transform with `Coefficients` as its updates and `Scores` as its parameters.
-LossTransform = optax.GradientTransformationExtraArgs
-LossState = Any  # whatever pytree of arrays a transform keeps between steps
+Commitment = float | jax.Array  # q in [0, 1]: a number, or a scalar that is traced
+AxisName = str | tuple[str, ...] | None  # mapped axes that split the prompts; None under jit
+LossState = Any  # the pytree of arrays that a transform keeps between steps
+
+
+# Of the fields of `Scores`.
+_DTYPES = dict(log_w=jnp.float32, reward=jnp.float32, valid=jnp.bool_, num_tokens=jnp.int32)
 
 
 class Scores(NamedTuple):
@@ -34,7 +37,8 @@ class Scores(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """(B, M), from whichever field is there."""
-        return np.shape(next(value for value in self if value is not None))
+        num_prompts, num_rollouts = np.shape(next(x for x in self if x is not None))
+        return num_prompts, num_rollouts
 
     @property
     def is_valid(self) -> jax.Array:
@@ -63,6 +67,34 @@ class Coefficients(NamedTuple):
     path: jax.Array  # [B, M] float32, multiplies log p(answer | x*, z_m), the pathwise term
     log_scale: jax.Array  # [B, M] float32, finite; 0 in what `losses.coefficients` returns
     token_weight: jax.Array  # [B, M] float32, weight of a token's penalty (KL); not scaled
+
+
+class Update(Protocol):
+    """Maps the coefficients of a batch of groups, and the state, to new ones."""
+
+    def __call__(
+        self,
+        coefficients: Coefficients,
+        state: LossState,
+        scores: Scores,
+        *,
+        key: jax.Array | None = None,
+        axis_name: AxisName = None,
+    ) -> tuple[Coefficients, LossState]: ...
+
+
+class LossTransform(Protocol):
+    """An optax transform with `Coefficients` for its updates and `Scores` for its parameters.
+
+    At run time it is an `optax.GradientTransformationExtraArgs`. This is its type: optax's own
+    knows of trees of arrays only, not of records.
+    """
+
+    @property
+    def init(self) -> Callable[[Scores], LossState]: ...
+
+    @property
+    def update(self) -> Update: ...
 
 
 class TokenLogProbs(NamedTuple):
@@ -161,7 +193,8 @@ def check_needs(owner: str, rationale: str, answer: str, reward: str | None) -> 
     """Raises unless the three are words that `owner`, a record, knows and mean something together.
 
     Raises:
-      ValueError: an unknown word, or a contradiction. TypeError: a reward that is no string.
+      TypeError: a reward that is not a string.
+      ValueError: an unknown word, or a contradiction.
     """
     check_choice(f"{owner}.rationale", rationale, get_args(Rationale))
     check_choice(f"{owner}.answer", answer, get_args(Answer))
@@ -194,24 +227,25 @@ def abstract_scores(num_prompts: int, num_rollouts: int) -> Scores:
     The fields are `jax.ShapeDtypeStruct`s: nothing can be computed from them by mistake.
     """
     shape = (num_prompts, num_rollouts)
-    return Scores(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in _DTYPES.values()))
+    fields = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in _DTYPES.items()}
+    # Like traced arrays they have a shape and a dtype, all that an init reads.
+    return Scores(**cast(dict[str, jax.Array], fields))
 
 
-_DTYPES = dict(log_w=jnp.float32, reward=jnp.float32, valid=jnp.bool_, num_tokens=jnp.int32)
-
-
-def check_scores(scores: Scores) -> None:
-    """Raises unless `scores` holds [B, M] arrays of the right kind, at least one.
+def check_scores(scores: object) -> Scores:
+    """`scores`, if it is `Scores` that hold [B, M] arrays of the right kind, at least one.
 
     Raises:
-      TypeError: not `Scores`, or a field of another dtype. ValueError: another shape, or no field.
+      TypeError: not `Scores`, or a field of another dtype.
+      ValueError: a field of another shape, or no field at all.
     """
     if not isinstance(scores, Scores):
         raise TypeError(f"scores must be losses.Scores, got {type(scores).__name__}")
     present = {name: value for name, value in scores._asdict().items() if value is not None}
     if not present:
         raise ValueError(f"scores must have at least one of {', '.join(_DTYPES)}, got none")
-    first, shape = next(iter(present)), scores.shape
+    first = next(iter(present))
+    shape = np.shape(present[first])
     if len(shape) != 2:
         raise ValueError(f"scores.{first} must have shape [B, M], got {shape}")
     for name, value in present.items():
@@ -222,10 +256,16 @@ def check_scores(scores: Scores) -> None:
         dtype = _DTYPES[name]
         if jnp.result_type(value) != dtype:
             raise TypeError(f"scores.{name} must be {dtype.__name__}, got {jnp.result_type(value)}")
+    return scores
 
 
 def check_tokens(coefficients: Coefficients, tokens: TokenLogProbs) -> None:
-    """Raises ValueError unless the records have shapes [b, M] and [b, M, R] and bool masks."""
+    """Raises unless the records have shapes [b, M] and [b, M, R], and bool masks.
+
+    Raises:
+      TypeError: other records.
+      ValueError: a field of another shape, or a mask of another dtype.
+    """
     if not isinstance(coefficients, Coefficients) or not isinstance(tokens, TokenLogProbs):
         raise TypeError(
             "a surrogate takes losses.Coefficients and losses.TokenLogProbs, got "

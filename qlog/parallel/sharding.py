@@ -34,7 +34,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 
 AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")  # the axes over which prompts are split
@@ -97,7 +97,7 @@ def make_mesh(
     except Exception as error:  # NotImplementedError, AssertionError, ValueError: by kind of chip
         raise ConfigError(
             f"{named} cannot be laid out on {num_devices} x {groups[0][0].device_kind} "
-            f"({' '.join(str(error).split())[:200]}): choose powers of two."
+            f"({summary(error)}): choose powers of two."
         ) from None
     # Slices follow each other along the data axis, the outermost one. So a group of fsdp or tensor
     # lies within a slice, and only the sum of gradients crosses the network between slices.

@@ -333,7 +333,7 @@ def prefill(params: models.Params, policy: Policy, prompts: Array, lengths: Arra
       lengths: int32 [B], at least 1.
     """
     params = policy.gathered(params)
-    prefix = models.prefill(params, policy.config, prompts, lengths - 1, **policy.options)
+    prefix = models.prefill(params, policy.config, prompts, lengths - 1, policy.execution)
     # Layers as separate arrays, which the host can move and delete one by one.
     return sharding.constrain_batch(policy.mesh, models.unstack(prefix))
 
@@ -431,19 +431,16 @@ def decode(
     def step(pool: Pool) -> Pool:
         # The token that is fed is the one before tokens[..., t], so its slot is t, and t slots of
         # the suffix follow the prompt's tokens but the last. All lanes are at the same t.
-        positions = (prefix.lengths[:, None] + pool.step)[..., None]
-        positions = jnp.broadcast_to(positions, (*pool.last.shape, 1))  # [N, m, 1]
-        hidden, suffix = models.apply(
+        hidden, suffix = models.decode_step(
             weights,
             policy.config,
-            pool.last[..., None],
-            positions,
-            prefix=prefix,
-            suffix=pool.suffix,
-            slot=pool.step,
-            **policy.options,
+            pool.last,
+            prefix,
+            pool.suffix,
+            pool.step,
+            policy.execution,
         )
-        logits = head.masked_logits(hidden[:, :, 0], table, policy.valid_vocab)  # [N, m, V]
+        logits = head.masked_logits(hidden, table, policy.valid_vocab)  # [N, m, V]
         # A lane's key goes with its rollout when the pool shrinks, and t is the same in all lanes.
         # So the randomness of a token depends only on (seed, training step, prompt, rollout, t).
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(pool.keys, pool.step)

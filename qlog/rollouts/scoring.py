@@ -50,16 +50,13 @@ def score_answers(
     # Of a rationale of n tokens all but the last are in slots 1 to n - 1. So n slots are seen, and
     # the thinking-end token, the first input, has the position of slot n. The answer that a
     # rollout sampled lies in the slots from n on and is not seen.
-    start = prefix.lengths[:, None] + rationale_lengths
-    positions = start[..., None] + jnp.arange(gold.shape[-1])
-    hidden, _ = models.apply(
+    hidden = models.score_step(
         params,
         policy.config,
         inputs,
-        positions,
-        prefix=prefix,
-        suffix=suffix._replace(lengths=rationale_lengths),
-        **policy.options,
+        prefix,
+        suffix._replace(lengths=rationale_lengths),
+        policy.execution,
     )
     log_probs = head.token_log_probs(
         hidden,

@@ -185,7 +185,9 @@ def test_a_models_flops_are_those_counted_by_hand(slice_):
 
     @jax.jit
     def forward(params, tokens, lengths):
-        prefix = models.prefill(params, policy.config, tokens, lengths, dtype=policy.dtype)
+        prefix = models.prefill(
+            params, policy.config, tokens, lengths, models.Execution(policy.dtype)
+        )
         return sharding.constrain_prefix(policy.mesh, prefix)
 
     phase = compile_run.compile_phase(forward.lower(params, tokens, lengths))

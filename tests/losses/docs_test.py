@@ -26,16 +26,18 @@ def own_recipes(monkeypatch):
 
 def test_composition_examples(capsys):
     names = {}
-    for example in EXAMPLES[:2]:
+    for example in EXAMPLES[:3]:
         exec(example, names)
     assert np.all(np.isfinite(names["coefficients"].score))
     assert names["annealed"].init(names["scores"]).hyperparams["q"] == 1.0
     assert "effective_reward_max" in capsys.readouterr().out
+    weights = 3 * names["coefficients"].score + names["coefficients"].path
+    np.testing.assert_allclose(names["sums"].loss, 1.5 * np.sum(weights), rtol=1e-5)
 
 
 def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
     names = {}
-    exec(EXAMPLES[2], names)
+    exec(EXAMPLES[3], names)
     scores = losses.Scores(log_w=jnp.log(jnp.array([[0.1, 0.3]])))
     transform = names["hard_garl"](0.5)
     got, _ = losses.coefficients(transform, scores, transform.init(scores))
@@ -94,8 +96,8 @@ def test_the_study_of_control_trains():
     final = {}
     for name in ("fixed q = 0.0", "adaptive, pace 0.8"):
         transform = losses.build("garl", normalize=False, **study.methods(60)[name]).transform
-        run = jax.jit(lambda key: study.train(transform, key, 1.0, 0.0, 60, 16, -4.0))
-        right, wrong = run(jax.random.key(0))
+        run = jax.jit(study.train, static_argnames=("transform", "steps", "examples"))
+        right, wrong = run(transform, jax.random.key(0), 1.0, 0.0, 60, 16, -4.0)
         assert np.all(right + wrong <= 1.001)
         final[name] = right[-1]
     assert final["fixed q = 0.0"] < 0.5 < 0.9 < final["adaptive, pace 0.8"]

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import trees
 from ml_collections import ConfigDict
 
 from qlog import losses
@@ -197,7 +198,7 @@ def test_state_survives_a_checkpoint(tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     expected = losses.coefficients(transform, SCORES, state, key=key)
     got = losses.coefficients(transform, SCORES, restored, key=key)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    trees.assert_equal(got, expected)
 
 
 def test_where_groups_composes_by_a_mask_of_the_data():

@@ -1,4 +1,4 @@
-"""What the records refuse: words that are no choice, contradictions, missing parts that are read."""
+"""What the records refuse: unknown words, contradictions, missing parts that are read."""
 
 import functools
 

@@ -38,8 +38,8 @@ def get_config(steps=2):
 
 
 _LOCAL = (sys.executable, str(ROOT / "launch/local"), "--processes=2")
-# Processes, devices of each, the mesh. In the second every tensor group spans two processes, and so does
-# fsdp: processes hold the same prompts, or share one's parameters.
+# Processes, devices of each, the mesh. In the second layout each tensor group spans two processes,
+# and so does fsdp: processes have the same prompts, and parts of the same parameters.
 LAYOUTS = {
     "two of four": (2, 4, {"data": 4, "fsdp": 2, "tensor": 1}),
     "four of one": (4, 1, {"data": 1, "fsdp": 2, "tensor": 2}),

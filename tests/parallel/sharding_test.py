@@ -56,7 +56,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(one_device, mesh, tmp_path):
     samples, metrics, params = one_device
     sharded_samples, sharded_metrics, sharded_params = _one_step(tmp_path, **mesh)
     assert len(samples) == len(sharded_samples) == 8 * 4
-    for a, b in zip(samples, sharded_samples):
+    for a, b in zip(samples, sharded_samples, strict=True):
         assert (a["id"], a["rationale"], a["answer"]) == (b["id"], b["rationale"], b["answer"])
         np.testing.assert_allclose(b["log_w"], a["log_w"], **CLOSE)
     assert {"loss", "log_p", "reward", "grad_norm", "mismatch"} <= set(metrics)

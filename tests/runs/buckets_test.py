@@ -1,7 +1,5 @@
-"""Runs whose workdir is in a bucket, against object stores on loopback: equal to those on a disk."""
+"""Runs with a workdir in a bucket (object stores on loopback): equal to runs on a disk."""
 
-import trees
-from places import ROOT, TESTS
 import json
 import os
 import signal
@@ -10,9 +8,10 @@ import sys
 
 import buckets
 import jax
-import numpy as np
 import pytest
 import tiny
+import trees
+from places import ROOT, TESTS
 
 from qlog.config import schema
 from qlog.experiment import prepare

@@ -7,7 +7,6 @@ import jax
 import pytest
 import tiny
 
-from qlog import train
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare

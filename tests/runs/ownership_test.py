@@ -1,6 +1,5 @@
 """One owner of a workdir at a time, among real processes, on a disk and in a bucket."""
 
-from places import ROOT
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import time
 
 import buckets
 import pytest
+from places import ROOT
 
 from qlog.commands import run_status
 from qlog.errors import PassingError, TrainingError
