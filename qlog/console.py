@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from rich.console import Console
@@ -53,3 +53,14 @@ def show_table(title: str, facts: Mapping[str, object]) -> None:
             table.add_row(name, str(value))
         # Without a terminal there is no width to fit: a fixed one.
         Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of cells as a Markdown table.
+
+    Args:
+      rows: at least one; all have the same keys in the same order, which are the header.
+    """
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    return "\n".join(lines)

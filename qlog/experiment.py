@@ -26,6 +26,7 @@ from qlog.data import pipeline, synthetic
 from qlog.errors import ConfigError, PassingError
 from qlog.grading import graders
 from qlog.learner import optimizer
+from qlog.learner.types import Microbatch
 from qlog.parallel import distributed, sharding
 from qlog.policy import Policy
 from qlog.records import TrainState
@@ -77,12 +78,9 @@ class Experiment:
         return self.config.rollout.rollouts_per_prompt
 
     @property
-    def microbatch(self) -> tuple[int, int]:
-        """Prompts, and rows of packed rollouts of a prompt, that the gradient has in memory at a time."""
-        train = self.config.train
-        prompts = self.prompts_at_once(train.prompts_per_microbatch)
-        part = train.prompts_per_step // train.updates_per_batch
-        return prompts or part, train.rollouts_per_microbatch or self.rollouts_per_prompt
+    def microbatch(self) -> Microbatch:
+        """How much of an update's batch the gradient has in memory at a time."""
+        return Microbatch.of(self.config, self.mesh)
 
     def prompts_at_once(self, per_shard: int) -> int:
         """Prompts of the whole mesh at a time, from a config field that counts those of a shard."""

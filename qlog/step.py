@@ -1,8 +1,11 @@
-"""One step: rollouts of a batch of prompts, their scores, the estimator's coefficients, the update."""
+"""One step: rollouts of a batch of prompts and their scores (`collect`), then coefficients, gradient
+and update (`learn`)."""
 
 import contextlib
 import functools
 import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +15,42 @@ from jax import Array
 from qlog import data, losses, models
 from qlog.config.streams import StepStream
 from qlog.experiment import Experiment
-from qlog.learner.gradient import batch_gradient, reference_log_probs
+from qlog.learner.gradient import batch_gradient, merge, reference_log_probs
 from qlog.learner.optimizer import apply_update
 from qlog.learner.trajectories import annotated, with_gold_answer, with_sampled_answer
+from qlog.learner.types import LearnerBatch, Objective, StepSums, UpdateMetrics
 from qlog.parallel import process, sharding
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Groups, Prompts, Rollouts, TrainState, Trajectories
 from qlog.rollouts import sampler
 from qlog.rollouts.text import rollout_texts
 
+_Tree = TypeVar("_Tree")
+
+
+class StepResult(NamedTuple):
+    """What `learn` makes of a batch of groups."""
+
+    state: TrainState  # after all updates of the step
+    sums: StepSums  # over the whole batch; the mismatch is that of the first update
+    update: UpdateMetrics  # of the last update
+
 
 class Stopwatch:
-    """Seconds by phase; a phase ends when what it computed is ready."""
+    """Seconds of a step by phase.
 
-    def __init__(self):
+    JAX returns before the devices are done. So a phase waits for its results, with the function that
+    `with watch(phase) as ready` hands it; else its seconds would count for the next phase.
+
+    Attributes:
+      seconds: by name of the phase, in the order of their beginnings.
+    """
+
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def __call__(self, phase: str):
+    def __call__(self, phase: str) -> Iterator[Callable[[_Tree], _Tree]]:
         start = time.perf_counter()
         yield jax.block_until_ready
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
@@ -44,22 +65,28 @@ def collect(
     interrupts: Interrupts | None = None,
     rehearse: bool = False,
 ) -> Groups:
-    """Rollouts of a batch of prompts, their log w and rewards; annotated ones as they come.
+    """Rollouts of a batch of prompts, their log w and rewards; annotated rationales as they come.
 
     Args:
+      batch: host arrays, on every process those of all B prompts.
+      key: of this step. A rollout's random numbers depend on it, its prompt and its number alone.
+      watch: gets the seconds of the phases `decode` and `reward`.
       interrupts: looked at while decoding.
       rehearse: compile what later batches may need and this one does not.
 
     Raises:
       Stop: a signal came.
     """
+    config, estimator = experiment.config, experiment.estimator
+    # ---- Prompts and gold answers to the devices, split over prompts.
     put = functools.partial(sharding.put_batch, experiment.mesh)
     prompts = Prompts(*put((batch.tokens, batch.lengths, batch.is_prompt)))
     gold, gold_lengths = put((batch.gold, batch.gold_lengths))
-    if experiment.estimator.rationale == "annotated":
+    if estimator.rationale == "annotated":
         rollouts = annotated(*put((batch.rationale, batch.rationale_lengths)))
         none = jnp.zeros(rollouts.lengths.shape)
         return Groups(prompts, gold, gold_lengths, rollouts, none, none, 0)
+    # ---- Rollouts, and log w: the gold answer is scored on the caches that decoding leaves.
     with watch("decode") as ready:
         keys = sampler.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
         rollouts, log_w, lane_steps = ready(
@@ -71,13 +98,14 @@ def collect(
                 keys,
                 Golds(gold, gold_lengths),
                 experiment.sampling,
-                experiment.prompts_at_once(experiment.config.rollout.prompts_per_wave),
+                experiment.prompts_at_once(config.rollout.prompts_per_wave),
                 rehearse,
                 interrupts,
             )
         )
+    # ---- Rewards, for losses that ask for them: answers are graded as text, on the host.
     reward = jnp.zeros_like(log_w)
-    if experiment.estimator.reward:
+    if estimator.reward:
         with watch("reward"):
             reward = put(_rewards(experiment, rollouts, batch))
     return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward, lane_steps)
@@ -87,65 +115,68 @@ def learn(
     experiment: Experiment,
     state: TrainState,
     groups: Groups,
-    reference,
+    reference: models.Params | None,
     key: Array,
     watch: Stopwatch,
     interrupts: Interrupts | None = None,
-):
-    """Coefficients, gradient and update; returns the new state, sums, gauges and norms.
+) -> StepResult:
+    """Coefficients of the whole batch, then a gradient and an update per slice of its prompts.
+
+    Args:
+      state: donated by the first update.
+      reference: parameters of the KL penalty's reference policy; None: the loss has no penalty.
+      key: for losses that draw random numbers.
+      watch: gets the seconds of the phase `train`.
+      interrupts: looked at before each program of the gradient.
 
     Raises:
       Stop: a signal came before the first update; `state` is as it was.
     """
     config, estimator = experiment.config, experiment.estimator
-    microbatch = experiment.microbatch
-    gradient = functools.partial(
-        batch_gradient,
-        surrogate=estimator.surrogate,
-        temperature=experiment.sampling.temperature,
-        microbatch=microbatch,
-    )
+    objective = Objective(estimator.surrogate, experiment.sampling.temperature)
+    num_updates = config.train.updates_per_batch
     with watch("train") as ready:
+        # ---- Coefficients: constants for what follows, computed before any update.
         trajectories = _trajectories(experiment, groups)
         loss_key = jax.random.fold_in(key, StepStream.LOSS)
         coefficients, loss_state = _coefficients(
             estimator, groups, trajectories, state.loss_state, loss_key
         )
-        total = None
-        for index in range(config.train.updates_per_batch):
-            prompts, slice_, coefficient = _prompts_slice(
-                (groups.prompts, trajectories, coefficients), index, config.train.updates_per_batch
-            )
-            reference_values = None
+        whole = LearnerBatch(groups.prompts, trajectories, coefficients)
+        # ---- Updates: one for each slice of the prompts.
+        sums = []
+        for index in range(num_updates):
+            batch = sharding.every_nth(whole, index, num_updates)
             if reference is not None:
-                reference_values = reference_log_probs(
-                    reference,
-                    experiment.policy,
-                    prompts,
-                    slice_,
-                    experiment.sampling.temperature,
-                    microbatch,
+                batch = batch._replace(
+                    reference=reference_log_probs(
+                        reference,
+                        experiment.policy,
+                        batch.prompts,
+                        batch.trajectories,
+                        objective.temperature,
+                        experiment.microbatch,
+                    )
                 )
-            grads, sums, gauges = gradient(
+            grads, slice_sums = batch_gradient(
                 state.params,
                 experiment.policy,
-                prompts,
-                slice_,
-                coefficient,
-                reference_values,
-                # After an update nothing can be given up: it takes the state's buffers.
+                batch,
+                objective,
+                experiment.microbatch,
+                # A signal before the first update gives the step up. After it nothing can be given
+                # up, since the update has taken the buffers of `state`: the step goes on to its end.
                 before_each=interrupts and (interrupts.beat if index else interrupts.check),
             )
-            state, norms = apply_update(
+            state, update = apply_update(
                 state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
             )
-            if total is None:
-                total = sums, gauges
-            else:  # later updates' log-probabilities differ from the sampler's by right
-                total = jax.tree.map(jnp.add, total[0], sums), total[1]
+            sums.append(slice_sums)
         state = ready(state._replace(step=state.step + 1))
     process.release_memory()
-    return state, *total, norms
+    # The mismatch is that of the first update: the parameters of later ones are not the sampler's.
+    total = functools.reduce(merge, sums)._replace(mismatch=sums[0].mismatch)
+    return StepResult(state, total, update)
 
 
 @functools.partial(jax.jit, static_argnames=("estimator",))
@@ -163,16 +194,16 @@ def _coefficients(estimator: losses.Estimator, groups: Groups, trajectories, los
 
 
 def trajectory_length(experiment: Experiment, rationale: int, answer: int) -> int:
-    """Slots of a trajectory: the most there can be, so that one program serves all steps.
+    """R, the slots of a trajectory: the most there can be, so that one program serves all steps.
 
     Args:
       rationale: slots of the batch's rationales, which bound annotated ones.
-      answer: slots of its gold answers.
+      answer: A, slots of the batch's gold answers.
     """
-    estimator, settings = experiment.estimator, experiment.sampling
+    estimator, sampling = experiment.estimator, experiment.sampling
     if estimator.answer != "gold":
-        return models.whole_tiles(settings.max_length)
-    longest = settings.max_rationale_length if estimator.rationale == "sampled" else rationale
+        return models.whole_tiles(sampling.max_length)
+    longest = sampling.max_rationale_length if estimator.rationale == "sampled" else rationale
     return models.whole_tiles(longest + answer)
 
 
@@ -184,20 +215,16 @@ def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
     return with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
 
 
-@functools.partial(jax.jit, static_argnames=("index", "count"))
-def _prompts_slice(tree, index: int, count: int):
-    """Every count-th prompt from `index` on: each device keeps its share of every slice."""
-    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, index], tree)
-
-
-def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch):
-    """Exact match of the sampled answers, float32 [B, M], in the rows that this process holds."""
-    mesh, size = experiment.mesh, len(batch.examples)
+def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch) -> np.ndarray:
+    """Exact match of the sampled answers: float32 [B, M], 0 for prompts of other processes."""
+    mesh, num_prompts = experiment.mesh, len(batch.examples)
+    # Each process grades the prompts that its devices hold. `local` has them only, so a prompt has
+    # an index there and another one, `b`, in the batch.
     local = sharding.local_batch(mesh, rollouts)
-    reward = np.zeros((size, experiment.rollouts_per_prompt), np.float32)
-    for index, row in enumerate(sharding.local_prompts(mesh, size)):
-        example = batch.examples[row]
+    reward = np.zeros((num_prompts, experiment.rollouts_per_prompt), np.float32)
+    for index, b in enumerate(sharding.local_prompts(mesh, num_prompts)):
+        example = batch.examples[b]
         golds = (example.answer, *example.aliases)
-        for column, (_, answer) in enumerate(rollout_texts(experiment.formatter, local, index)):
-            reward[row, column] = experiment.grader(answer, golds)
+        for m, (_, answer) in enumerate(rollout_texts(experiment.formatter, local, index)):
+            reward[b, m] = experiment.grader(answer, golds)
     return reward

@@ -25,7 +25,7 @@ from qlog.records import Groups, TrainState
 from qlog.runs import checkpoints, ownership
 from qlog.runs.log import RunLog, read_jsonl
 from qlog.runs.profiling import profiled
-from qlog.step import Stopwatch, collect, learn
+from qlog.step import StepResult, Stopwatch, collect, learn
 from qlog.storage import paths
 from qlog.storage.paths import Path
 
@@ -134,11 +134,11 @@ def run(
                         stop,
                         rehearse=step == training.start,
                     )
-                    training.state, sums, gauges, norms = learn(
+                    result = learn(
                         experiment, training.state, groups, training.reference, key, watch, stop
                     )
-                    training.step = step + 1
-                    training.log_step(batch, groups, sums, gauges, norms, watch)
+                    training.state, training.step = result.state, step + 1
+                    training.log_step(batch, groups, result, watch)
                 limit = config.watchdog
                 stop.step_done(time.monotonic() - started, limit.steps, limit.seconds)
                 if training.save_is_due():
@@ -251,7 +251,7 @@ class _Training:
             yield step, batch
 
     def log_step(
-        self, batch: data.PromptBatch, groups: Groups, sums, gauges, norms, watch: Stopwatch
+        self, batch: data.PromptBatch, groups: Groups, result: StepResult, watch: Stopwatch
     ) -> None:
         """Writes the metrics of the step that was just done, and now and then its rollouts.
 
@@ -259,9 +259,7 @@ class _Training:
           TrainingError: going on would be a waste.
         """
         step = self.step - 1
-        values = train_metrics.measure(
-            self._experiment, self.state, groups, sums, gauges, norms, watch
-        )
+        values = train_metrics.measure(self._experiment, groups, result, watch)
         values["compilations"] = self._compilations.num_compiled - self._num_compiled
         values["steps_since_checkpoint"] = float(self.step - (self._saved.latest_step or 0))
         self._log.scalars(step, "train", values)

@@ -1,80 +1,122 @@
 """What a run tells about itself: a step's metrics, its progress line, its rollouts, the first table."""
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from ml_collections import ConfigDict
 
 from qlog import data, losses, models
 from qlog.experiment import Experiment
+from qlog.learner.types import SamplerMismatch
 from qlog.parallel import chips, sharding
 from qlog.records import Groups
 from qlog.rollouts.text import rollout_texts
-from qlog.step import Stopwatch
+from qlog.step import StepResult, Stopwatch
+
+# ---- A step, as numbers ----
 
 
 def measure(
-    experiment: Experiment, state, groups: Groups, sums, gauges, norms, watch: Stopwatch
+    experiment: Experiment, groups: Groups, result: StepResult, watch: Stopwatch
 ) -> dict[str, float]:
-    """The numbers of one step, on the host."""
-    rollouts, prompts = groups.rollouts, groups.prompts
-    values = {"loss": sums.loss / prompts.is_prompt.sum(), **norms}
-    values |= losses.measurements(state.loss_state) | losses.token_measurements(sums)
-    train_tokens = prompts.lengths.sum() + sums.tokens
-    tokens = {"train": train_tokens}
-    if experiment.estimator.rationale == "sampled":
-        sampled = jnp.maximum(gauges.sampled, 1.0)
-        log_m = jnp.log(groups.log_w.shape[1])
-        values |= {
-            "log_p": (jax.nn.logsumexp(groups.log_w, axis=1) - log_m).mean(),
-            "rationale_length": rollouts.rationale_lengths.mean(),
-            "budget_hits": rollouts.forced.mean(),
-            "ended_early": rollouts.ended_early.mean(),
-            "decode_waste": groups.lane_steps / rollouts.lengths.sum(),
-            "mismatch": gauges.mismatch / sampled,
-            "mismatch_max": gauges.mismatch_max,
-            "mult_prob_error": gauges.mismatch_exp / sampled,
-        }
-        if experiment.estimator.reward:
-            values |= {
-                "reward": groups.reward.mean(),
-                "truncated_answers": 1 - rollouts.complete.mean(),
-            }
-        tokens["decode"] = prompts.lengths.sum() + rollouts.lengths.sum()
-    devices = experiment.mesh.devices
-    peak = chips.peak_flops(devices.flat[0].device_kind)
-    need = _flops(experiment, groups) if peak else {}
-    for phase, seconds in watch.seconds.items():
-        values[f"seconds/{phase}"] = seconds
-        if phase in tokens:
-            values[f"tokens_per_s/{phase}"] = tokens[phase] / seconds
-            values[f"tokens_per_s_per_chip/{phase}"] = tokens[phase] / seconds / devices.size
-        if peak and phase in need:
-            values[f"flops_utilization/{phase}"] = need[phase] / seconds / devices.size / peak
-    if peak:
-        values["flops_utilization/step"] = (
-            sum(need.values()) / sum(watch.seconds.values()) / devices.size / peak
-        )
+    """The metrics of one step, by name, on the host. Every process must call.
+
+    Args:
+      groups: what the step learned from.
+      result: what `step.learn` made of it.
+      watch: seconds of the step's phases.
+    """
+    estimator, sums = experiment.estimator, result.sums
+    values: dict[str, Any] = {"loss": sums.surrogate.loss / groups.prompts.is_prompt.sum()}
+    values |= result.update._asdict()
+    values |= losses.measurements(result.state.loss_state)
+    values |= losses.token_measurements(sums.surrogate)
+    if estimator.rationale == "sampled":
+        values |= _rollout_metrics(groups, sums.mismatch)
+    if estimator.reward:
+        values["reward"] = groups.reward.mean()
+        values["truncated_answers"] = 1 - groups.rollouts.complete.mean()
+    values |= _speeds(experiment, groups, sums.surrogate.tokens, watch.seconds)
+    # One transfer for all: each number alone would be a wait for the devices.
     return {name: float(value) for name, value in jax.device_get(values).items()} | _memory()
+
+
+def _rollout_metrics(groups: Groups, mismatch: SamplerMismatch) -> dict[str, Array]:
+    """Of sampled rollouts: means over all B x M, unless said otherwise."""
+    rollouts = groups.rollouts
+    log_m = jnp.log(groups.log_w.shape[1])
+    num_tokens = jnp.maximum(mismatch.num_tokens, 1.0)
+    return {
+        # log of a group's mean w, the estimate of log P; its mean over the groups
+        "log_p": (jax.nn.logsumexp(groups.log_w, axis=1) - log_m).mean(),
+        "rationale_length": rollouts.rationale_lengths.mean(),
+        "budget_hits": rollouts.forced.mean(),
+        "ended_early": rollouts.ended_early.mean(),
+        # decode steps of all lanes, those of rollouts that are done included, per token kept
+        "decode_waste": groups.lane_steps / rollouts.lengths.sum(),
+        "mismatch": mismatch.sum / num_tokens,
+        "mismatch_max": mismatch.max,
+        "mult_prob_error": mismatch.sum_exp / num_tokens,
+    }
+
+
+def _speeds(
+    experiment: Experiment, groups: Groups, tokens_learned: Array, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Seconds, tokens per second and share of the chips' peak FLOP/s, by phase.
+
+    Args:
+      tokens_learned: scalar, of rationales and answers that the gradient passed through.
+      seconds: by phase.
+    """
+    num_devices = experiment.mesh.devices.size
+    peak = chips.peak_flops(experiment.mesh.devices.flat[0].device_kind)  # of one; None: unknown
+    flops = _flops(experiment, groups) if peak else {}
+    prompt_tokens = groups.prompts.lengths.sum()
+    tokens = {"train": prompt_tokens + tokens_learned}
+    if experiment.estimator.rationale == "sampled":
+        tokens["decode"] = prompt_tokens + groups.rollouts.lengths.sum()
+    values: dict[str, Any] = {}
+    for phase, spent in seconds.items():
+        values[f"seconds/{phase}"] = spent
+        if phase in tokens:
+            values[f"tokens_per_s/{phase}"] = tokens[phase] / spent
+            values[f"tokens_per_s_per_chip/{phase}"] = tokens[phase] / spent / num_devices
+        if peak and phase in flops:
+            values[f"flops_utilization/{phase}"] = flops[phase] / spent / num_devices / peak
+    if peak:
+        whole = sum(flops.values()) / sum(seconds.values())
+        values["flops_utilization/step"] = whole / num_devices / peak
+    return values
 
 
 def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
     """FLOPs that a step needs, by phase (`models.flops`): gold answers count with training."""
     shape, flops = experiment.policy.config, models.flops
-    lengths = (
-        groups.prompts.lengths,
-        groups.rollouts.lengths,
-        groups.rollouts.rationale_lengths,
-        groups.gold_lengths,
+    # int [B], [B, M], [B, M], [B]. `models.flops` takes arrays of lengths: here each sequence has its own.
+    prompts, rollouts, rationales, gold = sharding.gather_to_host(
+        experiment.mesh,
+        (
+            groups.prompts.lengths,
+            groups.rollouts.lengths,
+            groups.rollouts.rationale_lengths,
+            groups.gold_lengths,
+        ),
     )
-    starts, rollouts, rationales, gold = sharding.gather_to_host(experiment.mesh, lengths)
-    prompts = flops.prefill_need(shape, 1, starts).flops.sum()
-    trained = rationales + gold[:, None] if experiment.estimator.answer == "gold" else rollouts
-    own = flops.continuation_need(shape, 1, starts[:, None], trained).flops.sum()
-    decode = prompts + flops.continuation_need(shape, 1, starts[:, None], rollouts).flops.sum()
-    need = {"train": 3 * (prompts + own)}
-    return need | ({"decode": decode} if experiment.estimator.rationale == "sampled" else {})
+    trajectories = rationales + gold[:, None]
+    if experiment.estimator.answer != "gold":
+        trajectories = rollouts
+    starts = prompts[:, None]  # a continuation attends to its prompt
+    prefill = flops.prefill_need(shape, 1, prompts).flops.sum()
+    learned = flops.continuation_need(shape, 1, starts, trajectories).flops.sum()
+    need = {"train": 3 * (prefill + learned)}  # a backward pass is two forward passes
+    if experiment.estimator.rationale == "sampled":
+        sampled = flops.continuation_need(shape, 1, starts, rollouts).flops.sum()
+        need["decode"] = prefill + sampled
+    return need
 
 
 def _memory() -> dict[str, float]:
@@ -106,34 +148,42 @@ def progress(values: dict[str, float]) -> str:
     return "  ".join(words) + f"  [tokens/s: {', '.join(speeds)}]"
 
 
-def rollout_rows(experiment: Experiment, groups: Groups, batch: data.PromptBatch) -> list[dict]:
+# ---- Rollouts, as text ----
+
+
+def rollout_rows(
+    experiment: Experiment, groups: Groups, batch: data.PromptBatch
+) -> list[dict[str, Any]]:
     """Rollouts of the batch's first prompts as text, for rollouts.jsonl. Every process must call."""
-    count = min(experiment.config.train.rollouts_prompts, len(batch.examples))
-    if experiment.estimator.rationale == "annotated" or not count:
+    num_prompts = min(experiment.config.train.rollouts_prompts, len(batch.examples))
+    if experiment.estimator.rationale == "annotated" or not num_prompts:
         return []
-    found = (groups.rollouts, groups.log_w, groups.reward)
+    sampled = (groups.rollouts, groups.log_w, groups.reward)
     rollouts, log_w, reward = sharding.gather_to_host(
-        experiment.mesh, jax.tree.map(lambda x: x[:count], found)
+        experiment.mesh, jax.tree.map(lambda x: x[:num_prompts], sampled)
     )
-    rows = []
-    for row in range(count):
-        prompt = batch.tokens[row, : batch.lengths[row]].tolist()
-        texts = rollout_texts(experiment.formatter, rollouts, row)
-        for column, (rationale, answer) in enumerate(texts):
-            rows.append(
+    lines = []
+    for b in range(num_prompts):
+        prompt = batch.tokens[b, : batch.lengths[b]].tolist()
+        texts = rollout_texts(experiment.formatter, rollouts, b)
+        for m, (rationale, answer) in enumerate(texts):
+            lines.append(
                 {
-                    "id": batch.examples[row].id,
+                    "id": batch.examples[b].id,
                     "prompt": experiment.formatter.tokenizer.decode(prompt, show_control=True),
-                    "rollout": column,
+                    "rollout": m,
                     "rationale": rationale,
                     "answer": answer,
-                    "gold": batch.examples[row].answer,
-                    "log_w": float(log_w[row, column]),
-                    "reward": float(reward[row, column]),
-                    "forced": bool(rollouts.forced[row, column]),
+                    "gold": batch.examples[b].answer,
+                    "log_w": float(log_w[b, m]),
+                    "reward": float(reward[b, m]),
+                    "forced": bool(rollouts.forced[b, m]),
                 }
             )
-    return rows
+    return lines
+
+
+# ---- An evaluation, and the run as a whole ----
 
 
 def best_metric(config: ConfigDict) -> str:
@@ -148,34 +198,47 @@ def brief(config: ConfigDict, metrics: dict[str, float]) -> str:
 
 
 def describe(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> dict[str, object]:
-    """The rows of the table that opens a run."""
+    """The table that opens a run, by name of the line."""
     config, shape = experiment.config, experiment.policy.config
-    count = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_params()))
-    loss = dict(config.loss)
-    name = loss.pop("name")
-    if isinstance(name, str):  # what differs from the recipe's defaults, and q always
-        usual = losses.arguments(name)
-        loss = {k: v for k, v in loss.items() if k == "q" or v != usual[k]}
-    rows = config.train.prompts_per_step
-    devices = experiment.mesh.devices
+    rollout, train = config.rollout, config.train
+    devices, num_rollouts = experiment.mesh.devices, experiment.rollouts_per_prompt
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_params()))
+    model = (
+        f"{config.model}: {shape.num_layers} layers, width {shape.width}, "
+        f"vocabulary {shape.vocab_size:,}, {config.dtype}"
+    )
+    dataset = [f"{config.data.name}, {config.data.style}, {len(experiment.train_data):,} prompts"]
+    dataset += [f"{n} skipped over {field}" for field, n in experiment.train_data.skipped.items()]
+    budgets = (
+        f"prompt {config.data.max_prompt_tokens}, rationale {rollout.rationale_budget}, "
+        f"answer {rollout.answer_reserve} tokens"
+    )
     return {
-        "model": f"{config.model}: {shape.num_layers} layers, width {shape.width}, "
-        f"vocabulary {shape.vocab_size:,}, {config.dtype}",
-        "parameters": f"{count:,} from {config.init_from or config.weights}",
-        "devices": f"{devices.size} x {devices.flat[0].device_kind}, {jax.process_count()} process(es)",
-        "mesh": ", ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items()),
-        "data": f"{config.data.name}, {config.data.style}, {len(experiment.train_data):,} prompts"
-        + "".join(
-            f", {n} skipped over {field}" for field, n in experiment.train_data.skipped.items()
+        "model": model,
+        "parameters": f"{num_params:,} from {config.init_from or config.weights}",
+        "devices": (
+            f"{devices.size} x {devices.flat[0].device_kind}, {jax.process_count()} process(es)"
         ),
-        "prompts per step": f"{rows} in {config.train.updates_per_batch} update(s)",
-        "rollouts per prompt (M)": f"{experiment.rollouts_per_prompt}: "
-        f"{rows * experiment.rollouts_per_prompt} rollouts per step",
-        "budgets": f"prompt {config.data.max_prompt_tokens}, rationale "
-        f"{config.rollout.rationale_budget}, answer {config.rollout.answer_reserve} tokens",
-        "estimator": f"{name if isinstance(name, str) else name.__qualname__}("
-        + ", ".join(f"{k}={v}" for k, v in loss.items())
-        + ")",
-        "steps": f"{config.train.steps}" + (f", resuming at {start_step}" if start_step else ""),
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items()),
+        "data": ", ".join(dataset),
+        "prompts per step": f"{train.prompts_per_step} in {train.updates_per_batch} update(s)",
+        "rollouts per prompt (M)": (
+            f"{num_rollouts}: {train.prompts_per_step * num_rollouts} rollouts per step"
+        ),
+        "budgets": budgets,
+        "estimator": _estimator_call(config),
+        "steps": f"{train.steps}" + (f", resuming at {start_step}" if start_step else ""),
         "workdir": workdir,
     }
+
+
+def _estimator_call(config: ConfigDict) -> str:
+    """`config.loss` as a call, such as garl(q=0.75)."""
+    arguments = dict(config.loss)
+    name = arguments.pop("name")
+    if not isinstance(name, str):
+        name = name.__qualname__
+    else:  # what differs from the recipe's defaults, and q always
+        usual = losses.arguments(name)
+        arguments = {k: v for k, v in arguments.items() if k == "q" or v != usual[k]}
+    return f"{name}({', '.join(f'{k}={v}' for k, v in arguments.items())})"

@@ -76,10 +76,10 @@ def sleep_for_long():
 def main():
     gradient._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
     before(sampler, "decode", "decode")
-    before(gradient, "add_microbatch", "gradient")
+    before(gradient, "add_microbatches", "gradient")
     before(checkpoints.Checkpoints, "save", "save")
     before(sampler, "prefill", "compile", compile_for_long)
-    before(gradient, "add_microbatch", "stall", sleep_for_long)
+    before(gradient, "add_microbatches", "stall", sleep_for_long)
     before(experiment.Experiment, "init_params", "weights")
     before(evaluation, "record", "finished")
     before(checkpoints.Checkpoints, "prune", "pruning")

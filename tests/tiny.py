@@ -31,12 +31,11 @@ def prompts(lengths=(5, 3, 4), width: int = 6, seed: int = 0) -> Prompts:
     return Prompts(jnp.array(tokens), jnp.array(lengths, jnp.int32), jnp.ones(len(lengths), bool))
 
 
-def microbatch(params, policy, *batch):
-    """The arrays that `learner.add_microbatch` takes for `batch`, the first microbatch."""
-    grads, *begun = jax.eval_shape(
-        lambda params, *batch: gradient.begin(params, policy, *batch), params, *batch
-    )
-    return grads, params, policy, *batch, *begun, 0
+def microbatch(params, policy, batch):
+    """What `gradient.add_microbatches` takes for the first microbatch of a LearnerBatch."""
+    begin = lambda params, batch: gradient.begin(params, policy, batch)
+    grads, *begun = jax.eval_shape(begin, params, batch)
+    return grads, params, policy, batch, *begun, 0
 
 
 def full_log_probs(tree, prompt, tokens, temperature: float = 1.0):

@@ -1,80 +1,327 @@
-"""From coefficients to the next parameters: the surrogate's gradient, then the optax update.
+"""From coefficients to a gradient. A group's prompt passes once forward and backward, for any M.
 
-A group's prompt passes through the model once, forward and backward, whatever M is: its keys and
-values are computed under `jax.vjp`, the rollouts' gradients with respect to them are summed over
-microbatches, and one pull-back takes the sum to the parameters. The coefficients are constants
-that already know the whole batch, so the size of a microbatch cannot change the result.
+The surrogate of an update's batch is
 
-Rollouts are packed: short ones share a row, so that none pays for the longest of the batch, and
-those with no coefficient are left out. Shapes are those of the longest possible rollout; how many
-rows pass through the model is decided as the program runs, so it is compiled once.
+    L = 1/B  sum over prompts, rollouts and tokens  of  - coefficient * log p(token),
+
+where the coefficients are constants that already know the whole batch. So L is a plain sum, and the
+size of a microbatch cannot change its gradient. The README of this package has the derivation.
+
+Shapes are those of the longest possible rollouts. How many packs of rollouts pass through the model
+is decided while the program runs. So it is compiled once, and short rollouts cost little.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from qlog import losses, models
-from qlog.learner.packing import Packing, pack
+from qlog.learner.packing import Packing, pack_rollouts
+from qlog.learner.types import LearnerBatch, Microbatch, Objective, SamplerMismatch, StepSums
 from qlog.models import head
 from qlog.parallel import sharding
 from qlog.policy import Policy, logits_chunk
 from qlog.records import Prompts, Trajectories
 
-_FLOPS_PER_PROGRAM = 2e11  # per device
+_FLOPS_PER_PROGRAM = 2e11  # per device: about a second of a CPU
+
+_Sum = TypeVar("_Sum", Array, StepSums)
+_Refs = Any  # a pytree of `jax.Ref`s: arrays that are changed in place
 
 
-class SamplerMismatch(NamedTuple):
-    """Sums over the batch's tokens, float32 scalars; `sampled` counts those with an old log_prob.
+# ---- The gradient of an update: a loop on the host over compiled programs ----
 
-    How far the learner's log-probabilities are from the sampler's: sum |new - old|, its maximum,
-    and the sum of exp |new - old|.
+
+def batch_gradient(
+    params: models.Params,
+    policy: Policy,
+    batch: LearnerBatch,
+    objective: Objective,
+    microbatch: Microbatch,
+    before_each: Callable[[], None] | None = None,
+) -> tuple[models.Params, StepSums]:
+    """Gradient of the surrogate's mean over the batch's real prompts, in microbatches.
+
+    Args:
+      batch: B prompts. Rollouts whose coefficients are zero cost nothing, unless there is a
+        reference: its penalty is on all of them.
+      microbatch: what is in memory at a time.
+      before_each: called before each program, which takes one microbatch, or several small ones. It
+        may raise to give up; then nothing has changed.
+
+    Returns:
+      float32 gradients like `params`, and the sums over the batch.
     """
+    grads, packing, share = begin(params, policy, batch)
+    num_microbatches = len(batch.prompts.lengths) // microbatch.prompts
+    several = _microbatches_per_program(policy, batch, microbatch)
+    sums = []
+    for index in range(num_microbatches // several):
+        if before_each:
+            # JAX returns before the devices are done. Without this wait the host would queue all
+            # programs at once, look for signals long before they run, and have to sit them out.
+            jax.block_until_ready(grads)
+            before_each()
+        grads, part = add_microbatches(
+            grads,
+            params,
+            policy,
+            batch,
+            packing,
+            share,
+            index,
+            objective=objective,
+            microbatch=microbatch,
+            num_microbatches=several,
+        )
+        sums.append(part)
+    return grads, functools.reduce(merge, sums)
 
-    sampled: Array
-    mismatch: Array
-    mismatch_max: Array
-    mismatch_exp: Array
 
-    def merge(self, other: "SamplerMismatch") -> "SamplerMismatch":
-        largest = jnp.maximum(self.mismatch_max, other.mismatch_max)
-        return jax.tree.map(jnp.add, self, other)._replace(mismatch_max=largest)
+merge = jax.jit(StepSums.merge)
+
+
+def _microbatches_per_program(policy: Policy, batch: LearnerBatch, microbatch: Microbatch) -> int:
+    """How many microbatches one program takes: a divisor of their number."""
+    # One per program lets the host look for signals after each. But every program does anew what a
+    # loop does once for all its iterations: the layout of the weights, and a copy of the gradients.
+    # Large microbatches hide that, small ones do not. So these go together, as many as take about
+    # a second on a CPU, which is soon enough for a signal.
+    num_microbatches = len(batch.prompts.lengths) // microbatch.prompts
+    _, num_rollouts, length = batch.trajectories.tokens.shape
+    need = models.flops.train_need(
+        policy.config, microbatch.prompts, num_rollouts, batch.prompts.tokens.shape[1], length
+    )
+    num_devices = policy.mesh.size if policy.mesh else 1
+    most = _FLOPS_PER_PROGRAM * num_devices / need.flops
+    divisors = (n for n in range(1, num_microbatches + 1) if num_microbatches % n == 0)
+    return max(n for n in divisors if n == 1 or n <= most)
+
+
+# ---- Two programs: one that begins, one that adds microbatches ----
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def begin(
+    params: models.Params, policy: Policy, batch: LearnerBatch
+) -> tuple[models.Params, Packing, Array]:
+    """What the microbatches of a gradient start from.
+
+    Returns:
+      Zeros like `params`, the packing of the whole batch, and the share of a prompt in the mean,
+      float32 scalar: 1 / the number of real prompts.
+    """
+    is_needed = (batch.coefficients.score != 0) | (batch.coefficients.path != 0)
+    if batch.reference is not None:
+        is_needed = jnp.ones_like(is_needed)  # the penalty is on all
+    # One rollout always passes: a step that learns nothing still measures the sampler's mismatch.
+    is_needed = is_needed.at[0, 0].set(True)
+    lengths, slots = batch.trajectories.lengths, batch.trajectories.tokens.shape[-1]
+    packing = sharding.constrain_batch(policy.mesh, pack_rollouts(lengths, is_needed, slots))
+    share = 1 / jnp.maximum(batch.prompts.is_prompt.sum(), 1).astype(jnp.float32)
+    return sharding.constrain_params(policy.mesh, _zeros(params)), packing, share
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("policy", "objective", "microbatch", "num_microbatches"),
+    donate_argnames=("grads",),
+)
+def add_microbatches(
+    grads: models.Params,
+    params: models.Params,
+    policy: Policy,
+    batch: LearnerBatch,
+    packing: Packing,
+    share: Array,
+    index: Array | int,
+    *,
+    objective: Objective,
+    microbatch: Microbatch,
+    num_microbatches: int = 1,
+) -> tuple[models.Params, StepSums]:
+    """Adds the gradients of some microbatches; one whose rollouts are all left out costs nothing.
+
+    Args:
+      grads: float32 like `params`; donated.
+      packing, share: from `begin`.
+      index: int32 scalar, which call this is: the microbatches taken are the `num_microbatches`
+        from number index * num_microbatches on.
+
+    Returns:
+      The gradients, and the sums over these microbatches.
+    """
+    grads_refs = _new_refs(grads)
+    add = functools.partial(
+        _add_prompts, grads_refs, params, policy, objective, share, microbatch.packs
+    )
+    num_parts = len(batch.prompts.lengths) // microbatch.prompts
+    if num_parts == 1:
+        sums = add(batch, packing)
+    else:
+        # Strided, so that on a mesh each device has its share of every microbatch.
+        parts = sharding.split((batch, packing), num_parts)
+        part = lambda number: jax.tree.map(lambda x: x[number], parts)
+
+        def add_part(sums: StepSums, number: Array) -> tuple[StepSums, None]:
+            batch_part, packing_part = part(number)
+            has_packs = packing_part.num_packs.max() > 0
+            merged = lambda: sums.merge(add(batch_part, packing_part))
+            return jax.lax.cond(has_packs, merged, lambda: sums), None
+
+        zeros = _zeros(jax.eval_shape(lambda: add(*part(0))))
+        numbers = index * num_microbatches + jnp.arange(num_microbatches)
+        sums, _ = jax.lax.scan(add_part, zeros, numbers)
+    return jax.tree.map(jax.freeze, grads_refs), sums
+
+
+# ---- Inside the program: a microbatch of prompts, and in it some packs at a time ----
+
+
+class PromptContext(NamedTuple):
+    """What the rollouts of b prompts go on from: computed once, whatever M is."""
+
+    prefix: models.Prefix  # keys and values of all tokens of the prompts but the last
+    last: Array  # int32 [b], the last token of each prompt: the first input of its rollouts
+
+
+def _add_prompts(
+    grads_refs: _Refs,
+    params: models.Params,
+    policy: Policy,
+    objective: Objective,
+    share: Array,
+    packs_at_once: int,
+    batch: LearnerBatch,
+    packing: Packing,
+) -> StepSums:
+    """Adds the gradients of b prompts and all their rollouts to `grads_refs`; returns the sums."""
+    # The loss of a group depends on the parameters in two ways: through the rollouts' own passes,
+    # and through the prompt's keys and values, the caches C, that all of them attend to:
+    #
+    #     dL/dparams  =  sum over packs of (dL/dparams with C fixed)        pull-back of the tokens
+    #                    + (sum over packs of dL/dC) * dC/dparams           pull-back of the prompts
+    #
+    # The prompts' forward pass keeps what their pull-back needs. Then the packs come, some at a time,
+    # and add to both sums. Last, one pull-back takes the sum of dL/dC back through the prompts.
+    #
+    # All of them add in place. `jax.new_ref` turns an array into a Ref, a buffer that the program
+    # changes where it lies; `jax.freeze` turns it back into an array. A pull-back given Refs by
+    # `with_refs` returns no gradients: it adds each to its Ref as soon as it is known, a layer's to
+    # the layer's slice. So there is one tree of gradients, the one that was donated. With
+    # `total = total + pull(...)` a second one would be in memory, as large as the parameters, for
+    # as long as a backward pass lasts, and be read and written once more for each microbatch.
+    context, pull_prompts = _prompt_context_vjp(params, policy, batch.prompts)
+    caches = context.prefix.keys, context.prefix.values
+    caches_refs = _new_refs(sharding.constrain_batch(policy.mesh, _zeros(caches), axis=1))
+    add = functools.partial(
+        _add_packs, grads_refs, caches_refs, params, policy, objective, share, context, batch
+    )
+    sums = _sum_over_packs(add, packing, packs_at_once, StepSums.merge)
+    pull_prompts.with_refs(grads_refs)(jax.tree.map(jax.freeze, caches_refs))
+    return sums
+
+
+def _add_packs(
+    grads_refs: _Refs,
+    caches_refs: _Refs,
+    params: models.Params,
+    policy: Policy,
+    objective: Objective,
+    share: Array,
+    context: PromptContext,
+    batch: LearnerBatch,
+    packing: Packing,
+) -> StepSums:
+    """Adds gradients of the rollouts in `packing`, to the parameters' and to the caches'.
+
+    Returns:
+      The sums over these rollouts.
+    """
+    trajectories = batch.trajectories
+    is_here = packing.is_packed[..., None]  # [b, M, 1]: the others count in their own packs
+
+    def token_log_probs(params: models.Params, keys: Any, values: Any) -> Array:
+        prefix = context.prefix._replace(keys=keys, values=values)
+        return log_probs(
+            params,
+            policy,
+            context._replace(prefix=prefix),
+            trajectories,
+            packing,
+            objective.temperature,
+        )
+
+    def surrogate(new: Array) -> tuple[Array, StepSums]:
+        tokens = losses.TokenLogProbs(
+            new=new,
+            rationale_mask=trajectories.rationale_mask & is_here,
+            answer_mask=trajectories.answer_mask & is_here,
+            old=trajectories.old_log_probs,
+            reference=batch.reference,
+        )
+        sums = objective.surrogate(batch.coefficients, tokens)
+        was_sampled = trajectories.was_sampled & is_here
+        mismatch = SamplerMismatch.between(new, trajectories.old_log_probs, was_sampled)
+        return sums.loss, StepSums(sums, mismatch)
+
+    # Forward: parameters and caches -> log-probabilities [b, M, R] -> loss.
+    prefix = context.prefix
+    new, pull_tokens = jax.vjp(token_log_probs, params, prefix.keys, prefix.values)
+    loss, pull_loss, sums = jax.vjp(surrogate, new, has_aux=True)
+    # Backward, from `share` and not 1: the mean over prompts is taken here, in the one number that
+    # all gradients contain, and never again.
+    (new_gradient,) = pull_loss(jnp.full_like(loss, share))
+    pull_tokens.with_refs(grads_refs, *caches_refs)(new_gradient)
+    return sums
+
+
+@jax.named_scope("packed_rows")  # qlog.aot finds the loop by this name
+def _sum_over_packs(
+    function: Callable[[Packing], _Sum],
+    packing: Packing,
+    at_once: int,
+    add: Callable[[_Sum, _Sum], _Sum],
+) -> _Sum:
+    """The sum of function(window) over windows of `at_once` packs, up to the last that is used."""
+    if at_once == packing.token.shape[1]:
+        return function(packing)
+    part = lambda number: function(packing.window(number * at_once, at_once))
+    zeros = _zeros(jax.eval_shape(part, jnp.int32(0)))
+    # The number of iterations is known only as the program runs. Such a loop has no reverse-mode
+    # derivative: that is why the pull-back of each window is called inside of it.
+    num_used = -(-packing.num_packs.max() // at_once)
+    return jax.lax.fori_loop(0, num_used, lambda i, total: add(total, part(i)), zeros)
 
 
 def log_probs(
     params: models.Params,
     policy: Policy,
-    prefix: models.Prefix,
-    last: Array,
+    context: PromptContext,
     trajectories: Trajectories,
     packing: Packing,
     temperature: float,
-    first_row: Array | int = 0,
 ) -> Array:
-    """log p of every token of the trajectories [b, M, R], float32; the prompt is in `prefix`.
+    """log p of every token of the trajectories.
 
     Args:
-      prefix: caches of the prompts' tokens but the last.
-      last: int32 [b], each prompt's last token.
-      packing: of all rows, or of the w rows from `first_row` on in `rollout` and `token`: tokens
-        that are not in them, or in none, get 0.
-      temperature: of the law that sampled; gold answers are always scored at 1.
+      context: of the same b prompts.
+      packing: of all rollouts, or a window of it.
+      temperature: of the distribution that sampled. Gold answers are always scored at 1.
+
+    Returns:
+      float32 [b, M, R]; 0 for rollouts that are not in `packing`. Behind a rollout's last token
+      the values mean nothing.
     """
     params = policy.gathered(params)
-    batch, count, slots = trajectories.tokens.shape
-    rows = packing.token.shape[1]
-    rollout = jnp.minimum(packing.rollout, count - 1)
-
-    def packed(x):
-        """[b, M, R] -> [b, w, R], a rollout's tokens beside those it shares a row with."""
-        flat = (rollout * slots + packing.token).reshape(batch, -1)
-        return jnp.take_along_axis(x.reshape(batch, -1), flat, axis=1).reshape(rollout.shape)
-
-    tokens = packed(trajectories.tokens)
+    prefix, last = context
+    tokens = packing.to_packs(trajectories.tokens)  # [b, w, R]
+    # The input in a slot is the token in front of it. A rollout's first token has in front of it not
+    # its neighbour in the pack, but the prompt's last token. Positions go on from the prompt's.
     before = jnp.pad(tokens, ((0, 0), (0, 0), (1, 0)))[..., :-1]
     inputs = jnp.where(packing.token == 0, last[:, None, None], before)
     hidden = models.extend(
@@ -85,259 +332,22 @@ def log_probs(
         offsets=packing.token,
         execution=policy.execution,
     )
+    temperatures: float | Array = temperature
     if temperature != 1.0:
-        is_gold = packed(trajectories.answer_mask & ~trajectories.was_sampled)
-        temperature = jnp.where(is_gold, 1.0, temperature)
-    own = head.token_log_probs(
+        is_gold = packing.to_packs(trajectories.answer_mask & ~trajectories.was_sampled)
+        temperatures = jnp.where(is_gold, 1.0, temperature)
+    packed = head.token_log_probs(
         hidden,
         models.unembedding(params),
         tokens,
         valid_vocab=policy.valid_vocab,
-        temperature=temperature,
+        temperature=temperatures,
         chunk=logits_chunk(policy),
     )
-
-    row = packing.row - first_row
-    at = jnp.clip(row * slots + packing.offset, 0)[..., None] + jnp.arange(slots)
-    at = jnp.minimum(at, rows * slots - 1).reshape(batch, -1)
-    unpacked = jnp.take_along_axis(own.reshape(batch, -1), at, axis=1).reshape(batch, count, slots)
-    return jnp.where(_is_in_rows(packing, first_row)[..., None], unpacked, 0.0)
+    return packing.to_rollouts(packed)
 
 
-def _is_in_rows(packing: Packing, first_row) -> Array:
-    """bool [b, M]: rollouts in the rows that `packing` holds, which begin at `first_row`."""
-    row = packing.row - first_row
-    return (packing.row >= 0) & (row >= 0) & (row < packing.token.shape[1])
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "temperature", "microbatch"))
-def reference_log_probs(
-    params, policy, prompts: Prompts, trajectories, temperature, microbatch: tuple[int, int]
-) -> Array:
-    """`log_probs` under other parameters, without a gradient: [B, M, R]."""
-    everything = jnp.ones(trajectories.lengths.shape, bool)
-    packing = pack(trajectories.lengths, everything, trajectories.tokens.shape[-1])
-
-    def prompts_chunk(chunk):
-        its_prompts, its_trajectories, its_packing = chunk
-        prefix, last = _prefix(params, policy, its_prompts)
-
-        def rows_chunk(first_row, rows):
-            return log_probs(
-                params, policy, prefix, last, its_trajectories, rows, temperature, first_row
-            )
-
-        return _sum_over_rows(rows_chunk, its_packing, microbatch[1])
-
-    chunks = len(prompts.lengths) // microbatch[0]
-    parts = jax.tree.map(lambda x: _split(x, chunks), (prompts, trajectories, packing))
-    return jnp.moveaxis(jax.lax.map(prompts_chunk, parts), 0, 1).reshape(trajectories.tokens.shape)
-
-
-def batch_gradient(
-    params: models.Params,
-    policy: Policy,
-    prompts: Prompts,
-    trajectories: Trajectories,
-    coefficients: losses.Coefficients,
-    reference: Array | None,
-    *,
-    surrogate: losses.Surrogate,
-    temperature: float = 1.0,
-    microbatch: tuple[int, int],
-    before_each: Callable[[], None] | None = None,
-) -> tuple[models.Params, losses.Sums, SamplerMismatch]:
-    """Gradient of the surrogate's mean over the batch's real prompts, in microbatches.
-
-    Args:
-      coefficients: [B, M], of the whole batch. Rollouts whose are zero cost nothing.
-      reference: log-probabilities of reference parameters [B, M, R], or None.
-      surrogate: token-level loss of `qlog.losses`, which adds over microbatches.
-      microbatch: prompts, and rows of packed rollouts per prompt, that are in memory at a time;
-        divisors of B and M.
-      before_each: called before each microbatch of prompts, small ones several at a time; may raise
-        to give up.
-
-    Returns:
-      float32 gradients like `params`, the surrogate's sums over prompts, and the gauges.
-    """
-    batch = prompts, trajectories, coefficients, reference
-    grads, packing, share = begin(params, policy, *batch)
-    total, several = None, _microbatches_per_program(policy, prompts, trajectories, microbatch)
-    for index in range(len(prompts.lengths) // microbatch[0] // several):
-        if before_each:
-            jax.block_until_ready(grads)  # else it would look while the devices are far behind
-            before_each()
-        grads, *found = add_microbatch(
-            grads,
-            params,
-            policy,
-            *batch,
-            packing,
-            share,
-            index,
-            surrogate=surrogate,
-            temperature=temperature,
-            microbatch=microbatch,
-            several=several,
-        )
-        total = found if total is None else _add(total, found)
-    return grads, *total
-
-
-def _microbatches_per_program(policy: Policy, prompts, trajectories, microbatch) -> int:
-    """How many microbatches one program takes: a divisor of their number.
-
-    A program of each lets signals in between, but does again what a loop's body shares: the weights'
-    layouts, and a copy of the gradients. So small ones go together, up to about a second of a CPU.
-    """
-    chunks, size = len(prompts.lengths) // microbatch[0], policy.mesh.size if policy.mesh else 1
-    _, rollouts, length = trajectories.tokens.shape
-    need = models.flops.train_need(
-        policy.config, microbatch[0], rollouts, prompts.tokens.shape[1], length
-    )
-    most = _FLOPS_PER_PROGRAM * size / need.flops
-    return max(n for n in range(1, chunks + 1) if chunks % n == 0 and (n == 1 or n <= most))
-
-
-@functools.partial(jax.jit, static_argnames=("policy",))
-def begin(params, policy: Policy, prompts: Prompts, trajectories, coefficients, reference):
-    """What the microbatches of a gradient start from: zeros like `params`, the packing of the whole
-    batch, and the share of a prompt in the mean, float32 scalar."""
-    is_needed = (coefficients.score != 0) | (coefficients.path != 0)
-    if reference is not None:
-        is_needed = jnp.ones_like(is_needed)  # the penalty is on all
-    is_needed = is_needed.at[0, 0].set(True)  # without a rollout the gauges would know nothing
-    packing = pack(trajectories.lengths, is_needed, trajectories.tokens.shape[-1])
-    packing = sharding.constrain_batch(policy.mesh, packing)
-    share = 1 / jnp.maximum(prompts.is_prompt.sum(), 1).astype(jnp.float32)
-    return sharding.constrain_params(policy.mesh, _zeros(params)), packing, share
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("policy", "surrogate", "temperature", "microbatch", "several"),
-    donate_argnames=("grads",),
-)
-def add_microbatch(
-    grads,
-    params,
-    policy,
-    prompts: Prompts,
-    trajectories,
-    coefficients,
-    reference,
-    packing: Packing,
-    share,
-    index,
-    *,
-    surrogate,
-    temperature: float,
-    microbatch: tuple[int, int],
-    several: int = 1,
-):
-    """`grads` plus those of the `several` microbatches from number `index` x `several` on, and their
-    sums and gauges.
-
-    One whose prompts have nothing to learn costs nothing. Every microbatch takes prompts from all
-    over the batch, so that on a mesh each device keeps its share.
-    """
-    # Every pull-back adds to these in place, layer by layer: one tree of gradients, however many
-    # microbatches there are.
-    total = _references(grads)
-
-    def of_prompts(chunk):
-        its_prompts, mine, coefficient, its_reference, its_packing = chunk
-        prefix, last, pull_prefix = _prefix_vjp(params, policy, its_prompts)
-        caches = prefix.keys, prefix.values
-        cache_total = _references(sharding.constrain_batch(policy.mesh, _zeros(caches), axis=1))
-
-        def rows_chunk(first_row, rows):
-            is_here = _is_in_rows(rows, first_row)[..., None]
-
-            def loss(params, keys, values):
-                its_prefix = models.Prefix(keys, values, prefix.lengths)
-                new = log_probs(
-                    params, policy, its_prefix, last, mine, rows, temperature, first_row
-                )
-                tokens = losses.TokenLogProbs(
-                    new=new,
-                    rationale_mask=mine.rationale_mask & is_here,
-                    answer_mask=mine.answer_mask & is_here,
-                    old=mine.old_log_probs,
-                    reference=its_reference,
-                )
-                sums = surrogate(coefficient, tokens)
-                return sums.loss, (sums, new)
-
-            value, pull, (sums, new) = jax.vjp(loss, params, *caches, has_aux=True)
-            pull.with_refs(total, *cache_total)(jnp.full_like(value, share))
-            return sums, _gauges(new, mine.old_log_probs, mine.was_sampled & is_here)
-
-        found = _sum_over_rows(rows_chunk, its_packing, microbatch[1])
-        pull_prefix.with_refs(total)(jax.tree.map(jax.freeze, cache_total))
-        return found
-
-    batch = (prompts, trajectories, coefficients, reference, packing)
-    chunks = len(prompts.lengths) // microbatch[0]
-    if chunks == 1:
-        found = of_prompts(batch)
-    else:
-        parts = jax.tree.map(lambda x: _split(x, chunks), batch)
-        zeros = _zeros(jax.eval_shape(of_prompts, jax.tree.map(lambda x: x[0], parts)))
-
-        def add(total, number):
-            chunk = jax.tree.map(lambda x: x[number], parts)
-            has_rows = chunk[-1].rows.max() > 0
-            return jax.lax.cond(
-                has_rows, lambda: _add(total, of_prompts(chunk)), lambda: total
-            ), None
-
-        found, _ = jax.lax.scan(add, zeros, index * several + jnp.arange(several))
-    return jax.tree.map(jax.freeze, total), *found
-
-
-def _sum_over_rows(function, packing: Packing, size: int):
-    """The sum of function(first_row, packing of `size` rows) over the rows that hold something."""
-    count = packing.token.shape[1]
-    if size == count:
-        return function(0, packing)
-
-    def chunk(first_row):
-        rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
-        return packing._replace(
-            rollout=rows(packing.rollout, first_row), token=rows(packing.token, first_row)
-        )
-
-    zeros = _zeros(jax.eval_shape(lambda: function(jnp.int32(0), chunk(0))))
-    used = -(-packing.rows.max() // size)
-    return jax.lax.fori_loop(
-        0, used, lambda i, total: _add(total, function(i * size, chunk(i * size))), zeros
-    )
-
-
-@jax.jit
-def _add(total, part):
-    is_gauges = lambda x: isinstance(x, SamplerMismatch)
-    add = lambda a, b: a.merge(b) if is_gauges(a) else a + b
-    return jax.tree.map(add, total, part, is_leaf=is_gauges)
-
-
-def _zeros(like):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-
-
-def _references(tree):
-    return jax.tree.map(jax.new_ref, tree)
-
-
-def _split(x: Array, chunks: int) -> Array:
-    """[B, ...] -> [chunks, B / chunks, ...], each with every chunks-th row."""
-    return jnp.moveaxis(x.reshape(x.shape[0] // chunks, chunks, *x.shape[1:]), 1, 0)
-
-
-def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Array]:
-    """Caches of the prompts' tokens but the last, and the last tokens [B]."""
+def _prompt_context(params: models.Params, policy: Policy, prompts: Prompts) -> PromptContext:
     prefix = models.prefill(
         policy.gathered(params),
         policy.config,
@@ -347,25 +357,64 @@ def _prefix(params, policy: Policy, prompts: Prompts) -> tuple[models.Prefix, Ar
     )
     prefix = sharding.constrain_prefix(policy.mesh, prefix)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    return prefix, last
+    return PromptContext(prefix, last)
 
 
-def _prefix_vjp(params, policy, prompts):
-    """`_prefix`, and the pull-back from gradients of (keys, values) to the parameters."""
+def _prompt_context_vjp(
+    params: models.Params, policy: Policy, prompts: Prompts
+) -> tuple[PromptContext, Any]:
+    """`_prompt_context`, and the pull-back from gradients of (keys, values) to the parameters."""
 
     def keys_and_values(params):
-        prefix, last = _prefix(params, policy, prompts)
-        return (prefix.keys, prefix.values), (prefix.lengths, last)
+        context = _prompt_context(params, policy, prompts)
+        prefix = context.prefix
+        return (prefix.keys, prefix.values), (prefix.lengths, context.last)
 
+    # Lengths and tokens are integers, which have no gradient: they come as `has_aux`.
     (keys, values), pull, (lengths, last) = jax.vjp(keys_and_values, params, has_aux=True)
-    return models.Prefix(keys, values, lengths), last, pull
+    return PromptContext(models.Prefix(keys, values, lengths), last), pull
 
 
-def _gauges(new: Array, old: Array, mask: Array) -> SamplerMismatch:
-    difference = jnp.where(mask, jnp.abs(new - old), 0.0)
-    return SamplerMismatch(
-        sampled=mask.sum(dtype=jnp.float32),
-        mismatch=difference.sum(),
-        mismatch_max=difference.max(),
-        mismatch_exp=jnp.where(mask, jnp.exp(difference), 0.0).sum(),
-    )
+# ---- The reference: log-probabilities without a gradient ----
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "temperature", "microbatch"))
+def reference_log_probs(
+    params: models.Params,
+    policy: Policy,
+    prompts: Prompts,
+    trajectories: Trajectories,
+    temperature: float,
+    microbatch: Microbatch,
+) -> Array:
+    """`log_probs` of all B prompts under other parameters, in microbatches: float32 [B, M, R]."""
+    everything = jnp.ones(trajectories.lengths.shape, bool)
+    packing = pack_rollouts(trajectories.lengths, everything, trajectories.tokens.shape[-1])
+    num_parts = len(prompts.lengths) // microbatch.prompts
+    parts = sharding.split((prompts, trajectories, packing), num_parts)
+    of_part = functools.partial(_part_log_probs, params, policy, temperature, microbatch.packs)
+    return sharding.join(jax.lax.map(of_part, parts))
+
+
+def _part_log_probs(
+    params: models.Params,
+    policy: Policy,
+    temperature: float,
+    packs_at_once: int,
+    part: tuple[Prompts, Trajectories, Packing],
+) -> Array:
+    """`log_probs` of the b prompts of a microbatch: [b, M, R]."""
+    prompts, trajectories, packing = part
+    context = _prompt_context(params, policy, prompts)
+    of_packs = lambda window: log_probs(params, policy, context, trajectories, window, temperature)
+    # A rollout has 0 in all windows but its own, so the sum puts the windows together.
+    return _sum_over_packs(of_packs, packing, packs_at_once, jnp.add)
+
+
+def _zeros(like: Any) -> Any:
+    """Zeros in the place of arrays or of their shapes."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+
+def _new_refs(tree: Any) -> _Refs:
+    return jax.tree.map(jax.new_ref, tree)

@@ -1,41 +1,68 @@
-"""AdamW behind a global-norm clip; updates from non-finite gradients are skipped and counted."""
+"""AdamW behind a clip of the gradient's global norm, with warm-up; a gradient that is not finite is
+skipped and counted."""
 
 import functools
 from typing import Any
 
 import jax
 import optax
-from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from qlog import models
+from qlog.learner.types import UpdateMetrics
 from qlog.parallel import sharding
 from qlog.records import TrainState
 
 
 def build(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimizer of `config.optimizer`; one object per setting, since jit treats it as static."""
-    section = dict(config.optimizer)
-    del section["max_skipped_in_a_row"]  # the loop's: skipping is unlimited here
-    return _build(config.train.steps * config.train.updates_per_batch, **section)
+    """The optimizer of `config.optimizer`, for as many updates as the run makes.
+
+    Equal settings give the same object: jit takes it as static and would compile anew for another.
+    """
+    section: Any = config.optimizer  # the fields of a ConfigDict have no static types
+    train: Any = config.train
+    return _build(
+        num_updates=train.steps * train.updates_per_batch,
+        learning_rate=section.learning_rate,
+        warmup_steps=section.warmup_steps,
+        schedule=section.schedule,
+        b1=section.b1,
+        b2=section.b2,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+    )
 
 
 @functools.cache
 def _build(
-    steps, *, learning_rate, warmup_steps, schedule, max_grad_norm, **adamw
+    *,
+    num_updates: int,
+    learning_rate: float,
+    warmup_steps: int,
+    schedule: str,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
 ) -> optax.GradientTransformation:
-    rest = max(1, steps - warmup_steps)
-    after = {
+    # The rate rises in warmup_steps + 1 equal parts: the first update has one, and is not lost.
+    ramp = optax.linear_schedule(
+        learning_rate / (warmup_steps + 1), learning_rate, max(1, warmup_steps)
+    )
+    rest = max(1, num_updates - warmup_steps)
+    after_warmup = {
         "constant": optax.constant_schedule(learning_rate),
         "cosine": optax.cosine_decay_schedule(learning_rate, rest),
         "linear": optax.linear_schedule(learning_rate, 0.0, rest),
     }[schedule]
-    ramp = optax.linear_schedule(
-        learning_rate / (warmup_steps + 1), learning_rate, max(1, warmup_steps)
-    )
-    optimizer = optax.adamw(optax.join_schedules([ramp, after], [warmup_steps]), **adamw)
-    clipped = optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+    rate = optax.join_schedules([ramp, after_warmup], [warmup_steps])
+    adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    clipped = optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+    # A skipped update leaves parameters and moments as they are. How many in a row are too many is
+    # for the training loop to say: here the limit is out of reach, and the counts are metrics.
     return optax.apply_if_finite(clipped, max_consecutive_errors=2**30)
 
 
@@ -47,20 +74,25 @@ def apply_update(
     *,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One optax update from the batch's gradients; and its norms.
+) -> tuple[TrainState, UpdateMetrics]:
+    """One update of parameters and moments.
 
-    With a mesh the new state lies where the old one did, so that the next step compiles nothing.
+    Args:
+      state: donated. Its `step` stays as it is: a step may have several updates.
+      loss_state: what the loss keeps between steps, in the new state.
+      grads: of the batch, float32 like the parameters.
+      optimizer: from `build`, or another one inside `optax.apply_if_finite`.
+      mesh: the new state lies on it where the old one did, so that the next step compiles nothing.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "grad_norm": optax.tree.norm(grads),
-        "update_norm": optax.tree.norm(updates),
-        "param_norm": optax.tree.norm(params),
-        "skipped_updates": optax.tree.get(opt_state, "total_notfinite"),
-        "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
-    }
+    metrics = UpdateMetrics(
+        grad_norm=optax.tree.norm(grads),
+        update_norm=optax.tree.norm(updates),
+        param_norm=optax.tree.norm(params),
+        skipped_updates=optax.tree.get(opt_state, "total_notfinite"),
+        skipped_in_a_row=optax.tree.get(opt_state, "notfinite_count"),
+    )
     return sharding.constrain_params(
         mesh, TrainState(state.step, params, opt_state, loss_state)
     ), metrics

@@ -1,4 +1,9 @@
-"""What the gradient is taken on: rollouts, followed by the answer that the estimator asks for."""
+"""What the gradient is taken on: rollouts, followed by the answer that the estimator asks for.
+
+sampled      z_1 ... z_n </think> y_1 ... y_k <eos>                 the rollout as it is
+gold         z_1 ... z_n </think> y*_1 ... y*_a <eos>               its rationale, then the gold answer
+annotated    z*_1 ... z*_n </think> y*_1 ... y*_a <eos>             no rollout: both come with the data
+"""
 
 import functools
 
@@ -10,19 +15,30 @@ from qlog.records import Rollouts, Trajectories
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
-def with_gold_answer(rollouts: Rollouts, gold: Array, gold_lengths: Array, length: int):
-    """Trajectories of `length` tokens: each rationale followed by the gold answer [B, A]."""
+def with_gold_answer(
+    rollouts: Rollouts, gold: Array, gold_lengths: Array, length: int
+) -> Trajectories:
+    """Each rationale followed by its prompt's gold answer.
+
+    Args:
+      rollouts: [B, M]; what comes after their rationales is not read.
+      gold: int32 [B, A], right-padded, end of sequence included.
+      gold_lengths: int32 [B].
+      length: R of the result, at least the longest rationale plus A.
+    """
+    num_prompts, num_rollouts = rollouts.lengths.shape
     slots = jnp.arange(length)
-    ends = rollouts.rationale_lengths[..., None]
-    own = _fit(rollouts.tokens, length)
-    offset = jnp.clip(slots - ends, 0, gold.shape[1] - 1)
-    answer = jnp.take_along_axis(
-        jnp.broadcast_to(gold[:, None], (*ends.shape[:2], gold.shape[1])), offset, -1
-    )
+    ends = rollouts.rationale_lengths[..., None]  # [B, M, 1], where the answer begins
+    # Slot r holds token r - end of the answer; inside the rationale, and behind the answer, the index
+    # is held within the answer, and the masks leave the slot out.
+    index = jnp.clip(slots - ends, 0, gold.shape[1] - 1)  # [B, M, R]
+    answers = jnp.broadcast_to(gold[:, None], (num_prompts, num_rollouts, gold.shape[1]))
+    answer = jnp.take_along_axis(answers, index, -1)  # [B, M, R]
     in_rationale = slots < ends
+    # A forced closing was not drawn from the policy: it carries no log-probability.
     rationale_mask = _fit(rollouts.is_sampled, length) & in_rationale
     return Trajectories(
-        tokens=jnp.where(in_rationale, own, answer),
+        tokens=jnp.where(in_rationale, _fit(rollouts.tokens, length), answer),
         rationale_mask=rationale_mask,
         answer_mask=~in_rationale & (slots < ends + gold_lengths[:, None, None]),
         old_log_probs=_fit(rollouts.log_probs, length),
@@ -33,28 +49,33 @@ def with_gold_answer(rollouts: Rollouts, gold: Array, gold_lengths: Array, lengt
 
 @functools.partial(jax.jit, static_argnames=("length",))
 def with_sampled_answer(rollouts: Rollouts, length: int) -> Trajectories:
-    """Trajectories of `length` tokens: the rollouts as they were sampled."""
+    """The rollouts as they were sampled, [B, M, `length`]."""
     in_rationale = jnp.arange(length) < rollouts.rationale_lengths[..., None]
-    sampled = _fit(rollouts.is_sampled, length)
+    is_sampled = _fit(rollouts.is_sampled, length)
     return Trajectories(
         tokens=_fit(rollouts.tokens, length),
-        rationale_mask=sampled & in_rationale,
-        answer_mask=sampled & ~in_rationale,
+        rationale_mask=is_sampled & in_rationale,
+        answer_mask=is_sampled & ~in_rationale,
         old_log_probs=_fit(rollouts.log_probs, length),
-        was_sampled=sampled,
+        was_sampled=is_sampled,
         lengths=rollouts.lengths,
     )
 
 
 def annotated(rationale: Array, rationale_lengths: Array) -> Rollouts:
-    """Annotated rationales [B, R] in the place of sampled ones, M = 1 (supervised fine-tuning)."""
+    """Annotated rationales in the place of sampled ones, M = 1 (supervised fine-tuning).
+
+    Args:
+      rationale: int32 [B, R], right-padded.
+      rationale_lengths: int32 [B].
+    """
     lengths = rationale_lengths[:, None]
     is_token = jnp.arange(rationale.shape[1]) < lengths[..., None]
     no = jnp.zeros(lengths.shape, bool)
     return Rollouts(
         tokens=rationale[:, None],
         log_probs=jnp.zeros(is_token.shape),
-        is_sampled=is_token,
+        is_sampled=is_token,  # so that every token carries its log-probability
         rationale_lengths=lengths,
         lengths=lengths,
         forced=no,

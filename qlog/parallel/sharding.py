@@ -364,3 +364,32 @@ def owned_prompts(mesh: Mesh, batch: int) -> np.ndarray:
     for device, index in batch_sharding(mesh).devices_indices_map((batch,)).items():
         owner[index] = np.minimum(owner[index], device.process_index)
     return np.flatnonzero(owner == jax.process_index())
+
+
+# ---- Parts of a batch: waves, updates and microbatches take some of its prompts at a time ----
+#
+# Part i of n has the prompts i, i + n, i + 2n, ... A device holds neighbouring prompts, so each part
+# has as many prompts from every device, where they lie already: no device waits, nothing moves.
+# The first B / n prompts would all lie on the first devices.
+
+
+def _by_stride(x: jax.Array, num_parts: int) -> jax.Array:
+    """[B, ...] -> [B / num_parts, num_parts, ...]."""
+    return x.reshape(-1, num_parts, *x.shape[1:])
+
+
+@functools.partial(jax.jit, static_argnames=("index", "num_parts"))
+def every_nth(tree: _Tree, index: int, num_parts: int) -> _Tree:
+    """[B, ...] -> [B / num_parts, ...]: part `index`, every num_parts-th prompt from there on."""
+    return jax.tree.map(lambda x: _by_stride(x, num_parts)[:, index], tree)
+
+
+def split(tree: _Tree, num_parts: int) -> _Tree:
+    """Inside jit: [B, ...] -> [num_parts, B / num_parts, ...], all parts of `every_nth`."""
+    return jax.tree.map(lambda x: jax.numpy.moveaxis(_by_stride(x, num_parts), 1, 0), tree)
+
+
+def join(parts: _Tree) -> _Tree:
+    """The way back of `split`: [n, B / n, ...] -> [B, ...], prompts in their old order."""
+    join_one = lambda x: jax.numpy.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+    return jax.tree.map(join_one, parts)

@@ -179,7 +179,7 @@ def sample(
     batch = Wave(prompts, lengths, keys, golds)
     results, lane_steps = [], 0
     for index in range(num_waves):
-        wave = _every_nth(batch, index, num_waves)
+        wave = sharding.every_nth(batch, index, num_waves)
         schedule = _schedule(policy, wave, sampling, shrink)
         if rehearse and index == 0:
             _rehearse(run, wave, schedule)
@@ -449,7 +449,9 @@ def decode(
         )
         return _advance(pool, sampling, token, log_probs)._replace(suffix=suffix)
 
-    pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))._replace(prefix=prefix)
+    with jax.named_scope("decode_steps"):  # qlog.aot finds the loop by this name
+        pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))
+    pool = pool._replace(prefix=prefix)
     pool = sharding.constrain_batch(policy.mesh, pool)
     # Replicated, so that every process reads the same and takes the same way afterwards.
     look = Look(step=pool.step, going=~pool.done, stop=flags.any())
@@ -589,17 +591,7 @@ def _by_prompt(results: Results, shape: tuple[int, int]) -> Results:
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
 
 
-@functools.partial(jax.jit, static_argnames=("index", "num_waves"))
-def _every_nth(batch: Wave, index: int, num_waves: int) -> Wave:
-    """Every num_waves-th prompt from `index` on.
-
-    A device holds consecutive prompts. So every wave has the same share of each device, and nothing
-    moves between devices.
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, num_waves, *x.shape[1:])[:, index], batch)
-
-
 @jax.jit
 def _join_waves(results: list[Results]) -> Results:
-    """The inverse of `_every_nth`."""
+    """The inverse of `sharding.every_nth`, of all waves."""
     return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *results)

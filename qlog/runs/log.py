@@ -12,7 +12,6 @@ segment begins after the next `flush`. `read_jsonl(workdir / "metrics.jsonl")` r
 """
 
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -25,7 +24,7 @@ import jax
 
 from qlog.console import ProgressLine, clock
 from qlog.runs.uploads import Uploads
-from qlog.storage import paths
+from qlog.storage import paths, strict_json
 
 
 class RunLog:
@@ -135,8 +134,7 @@ class RunLog:
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
-        finite = {key: _finite(value) for key, value in line.items()}
-        self._files[name].write(finite["step"], json.dumps(finite, ensure_ascii=False) + "\n")
+        self._files[name].write(line["step"], strict_json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # ---- Lines on a disk, and in a bucket ----
@@ -246,10 +244,3 @@ def _drop_from(path: paths.Path, step: int) -> list[dict[str, Any]]:
 
 def _text(lines: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: as text they are visible, and still valid JSON."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from qlog.console import say
+from qlog.console import markdown_table, say
 from qlog.runs.log import read_jsonl
 from qlog.storage import paths
 
@@ -29,10 +29,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of rows with equal keys."""
     if not rows:
         return "(no run was evaluated)"
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(value) for value in row.values()) + " |")
-    return "\n".join(lines)
+    return markdown_table([{key: _cell(value) for key, value in row.items()} for row in rows])
 
 
 def draw_escape(curves: dict[str, list[dict[str, Any]]], path: paths.Path) -> None:

@@ -14,8 +14,9 @@ from qlog import losses, models
 from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
-from qlog.learner.packing import pack
+from qlog.learner.packing import pack_rollouts
 from qlog.learner.trajectories import with_gold_answer, with_sampled_answer
+from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.records import Rollouts, TrainState, Trajectories
 
 B, M, R = 4, 4, 7
@@ -48,13 +49,9 @@ def _gradient(batch, microbatch, policy=tiny.POLICY, temperature=1.0):
     return batch_gradient(
         params,
         policy,
-        prompts,
-        trajectories,
-        coefficients,
-        None,
-        surrogate=losses.linear(),
-        temperature=temperature,
-        microbatch=microbatch,
+        LearnerBatch(prompts, trajectories, coefficients),
+        Objective(losses.linear(), temperature),
+        Microbatch(*microbatch),
     )
 
 
@@ -92,10 +89,11 @@ def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temper
         return -sum((w * mask[:, 1:] * p).sum() for w, mask, p in zip(weights, masks, picked))
 
     loss, wanted = jax.value_and_grad(separate)(params)
-    got, sums, gauges = _gradient(batch, (B, M), temperature=temperature)
-    np.testing.assert_allclose(sums.loss, loss, rtol=1e-4)
-    assert float(sums.tokens) == (trajectories.rationale_mask | trajectories.answer_mask).sum()
-    assert float(gauges.sampled) == trajectories.was_sampled.sum()
+    got, sums = _gradient(batch, (B, M), temperature=temperature)
+    np.testing.assert_allclose(sums.surrogate.loss, loss, rtol=1e-4)
+    tokens = trajectories.rationale_mask | trajectories.answer_mask
+    assert float(sums.surrogate.tokens) == tokens.sum()
+    assert float(sums.mismatch.num_tokens) == trajectories.was_sampled.sum()
     _assert_trees_close(got, jax.tree.map(lambda g: g / B, wanted))
 
 
@@ -103,34 +101,37 @@ def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temper
 @pytest.mark.parametrize("microbatch", [(1, 4), (4, 1), (2, 2)])
 def test_results_do_not_depend_on_the_microbatch(batch, microbatch, together, monkeypatch):
     monkeypatch.setattr(gradient, "_FLOPS_PER_PROGRAM", together)
-    whole, sums, gauges = _gradient(batch, (B, M))
-    got, other_sums, other_gauges = _gradient(batch, microbatch)
+    whole, sums = _gradient(batch, (B, M))
+    got, other_sums = _gradient(batch, microbatch)
     _assert_trees_close(got, whole)
-    np.testing.assert_allclose(jnp.stack(other_sums), jnp.stack(sums), rtol=1e-5)
-    np.testing.assert_allclose(jnp.stack(other_gauges), jnp.stack(gauges), rtol=1e-5)
+    trees.assert_close(other_sums, sums, rtol=1e-5)
 
 
-def test_packed_rollouts_follow_one_another_in_few_rows():
+def test_packed_rollouts_follow_one_another_in_few_packs():
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.geometric(1 / 20, (16, 32)), 100)
     is_needed = rng.random((16, 32)) < 0.8
-    packing = jax.tree.map(np.asarray, jax.jit(pack, static_argnums=2)(lengths, is_needed, 104))
-    assert (packing.row[~is_needed] == -1).all()
+    packing = jax.tree.map(
+        np.asarray, jax.jit(pack_rollouts, static_argnums=2)(lengths, is_needed, 104)
+    )
+    assert (packing.pack[~is_needed] == -1).all()
     for b in range(16):
         grid = np.full((32, 104), 32)
         for m in np.flatnonzero(is_needed[b]):
-            cells = grid[packing.row[b, m], packing.offset[b, m] :][: lengths[b, m]]
-            assert len(cells) == lengths[b, m] and (cells == 32).all(), "inside its row, on nobody"
+            cells = grid[packing.pack[b, m], packing.offset[b, m] :][: lengths[b, m]]
+            assert len(cells) == lengths[b, m] and (cells == 32).all(), (
+                "inside its pack, on no other"
+            )
             cells[:] = m
-            own = packing.token[b, packing.row[b, m], packing.offset[b, m] :][: lengths[b, m]]
+            own = packing.token[b, packing.pack[b, m], packing.offset[b, m] :][: lengths[b, m]]
             np.testing.assert_array_equal(own, np.arange(lengths[b, m]))
         np.testing.assert_array_equal(packing.rollout[b], grid)
-        assert packing.rows[b] == (grid < 32).any(1).sum()
+        assert packing.num_packs[b] == (grid < 32).any(1).sum()
     needed = (lengths * is_needed).sum(1)
-    assert (packing.rows <= np.ceil(needed / 104) + 1).all() and packing.rows.max() < 12
+    assert (packing.num_packs <= np.ceil(needed / 104) + 1).all() and packing.num_packs.max() < 12
 
 
-def test_rollouts_with_zero_coefficients_change_nothing_and_take_no_row(batch):
+def test_rollouts_with_zero_coefficients_change_nothing_and_take_no_pack(batch):
     params, prompts, trajectories, coefficients = batch
     keep = jnp.asarray(np.random.default_rng(1).random((B, M)) < 0.4).at[2].set(False)
     some = coefficients._replace(score=coefficients.score * keep, path=coefficients.path * keep)
@@ -138,16 +139,14 @@ def test_rollouts_with_zero_coefficients_change_nothing_and_take_no_row(batch):
         rationale_mask=trajectories.rationale_mask & keep[..., None],
         answer_mask=trajectories.answer_mask & keep[..., None],
     )
-    wanted, _, _ = _gradient((params, prompts, cut, coefficients), (B, M))
+    wanted, _ = _gradient((params, prompts, cut, coefficients), (B, M))
     for microbatch in ((B, M), (1, 1)):
-        got, sums, gauges = _gradient((params, prompts, trajectories, some), microbatch)
+        got, sums = _gradient((params, prompts, trajectories, some), microbatch)
         _assert_trees_close(got, wanted)
-    first = keep.at[0, 0].set(True)[..., None]  # the one rollout that always passes, for the gauges
-    assert float(gauges.sampled) == (trajectories.was_sampled & first).sum()
-    assert (
-        float(sums.tokens)
-        == ((trajectories.rationale_mask | trajectories.answer_mask) & first).sum()
-    )
+    passed = keep.at[0, 0].set(True)[..., None]  # the one that always passes, for the mismatch
+    assert float(sums.mismatch.num_tokens) == (trajectories.was_sampled & passed).sum()
+    tokens = trajectories.rationale_mask | trajectories.answer_mask
+    assert float(sums.surrogate.tokens) == (tokens & passed).sum()
 
 
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
@@ -156,16 +155,16 @@ def test_rematerialisation_changes_nothing(batch, remat):
     _assert_trees_close(_gradient(batch, (B, M), remat)[0], _gradient(batch, (B, M))[0])
 
 
-def test_the_gauge_measures_sampler_against_learner(batch):
+def test_the_mismatch_measures_sampler_against_learner(batch):
     params, prompts, trajectories, _ = batch
-    prefix, last = gradient._prefix(params, tiny.POLICY, prompts)
-    packing = pack(trajectories.lengths, jnp.ones((B, M), bool), R)
-    new = gradient.log_probs(params, tiny.POLICY, prefix, last, trajectories, packing, 1.0)
+    context = gradient._prompt_context(params, tiny.POLICY, prompts)
+    packing = pack_rollouts(trajectories.lengths, jnp.ones((B, M), bool), R)
+    new = gradient.log_probs(params, tiny.POLICY, context, trajectories, packing, 1.0)
     difference = np.abs(new - trajectories.old_log_probs)[np.array(trajectories.was_sampled)]
-    gauges = _gradient(batch, (2, 2))[2]
-    np.testing.assert_allclose(gauges.mismatch, difference.sum(), rtol=1e-4)
-    np.testing.assert_allclose(gauges.mismatch_max, difference.max(), rtol=1e-4)
-    np.testing.assert_allclose(gauges.mismatch_exp, np.exp(difference).sum(), rtol=1e-4)
+    _, sums = _gradient(batch, (2, 2))
+    np.testing.assert_allclose(sums.mismatch.sum, difference.sum(), rtol=1e-4)
+    np.testing.assert_allclose(sums.mismatch.max, difference.max(), rtol=1e-4)
+    np.testing.assert_allclose(sums.mismatch.sum_exp, np.exp(difference).sum(), rtol=1e-4)
 
 
 def test_gold_answers_are_spliced_after_each_rationale():
@@ -201,12 +200,12 @@ def test_a_non_finite_gradient_is_skipped_and_counted():
     bad = {"w": jnp.array([1.0, jnp.nan, 1.0])}
     state, metrics = apply_update(fresh(), (), bad, optimizer=optimizer)
     np.testing.assert_array_equal(state.params["w"], params["w"])
-    assert metrics["skipped_updates"] == 1 and metrics["skipped_in_a_row"] == 1
+    assert metrics.skipped_updates == 1 and metrics.skipped_in_a_row == 1
     good = {"w": jnp.array([1.0, 1.0, 1.0])}
     state, metrics = apply_update(state, (), good, optimizer=optimizer)
     assert (state.params["w"] < params["w"]).all()
-    assert metrics["skipped_updates"] == 1 and metrics["skipped_in_a_row"] == 0
-    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(3.0), rtol=1e-6)
+    assert metrics.skipped_updates == 1 and metrics.skipped_in_a_row == 0
+    np.testing.assert_allclose(metrics.grad_norm, np.sqrt(3.0), rtol=1e-6)
 
 
 def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
@@ -215,11 +214,11 @@ def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
     policy = dataclasses.replace(tiny.POLICY, config=shape, remat="full")
     _, prompts, trajectories, coefficients = batch
     params = models.shapes(shape)
-    lowered = gradient.add_microbatch.lower(
-        *tiny.microbatch(params, policy, prompts, trajectories, coefficients, None),
-        surrogate=losses.linear(),
-        temperature=1.0,
-        microbatch=(2, 2),
+    learner_batch = LearnerBatch(prompts, trajectories, coefficients)
+    lowered = gradient.add_microbatches.lower(
+        *tiny.microbatch(params, policy, learner_batch),
+        objective=Objective(losses.linear()),
+        microbatch=Microbatch(2, 2),
     )
     memory = lowered.compile().memory_analysis()
     gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -199,6 +199,7 @@ def _backward(queries, cotangent, log_total, shift, caches, visible, seen, cache
     return total, query_grads
 
 
+@jax.named_scope("attention_blocks")  # qlog.aot finds the loop by this name
 def _visit(first, last, visit, state, is_single):
     """`visit` of every visible block; a single one is visited in any case, without a loop, whose end
     GPUs would have to tell the host before it goes on."""

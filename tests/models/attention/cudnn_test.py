@@ -21,6 +21,7 @@ from qlog.benchmark import work
 from qlog.errors import ConfigError
 from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
+from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.models.attention import blocks, cudnn
 from qlog.parallel import sharding
 from qlog.policy import Policy
@@ -116,16 +117,12 @@ def gradient_of(policy, size, mesh=None):
     if mesh is not None:
         params = jax.device_put(params, sharding.param_shardings(mesh, params))
     coefficients = losses.Coefficients(*[jnp.asarray(batch.advantages)] * 4)
-    return functools.partial(
-        batch_gradient, surrogate=losses.linear(), microbatch=(size.prompts, 2)
-    ), (
-        params,
-        policy,
-        batch.prompts,
-        batch.trajectories,
-        coefficients,
-        None,
-    )
+    keywords = {
+        "objective": Objective(losses.linear()),
+        "microbatch": Microbatch(size.prompts, 2),
+    }
+    learner_batch = LearnerBatch(batch.prompts, batch.trajectories, coefficients)
+    return functools.partial(batch_gradient, **keywords), (params, policy, learner_batch)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +134,7 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(
     policy = Policy(tiny.SHAPE, tiny.VALID_VOCAB, jnp.bfloat16, remat, attention="cudnn")
     size = work.Size(prompts=2, rollouts=2, prompt=12, rationale=5, answer=3)
     compute, arguments = gradient_of(policy, size)
-    traced = gradient.add_microbatch.trace(
-        *tiny.microbatch(*arguments), temperature=1.0, **compute.keywords
-    )
+    traced = gradient.add_microbatches.trace(*tiny.microbatch(*arguments), **compute.keywords)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("Softmax", "ScaleBiasSoftmax"):
         assert program.count(f"@__cudnn$fmha{kernel}(") == forwards

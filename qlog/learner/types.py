@@ -1,0 +1,102 @@
+"""The records of the learner: what a gradient is taken on, how much of it at a time, its sums.
+
+Shapes: B prompts of an update, M rollouts per prompt, R tokens of a trajectory.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from qlog import losses
+from qlog.parallel import sharding
+from qlog.records import Prompts, Trajectories
+
+
+class LearnerBatch(NamedTuple):
+    """What one gradient is taken on: the prompts of an update, or b of them in a microbatch."""
+
+    prompts: Prompts  # of B prompts
+    trajectories: Trajectories  # of B prompts by M rollouts
+    coefficients: losses.Coefficients  # [B, M] each, constants that know all prompts of the step
+    reference: Array | None = None  # float32 [B, M, R], log p under the reference parameters
+
+
+class Objective(NamedTuple):
+    """What is differentiated; hashable, so jit-static."""
+
+    surrogate: losses.Surrogate  # its sums add over microbatches
+    temperature: float = 1.0  # of the distribution that sampled; gold answers are scored at 1
+
+
+class Microbatch(NamedTuple):
+    """How much of a batch the gradient has in memory at a time; hashable, so jit-static."""
+
+    prompts: int  # b, on all devices together; a divisor of B
+    packs: int  # w, of each of these prompts (`packing.Packing`); a divisor of M
+
+    @classmethod
+    def of(cls, config: ConfigDict, mesh: Mesh) -> "Microbatch":
+        """What `config.train` asks for, where 0 is all; its prompts are those of one shard."""
+        train: Any = config.train  # the fields of a ConfigDict have no static types
+        rollout: Any = config.rollout
+        prompts = train.prompts_per_microbatch * sharding.num_batch_shards(mesh)
+        return cls(
+            prompts=prompts or train.prompts_per_step // train.updates_per_batch,
+            packs=train.rollouts_per_microbatch or rollout.rollouts_per_prompt,
+        )
+
+
+class SamplerMismatch(NamedTuple):
+    """How far the learner's log-probabilities are from the sampler's, over the sampled tokens.
+
+    Float32 scalars, with d = |log p by the learner - log p by the sampler| of a token.
+    """
+
+    num_tokens: Array  # tokens that the sampler drew, and so has a log p of
+    sum: Array  # sum of d, in nats
+    max: Array  # the largest d
+    sum_exp: Array  # sum of exp(d): the factor by which the two probabilities differ
+
+    @classmethod
+    def between(cls, new: Array, old: Array, was_sampled: Array) -> "SamplerMismatch":
+        """Of log-probabilities [b, M, R] by the learner and by the sampler, where it sampled."""
+        difference = jnp.where(was_sampled, jnp.abs(new - old), 0.0)
+        return cls(
+            num_tokens=was_sampled.sum(dtype=jnp.float32),
+            sum=difference.sum(),
+            max=difference.max(),
+            sum_exp=jnp.where(was_sampled, jnp.exp(difference), 0.0).sum(),
+        )
+
+    def merge(self, other: "SamplerMismatch") -> "SamplerMismatch":
+        """Of the tokens of both. Zeros are neutral: no difference is below 0."""
+        total = jax.tree.map(jnp.add, self, other)
+        return total._replace(max=jnp.maximum(self.max, other.max))
+
+
+class StepSums(NamedTuple):
+    """What a gradient tells besides itself: sums over tokens, which merge over microbatches."""
+
+    surrogate: losses.Sums
+    mismatch: SamplerMismatch
+
+    def merge(self, other: "StepSums") -> "StepSums":
+        """Of the tokens of both."""
+        return StepSums(
+            jax.tree.map(jnp.add, self.surrogate, other.surrogate),
+            self.mismatch.merge(other.mismatch),
+        )
+
+
+class UpdateMetrics(NamedTuple):
+    """What an optimizer's update tells, scalars. Norms are over all parameters together (L2)."""
+
+    grad_norm: Array  # float32, of the gradient before it is clipped; not finite: a skipped update
+    update_norm: Array  # float32, of what was added to the parameters; 0 of a skipped update
+    param_norm: Array  # float32, of the parameters after the update
+    skipped_updates: Array  # int32, since the run began: gradients with an inf or a NaN
+    skipped_in_a_row: Array  # int32, up to this update; 0 after one that was made
