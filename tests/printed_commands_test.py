@@ -26,7 +26,8 @@ from gcp_storage_emulator.server import create_server
 from ml_collections import config_flags
 from places import ROOT
 
-DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", "qlog/losses/README.md"]
+PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("README.md"))]
+DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", *PAGES]
 CLOUD = ("gcloud", "kubectl", "sbatch", "scontrol", "gcluster", "xpk", "docker", "sky")
 PROGRAMS = {*CLOUD, "python", "python3", "pip", "uv", "source", "squeue", "scancel", "srun", "hf"}
 
