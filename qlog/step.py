@@ -1,5 +1,7 @@
-"""One step: rollouts of a batch of prompts and their scores (`collect`), then coefficients, gradient
-and update (`learn`)."""
+"""One step: `collect` samples and scores rollouts of a batch of prompts, `learn` updates from them.
+
+`train.py` calls the two in turn. What travels between them are `records.Groups`.
+"""
 
 import contextlib
 import functools
@@ -38,8 +40,8 @@ class StepResult(NamedTuple):
 class Stopwatch:
     """Seconds of a step by phase.
 
-    JAX returns before the devices are done. So a phase waits for its results, with the function that
-    `with watch(phase) as ready` hands it; else its seconds would count for the next phase.
+    JAX returns before the devices are done. So a phase waits for its results with the function
+    that `with watch(phase) as ready` gives it. Else its seconds would count for the next phase.
 
     Attributes:
       seconds: by name of the phase, in the order of their beginnings.
@@ -162,8 +164,8 @@ def learn(
                 batch,
                 objective,
                 experiment.microbatch,
-                # A signal before the first update gives the step up. After it nothing can be given
-                # up, since the update has taken the buffers of `state`: the step goes on to its end.
+                # A signal before the first update gives the step up. Later the step goes on to its
+                # end: the update has taken the buffers of `state`, and nothing can be given up.
                 before_each=interrupts and (interrupts.beat if index else interrupts.check),
             )
             state, update = apply_update(
