@@ -4,18 +4,19 @@
 
 A small decoder first learns the plain text of a synthetic world (facts, and walks along them). It
 knows neither that questions exist nor how answers are written: P, its chance to answer right, is
-tiny. From there each estimator of the family trains alone, GRPO beside them. See README.md for
-what came out, with seeds.
+tiny. From there each estimator of the family trains by itself, and GRPO to compare. README.md has
+the results, with seeds.
 """
 
-from qlog.config import schema
-from qlog.config.variants import parse_variants
+from ml_collections import ConfigDict
 
-Q = (0.0, 0.25, 0.5, 0.75, 1.0)
+from qlog.config import default, loss, parse_variants
+
+Q = (0.0, 0.25, 0.5, 0.75, 1.0)  # 0 is reinforcement learning, 1 log marginal likelihood
 
 
-def get_config(arg: str = ""):
-    config = schema.default()
+def get_config(arg: str = "") -> ConfigDict:
+    config = default()
     config.dtype = "float32"
     config.architecture = {
         "vocab_size": 48,
@@ -54,15 +55,15 @@ def get_config(arg: str = ""):
     config.checkpoint.every = 1000
     base = {
         "data": {"name": "multihop_text"},
-        "loss": schema.loss("sft"),
+        "loss": loss("sft"),
         "rollout": {"rollouts_per_prompt": 1},
         "optimizer": {"learning_rate": 5e-3, "warmup_steps": 50, "schedule": "cosine"},
         "train": {"steps": 1000, "prompts_per_step": 32},
         "evaluation": {"every": 0},
     }
-    runs = {"base": base, "grpo": {"init_from": "base", "loss": schema.loss("grpo")}}
+    runs = {"base": base, "grpo": {"init_from": "base", "loss": loss("grpo")}}
     for q in Q:
-        runs[f"garl_q{100 * q:03.0f}"] = {"init_from": "base", "loss": schema.loss("garl", q=q)}
-    runs["paft_q075"] = {"init_from": "garl_q075", "loss": schema.loss("paft", q=0.75)}
+        runs[f"garl_q{100 * q:03.0f}"] = {"init_from": "base", "loss": loss("garl", q=q)}
+    runs["paft_q075"] = {"init_from": "garl_q075", "loss": loss("paft", q=0.75)}
     config.runs = runs
     return parse_variants(arg, {}, config)

@@ -1,8 +1,8 @@
-"""Lines for the user, from the first process only."""
+"""Lines for the user, from process 0 only."""
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 class ProgressLine:
-    """A line about work under way: rewritten in place on a terminal, else printed now and then.
+    """A line about work under way: on a terminal rewritten in place, elsewhere printed at times.
 
     Args:
       every: seconds between printed lines.
@@ -20,11 +20,12 @@ class ProgressLine:
         self._every, self._printed = every, time.monotonic()
 
     def show(self, text: str, force: bool = False) -> None:
-        """force: print it however short the time since the last."""
+        """Shows the line; with `force` also if the last one was printed just now, and for good."""
         if jax.process_index():
             return
         now = time.monotonic()
         if sys.stdout.isatty():
+            # To the line's start, and clear it: the next text comes over this one, unless forced.
             print(f"\r\x1b[2K{text}", end="\n" if force else "", flush=True)
         elif force or now - self._printed >= self._every:
             self._printed = now
@@ -32,22 +33,34 @@ class ProgressLine:
 
 
 def clock(seconds: float) -> str:
-    """75 -> '1:15'."""
+    """Seconds as text: 75 -> '1:15'."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def say(text: str):
-    """A line for the user, from the first process alone, on a line of its own."""
+def say(text: str) -> None:
+    """A line for the user; it takes the place of a progress line."""
     if jax.process_index() == 0:
         print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
 
 
-def show_table(title: str, rows: Mapping[str, object]):
-    """A two-column table for the user."""
+def show_table(title: str, facts: Mapping[str, object]) -> None:
+    """A table of names and values for the user."""
     if jax.process_index() == 0:
         table = Table(title=title, show_header=False, title_justify="left")
-        for name, value in rows.items():
+        for name, value in facts.items():
             table.add_row(name, str(value))
+        # Without a terminal there is no width to fit: a fixed one.
         Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of cells as a Markdown table.
+
+    Args:
+      rows: at least one; all have the same keys in the same order, which are the header.
+    """
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    return "\n".join(lines)

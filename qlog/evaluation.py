@@ -1,10 +1,16 @@
-"""Evaluation: n sampled answers per question, graded, saved; one path for training and commands."""
+"""Evaluation: n sampled answers per question, graded and saved; training and the commands share it.
+
+A question and its samples are a row: one line of a JSON-lines file, from which every number can be
+computed again. The way of a row: `sample_answers` makes it, `_PartialSamples` keeps it while the
+evaluation is under way, `_summarise` grades it, `recompute` reads it back.
+"""
 
 import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +18,7 @@ from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.config import schema
+from qlog.config.streams import Stream, stream_key
 from qlog.console import ProgressLine, clock, say
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, identity
@@ -25,7 +32,29 @@ from qlog.storage import paths
 from qlog.storage.paths import Path
 
 _BARE = "no_rationale/"  # before the names of metrics without a rationale
-_FIELDS = {"id", "golds", "answers", "log_p", "forced", "complete"}  # that a row must have
+
+
+class Row(accuracy.Row):
+    """A question and its n samples: what is graded, and what only the sampler knows."""
+
+    rationales: list[str]  # n texts, without the thinking-end token
+    log_w: list[float]  # n numbers, log p(gold answer | prompt, rationale), in nats
+    log_p: float  # log of the mean of w: the estimate of log p(gold answer | prompt)
+    forced: list[bool]  # n flags: the rationale's budget was spent
+    complete: list[bool]  # n flags: the answer ended by itself
+
+
+_FIELDS = {
+    "id",
+    "golds",
+    "answers",
+    "log_p",
+    "forced",
+    "complete",
+}  # that a row read back must have
+
+
+# ---- Sample, save, grade ----
 
 
 def evaluate(
@@ -36,16 +65,20 @@ def evaluate(
     source: str = "",
     interrupts: Interrupts | None = None,
 ) -> dict[str, float]:
-    """p@1, p@k, m@k (k = evaluation.rollouts_per_prompt), mean log P and the rest of `summarise`.
+    """p@1, p@k, m@k (k = evaluation.rollouts_per_prompt), mean log P and all else of a summary.
 
     With evaluation.without_rationale also `no_rationale/...`: the same with a budget of 0.
 
     Args:
-      samples: JSON-lines file for all samples, from which `recompute` gets every number again. Until
-        it is there, the rows of each batch lie beside it, and an evaluation that was interrupted
-        goes on after them.
-      source: what the parameters are; only rows of the same source are gone on after.
-      interrupts: looked at while decoding.
+      samples: JSON-lines file for all rows, from which `recompute` gets every number again. While
+        the evaluation is under way, the rows of each batch lie next to it, and an evaluation that
+        was interrupted goes on after them.
+      source: what the parameters are, in words; an evaluation goes on only after rows of the same.
+      interrupts: checked while decoding.
+
+    Returns:
+      The numbers by name, the same on every process: those of `accuracy.summarise`, and log_p,
+      budget_hits, truncated_answers.
 
     Raises:
       Stop: a signal came.
@@ -54,45 +87,56 @@ def evaluate(
     if experiment.config.evaluation.without_rationale:
         passes[_BARE] = dataclasses.replace(experiment.evaluation_sampling, rationale_budget=0)
     summary = {}
-    for prefix, draws in passes.items():
+    for prefix, sampling in passes.items():
         file = samples and _samples_file(samples, prefix)
-        rows = _sample_all(experiment, params, draws, file, source, interrupts)
-        found = distributed.first(lambda rows=rows: summarise(experiment.config, rows))
+        rows = _sample_all(experiment, params, sampling, file, source, interrupts)
+        # On the first process only: bootstrap intervals take seconds, and the others have no rows.
+        found = distributed.once_per_run(lambda rows=rows: _summarise(experiment.config, rows))
         summary |= _prefixed(prefix, found)
     return summary
 
 
 def _sample_all(
-    experiment, params, draws, file: Path | None, source: str, interrupts
-) -> list[dict]:
+    experiment: Experiment,
+    params: models.Params,
+    sampling: sampler.Sampling,
+    file: Path | None,
+    source: str,
+    interrupts: Interrupts | None,
+) -> list[Row]:
     """All rows, on the first process; [] on the others."""
-    parts = file and _Parts(file, _what_decides(experiment, source))
-    rows: list[dict] = []
+    is_first_process = jax.process_index() == 0
+    partial = _PartialSamples(file, _inputs(experiment, source)) if file else None
+    rows: list[Row] = []
 
-    def read() -> int:
-        rows.extend(parts.read())
+    # Resume: the first process reads the rows that there are, the others hear how many.
+    def read(partial: _PartialSamples) -> int:
+        rows.extend(partial.read())
         return len(rows)
 
-    first = done = distributed.first(read) if parts else 0
-    total = _questions(experiment)
-    if done:
-        say(f"evaluation goes on after {done} of {total} questions")
-    line, began, is_writer = ProgressLine(), time.monotonic(), jax.process_index() == 0
-    for batch in sample_answers(experiment, params, draws, done, interrupts):
-        if is_writer:
+    num_saved = distributed.once_per_run(lambda: read(partial)) if partial else 0
+    total = _num_questions(experiment)
+    if num_saved:
+        say(f"evaluation goes on after {num_saved} of {total} questions")
+
+    # Sample the rest, and save each batch at once.
+    line, began, num_done = ProgressLine(), time.monotonic(), num_saved
+    for batch in sample_answers(experiment, params, sampling, num_saved, interrupts):
+        if is_first_process:
             rows += batch
-            if parts:
-                parts.write(first, batch)
-        first += len(batch)
-        left = (time.monotonic() - began) / (first - done) * (total - first)
-        line.show(f"evaluating {source}: {first}/{total} questions  {clock(left)} left")
-    if parts and is_writer:
-        parts.join(rows)
+            if partial:
+                partial.write(num_done, batch)
+        num_done += len(batch)
+        left = (time.monotonic() - began) / (num_done - num_saved) * (total - num_done)
+        line.show(f"evaluating {source}: {num_done}/{total} questions  {clock(left)} left")
+
+    if partial and is_first_process:
+        partial.finish(rows)
     return rows
 
 
-def _what_decides(experiment: Experiment, source: str) -> dict:
-    """All on which samples depend."""
+def _inputs(experiment: Experiment, source: str) -> dict[str, Any]:
+    """Everything that the samples depend on, as JSON gives it back (tuples become lists)."""
     config = experiment.config
     evaluation, rollout, data_ = config.evaluation, config.rollout, config.data
     found = {
@@ -120,60 +164,103 @@ def _what_decides(experiment: Experiment, source: str) -> dict:
     return json.loads(json.dumps(found))
 
 
-class _Parts:
-    """Rows of an evaluation under way: one file per batch in FILE.parts, whole objects for buckets.
+def _summarise(config: ConfigDict, rows: list[Row]) -> dict[str, float]:
+    """`accuracy.summarise`, and the means of the fields that only the sampler knows."""
+    summary = accuracy.summarise(
+        rows,
+        k=config.evaluation.rollouts_per_prompt,
+        dataset=config.data.name,
+        seed=config.seed,
+    )
+    numbers = np.array(
+        [[row["log_p"], np.mean(row["forced"]), np.mean(row["complete"])] for row in rows]
+    )
+    log_p, forced, complete = numbers.mean(0)
+    return summary | {
+        "log_p": float(log_p),
+        "budget_hits": float(forced),
+        "truncated_answers": float(1 - complete),
+    }
+
+
+def _prefixed(prefix: str, summary: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in summary.items()}
+
+
+# ---- Rows on disk, or in a bucket ----
+
+
+def _samples_file(samples: Path, prefix: str) -> Path:
+    """STEM.jsonl, and STEM.no_rationale.jsonl next to it."""
+    return samples.with_suffix(f".{_BARE[:-1]}{samples.suffix}") if prefix else samples
+
+
+def _write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """The file is there whole or not at all: `paths.write`, on a disk and in a bucket alike."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    paths.write(file, "".join(lines))
+
+
+def _read_rows(file: Path) -> list[Any]:
+    # Not splitlines(), which would break a row at the line separators of Unicode (U+2028).
+    return [json.loads(line) for line in paths.read(file).split("\n") if line]
+
+
+class _PartialSamples:
+    """The rows of an evaluation under way: FILE.parts, a folder with one file for each batch.
+
+    A file for each batch, because nothing can be appended to an object in a bucket.
 
     Args:
       file: where all rows are put in the end.
-      settings: parts of other settings are thrown away.
+      inputs: what the samples depend on. Rows that were sampled from other inputs are removed.
     """
 
-    def __init__(self, file: Path, settings: dict):
-        self._file, self._settings = file, settings
+    def __init__(self, file: Path, inputs: dict[str, Any]):
+        self._file, self._inputs = file, inputs
         self._folder = file.with_name(f"{file.name}.parts")
 
-    def read(self) -> list[dict]:
-        """The rows that are there, in their order, without a gap."""
+    def read(self) -> list[Row]:
+        """The rows that are there, in their order, up to the first that is missing."""
         settings = self._folder / "settings.json"
         try:
             before = json.loads(paths.read(settings))
         except FileNotFoundError:
             before = None
-        if before != self._settings:
+        if before != self._inputs:
             if before is not None:
                 self._folder.rmtree()
-            paths.write(settings, json.dumps(self._settings))
+            paths.write(settings, json.dumps(self._inputs))
             return []
-        rows = []
+        # A part has the number of its first row for a name, so the next name is known.
+        rows: list[Row] = []
         while True:
             try:
-                lines = paths.read(self._part(len(rows))).split("\n")[:-1]  # not at U+2028
+                rows += _read_rows(self._part(len(rows)))
             except FileNotFoundError:
                 return rows
-            rows += [json.loads(line) for line in lines]
 
-    def write(self, first: int, rows: list[dict]) -> None:
-        """Rows from number `first` on."""
-        paths.write(self._part(first), _lines(rows))
+    def write(self, first: int, rows: list[Row]) -> None:
+        """Saves a batch, the rows from number `first` on."""
+        _write_rows(self._part(first), rows)
 
-    def join(self, rows: list[dict]) -> None:
-        """Writes the file of all rows in the parts' place."""
-        paths.write(self._file, _lines(rows))
+    def finish(self, rows: list[Row]) -> None:
+        """Writes the file of all rows in the place of the parts."""
+        _write_rows(self._file, rows)
         self._folder.rmtree()
 
     def _part(self, first: int) -> Path:
         return self._folder / f"{first:06d}.jsonl"
 
 
-def _lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def record(config: ConfigDict, metrics: dict[str, float], source: str, step: int | None) -> str:
-    """The JSON of a file of numbers: what they are of stands beside them.
+    """The JSON of a file of numbers, with what they are of.
 
-    source: the parameters, in words; step: of training, None where there is none. `config` is a
-    digest of the resolved config, which config.json beside it has in full.
+    Args:
+      config: the resolved config; the file gets a digest of it, config.json next to it all of it.
+      metrics: from `evaluate` or `recompute`.
+      source: what the parameters are, in words.
+      step: of training; None where there is none.
     """
     digest = hashlib.sha256(schema.to_json(config).encode()).hexdigest()[:16]
     about = {
@@ -188,10 +275,10 @@ def record(config: ConfigDict, metrics: dict[str, float], source: str, step: int
 
 
 def recompute(config: ConfigDict, samples: Path) -> dict[str, float]:
-    """What `evaluate` returned when it wrote `samples`, from the file alone.
+    """What `evaluate` returned when it wrote `samples`, from nothing but the file.
 
     Raises:
-      ConfigError: no such file, or one that holds no samples.
+      ConfigError: there is no such file, or it holds no samples.
     """
     summary = _recompute(config, samples)
     bare = _samples_file(samples, _BARE)
@@ -201,17 +288,21 @@ def recompute(config: ConfigDict, samples: Path) -> dict[str, float]:
 
 
 def _recompute(config: ConfigDict, file: Path) -> dict[str, float]:
-    rows = _read_samples(file)
+    rows = _checked_rows(file)
     try:
-        return summarise(config, rows)
+        return _summarise(config, rows)
     except ValueError as error:
         raise ConfigError(f"{file}: {error}; give a file as evaluation wrote it.") from None
 
 
-def _read_samples(file: Path) -> list[dict]:
+def _checked_rows(file: Path) -> list[Row]:
+    """The rows of a file that a user names.
+
+    Raises:
+      ConfigError: it cannot be read, is empty, or a row lacks what only the sampler knows.
+    """
     try:
-        # splitlines() would break rows at U+2028.
-        rows = [json.loads(line) for line in paths.read(file).split("\n") if line]
+        rows = _read_rows(file)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
@@ -220,135 +311,118 @@ def _read_samples(file: Path) -> list[dict]:
         missing = _FIELDS - set(row if isinstance(row, dict) else ())
         if missing:
             raise ConfigError(f"{file}, line {number}: samples need {', '.join(sorted(missing))}.")
-        # The sampler's own fields; metrics.summarise checks the others.
-        flags = [value for name in ("forced", "complete") for value in _list(row[name]) or [None]]
-        if type(row["log_p"]) not in (int, float) or not set(map(type, flags)) <= {bool}:
+        # The sampler's own fields; accuracy.summarise checks the others.
+        is_number = type(row["log_p"]) in (int, float)
+        if not (is_number and _are_flags(row["forced"]) and _are_flags(row["complete"])):
             raise ConfigError(
-                f"{file}, line {number}: log_p must be a number, forced and complete lists of flags."
+                f"{file}, line {number}: log_p must be a number, forced and complete lists of "
+                "flags."
             )
     if not rows:
         raise ConfigError(f"{file} is empty.")
     return rows
 
 
-def _list(value) -> list:
-    return value if isinstance(value, list) else []
+def _are_flags(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(flag) is bool for flag in value)
 
 
-def summarise(config: ConfigDict, rows: list[dict]) -> dict[str, float]:
-    """`metrics.summarise`, and the means of what only the sampler knows."""
-    count = config.evaluation.rollouts_per_prompt
-    summary = accuracy.summarise(rows, k=count, dataset=config.data.name, seed=config.seed)
-    numbers = np.array(
-        [[row["log_p"], np.mean(row["forced"]), np.mean(row["complete"])] for row in rows]
-    )
-    log_p, forced, complete = numbers.mean(0)
-    return summary | {
-        "log_p": float(log_p),
-        "budget_hits": float(forced),
-        "truncated_answers": float(1 - complete),
-    }
-
-
-def _samples_file(samples: Path, prefix: str) -> Path:
-    """STEM.jsonl, and STEM.no_rationale.jsonl beside it."""
-    return samples.with_suffix(f".{_BARE[:-1]}{samples.suffix}") if prefix else samples
-
-
-def _prefixed(prefix: str, summary: dict[str, float]) -> dict[str, float]:
-    return {prefix + name: value for name, value in summary.items()}
+# ---- From questions to rows ----
 
 
 def sample_answers(
     experiment: Experiment,
     params: models.Params,
-    draws: sampler.Sampling,
+    sampling: sampler.Sampling,
     start: int = 0,
     interrupts: Interrupts | None = None,
-) -> Iterator[list[dict]]:
-    """By batch, a row per question of the evaluation split: id, golds, answers, log_w, log_p, flags.
+) -> Iterator[list[Row]]:
+    """The rows of the evaluation split, batch by batch, from question number `start` on.
 
-    From question number `start` on; Stop is raised when a signal came while decoding.
-
-    Each process decodes the texts of its rows of a batch, and all of them yield all rows. The keys depend
-    on (seed, question, sample) alone, so runs and checkpoints are compared on the same random
+    Every process yields all rows, but decodes the texts only of its own part of a batch. The keys
+    depend only on (seed, question, sample), so runs and checkpoints are compared on the same random
     numbers.
+
+    Raises:
+      Stop: a signal came while decoding.
     """
-    config, formatter = experiment.config, experiment.formatter
-    count = config.evaluation.rollouts_per_prompt
-    # No more rows than questions, so that few of them on many chips are not filled up with copies.
-    shards, total = experiment.prompts_at_once(1), _questions(experiment)
-    batch_size = min(config.evaluation.prompts_per_batch, -(-total // shards)) * shards
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    config, mesh, formatter = experiment.config, experiment.mesh, experiment.formatter
+    assert formatter is not None, "evaluation needs experiment.formatter"
+    # Not more prompts than questions: a few questions on many chips are not filled up with copies.
+    num_shards, total = experiment.prompts_at_once(1), _num_questions(experiment)
+    per_shard = min(config.evaluation.prompts_per_batch, -(-total // num_shards))
+    key = stream_key(config.seed, Stream.EVALUATION)
     batches = data.evaluation_batches(
-        experiment.evaluation_data, batch_size=batch_size, limit=total, start=start
+        _dataset(experiment), batch_size=per_shard * num_shards, limit=total, start=start
     )
     for batch in batches:
         tokens, lengths, gold, gold_lengths, uids = sharding.put_batch(
-            experiment.mesh,
-            (batch.tokens, batch.lengths, batch.gold, batch.gold_lengths, batch.uids),
+            mesh, (batch.tokens, batch.lengths, batch.gold, batch.gold_lengths, batch.uids)
         )
-        keys = sampler.rollout_keys(key, uids, count)
-        rollouts, log_w, _ = sampler.sample(
+        samples = sampler.sample(
             params,
             experiment.policy,
             tokens,
             lengths,
-            keys,
+            sampler.rollout_keys(key, uids, config.evaluation.rollouts_per_prompt),
             Golds(gold, gold_lengths),
-            draws,
+            sampling,
             interrupts=interrupts,
         )
-        rollouts, log_w = sharding.local_rows(experiment.mesh, (rollouts, log_w))
-        size = len(batch.examples)
-        found = _rows(
-            formatter,
-            batch,
-            sharding.held_rows(experiment.mesh, size),
-            set(sharding.owned_rows(experiment.mesh, size)),
-            rollouts,
-            log_w,
-        )
-        yield [row for _, row in sorted(distributed.gather(found), key=lambda pair: pair[0])]
+        rollouts, log_w = sharding.local_batch(mesh, (samples.rollouts, samples.log_w))
+        found = _rows(experiment, formatter, batch, rollouts, log_w)
+        # All processes get all rows: in the order of the questions, whoever made them.
+        everything = distributed.gather(found)
+        yield [part["row"] for part in sorted(everything, key=lambda part: part["index"])]
 
 
-def _questions(experiment: Experiment) -> int:
-    size = len(experiment.evaluation_data)
+def _dataset(experiment: Experiment) -> data.Dataset:
+    dataset = experiment.evaluation_data
+    assert dataset is not None, "evaluation needs experiment.evaluation_data"
+    return dataset
+
+
+def _num_questions(experiment: Experiment) -> int:
+    size = len(_dataset(experiment))
     return min(size, experiment.config.evaluation.prompts or size)
 
 
 def _rows(
-    formatter,
+    experiment: Experiment,
+    formatter: data.Formatter,
     batch: data.PromptBatch,
-    held: np.ndarray,
-    owned: set[int],
     rollouts: Rollouts,
     log_w: np.ndarray,
-) -> list[tuple[int, dict]]:
-    """(row of the batch, its row of `sample_answers`), for those that this process answers for.
+) -> list[dict[str, Any]]:
+    """The rows that this process answers for, as {"index": of the batch, "row": Row}.
 
     Args:
-      held: the rows of the batch that `rollouts` and `log_w`, on the host, have.
+      batch: of B prompts.
+      rollouts: numpy arrays [b, n, ...] of the b prompts that this process holds.
+      log_w: float32 [b, n].
     """
-    rows = []
-    for row, index in enumerate(held):
-        if batch.is_prompt[index] and index in owned:
-            example, texts = batch.examples[index], rollout_texts(formatter, rollouts, row)
-            rows.append(
-                (
-                    int(index),
-                    {
-                        "id": example.id,
-                        "golds": [example.answer, *example.aliases],
-                        "official_answer": example.official_answer,
-                        "source": example.source,
-                        "answers": [answer for _, answer in texts],
-                        "rationales": [rationale for rationale, _ in texts],
-                        "log_w": log_w[row].tolist(),
-                        "log_p": float(np.logaddexp.reduce(log_w[row]) - np.log(log_w.shape[1])),
-                        "forced": rollouts.forced[row].tolist(),
-                        "complete": rollouts.complete[row].tolist(),
-                    },
-                )
-            )
-    return rows
+    size = len(batch.examples)
+    held = sharding.local_prompts(experiment.mesh, size)
+    owned = set(sharding.owned_prompts(experiment.mesh, size))
+    found = []
+    for local, index in enumerate(held):
+        # Several processes may hold a prompt; one of them owns it. The last batch is filled up with
+        # copies of a prompt, which are no questions.
+        if not (batch.is_prompt[index] and index in owned):
+            continue
+        example = batch.examples[index]
+        texts = rollout_texts(formatter, rollouts, local)
+        row = Row(
+            id=example.id,
+            golds=[example.answer, *example.aliases],
+            official_answer=example.official_answer,
+            source=example.source,
+            answers=[text.answer for text in texts],
+            rationales=[text.rationale for text in texts],
+            log_w=log_w[local].tolist(),
+            log_p=float(np.logaddexp.reduce(log_w[local]) - np.log(log_w.shape[1])),
+            forced=rollouts.forced[local].tolist(),
+            complete=rollouts.complete[local].tolist(),
+        )
+        found.append({"index": int(index), "row": row})
+    return found

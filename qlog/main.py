@@ -27,29 +27,28 @@ _FROM_SAMPLES = flags.DEFINE_string(
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "",
-    "With --mode=compile: the TPU slice, as v5e:4x4; several, after commas, compare.",
+    "With --mode=compile: the TPU slice, such as v5e:4x4; several, with commas, are compared.",
 )
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
     ["auto", "on", "off"],
-    "Connect to the other processes of this run: on, off, or auto, where the environment names them.",
+    "Connect to the other processes of this run: on, off, or auto: if the environment names them.",
 )
 flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> int:
+    """Reads the flags, connects the processes of the run, and does what --mode asks for."""
     if len(argv) > 1:
         raise app.UsageError(
             f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
         )
     logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
-    from qlog.parallel import (
-        distributed,
-        process,  # after the flags: a wrong one is reported at once
-    )
+    # Imported after the flags were read, which takes seconds: a wrong flag is reported at once.
+    from qlog.parallel import distributed, process
 
-    process.set_up()
+    process.set_up()  # before JAX looks for devices
 
     with distributed.processes(_DISTRIBUTED.value):
         if _MODE.value != "compile":
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> int:
         from qlog.commands import modes
         from qlog.parallel import interrupts
 
-        with interrupts.listening():
+        with interrupts.listening():  # while weights and data are read, too
             return modes.run(
                 _MODE.value,
                 _CONFIG.value,
@@ -69,7 +68,11 @@ def main(argv: list[str]) -> int:
 
 
 def default_workdir(argv: list[str]) -> str:
-    """runs/hotpotqa-cold,garl for --config=configs/hotpotqa.py:cold,garl."""
+    """runs/hotpotqa-cold,garl for --config=configs/hotpotqa.py:cold,garl.
+
+    Args:
+      argv: the command line, with one --config=... .
+    """
     value = next(a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config=")))
     path, _, variant = value.partition(":")
     return f"runs/{pathlib.Path(path).stem}" + (f"-{variant}" if variant else "")

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qlog import models
-from qlog.models import DecoderConfig
-from qlog.models.attention import blocks, cudnn, tpu
+from qlog.models import DecoderConfig, attention
 from qlog.parallel import sharding
 
 
@@ -37,15 +36,9 @@ class Policy:
     attention: str = "blocks"
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `models.apply` and `models.prefill`."""
-        attend, attend_step = blocks.attend, blocks.attend_step
-        if self.attention == "tpu":
-            attend = functools.partial(tpu.attend, mesh=self.mesh)
-        elif self.attention == "cudnn":
-            attend, attend_step = cudnn.attend, cudnn.attend_step
-        hold = functools.partial(sharding.keep_prompts, self.mesh)
-        return {"dtype": self.dtype, "attend": attend, "attend_step": attend_step, "hold": hold}
+    def execution(self) -> models.Execution:
+        """How the functions of `models` run for this policy."""
+        return _execution(self)
 
     def gathered(self, params: models.Params) -> models.Params:
         """Parameters whose tables lie whole on every device, but for the tensor axis.
@@ -54,7 +47,19 @@ class Policy:
         and logits be partial sums.
         """
         tables = {k: params[k] for k in ("embed", "unembed") if k in params}
-        return params | sharding.keep_gathered(self.mesh, tables)
+        return params | sharding.constrain_gathered_params(self.mesh, tables)
+
+
+@functools.cache  # equal policies share one, whose functions are the same objects
+def _execution(policy: Policy) -> models.Execution:
+    kernels = attention.kernels(policy.attention, policy.mesh)
+    return models.Execution(
+        dtype=policy.dtype,
+        attend=kernels.attend,
+        attend_step=kernels.attend_step,
+        constrain=functools.partial(sharding.constrain_activations, policy.mesh),
+        remat=policy.remat,
+    )
 
 
 _CHUNK_BYTES = 1 << 24  # float32 logits that exist at a time, on a device
@@ -66,4 +71,4 @@ _FEWEST = 256  # but no fewer tokens than this: matrix products would get thin
 def logits_chunk(policy: Policy) -> int:
     """Tokens per chunk on all devices together."""
     fitting = max(_FEWEST, _CHUNK_BYTES // (4 * policy.config.vocab_size))
-    return fitting * (sharding.batch_shards(policy.mesh) if policy.mesh else 1)
+    return fitting * (sharding.num_batch_shards(policy.mesh) if policy.mesh else 1)

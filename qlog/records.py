@@ -1,6 +1,13 @@
-"""What travels through a step, with all shapes.
+"""What travels through a training step: every record, with all shapes.
 
-B prompts of up to P tokens, M rollouts each of up to R tokens, gold answers of up to A tokens.
+The letters of all shapes in qlog:
+
+  B  prompts of a batch          P  tokens of the longest prompt (data.max_prompt_tokens)
+  M  rollouts of each prompt     R  tokens of the longest rollout (`Sampling.max_length`)
+                                 A  tokens of the longest gold answer (rollout.answer_reserve)
+
+Sequences are padded on the right. Arrays are global `jax.Array`s, split over prompts. What
+`sharding.local_batch` makes of a record has numpy arrays, of the prompts that a process holds.
 """
 
 from typing import Any, NamedTuple
@@ -11,80 +18,70 @@ from qlog import models
 
 
 class Prompts(NamedTuple):
-    """tokens: int32 [B, P] right-padded; lengths: int32 [B]; is_prompt: bool [B]."""
+    """The prompts of a batch."""
 
-    tokens: Array
-    lengths: Array
-    is_prompt: Array
+    tokens: Array  # int32 [B, P]
+    lengths: Array  # int32 [B], at least 1
+    is_prompt: Array  # bool [B], False for what only fills up a batch
 
 
 class Golds(NamedTuple):
-    """tokens: int32 [B, A], right-padded, end of sequence included; lengths: int32 [B]."""
+    """The gold answers of a batch."""
 
-    tokens: Array
-    lengths: Array
+    tokens: Array  # int32 [B, A], separator and end of sequence included
+    lengths: Array  # int32 [B]
 
 
 class Rollouts(NamedTuple):
-    """M rollouts of each of B prompts; R is `Sampling.max_length`.
+    """M rollouts of each prompt: a rationale z, then the sampled answer if there is one."""
 
-    tokens: int32 [B, M, R]. log_probs: float32 [B, M, R] under the law that was sampled, 0 where
-    nothing was. is_sampled: bool [B, M, R]. rationale_lengths, lengths: int32 [B, M], closing
-    included, end of sequence included. forced: the budget was spent. ended_early: an end of
-    sequence inside the rationale. complete: the answer ended by itself, within its reserve.
-    """
-
-    tokens: Array
-    log_probs: Array
-    is_sampled: Array
-    rationale_lengths: Array
-    lengths: Array
-    forced: Array
-    ended_early: Array
-    complete: Array
+    tokens: Array  # int32 [B, M, R]
+    log_probs: Array  # float32 [B, M, R], under the distribution that was sampled; 0 where forced
+    is_sampled: Array  # bool [B, M, R], False for forced tokens and padding
+    rationale_lengths: Array  # int32 [B, M], thinking-end token included
+    lengths: Array  # int32 [B, M], rationale and answer, end of sequence included
+    forced: Array  # bool [B, M], the rationale's budget was spent, so its end was forced
+    ended_early: Array  # bool [B, M], an end of sequence inside the rationale
+    complete: Array  # bool [B, M], the answer ended by itself, within its reserve
 
 
 class Samples(NamedTuple):
-    """rollouts: of B prompts by M. log_w: float32 [B, M], log p(y* | x*, z). row_steps: decode
-    steps times rows of the pool, how many were executed."""
+    """What sampling makes of a batch of prompts."""
 
-    rollouts: Rollouts
-    log_w: Array
-    row_steps: int
+    rollouts: Rollouts  # [B, M, ...]
+    log_w: Array  # float32 [B, M], log p(y* | x*, z) of the gold answer y*
+    lane_steps: int  # work of the decode loop: its steps, times the lanes that the pool had
 
 
 class Groups(NamedTuple):
-    """A batch of groups as sampled and scored; arrays are global, B prompts by M rollouts."""
+    """A batch of groups as sampled and scored; a group is one prompt and its M rollouts."""
 
-    prompts: Prompts
+    prompts: Prompts  # [B, ...]
     gold: Array  # int32 [B, A]
     gold_lengths: Array  # int32 [B]
-    rollouts: Rollouts
+    rollouts: Rollouts  # [B, M, ...]
     log_w: Array  # float32 [B, M]
-    reward: Array  # float32 [B, M]
-    row_steps: int  # of the decode loop
+    reward: Array  # float32 [B, M], of the sampled answers; 0 where none are graded
+    lane_steps: int  # as in `Samples`
 
 
 class Trajectories(NamedTuple):
-    """What the gradient is taken on: rationale, then answer, right-padded. All [B, M, R].
+    """What the gradient is taken on: rationale, then answer. R holds the longest of both."""
 
-    tokens: int32. rationale_mask: tokens of z that carry its log-probability (forced ones do
-    not). answer_mask: tokens of the answer. old_log_probs: float32, of the policy that sampled;
-    was_sampled: where there is one. lengths: int32 [B, M], rationale and answer.
-    """
-
-    tokens: Array
-    rationale_mask: Array
-    answer_mask: Array
-    old_log_probs: Array
-    was_sampled: Array
-    lengths: Array
+    tokens: Array  # int32 [B, M, R]
+    rationale_mask: (
+        Array  # bool [B, M, R], tokens of z whose log-probability counts: no forced ones
+    )
+    answer_mask: Array  # bool [B, M, R], tokens of the answer
+    old_log_probs: Array  # float32 [B, M, R], under the policy that sampled
+    was_sampled: Array  # bool [B, M, R], where `old_log_probs` has a value
+    lengths: Array  # int32 [B, M], rationale and answer
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. step: int32 scalar, batches of prompts learned from so far."""
+    """Everything that a step changes."""
 
-    step: Array
-    params: models.Params
-    opt_state: Any
-    loss_state: Any
+    step: Array  # int32 scalar, batches of prompts learned from so far
+    params: models.Params  # float32
+    opt_state: Any  # of the optax optimizer
+    loss_state: Any  # of the estimator's loss transform

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from qlog import data, losses, models
+from qlog.config.streams import StepStream
 from qlog.experiment import Experiment
 from qlog.learner.gradient import batch_gradient, merge, reference_log_probs
 from qlog.learner.optimizer import apply_update
@@ -90,7 +91,7 @@ def collect(
     # ---- Rollouts, and log w: the gold answer is scored on the caches that decoding leaves.
     with watch("decode") as ready:
         keys = sampler.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
-        rollouts, log_w, row_steps = ready(
+        rollouts, log_w, lane_steps = ready(
             sampler.sample(
                 params,
                 experiment.policy,
@@ -109,7 +110,7 @@ def collect(
     if estimator.reward:
         with watch("reward"):
             reward = put(_rewards(experiment, rollouts, batch))
-    return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward, row_steps)
+    return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward, lane_steps)
 
 
 def learn(
@@ -139,8 +140,9 @@ def learn(
     with watch("train") as ready:
         # ---- Coefficients: constants for what follows, computed before any update.
         trajectories = _trajectories(experiment, groups)
+        loss_key = jax.random.fold_in(key, StepStream.LOSS)
         coefficients, loss_state = _coefficients(
-            estimator.transform, groups, trajectories, state.loss_state, jax.random.fold_in(key, 1)
+            estimator, groups, trajectories, state.loss_state, loss_key
         )
         whole = LearnerBatch(groups.prompts, trajectories, coefficients)
         # ---- Updates: one for each slice of the prompts.
@@ -179,17 +181,24 @@ def learn(
     return StepResult(state, total, update)
 
 
-@functools.partial(jax.jit, static_argnames=("transform",))
-def _coefficients(transform, groups: Groups, trajectories, loss_state, key):
+@functools.partial(jax.jit, static_argnames=("estimator",))
+def _coefficients(
+    estimator: losses.Estimator,
+    groups: Groups,
+    trajectories: Trajectories,
+    loss_state: Any,
+    key: Array,
+) -> tuple[losses.Coefficients, Any]:
+    # What was not measured is left out, so that a part that reads it is an error and not a zero.
     scores = losses.Scores(
-        log_w=groups.log_w,
-        reward=groups.reward,
+        log_w=groups.log_w if estimator.rationale == "sampled" else None,
+        reward=groups.reward if estimator.reward else None,
         valid=jnp.broadcast_to(groups.prompts.is_prompt[:, None], groups.log_w.shape),
         num_tokens=(trajectories.rationale_mask | trajectories.answer_mask).sum(
             -1, dtype=jnp.int32
         ),
     )
-    return losses.coefficients(transform, scores, loss_state, key=key)
+    return losses.coefficients(estimator.transform, scores, loss_state, key=key)
 
 
 def trajectory_length(experiment: Experiment, rationale: int, answer: int) -> int:
@@ -219,9 +228,9 @@ def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch
     mesh, num_prompts = experiment.mesh, len(batch.examples)
     # Each process grades the prompts that its devices hold. `local` has them only, so a prompt has
     # an index there and another one, `b`, in the batch.
-    local = sharding.local_rows(mesh, rollouts)
+    local = sharding.local_batch(mesh, rollouts)
     reward = np.zeros((num_prompts, experiment.rollouts_per_prompt), np.float32)
-    for index, b in enumerate(sharding.held_rows(mesh, num_prompts)):
+    for index, b in enumerate(sharding.local_prompts(mesh, num_prompts)):
         example = batch.examples[b]
         golds = (example.answer, *example.aliases)
         for m, (_, answer) in enumerate(rollout_texts(experiment.formatter, local, index)):

@@ -5,8 +5,8 @@ import functools
 import json
 import os
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,18 @@ from ml_collections import ConfigDict
 
 from qlog import data, evaluation, train_metrics
 from qlog.config import schema
-from qlog.config.check import build_estimator, check_config
+from qlog.config.check import check_config, check_same_run
+from qlog.config.streams import Stream, stream_key
 from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
-from qlog.experiment import Experiment, identity, prepare
+from qlog.experiment import Experiment, check_same_parts, identity
 from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
-from qlog.records import TrainState
+from qlog.records import Groups, TrainState
 from qlog.runs import checkpoints, ownership
 from qlog.runs.log import RunLog, read_jsonl
 from qlog.runs.profiling import profiled
-from qlog.step import Stopwatch, collect, learn
+from qlog.step import StepResult, Stopwatch, collect, learn
 from qlog.storage import paths
 from qlog.storage.paths import Path
 
@@ -32,111 +33,182 @@ RESULTS = "results.json"
 
 
 class Outcome(NamedTuple):
-    """metrics: of the last evaluation; empty without one. interrupted: saved, but not finished."""
+    """How a start of a run ended."""
 
-    metrics: dict[str, float]
-    interrupted: bool
+    metrics: dict[str, float]  # of the last evaluation; {} without one
+    interrupted: bool  # a signal came: what was done is saved, and there is more to do
 
 
-def run(
-    config: ConfigDict, workdir: str | os.PathLike, devices: Sequence[jax.Device] | None = None
-) -> Outcome:
-    """Trains as `config` says, from scratch or from the latest checkpoint in `workdir`.
+@contextlib.contextmanager
+def claimed(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[ownership.Claim]:
+    """While inside, `workdir` belongs to this run, and a standstill of the process ends it.
 
-    Leaves behind config.json, metrics.jsonl, rollouts.jsonl, TensorBoard events, samples of every
-    evaluation, checkpoints, and results.json when it finishes. SIGINT and SIGTERM give up the step
-    under way, save the state as of its begin, and return.
+    Enter it before `prepare`, as the commands do. A second start is then refused before it
+    downloads anything, and a download that hangs is noticed. A signal raises Stop where the
+    process stands: until `run` begins, nothing has been done that could be lost.
 
     Args:
       workdir: a folder, or gs://BUCKET/...; all processes must see the same.
 
     Raises:
-      ConfigError: before anything compiles.
-      TrainingError: gradients stay non-finite, sampler and learner disagree.
-      PassingError: another run has the workdir, or takes it over.
-      Stop: a signal before the first step.
+      ConfigError: the config is wrong, or the workdir cannot be used.
+      PassingError: another run has the workdir.
     """
     check_config(config)
     workdir = checkpoints.place(workdir, "--workdir")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interrupts.listening())
         stop.speaks = jax.process_index() == 0
-        stack.enter_context(stop.deferred())  # to the end: closing files is not cut short either
+        stack.enter_context(stop.deferred())  # to the end: giving the workdir back is not cut short
         with stop.immediate():
             claim = stack.enter_context(ownership.claim(workdir))
+            limit = config.watchdog.first_seconds
             stack.enter_context(
-                stop.watching(
-                    config.watchdog.first_seconds, lambda: True, claim.release, is_resumable=True
-                )
+                stop.watching(limit, lambda: True, claim.release, is_resumable=True)
             )
-            experiment = prepare(config, devices)
+            yield claim
+
+
+def run(
+    experiment: Experiment, workdir: str | os.PathLike, claim: ownership.Claim | None = None
+) -> Outcome:
+    """Trains, from scratch or from the newest checkpoint in `workdir`.
+
+    Leaves behind config.json, metrics.jsonl, rollouts.jsonl, TensorBoard events, samples of every
+    evaluation, checkpoints, and results.json when it finishes. SIGINT and SIGTERM give up the step
+    under way, save the state as it was before that step, and return.
+
+    Args:
+      experiment: what `prepare` returned, or the same with parts of your own:
+        `dataclasses.replace(prepare(config), train_data=mine)`.
+      workdir: a folder, or gs://BUCKET/...; all processes must see the same.
+      claim: what `claimed` yielded, of a caller that has entered it; None enters it here.
+
+    Raises:
+      ConfigError: before anything compiles: the run in `workdir` is another one.
+      TrainingError: gradients stay non-finite, or sampler and learner disagree.
+      PassingError: another run has the workdir, or takes it over.
+      Stop: a signal came before the first step.
+    """
+    config = experiment.config
+    workdir = checkpoints.place(workdir, "--workdir")
+    with contextlib.ExitStack() as stack:
+        # ---- The workdir is ours; from here on signals wait for what they would spoil ----
+        claim = claim or stack.enter_context(claimed(config, workdir))
+        stop = stack.enter_context(interrupts.listening())
+        stack.enter_context(stop.deferred())  # to the end: closing files is not cut short either
+
+        # ---- The state: a new one, or that of the newest checkpoint ----
+        with stop.immediate():  # no step is done yet
             saved = stack.enter_context(
                 contextlib.closing(checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep))
             )
-            if (saved.latest_step or 0) > config.train.steps:
-                raise ConfigError(
-                    f"config.train.steps = {config.train.steps} is below step {saved.latest_step} of the "
-                    "checkpoint in --workdir: raise it, or use another --workdir."
-                )
-            if saved.latest_step:
-                _check_same_run(*saved.made_of(), config, identity(experiment))
-            finished = distributed.first(lambda: _finished(workdir, config))
-            if finished is not None:
+            made_of = identity(experiment)
+            _check_resumption(saved, config, made_of)
+            metrics = distributed.once_per_run(lambda: _finished(workdir, config))
+            if metrics is not None:
                 saved.prune(config.checkpoint.finished)
                 say(f"finished before, in {workdir}")
-                return Outcome(finished, False)
-            training = _Training(experiment, workdir, claim, saved, stop, stack)
+                return Outcome(metrics, False)
+            training = _Training(experiment, made_of, workdir, claim, saved, stop, stack)
+
+        # ---- Steps ----
         try:
-            training.loop()
+            if training.step and training.evaluation_is_due():
+                training.evaluate()  # an earlier start was stopped before it was done
+            for step, batch in training.batches():
+                started, watch = time.monotonic(), Stopwatch()
+                claim.beat(step, "train")
+                # A step draws from a key of its own, so a resumed run draws as an unbroken one.
+                key = stream_key(config.seed, Stream.TRAIN, step)
+                with profiled(step + 1, config.profile.steps, workdir):
+                    # Either of the two raises Stop when a signal has come; the state is then
+                    # still that before the step. (`learn` waits for its results, so that the
+                    # host is idle for milliseconds of a step that takes seconds.)
+                    groups = collect(
+                        experiment,
+                        training.state.params,
+                        batch,
+                        key,
+                        watch,
+                        stop,
+                        rehearse=step == training.start,
+                    )
+                    result = learn(
+                        experiment, training.state, groups, training.reference, key, watch, stop
+                    )
+                    training.state, training.step = result.state, step + 1
+                    training.log_step(batch, groups, result, watch)
+                limit = config.watchdog
+                stop.step_done(time.monotonic() - started, limit.steps, limit.seconds)
+                if training.save_is_due():
+                    training.save()  # first: a preempted host may have no time to evaluate
+                if training.evaluation_is_due():
+                    training.evaluate()
+                claim.check()
+                stop.check()
         except Stop:
+            # ---- Interrupted: the same command goes on from here ----
             training.save()
-            where = (
-                f"at step {training.step}, saved in {workdir}"
-                if training.step
-                else "before the first step"
-            )
+            where = "before the first step"
+            if training.step:
+                where = f"at step {training.step}, saved in {workdir}"
             say(f"stopped {where}: the same command resumes.")
             return Outcome(training.metrics, True)
+
+        # ---- Finished ----
         return training.finish()
 
 
 class _Training:
-    """A run under way: its state, and the phases that change it.
+    """A run under way: its state, and what happens to it besides the steps themselves.
 
     Attributes:
+      state: parameters, and all else that a step changes.
       step: batches of prompts that `state` has learned from.
-      metrics: of the last evaluation.
+      start: `step` when this start of the run began.
+      reference: parameters that the loss compares with; None where it has no reference.
+      metrics: of the last evaluation; {} before the first.
     """
 
     def __init__(
         self,
         experiment: Experiment,
+        made_of: dict[str, Any],
         workdir: Path,
         claim: ownership.Claim,
         saved: checkpoints.Checkpoints,
         stop: Interrupts,
         stack: contextlib.ExitStack,
     ):
-        """The state is new, or that of the latest checkpoint. Opens the log on `stack`."""
-        self._experiment, self._config, self._workdir = experiment, experiment.config, workdir
+        """Makes or restores the state, and opens the log.
+
+        Args:
+          made_of: `identity(experiment)`, which checkpoints keep.
+          stack: closes what is opened here.
+        """
+        self._experiment, self._config = experiment, experiment.config
+        self._made_of, self._workdir = made_of, workdir
         self._claim, self._saved, self._stop = claim, saved, stop
-        self.step = self._start = saved.latest_step or 0
+        self.step = self.start = saved.latest_step or 0
         self.metrics: dict[str, float] = {}
-        self._identity = identity(experiment)
         experiment.write_split_ids(workdir / "splits.json")
         show_table("run", train_metrics.describe(experiment, workdir, self.step))
-        self._reference = None
+
+        # ---- State and reference ----
+        self.reference = None
         if self.step:
             self.state: TrainState = saved.restore(experiment.abstract_state())
             say(f"resumed from step {self.step} in {workdir}")
         if not self.step or experiment.estimator.reference:
             params = experiment.init_params()
-            # The update donates its state: the reference must keep buffers of its own.
-            self._reference = (
-                jax.tree.map(jnp.copy, params) if experiment.estimator.reference else None
-            )
-        if not self.step:
-            self.state = experiment.init_state(params)
+            if experiment.estimator.reference:
+                # An update takes over the buffers of its state: the reference needs others.
+                self.reference = jax.tree.map(jnp.copy, params)
+            if not self.step:
+                self.state = experiment.init_state(params)
+
+        # ---- Log and watchdog ----
         if jax.process_index() == 0:
             paths.write(workdir / "config.json", schema.to_json(self._config))
         self._log = stack.enter_context(
@@ -144,19 +216,17 @@ class _Training:
                 RunLog(workdir, self.step, self._config.train.steps, is_lost=lambda: claim.is_lost)
             )
         )
-        self._compiled = stack.enter_context(contextlib.closing(process.Compilations()))
+        self._compilations = stack.enter_context(contextlib.closing(process.Compilations()))
+        self._num_compiled = self._compilations.num_compiled
         self._saved_at = time.monotonic()
         self._is_finishing = False
-        stack.enter_context(
-            stop.watching(
-                self._config.watchdog.first_seconds, self._is_saved, self._leave, is_resumable=True
-            )
-        )
+        limit = self._config.watchdog.first_seconds
+        stack.enter_context(stop.watching(limit, self._is_saved, self._leave, is_resumable=True))
         stop.on_beat = claim.beat
 
     def _is_saved(self) -> bool:
-        """Whether the process may end as it is, and lose no step that is done."""
-        is_kept = self.step in (self._start, self._saved.latest_step) and not self._saved.is_saving
+        """Whether the process may end where it stands without losing a step that is done."""
+        is_kept = self.step in (self.start, self._saved.latest_step) and not self._saved.is_saving
         return is_kept and not self._is_finishing
 
     def _leave(self) -> None:
@@ -164,11 +234,9 @@ class _Training:
         self._log.flush()
         self._claim.release()
 
-    def loop(self) -> None:
-        """Steps until train.steps are done; raises Stop when a signal has come."""
+    def batches(self) -> Iterator[tuple[int, data.PromptBatch]]:
+        """(step from 0, its prompts) of the steps that are left."""
         config = self._config
-        if self.step and self._evaluates():
-            self.evaluate()  # interrupted before: it goes on
         batches = data.train_batches(
             self._experiment.train_data,
             seed=config.seed,
@@ -177,111 +245,100 @@ class _Training:
         )
         for step, batch in batches:
             if step >= config.train.steps:
-                break
-            with profiled(step + 1, config.profile.steps, self._workdir):
-                self._learn_from(step, batch)
-            if self._is_due():
-                self.save()  # first: a preempted host may have no time for the evaluation
-            if self._evaluates():
-                self.evaluate()
-            self._claim.check()
-            self._stop.check()
+                return
+            # Here, so that it does not count with the step what an evaluation compiled.
+            self._num_compiled = self._compilations.num_compiled
+            yield step, batch
 
-    def _learn_from(self, step: int, batch: data.PromptBatch) -> None:
-        """One step: rollouts, gradient, update; until the update the state is as it was."""
-        config, experiment, started = self._config, self._experiment, time.monotonic()
-        self._claim.beat(step, "train")
-        watch, compiled = Stopwatch(), self._compiled.count
-        key = jax.random.fold_in(jax.random.key(config.seed), 1000 + step)
-        groups = collect(
-            experiment,
-            self.state.params,
-            batch,
-            key,
-            watch,
-            self._stop,
-            rehearse=step == self._start,
-        )
-        result = learn(experiment, self.state, groups, self._reference, key, watch, self._stop)
-        self.state, self.step = result.state, step + 1
-        values = train_metrics.measure(experiment, groups, result, watch)
-        values["compilations"] = self._compiled.count - compiled
+    def log_step(
+        self, batch: data.PromptBatch, groups: Groups, result: StepResult, watch: Stopwatch
+    ) -> None:
+        """Writes the metrics of the step that was just done, and now and then its rollouts.
+
+        Raises:
+          TrainingError: going on would be a waste.
+        """
+        step = self.step - 1
+        values = train_metrics.measure(self._experiment, groups, result, watch)
+        values["compilations"] = self._compilations.num_compiled - self._num_compiled
         values["steps_since_checkpoint"] = float(self.step - (self._saved.latest_step or 0))
         self._log.scalars(step, "train", values)
         self._log.progress(step, train_metrics.progress(values))
-        _check_health(config, step, values)
-        if step % config.train.rollouts_every == 0:
-            self._log.rollouts(step, train_metrics.rollout_rows(experiment, groups, batch))
-        limit = config.watchdog
-        self._stop.step_done(time.monotonic() - started, limit.steps, limit.seconds)
+        _check_health(self._config, step, values)
+        if step % self._config.train.rollouts_every == 0:
+            self._log.rollouts(step, train_metrics.rollout_rows(self._experiment, groups, batch))
 
-    def _is_due(self) -> bool:
-        """Whether to save now; by the first process's clock."""
+    def save_is_due(self) -> bool:
+        """Whether to save now: after so many steps or minutes, and before an evaluation."""
         config = self._config
-        if (
-            self.step == config.train.steps
-            or self.step % config.checkpoint.every == 0
-            or self._evaluates()
-        ):
+        if due(self.step, config.checkpoint.every, config.train.steps) or self.evaluation_is_due():
             return True
+        # Clocks differ, and a save needs every process: the first one's clock counts.
         minutes = (time.monotonic() - self._saved_at) / 60
         is_late = bool(config.checkpoint.minutes) and minutes >= config.checkpoint.minutes
-        return distributed.agree(is_late and jax.process_index() == 0)
+        return distributed.any_process(is_late and jax.process_index() == 0)
 
     def save(self) -> None:
         """Starts saving the state, unless the newest checkpoint has it."""
-        if self.step > (self._saved.latest_step or 0):
-            self._claim.check()
-            self._log.flush()
-            text = schema.to_json(self._config)
-            with self._stop.patient():  # it first waits for the save before
-                self._saved.save(self.state, step=self.step, config=text, identity=self._identity)
-            self._saved_at = time.monotonic()
+        if self.step <= (self._saved.latest_step or 0):
+            return
+        self._claim.check()
+        self._log.flush()  # so that metrics never end before the checkpoint that follows them
+        text = schema.to_json(self._config)
+        with self._stop.patient():  # it first waits for the save before
+            self._saved.save(self.state, step=self.step, config=text, identity=self._made_of)
+        self._saved_at = time.monotonic()
 
-    def _evaluates(self) -> bool:
+    def evaluation_is_due(self) -> bool:
         """Whether the state is to be evaluated, and has not been."""
         config = self._config
-        due = self.step == config.train.steps or (
-            config.evaluation.every and self.step % config.evaluation.every == 0
-        )
         return (
-            bool(self._experiment.evaluation_data and due) and self.step not in self._saved.scores
+            self._experiment.evaluation_data is not None
+            and due(self.step, config.evaluation.every, config.train.steps)
+            and self.step not in self._saved.scores
         )
 
     def evaluate(self) -> None:
-        """Evaluates the state, of which a checkpoint is being written; Stop leaves what was done to
-        the next start."""
-        split, source = self._config.evaluation.split, f"step {self.step}"
+        """Evaluates the state, of which a checkpoint is being written, and scores the checkpoint.
+
+        Raises:
+          Stop: a signal came; the next start goes on after the batches that were sampled.
+        """
+        config = self._config.evaluation
+        split, source = config.split, f"step {self.step}"
         self._claim.beat(self.step, "evaluate")
         samples = self._workdir / "samples" / f"step_{self.step:06d}.jsonl"
-        # Its programs are compiled by the first; and numbers are computed on one process.
+        # Patient: the first evaluation compiles programs, and grading is the first process's work.
         with self._stop.patient():
             self.metrics = evaluation.evaluate(
                 self._experiment, self.state.params, samples, source=source, interrupts=self._stop
             )
-            self._saved.wait()  # or, after a kill, scores would tell of a checkpoint that is not there
+            # A kill after the score and before the checkpoint would leave a score of nothing.
+            self._saved.wait()
         self._claim.check()
         self._log.scalars(self.step - 1, split, self.metrics)
         self._log.flush()
         say(f"{source}: {split} " + train_metrics.brief(self._config, self.metrics))
         metric = train_metrics.best_metric(self._config)
-        config = self._config.evaluation
-        what = f"{metric} of {config.prompts or 'all'} questions, {split}, temperature {config.temperature}"
+        # Scores under other settings do not compare: their description tells them apart.
+        what = (
+            f"{metric} of {config.prompts or 'all'} questions, {split}, "
+            f"temperature {config.temperature}"
+        )
         self._saved.score(self.step, self.metrics[metric], what)
 
     def finish(self) -> Outcome:
-        """Writes the results of the last evaluation; signals wait for the end."""
+        """Writes the results of the last evaluation. Signals wait for the end."""
         config, self._is_finishing = self._config, True
         with self._stop.patient():
             self._claim.check()
             self._saved.wait()
-            if (
-                not self.metrics and self._experiment.evaluation_data
-            ):  # evaluated by an earlier start
+            if not self.metrics and self._experiment.evaluation_data is not None:
+                # An earlier start evaluated the last step, and ended before this.
                 find = functools.partial(
-                    _evaluated, self._workdir, self.step - 1, config.evaluation.split
+                    _logged_metrics, self._workdir, self.step - 1, config.evaluation.split
                 )
-                self.metrics = distributed.first(find)
+                self.metrics = distributed.once_per_run(find)
                 if train_metrics.best_metric(config) not in self.metrics:  # of other settings
                     self.evaluate()
             if jax.process_index() == 0:
@@ -292,17 +349,45 @@ class _Training:
         return Outcome(self.metrics, False)
 
 
-def _evaluated(workdir: Path, step: int, split: str) -> dict[str, float]:
-    """The metrics of an evaluation that metrics.jsonl has; {} of another."""
+def due(step: int, every: int, last: int) -> bool:
+    """Whether what happens every `every` steps happens after `step` of them.
+
+    Args:
+      every: 0 for the last step only.
+      last: the step at which it always happens.
+    """
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _check_resumption(
+    saved: checkpoints.Checkpoints, config: ConfigDict, made_of: dict[str, Any]
+) -> None:
+    """Raises ConfigError unless the newest checkpoint, if any, is one of this very run."""
+    if not saved.latest_step:
+        return
+    if saved.latest_step > config.train.steps:
+        raise ConfigError(
+            f"config.train.steps = {config.train.steps} is below step {saved.latest_step} of the "
+            "checkpoint in --workdir: raise it, or use another --workdir."
+        )
+    config_before, made_of_before = saved.made_of()
+    check_same_run(config_before, config)
+    check_same_parts(made_of_before, made_of)
+
+
+def _logged_metrics(workdir: Path, step: int, split: str) -> dict[str, float]:
+    """The metrics of an evaluation, from metrics.jsonl; {} where it has none."""
     for row in read_jsonl(workdir / "metrics.jsonl"):
         if (row["step"], row["phase"]) == (step, split):
             return {name: value for name, value in row.items() if name not in ("step", "phase")}
     return {}
 
 
-def _finished(workdir: Path, config: ConfigDict) -> dict | None:
-    """The metrics of a run that has finished with these steps; None of one that has more to do, whose
-    results of fewer steps are removed: launchers take a run that has results for finished."""
+def _finished(workdir: Path, config: ConfigDict) -> dict[str, float] | None:
+    """The metrics of a run that has finished with these steps; None of one that has more to do.
+
+    Removes the results of fewer steps: launchers take a run that has results for finished.
+    """
     try:
         record = json.loads(paths.read(workdir / RESULTS))
     except FileNotFoundError:
@@ -314,6 +399,7 @@ def _finished(workdir: Path, config: ConfigDict) -> dict | None:
 
 
 def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> None:
+    """Raises TrainingError where going on would be a waste."""
     if values["skipped_in_a_row"] >= config.optimizer.max_skipped_in_a_row:
         raise TrainingError(
             f"step {step}: {values['skipped_in_a_row']:.0f} gradients in a row were not finite and "
@@ -322,65 +408,7 @@ def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> No
     limit = config.train.max_mismatch
     if limit and values.get("mismatch", 0.0) > limit:
         raise TrainingError(
-            f"step {step}: sampler and learner disagree by {values['mismatch']:.3g} nats per token, "
-            f"more than train.max_mismatch = {limit}: the run would train on wrong numbers (0 trains on)."
+            f"step {step}: sampler and learner disagree by {values['mismatch']:.3g} nats per "
+            f"token, more than train.max_mismatch = {limit}: the run would train on wrong numbers "
+            "(0 trains on)."
         )
-
-
-# What may change between a run and its resumption: nothing here changes what a step computes.
-_MAY_CHANGE = {"attention", "checkpoint", "evaluation", "mesh", "profile", "runs", "watchdog"}
-# Where things are read; what is read is compared by content (`experiment.identity`).
-_MAY_CHANGE |= {"architecture", "model", "weights"}
-_MAY_CHANGE_IN = {
-    "train": {
-        "steps",
-        "rollouts_every",
-        "rollouts_prompts",
-        "prompts_per_microbatch",
-        "remat",
-        "rollouts_per_microbatch",
-        "max_mismatch",
-    },
-    "rollout": {"prompts_per_wave"},
-    "optimizer": {"max_skipped_in_a_row"},
-    "data": {"data_dir", "manual_dir"},
-    "tokenizer": {"path"},
-}
-
-
-def _check_same_run(before: dict, made_of: dict, config: ConfigDict, makes: dict) -> None:
-    """A run resumes under the config that it began with, on the same model, weights and data.
-
-    Args:
-      before, made_of: config and identity of the newest checkpoint; config, makes: of this start.
-    """
-    now = json.loads(schema.to_json(config))
-    # Parameters come from the checkpoint; where a run began from matters to a reference alone.
-    may_change = _MAY_CHANGE | (set() if build_estimator(config).reference else {"init_from"})
-    for key in sorted((set(before) | set(now)) - may_change):
-        old, new = before.get(key), now.get(key)
-        if key in _MAY_CHANGE_IN:
-            old, new = (
-                {k: v for k, v in x.items() if k not in _MAY_CHANGE_IN[key]} for x in (old, new)
-            )
-        if old != new:
-            raise ConfigError(
-                f"config.{key} = {new!r} differs from the run in --workdir, which began with "
-                f"{old!r}: use another --workdir, or the old value."
-            )
-    splits = {
-        name: (old, makes["splits"].get(name, old))
-        for name, old in made_of.get("splits", {}).items()
-    }
-    pairs = {f"split {name}": pair for name, pair in splits.items()}
-    pairs |= {
-        part: (made_of[part], makes[part])
-        for part in ("model", "weights", "tokenizer")
-        if part in made_of
-    }
-    for part, (old, new) in pairs.items():
-        if old != new:
-            raise ConfigError(
-                f"--workdir: the run there has another {part} ({old or 'none'}, not {new or 'none'}): use "
-                "another --workdir, or what the run began with."
-            )

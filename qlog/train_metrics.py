@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics of a step, progress line, rollouts, and the first table."""
+"""What a run tells about itself: metrics of a step, progress line, rollouts, first table."""
 
 import pathlib
 from typing import Any
@@ -56,7 +56,7 @@ def _rollout_metrics(groups: Groups, mismatch: SamplerMismatch) -> dict[str, Arr
         "budget_hits": rollouts.forced.mean(),
         "ended_early": rollouts.ended_early.mean(),
         # decode steps of all lanes, those of rollouts that are done included, per token kept
-        "decode_waste": groups.row_steps / rollouts.lengths.sum(),
+        "decode_waste": groups.lane_steps / rollouts.lengths.sum(),
         "mismatch": mismatch.sum / num_tokens,
         "mismatch_max": mismatch.max,
         "mult_prob_error": mismatch.sum_exp / num_tokens,
@@ -97,7 +97,7 @@ def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
     """FLOPs that a step needs, by phase (`models.flops`): gold answers count with training."""
     shape, flops = experiment.policy.config, models.flops
     # int [B], [B, M], [B, M], [B]: `models.flops` takes arrays of lengths.
-    prompts, rollouts, rationales, gold = sharding.on_host(
+    prompts, rollouts, rationales, gold = sharding.gather_to_host(
         experiment.mesh,
         (
             groups.prompts.lengths,
@@ -159,7 +159,7 @@ def rollout_rows(
     if experiment.estimator.rationale == "annotated" or not num_prompts:
         return []
     sampled = (groups.rollouts, groups.log_w, groups.reward)
-    rollouts, log_w, reward = sharding.on_host(
+    rollouts, log_w, reward = sharding.gather_to_host(
         experiment.mesh, jax.tree.map(lambda x: x[:num_prompts], sampled)
     )
     lines = []

@@ -1,4 +1,4 @@
-"""Object stores on loopback, and a proxy that spoils what passes between them and their clients."""
+"""Object stores on loopback, and a proxy that disturbs what passes between store and client."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Proxy:
-    """Passes requests on, one to a connection; on demand the next ones meet a fault.
+    """Passes requests on, one per connection. On demand the next ones meet a fault.
 
     Attributes:
       url: where clients find it.
@@ -27,9 +27,11 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def spoil(self, kind: str, times: int = 1, where: str = "", seconds: float = 5.0) -> None:
-        """The next `times` requests whose first line has `where` (a regular expression) meet a fault.
+        """Some of the next requests meet a fault.
 
         Args:
+          times: how many.
+          where: a regular expression; only requests whose first line matches it count.
           kind: 503; cut: the connection ends before an answer; lost: it ends after the server has
             done what was asked; silence: nothing for `seconds`, then the answer.
         """
@@ -94,7 +96,7 @@ class Proxy:
 
     @staticmethod
     def _refuse(client, head, body, status):
-        """An answer as either store words it; the request is read first, or the client sees a cut."""
+        """Refuses in the words of the store; reads the request first, or the client sees a cut."""
         length = re.search(rb"content-length: *(\d+)", head.lower())
         missing = (int(length[1]) if length else 0) - len(body)
         if b"100-continue" in head.lower() and missing > 0:
@@ -106,9 +108,12 @@ class Proxy:
         if b"aws" in head.lower():
             text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>"
         phrase = HTTPStatus(status).phrase
-        client.sendall(
-            f"HTTP/1.1 {status} {phrase}\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode()
+        head_lines = (
+            f"HTTP/1.1 {status} {phrase}",
+            f"Content-Length: {len(text)}",
+            "Connection: close",
         )
+        client.sendall("\r\n".join([*head_lines, "", text]).encode())
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Stand-ins for clusters: commands that keep state in a folder, and the jobs themselves, played here.
+"""Stand-ins for clusters: commands that keep state in a folder, and the jobs, played here.
 
 `kubectl apply`, `sbatch` and the like leave a job in the folder; a thread writes what its run would
 write into its workdir. A JobSet keeps its name, ended or not, until it is deleted, as in GKE.
@@ -27,7 +27,8 @@ case "$1 $2" in
     "get jobset")
         [ -e "@DIR@/$3.job" ] || exit 0
         state=$(cat "@DIR@/$3.state" 2>/dev/null)
-        echo "{\"status\": {\"conditions\": [{\"type\": \"${state:-StartupPolicyCompleted}\", \"status\": \"True\"}]}}" ;;
+        condition="{\"type\": \"${state:-StartupPolicyCompleted}\", \"status\": \"True\"}"
+        echo "{\"status\": {\"conditions\": [$condition]}}" ;;
     "delete jobset") rm -f "@DIR@/$3.job" "@DIR@/$3.state" ;;
     *) echo "unknown command: $*" >&2; exit 1 ;;
 esac
@@ -49,10 +50,15 @@ if [ -e "@DIR@/$name.job" ] && [ ! -e "@DIR@/$name.state" ]; then echo RUNNING; 
 
 
 class Cluster:
-    """Plays the jobs of a folder. `behaviours`: run's name -> what each of its tries does:
+    """Plays the jobs of a folder.
 
-    finish | fail (no results, no word) | settings (exit code 2) | pause (silent for a while, then on,
-    as after a preemption that the scheduler mends) | queue (waits until `release` is called).
+    Args:
+      behaviours: the name of a run -> what each of its tries does:
+        finish: it ends with results;
+        fail: it ends without results, and does not say why;
+        settings: it ends with exit code 2;
+        pause: it is silent for a while and goes on, as after a preemption that the scheduler mends;
+        queue: it waits until `release` is called.
     """
 
     def __init__(self, folder: pathlib.Path, behaviours=None):

@@ -31,7 +31,7 @@ def compilation_cache(tmp_path_factory):
 def compilations():
     """A function that says how many programs were compiled, or read from the cache, since."""
     counted = process.Compilations()
-    yield lambda: counted.count
+    yield lambda: counted.num_compiled
     counted.close()
 
 

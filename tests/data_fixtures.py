@@ -1,11 +1,24 @@
 """Made-up vocabularies and records in the official formats, and a second byte-level BPE."""
 
 import functools
+import itertools
 import json
 import re
 import unicodedata
 
 import tokenizers
+
+from qlog import data
+
+
+def limits(prompt: int, gold: int, rationale: int | None = None) -> data.Limits:
+    """Limits in tokens, under the names of the config fields that set them."""
+    return data.Limits(
+        data.Limit("config.data.max_prompt_tokens", prompt),
+        data.Limit("config.rollout.answer_reserve", gold),
+        data.Limit("config.rollout.rationale_budget", rationale - 1, 1) if rationale else None,
+    )
+
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
@@ -89,7 +102,7 @@ class ReferenceBPE:
     def _word(self, word: str) -> list[int]:
         pieces = [self._alphabet[b] for b in word.encode()]
         while len(pieces) > 1:
-            pairs = list(zip(pieces, pieces[1:]))
+            pairs = list(itertools.pairwise(pieces))
             best = min(pairs, key=lambda pair: self._ranks.get(pair, float("inf")))
             if best not in self._ranks:
                 break

@@ -1,5 +1,7 @@
-"""Stand-ins for the clouds' and clusters' own tools: they keep state, and refuse flags that the real
-tools do not have. `install(folder, *names)` puts them on a PATH of their own.
+"""Stand-ins for the tools of clouds and clusters.
+
+They keep state, and refuse flags that the real tools do not have. `install(folder, *names)` puts
+them on a PATH of their own.
 
 The flags were read in `gcloud ... --help` (SDK 528.0.0) and `kubectl ... --help` (1.32.4), in the
 manuals of sbatch and srun (SchedMD/slurm 284c3b95f0; the --container ones are pyxis's), in
@@ -173,8 +175,9 @@ FLAGS = {
     "sky jobs launch": {"--env", "--gpus", "--name", "--num-nodes", "--use-spot", "--yes"},
 }
 
-# A JobSet's fields that qlog may use, of v1alpha2 as of v0.10.0 (config/components/crd) and batch/v1: a
-# type, [a type] for a list, {field: ...}, {str: type} for any names, or the values allowed.
+# A JobSet's fields that qlog may use, of v1alpha2 as of v0.10.0 (config/components/crd) and
+# batch/v1: a type, [a type] for a list, {field: ...}, {str: type} for any names, or the values
+# allowed.
 _POD = {
     "restartPolicy": {"Never"},
     "hostNetwork": bool,

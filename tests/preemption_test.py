@@ -168,7 +168,7 @@ def test_a_run_that_stands_still_shows_its_stacks_and_ends_for_another_try(
 
 def test_sigusr1_shows_the_stacks_and_the_run_goes_on(uninterrupted, cache, tmp_path):
     output = run(tmp_path, "gradient", 3, "SIGUSR1", cache=cache)
-    assert "Current thread" in output and "in gradient" in output
+    assert "Current thread" in output and "in batch_gradient" in output
     assert_same_run(tmp_path, uninterrupted)
 
 

@@ -1,12 +1,13 @@
 """Every command that the documents print: extracted, checked, and run against stand-ins.
 
-By default the hosts' `python` is a stand-in that notes what it is called with. Marked slow, it trains:
-the same flags with the config's tiny variant on this machine's CPU, up to step 1.
+By default the hosts' `python` is a stand-in that notes what it is called with. In the tests marked
+slow it trains: the same flags with the config's tiny variant on this machine's CPU, up to step 1.
 """
 
 import configparser
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -39,8 +40,8 @@ NOT_RUN = {
     "pip install": "downloads packages",
     "uv pip": "downloads packages",
     "source": "changes the reader's own shell",
-    "launch/tpu_vm logs": "follows a file for ever; its dry run is checked",
-    "launch/tpu_vm keep": "ends with a run; tests/launch_run_test.py runs it; its dry run is checked",
+    "launch/tpu_vm logs": "follows a file without end; its dry run is checked",
+    "launch/tpu_vm keep": "ends with a run, in tests/launch/runs_test.py; its dry run is checked",
     "launch/stage": "downloads weights and data; its dry run is checked",
     "launch/sweep": "tests/launch/sweep_test.py runs it; its first run is started as it prints it",
 }
@@ -150,7 +151,7 @@ def check_main_flags(words):
     if named and not re.fullmatch(r"--config=(\.\.\.|mine\.py)", named[0]):
         config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=own)
         values(own)
-        values.config.seed  # an override of a field that is not there says so
+        _ = values.config.seed  # an override of a field that is not there says so
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--config") and value != "...":
@@ -182,7 +183,7 @@ def check_module(words):
 
 
 def check(command):
-    """Fails where the command names a script, flag, module, config or variant that does not exist."""
+    """Fails where the command names a script, flag, module, config or variant that is not there."""
     words = [w for w in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
     program, rest = words[0], words[1:]
     if program.startswith("launch/"):
@@ -193,7 +194,7 @@ def check(command):
         assert set(rest) <= set(setup["options.extras_require"]), f"{command}: no such extra"
     elif program == "launch/test":
         marks = (ROOT / "setup.cfg").read_text().partition("markers =")[2]
-        for mark in (b for a, b in zip(rest, rest[1:]) if a == "-m"):
+        for mark in (after for word, after in itertools.pairwise(rest) if word == "-m"):
             assert f" {mark}:" in marks, f"{command}: no such mark"
     elif program.endswith("python") and rest[:1] == ["-m"]:
         check_module(rest)
@@ -277,8 +278,9 @@ if trains and not @TRAINS@:
 if not trains:
     os.execv("@PYTHON@", ["@PYTHON@", *words])
 spec = next(w for w in words if w.startswith("--config="))
-words = [w for w in words if not w.startswith(("--config=", "--workdir=", "--distributed="))]
-words = [w for w in words if not w.startswith(("--config.data.manual_dir", "--config.tokenizer.path"))]
+replaced = ("--config=", "--workdir=", "--distributed=", "--config.data.manual_dir",
+            "--config.tokenizer.path")
+words = [w for w in words if not w.startswith(replaced)]
 name = pathlib.Path(spec.partition("=")[2].partition(":")[0]).stem
 if name == "quickstart":
     spec = "--config=@FOLDER@/quick.py"
@@ -286,7 +288,8 @@ elif "tiny" not in spec:
     spec += (":" if ":" not in spec else ",") + "tiny"
 words += [spec, f"--workdir=@FOLDER@/runs/{os.environ.get('QLOG_TEST_RUN', 'run')}"]
 if name != "quickstart":
-    words += [f"--config.data.manual_dir=@SHARED@/data/{name}", "--config.data.data_dir=@FOLDER@/prepared",
+    words += [f"--config.data.manual_dir=@SHARED@/data/{name}",
+              "--config.data.data_dir=@FOLDER@/prepared",
               "--config.tokenizer.path=@SHARED@/tokenizers/qwen3", "--config.evaluation.every=0",
               "--config.train.steps=1", "--config.data.max_prompt_tokens=1024"]
 if "JAX_NUM_PROCESSES" in os.environ:

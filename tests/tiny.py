@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlog import losses, models
+from qlog import losses, models, train
 from qlog.config import schema
+from qlog.experiment import prepare
 from qlog.learner import gradient
 from qlog.policy import Policy
 from qlog.records import Prompts
@@ -48,8 +49,7 @@ def full_log_probs(tree, prompt, tokens, temperature: float = 1.0):
 
 @jax.jit
 def _picked(tree, sequence, temperature):
-    positions = jnp.arange(sequence.shape[-1])[None, None]
-    hidden, _ = models.apply(tree, SHAPE, sequence[None, None], positions)
+    hidden = models.extend(tree, SHAPE, sequence[None, None])
     logits = hidden[0, 0] @ models.unembedding(tree)[:VALID_VOCAB].T / temperature
     log_probs = jax.nn.log_softmax(logits)[:-1]
     return jnp.take_along_axis(log_probs, sequence[1:, None], axis=-1)[:, 0]
@@ -80,6 +80,12 @@ def config(**changes):
     tree.evaluation.rollouts_per_prompt = 4
     tree.checkpoint.every = 100
     return schema.merge(tree, changes)
+
+
+def run(config, workdir, devices=None):
+    """Trains a config as the command does: the workdir is claimed before anything is read."""
+    with train.claimed(config, workdir) as claim:
+        return train.run(prepare(config, devices), workdir, claim)
 
 
 def graded_garl(q):

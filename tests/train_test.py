@@ -1,5 +1,6 @@
 """End to end on a tiny model: what a run leaves behind, exact resume, every estimator, signals."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,14 +15,15 @@ import tiny
 import trees
 from places import ROOT, TESTS
 
-from qlog import losses, train
+from qlog import data, losses, train
 from qlog.config import schema
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, PassingError
 from qlog.experiment import prepare
 from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
 
 ONE = jax.devices()[:1]
+NAMES = ("amy", "bea", "cal", "dan")
 
 
 def _params(config, workdir):
@@ -33,7 +35,7 @@ def _params(config, workdir):
 def six_steps(tmp_path_factory):
     config = tiny.config(train={"steps": 6}, evaluation={"every": 3})
     workdir = tmp_path_factory.mktemp("six")
-    return config, workdir, train.run(config, workdir, ONE)
+    return config, workdir, tiny.run(config, workdir, ONE)
 
 
 def test_a_run_leaves_everything_behind(six_steps):
@@ -87,8 +89,8 @@ def test_nothing_compiles_after_the_second_step(six_steps):
 
 def test_three_and_three_steps_equal_six_bit_for_bit(six_steps, tmp_path):
     config, whole, _ = six_steps
-    train.run(schema.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
-    train.run(config, tmp_path, ONE)
+    tiny.run(schema.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
+    tiny.run(config, tmp_path, ONE)
     trees.assert_equal(_params(config, tmp_path), _params(config, whole))
     ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
     assert ids[0] == ids[1] and len(set(ids[0])) == 12
@@ -107,13 +109,13 @@ def test_a_run_does_not_resume_under_another_config(six_steps):
         {"train": {"prompts_per_step": 2}},
     ):
         with pytest.raises(ConfigError, match="differs from the run in --workdir"):
-            train.run(schema.merge(config, changes), workdir, ONE)
+            tiny.run(schema.merge(config, changes), workdir, ONE)
 
 
 def test_a_finished_run_started_again_does_nothing(six_steps):
     config, workdir, outcome = six_steps
     before = (workdir / "metrics.jsonl").read_text()
-    assert train.run(config, workdir, ONE).metrics == outcome.metrics
+    assert tiny.run(config, workdir, ONE).metrics == outcome.metrics
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
@@ -121,8 +123,7 @@ _KILLED = """
 import sys, jax
 sys.path.insert(0, sys.argv[1])
 import tiny
-from qlog import train
-train.run(tiny.config(train={"steps": 100_000}, checkpoint={"every": 100_000}), sys.argv[2])
+tiny.run(tiny.config(train={"steps": 100_000}, checkpoint={"every": 100_000}), sys.argv[2])
 """
 
 
@@ -154,10 +155,10 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_resumes(number, tmp_path, 
     done = len(rows)
     assert done >= 1
     config = tiny.config(train={"steps": done + 1}, checkpoint={"every": 100_000})
-    train.run(config, tmp_path, ONE)
+    tiny.run(config, tmp_path, ONE)
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(done + 1))
     whole = tmp_path / "uninterrupted"
-    train.run(config, whole, ONE)
+    tiny.run(config, whole, ONE)
     trees.assert_equal(_params(config, tmp_path), _params(config, whole))
     ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
     assert ids[0] == ids[1]
@@ -192,7 +193,7 @@ def test_every_estimator_trains(name, tmp_path):
     changes = {"train": {"steps": 1}, "loss": schema.loss(name, **SETTINGS[name])}
     if name == "sft":
         changes["rollout"] = {"rollouts_per_prompt": 1, "rationale_budget": 6}
-    train.run(tiny.config(**changes), tmp_path, ONE)
+    tiny.run(tiny.config(**changes), tmp_path, ONE)
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert np.isfinite(row["loss"]) and row["skipped_updates"] == 0
     if name in ("garl", "paft", "iwae", "trice", "sft"):
@@ -206,8 +207,8 @@ def test_several_updates_from_one_batch_train_on_every_prompt(tmp_path):
     loss = schema.loss("garl", q=1.0, normalize=False)
     once = tiny.config(train={"steps": 1}, loss=loss)
     twice = schema.merge(once, {"train": {"updates_per_batch": 2}})
-    train.run(once, tmp_path / "once", ONE)
-    train.run(twice, tmp_path / "twice", ONE)
+    tiny.run(once, tmp_path / "once", ONE)
+    tiny.run(twice, tmp_path / "twice", ONE)
     rows = [read_jsonl(tmp_path / d / "metrics.jsonl")[0] for d in ("once", "twice")]
     assert rows[0]["log_p"] == rows[1]["log_p"]
     different = jax.tree.map(
@@ -220,7 +221,7 @@ def test_several_updates_from_one_batch_train_on_every_prompt(tmp_path):
 
 def test_a_loss_composed_by_the_user_trains(tmp_path):
     config = tiny.config(train={"steps": 1}, loss=schema.loss(_composed, scale=2.0))
-    train.run(config, tmp_path, ONE)
+    tiny.run(config, tmp_path, ONE)
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["grad_norm"] > 0
     assert json.loads((tmp_path / "config.json").read_text())["loss"]["name"].endswith("_composed")
 
@@ -233,6 +234,36 @@ def _composed(scale):
         losses.zero_pathwise(),
     )
     return losses.Estimator(transform=transform, surrogate=losses.linear())
+
+
+def test_it_trains_on_data_that_a_caller_brings(tmp_path):
+    """One seam: an experiment whose parts were replaced trains like any other."""
+    config = tiny.config(train={"steps": 2})
+    experiment = prepare(config, ONE)
+    formatter = experiment.formatter
+    source = [data.Example(f"mine {i}", f"ask {name}", "bob") for i, name in enumerate(NAMES)]
+    mine = data.open_dataset(source, formatter, max_prompt_tokens=24, max_answer_tokens=8)
+    train.run(dataclasses.replace(experiment, train_data=mine), tmp_path)
+    ids = {row["id"] for row in read_jsonl(tmp_path / "rollouts.jsonl")}
+    assert ids <= {example.id for example in source} and len(ids) == 4
+    assert np.isfinite(read_jsonl(tmp_path / "metrics.jsonl")[-1]["loss"])
+
+
+def test_a_workdir_is_claimed_before_anything_is_read(tmp_path, monkeypatch):
+    """Of two starts the second is refused at once; a wrong config touches no workdir."""
+    config = tiny.config(train={"steps": 1})
+    with train.claimed(config, tmp_path / "taken"):
+        with pytest.raises(PassingError, match="which still runs"):
+            with train.claimed(config, tmp_path / "taken"):
+                raise AssertionError("two owners")
+    with pytest.raises(ConfigError, match="train.steps = 0"):
+        tiny.run(schema.merge(config, {"train": {"steps": 0}}), tmp_path / "new", ONE)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_due():
+    assert [step for step in range(1, 9) if train.due(step, 3, 8)] == [3, 6, 8]
+    assert [step for step in range(1, 9) if train.due(step, 0, 8)] == [8]
 
 
 def test_base_checkpoint_seeds_another_run(six_steps, tmp_path):

@@ -1,68 +1,92 @@
-"""Compiles a run for an accelerator that is not here, from shapes alone: does it fit, how fast can it be?
+"""Compiles a run for an accelerator that is not here: does it fit, and how fast can it be?
+
+    python -m qlog.main --config=configs/hotpotqa.py --workdir=FOLDER \\
+        --mode=compile --topology=v5e:4x4
 
 The programs are those of a training step at its longest: full prompts, full budgets. Needs the
 extra `tpu` (libtpu), no TPU.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import math
-import os
-import re
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from qlog import experiment as parts
-from qlog import losses, models, step
-from qlog.aot.hlo_cost import Cost, Module, Sweep
+from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
+from qlog.aot.programs import LongestStep, step_programs
 from qlog.config import schema
-from qlog.config.check import build_estimator, check_config
 from qlog.console import say
 from qlog.errors import ConfigError
-from qlog.learner import gradient, optimizer
-from qlog.learner.optimizer import apply_update
-from qlog.learner.types import LearnerBatch, Objective
-from qlog.parallel import sharding
+from qlog.experiment import prepare_shapes
 from qlog.parallel.chips import CHIPS, Chip
-from qlog.policy import Policy
-from qlog.records import Golds, Prompts, Trajectories
-from qlog.rollouts import sampler
-from qlog.storage import paths
+from qlog.storage import paths, strict_json
 
-_FEW = 16  # tokens
+_GIB = 2**30
 
 
-class Phase(NamedTuple):
-    """One compiled program on one chip: bytes of HBM, and what one run of it costs, loops in full.
+def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command: str) -> int:
+    """Prints what the compiler says of a step on `topology`.
 
-    `peak` includes what lies in HBM beside the program, the optimizer's state. `cost` is None where
-    the compiler gave up for memory: then only `peak` is known, roughly. `runs`: per training step,
-    0 of what evaluation runs between steps.
+    Writes the step's seconds to workdir/compile_TOPOLOGY.json, unless the compiler gave up on a
+    program for memory.
+
+    Returns:
+      0, or 1 when the step does not fit.
+
+    Raises:
+      ConfigError: as `compile_run` does.
     """
+    programs, chip = compile_run(config, topology)
+    seconds = step_seconds(programs, chip)
+    step, tokens, decode = sum(seconds.values()), step_tokens(config), seconds["decode"]
+    advice = remedies(programs, chip, config)
 
-    arguments: float
-    temporaries: float
-    peak: float
-    cost: Cost | None
-    runs: int
+    # ---- For the user ----
+    console = Console(width=150)
+    console.print(_table(programs, chip, topology))
+    console.print(
+        "Of a training step at its longest: full prompts, every budget spent (evaluate: between "
+        "steps, so 0 runs of one). Loops count as often as they run. FLOPs are those of matrix "
+        "products, collectives the bytes that one chip sends. Roofline: the slowest of arithmetic, "
+        "memory and interconnect at the vendor's peaks. nan: the compiler gave up for memory. "
+        ">: a kernel without a cost estimate is left out."
+    )
+    console.print(
+        f"decode: at most {tokens / decode:,.0f} tokens/s on the whole slice; "
+        f"step: at least {step:,.2f} s, at most {tokens / step:,.0f} tokens/s"
+    )
+    for line in advice:
+        console.print(f"does not fit: {line}")
+    if not advice:
+        console.print("fits.")
 
-    def seconds(self, chip: Chip) -> float:
-        """All runs of a step, at the roofline; nan where the cost is unknown."""
-        if not self.runs:
-            return 0.0
-        return math.nan if self.cost is None else self.runs * self.cost.seconds(chip)
+    # ---- For launch/sweep --price ----
+    if math.isfinite(step):
+        row = {
+            "topology": topology,
+            "chips": len(topology_devices(topology)),
+            "fits": not advice,
+            "prompts": config.train.prompts_per_step,
+            "seconds": step,
+            "phases": seconds,
+        }
+        file = workdir / f"compile_{topology.replace(':', '-')}.json"
+        facts = {**provenance(config, command), "rows": [row]}
+        paths.write(file, strict_json.dumps(facts, indent=2))
+    return 1 if advice else 0
 
 
-def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Chip]:
-    """Compiles all phases of a step of `config` for `topology`, 'v5e:4x4' say.
+def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, CompiledProgram], Chip]:
+    """Compiles all programs of a step of `config` for `topology`, 'v5e:4x4' for example.
+
+    Returns:
+      The programs by name, in the order in which they first run, and the chip of the topology.
 
     Raises:
       ConfigError: no libtpu, an unknown topology, or a mesh that does not fit it.
@@ -73,270 +97,18 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, Phase], Ch
         raise ConfigError(
             f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}."
         )
-    run = without_data(config, devices)
-    phases = {}
-    for name, lowered, runs, beside in programs(run):
+    run = prepare_shapes(config, devices)
+    trips, programs = LongestStep.of(run).trips, {}
+    for name, lowered, runs, resident in step_programs(run):
         start = time.monotonic()
-        phases[name] = compile_phase(lowered, runs, beside, _trips(run))
+        programs[name] = compile_program(lowered, runs, resident, trips)
         say(f"{topology} {name}: compiled in {time.monotonic() - start:,.0f} s")
-    return phases, CHIPS[kind]
+    return programs, CHIPS[kind]
 
 
-def topology_devices(topology: str):
-    """Descriptions of the devices of a TPU slice, 'v5e:4x4', or of several, '2*v5e:4x4'; raises
-    ConfigError."""
-    from jax.experimental import topologies
-
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "--mode=compile needs the TPU compiler: install the extra 'tpu' (pip install libtpu)."
-        ) from None
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used: nothing to lock
-    count, star, one = topology.rpartition("*")
-    try:
-        several = {"num_slices": int(count)} if star else {}
-        return topologies.get_topology_desc(one, platform="tpu", **several).devices
-    except Exception as error:
-        raise ConfigError(
-            f"--topology={topology!r} is not known to libtpu ({str(error).splitlines()[0]}): "
-            "write v5e:4x4, v6e:2x4, v5p:4x4x4, or 2*v5e:4x4 for two slices."
-        ) from None
-
-
-def without_data(config: ConfigDict, devices) -> parts.Experiment:
-    """An Experiment of shapes on `devices`: no weights, tokenizer or data are read.
-
-    Raises:
-      ConfigError: as `experiment.prepare` does, of what can be checked without data.
-    """
-    preset = config.model.rpartition("/")[2].lower().replace("-", "_").replace(".", "p")
-    if preset in models.PRESETS:
-        config = schema.merge(config, {"model": preset, "weights": "random"})
-    check_config(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    parts.check_batches(config, mesh)
-    estimator = build_estimator(config)
-    draws = sampler.Sampling(
-        rationale_budget=config.rollout.rationale_budget,
-        closing=(1,),
-        eos=(2,),
-        pad=0,
-        answer_reserve=config.rollout.answer_reserve,
-        with_answer=estimator.reward is not None,
-        temperature=float(config.rollout.temperature),
-    )
-    shape = parts.model_shape(config)
-    policy = Policy(
-        shape,
-        shape.vocab_size - 1,
-        jnp.dtype(config.dtype),
-        config.train.remat,
-        mesh,
-        parts.attention(config, mesh),
-    )
-    return parts.Experiment(
-        config=config,
-        estimator=estimator,
-        optimizer=optimizer.build(config),
-        mesh=mesh,
-        policy=policy,
-        sampling=draws,
-        evaluation_sampling=parts.evaluation_law(config, draws),
-        formatter=None,
-        grader=None,
-        train_data=None,
-        evaluation_data=None,
-    )
-
-
-def programs(run: parts.Experiment):
-    """Yields (name, lowered, runs per step, bytes that lie beside it in HBM) of a step's programs."""
-    yield from _rollout_programs(run)
-    yield from _learner_programs(run)
-
-
-def _rollout_programs(run: parts.Experiment):
-    """A wave's sampling and scoring; each takes what the ones before gave, where they left it.
-
-    Evaluation's decoding is there for its memory alone: it runs between steps.
-    """
-    config, policy = run.config, run.policy
-    wave = run.prompts_at_once(config.rollout.prompts_per_wave) or config.train.prompts_per_step
-    waves = config.train.prompts_per_step // wave
-    opt_state, params = _bytes_per_chip(run.abstract_state().opt_state), run.abstract_params()
-    weights = _results(sampler.decoding_weights, (params, policy), (params, policy))
-    beside, step = opt_state + _bytes_per_chip(params), jax.ShapeDtypeStruct((), jnp.int32)
-    flags = sharding.own_shape(run.mesh, bool)
-
-    def decode(law, pool, results):
-        lowered = sampler.decode.lower(weights, policy, pool, law, step, flags)
-        return lowered, beside + _bytes_per_chip(results)
-
-    prompts, pool, results = _pool(run, run.sampling, wave, run.rollouts_per_prompt)
-    golds = Golds(_rows(run, wave)(config.rollout.answer_reserve), prompts[1])
-    yield "cast", sampler.decoding_weights.lower(params, policy), 1, opt_state
-    prefill = sampler.prefill.lower(params, policy, *prompts)
-    yield "prefill", prefill, waves, opt_state + _bytes_per_chip(weights)
-    lowered, held = decode(run.sampling, pool, results)
-    yield "decode", lowered, waves, held
-    yield "score", sampler.leave.lower(weights, policy, pool, results, golds), waves, beside
-    if config.evaluation.every:
-        evaluation, law = config.evaluation, run.evaluation_sampling
-        batch = (run.prompts_at_once(evaluation.prompts_per_batch), evaluation.rollouts_per_prompt)
-        lowered, held = decode(law, *_pool(run, law, *batch)[1:])
-        yield "evaluate", lowered, 0, held
-
-
-def _pool(run: parts.Experiment, law: sampler.Sampling, prompts: int, rollouts: int):
-    """Shapes of (prompts, their lengths), the pool that decoding starts with, and its results."""
-    policy, rows, params = run.policy, _rows(run, prompts), run.abstract_params()
-    tokens, lengths = rows(run.config.data.max_prompt_tokens), rows()
-    keys = rows(rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    # Everything lies as small arrays of its kind do, which compile in no time.
-    few, brief = rows(_FEW), dataclasses.replace(law, rationale_budget=_FEW)
-    few_from = (params, policy, few, lengths)
-    prefix = _results(sampler.prefill, (params, policy, tokens, lengths), few_from)
-    few_prefix = _results(sampler.prefill, few_from, few_from)
-    pool = _results(
-        sampler.start,
-        (policy, prefix, tokens, lengths, keys, law),
-        (policy, few_prefix, few, lengths, keys, brief),
-    )
-    results = _results(
-        sampler.empty_results, (policy, law, prompts, rollouts), (policy, brief, prompts, rollouts)
-    )
-    return (tokens, lengths), pool, results
-
-
-def _learner_programs(run: parts.Experiment):
-    """The gradient and the update."""
-    config, estimator = run.config, run.estimator
-    updates, rollouts_count = config.train.updates_per_batch, run.rollouts_per_prompt
-    part = config.train.prompts_per_step // updates
-    rows = _rows(run, part)
-    longest = step.trajectory_length(
-        run, run.sampling.max_rationale_length, config.rollout.answer_reserve
-    )
-    tokens = rows(rollouts_count, longest)
-    mask = rows(rollouts_count, longest, dtype=bool)
-    log_probs = rows(rollouts_count, longest, dtype=jnp.float32)
-    per_rollout = rows(rollouts_count, dtype=jnp.float32)
-    params, whole = run.abstract_params(), run.abstract_state()
-    batch = LearnerBatch(
-        Prompts(rows(config.data.max_prompt_tokens), rows(), rows(dtype=bool)),
-        Trajectories(tokens, mask, mask, log_probs, mask, rows(rollouts_count)),
-        losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields)),
-        log_probs if estimator.reference else None,
-    )
-    begun = (params, run.policy, batch)
-    grads, *packing = _results(gradient.begin, begun, begun)
-    lowered = gradient.add_microbatches.lower(
-        grads,
-        *begun,
-        *packing,
-        jax.ShapeDtypeStruct((), jnp.int32),
-        objective=Objective(estimator.surrogate, run.sampling.temperature),
-        microbatch=run.microbatch,
-    )
-    runs = updates * (part // run.microbatch.prompts)
-    yield "gradient", lowered, runs, _bytes_per_chip(whole.opt_state)
-    update = apply_update.lower(
-        whole, whole.loss_state, params, optimizer=run.optimizer, mesh=run.mesh
-    )
-    yield "update", update, updates, 0.0
-
-
-def _rows(run: parts.Experiment, prompts: int):
-    """Makes arrays of shapes alone whose first axis is the prompts."""
-
-    def rows(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(
-            (prompts, *shape), dtype, sharding=sharding.batch_sharding(run.mesh)
-        )
-
-    return rows
-
-
-def _results(function, arguments, small):
-    """Shapes of what `function` returns for `arguments`, where it puts its results for `small`."""
-    places = compiled(function.lower(*small)).output_shardings
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        function.eval_shape(*arguments),
-        places,
-    )
-
-
-def compiled(lowered):
-    """Compiles without a trace in the persistent cache, which cannot read such programs back."""
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
-    try:
-        return lowered.compile()
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-
-
-def _bytes_per_chip(tree) -> float:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _trips(run: parts.Experiment):
-    """How often loops run that end when the data say so, in a step at its longest."""
-    config, shape = run.config, run.policy.config
-    prompt, steps = config.data.max_prompt_tokens, run.sampling.max_length
-    rollout = run.sampling.max_rationale_length + config.rollout.answer_reserve
-    chunks = run.rollouts_per_prompt // run.microbatch.packs
-
-    def trips(sweep: Sweep) -> float:
-        if sweep.size == 1 and sweep.length >= steps:  # decoding, a token at a time
-            return steps
-        if len(sweep.shape) not in (4, 5) or sweep.shape[-1] != shape.head_dim:
-            return chunks  # the learner's rows of rollouts; whatever else it slices is of one chip
-        if len(sweep.shape) == 4 and sweep.length == prompt:
-            return sweep.blocks
-        # Attention among tokens of rollouts, several of which may lie side by side: each sees those
-        # of its own rollout that came before, on average half.
-        return (min(sweep.length, rollout) / sweep.size + 1) / 2
-
-    return trips
-
-
-def compile_phase(lowered, runs: int = 1, resident: float = 0.0, trips=None) -> Phase:
-    """Compiles one program.
-
-    Args:
-      lowered: from `jax.jit(...).lower`, for the devices of a topology.
-      runs: per training step.
-      resident: bytes that lie beside it in HBM.
-      trips: as `Module.cost` takes it; None is its default.
-    """
-    try:
-        program = compiled(lowered)
-    except jax.errors.JaxRuntimeError as error:
-        needed = re.search(
-            r"required for .*?\((\d+\.?\d*)([KMGT])\)|Used (\d+\.?\d*)([KMGT])", str(error)
-        )
-        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
-            raise
-        size, unit = needed.group(1) or needed.group(3), needed.group(2) or needed.group(4)
-        peak = float(size) * 1024 ** (" KMGT".index(unit)) + resident
-        return Phase(math.nan, math.nan, peak, None, runs)
-    memory = program.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Phase(
-        arguments,
-        temporaries,
-        arguments + temporaries + results + resident,
-        Module(program.as_text()).cost(*[trips] if trips else []),
-        runs,
-    )
+def step_seconds(programs: Mapping[str, CompiledProgram], chip: Chip) -> dict[str, float]:
+    """Seconds of a step at the roofline by program; nan where the compiler gave up."""
+    return {name: program.seconds(chip) for name, program in programs.items() if program.runs}
 
 
 def step_tokens(config: ConfigDict) -> int:
@@ -345,36 +117,40 @@ def step_tokens(config: ConfigDict) -> int:
     return rollouts * config.rollout.rationale_budget
 
 
-def remedies(phases: Mapping[str, Phase], chip: Chip, config: ConfigDict) -> list[str]:
-    """What to change where a phase does not fit; [] when all fit."""
+def remedies(programs: Mapping[str, CompiledProgram], chip: Chip, config: ConfigDict) -> list[str]:
+    """What to change for each program that does not fit; [] when all fit."""
+    return [
+        f"{name} needs {program.peak / _GIB:.1f} of {chip.usable / _GIB:.2f} GiB: "
+        f"{_remedy(name, config)}"
+        for name, program in programs.items()
+        if program.peak > chip.usable
+    ]
+
+
+def _remedy(name: str, config: ConfigDict) -> str:
+    """The fields, with their values, that make the program of that name smaller."""
     rollout, train, mesh = config.rollout, config.train, config.mesh
-    advice = []
-    for name, phase in phases.items():
-        if phase.peak <= chip.usable:
-            continue
-        over = f"{name} needs {phase.peak / 2**30:.1f} of {chip.usable / 2**30:.2f} GiB"
-        smaller = "" if train.remat == "full" else "set train.remat=full, "
-        if name == "gradient":
-            advice.append(
-                f"{over}: {smaller}lower train.rollouts_per_microbatch = {train.rollouts_per_microbatch} "
-                f"or train.prompts_per_microbatch = {train.prompts_per_microbatch} (0 is all), raise "
-                f"mesh.fsdp = {mesh.fsdp}"
-            )
-        elif name == "evaluate":
-            lower = f"evaluation.prompts_per_batch = {config.evaluation.prompts_per_batch}"
-            advice.append(f"{over}: lower {lower}, raise mesh.fsdp = {mesh.fsdp}")
-        elif name == "update":
-            advice.append(f"{over}: raise mesh.fsdp = {mesh.fsdp} or mesh.tensor = {mesh.tensor}")
-        else:
-            advice.append(
-                f"{over}: lower rollout.prompts_per_wave = {rollout.prompts_per_wave} (0 is all), raise mesh.fsdp = {mesh.fsdp}, or "
-                f"mesh.tensor = {mesh.tensor} (a divisor of the key/value heads)"
-            )
-    return advice
+    if name == "gradient":
+        remat = "" if train.remat == "full" else "set train.remat=full, "
+        return (
+            f"{remat}lower train.rollouts_per_microbatch = {train.rollouts_per_microbatch} or "
+            f"train.prompts_per_microbatch = {train.prompts_per_microbatch} (0 is all), raise "
+            f"mesh.fsdp = {mesh.fsdp}"
+        )
+    if name == "update":
+        return f"raise mesh.fsdp = {mesh.fsdp} or mesh.tensor = {mesh.tensor}"
+    if name == "evaluate":
+        prompts = config.evaluation.prompts_per_batch
+        return f"lower evaluation.prompts_per_batch = {prompts}, raise mesh.fsdp = {mesh.fsdp}"
+    return (
+        f"lower rollout.prompts_per_wave = {rollout.prompts_per_wave} (0 is all), raise "
+        f"mesh.fsdp = {mesh.fsdp}, or mesh.tensor = {mesh.tensor} (a divisor of the key/value "
+        "heads)"
+    )
 
 
-def made_from(config: ConfigDict, command: str) -> dict:
-    """What results on disk say of their making."""
+def provenance(config: ConfigDict, command: str) -> dict[str, Any]:
+    """What results on disk say about how they were made."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     return {
         "command": command,
@@ -383,76 +159,45 @@ def made_from(config: ConfigDict, command: str) -> dict:
     }
 
 
-def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command: str) -> int:
-    """Prints what the compiler says of a step on `topology`, and writes the step's seconds to
-    workdir/compile_TOPOLOGY.json; 1 when it does not fit."""
-    phases, chip = compile_run(config, topology)
-    console = Console(width=150)
-    console.print(_table(phases, chip, topology))
-    console.print(
-        "Of a training step at its longest: full prompts, every budget spent (evaluate: between steps, "
-        "so 0 runs of one); loops count as often as they run, FLOPs are those of matrix products, collectives the bytes that one chip sends. "
-        "Roofline: the slowest of arithmetic, memory and interconnect at the vendor's peaks. "
-        "nan: the compiler gave up for memory; >: a kernel without a cost estimate is not in it."
-    )
-    tokens, step = step_tokens(config), sum(phase.seconds(chip) for phase in phases.values())
-    decode = phases["decode"].seconds(chip)
-    console.print(
-        f"decode: at most {tokens / decode:,.0f} tokens/s on the whole slice; "
-        f"step: at least {step:,.2f} s, at most {tokens / step:,.0f} tokens/s"
-    )
-    advice = remedies(phases, chip, config)
-    seconds = {name: phase.seconds(chip) for name, phase in phases.items() if phase.runs}
-    if all(map(math.isfinite, seconds.values())):
-        row = {
-            "topology": topology,
-            "chips": len(topology_devices(topology)),
-            "fits": not advice,
-            "prompts": config.train.prompts_per_step,
-            "seconds": step,
-            "phases": seconds,
-        }
-        file = workdir / f"compile_{topology.replace(':', '-')}.json"
-        paths.write(file, json.dumps({**made_from(config, command), "rows": [row]}, indent=2))
-    for line in advice:
-        console.print(f"does not fit: {line}")
-    if not advice:
-        console.print("fits.")
-    return 1 if advice else 0
+_COLUMNS = (
+    "program",
+    "runs",
+    "arguments",
+    "temporaries",
+    "peak",
+    "TFLOP",
+    "GB moved",
+    "collectives, GB",
+    "roofline",
+    "by",
+)
 
 
-def _table(phases: Mapping[str, Phase], chip: Chip, topology: str) -> Table:
-    title = f"{topology}, per chip ({chip.usable / 2**30:.2f} GiB of HBM for programs)"
+def _table(programs: Mapping[str, CompiledProgram], chip: Chip, topology: str) -> Table:
+    title = f"{topology}, per chip ({chip.usable / _GIB:.2f} GiB of HBM for programs)"
     table = Table(title=title, title_justify="left")
-    for column in (
-        "program",
-        "runs",
-        "arguments",
-        "temporaries",
-        "peak",
-        "TFLOP",
-        "GB moved",
-        "collectives, GB",
-        "roofline",
-        "by",
-    ):
+    for column in _COLUMNS:
         table.add_column(column)
-    for name, phase in phases.items():
-        row = [name, f"{phase.runs}", *(f"{size / 2**30:.2f} GiB" for size in phase[:3])]
-        if phase.cost is None:
-            table.add_row(*row, *["nan"] * 4, "")
-            continue
-        cost = phase.cost
-        kinds = ", ".join(
-            f"{kind} {phase.runs * sent / 1e9:,.2f}" for kind, sent in cost.sent.items()
-        )
-        times = cost.times(chip)
-        table.add_row(
-            *row,
-            ("" if cost.is_whole else "> ") + f"{phase.runs * cost.flops / 1e12:,.2f}",
-            f"{phase.runs * cost.bytes / 1e9:,.1f}",
-            kinds or "none",
-            f"{phase.seconds(chip):,.3f} s",
-            max(times, key=times.get),
-        )
+    for name, program in programs.items():
+        table.add_row(name, *_cells(program, chip))
     return table
+
+
+def _cells(program: CompiledProgram, chip: Chip) -> list[str]:
+    """All but the first of `_COLUMNS`; costs are those of all runs in a step."""
+    runs, cost = program.runs, program.cost
+    sizes = (program.arguments, program.temporaries, program.peak)
+    cells = [f"{runs}", *(f"{size / _GIB:.2f} GiB" for size in sizes)]
+    if cost is None:  # the compiler gave up for memory, so there is no program to read
+        return [*cells, *["nan"] * 4, ""]
+    sent = ", ".join(f"{kind} {runs * size / 1e9:,.2f}" for kind, size in cost.sent.items())
+    # ">" marks FLOPs that are a lower bound, as some kernel does not tell its own.
+    times = cost.times(chip)
+    return [
+        *cells,
+        ("" if cost.is_whole else "> ") + f"{runs * cost.flops / 1e12:,.2f}",
+        f"{runs * cost.bytes / 1e9:,.1f}",
+        sent or "none",
+        f"{program.seconds(chip):,.3f} s",
+        max(times, key=lambda resource: times[resource]),
+    ]

@@ -1,11 +1,13 @@
 """What a run costs before it starts: steps at the compiler's roofline, evaluations, chips, a price.
 
-The roofline is that of `--mode=compile`: launch/tables/roofline.json has what was compiled for the paper's
-configs, and the JSON files that the mode writes serve as well. All of it is a lower bound of the
-time that a slice computes; start-up, compilation, saving and preemptions come on top.
+`launch/sweep --price` prints it. The roofline is that of `--mode=compile`.
+launch/tables/roofline.json holds what was compiled for the paper's configs; the JSON files that the
+mode writes serve as well. All of it is a lower bound of the time that a slice computes. Start-up,
+compilation, saving and preemptions come on top.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from qlog.data import splits
 from qlog.errors import ConfigError
 from qlog.storage import paths
 
-# What a step's roofline depends on, beside the prompts of a step and the slice.
+# What a step's roofline depends on, besides the prompts of a step and the slice.
 _FIELDS = (
     ("model",),
     ("architecture",),
@@ -29,19 +31,19 @@ _FIELDS = (
 
 
 class Roofline(NamedTuple):
-    """A step on a slice: `seconds` at least, `decode_share` of it spent in decoding."""
+    """A step on a slice, as the compiler bounds it."""
 
     chips: int
-    seconds: float
-    decode_share: float
+    seconds: float  # at least
+    decode_share: float  # of the seconds, those of decoding
 
 
 class Estimate(NamedTuple):
-    """One run on one slice, in full: every budget spent. Seconds are lower bounds."""
+    """One run on one slice with every budget spent. Seconds are lower bounds."""
 
     chips: int
     steps: int
-    step_seconds: float
+    step_seconds: float  # of one step
     evaluations: int
     evaluation_seconds: float  # of all evaluations together
 
@@ -50,11 +52,14 @@ class Estimate(NamedTuple):
         return (self.steps * self.step_seconds + self.evaluation_seconds) / 3600
 
 
-def read_rooflines(file: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
-    """The compiler's results in `file`: launch/tables/roofline.json, or one that --mode=compile wrote.
+def read_rooflines(file: str | os.PathLike) -> list[dict[str, Any]]:
+    """The compiler's results in launch/tables/roofline.json or a file that --mode=compile wrote.
+
+    Each has the keys config (fields of the run), rows (topology, chips, prompts, seconds, perhaps
+    phases), command, versions and decode_share (None where it is not known).
 
     Raises:
-      ConfigError: no such file, or none of the two.
+      ConfigError: the file cannot be read, or is neither of the two.
     """
     try:
         content = json.loads(paths.read(paths.parse(file, "--roofline")))
@@ -64,18 +69,22 @@ def read_rooflines(file: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
                 raise ValueError("a result without config, rows, command and versions")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"--roofline={os.fspath(file)} cannot be read ({error}): give launch/tables/roofline.json or a "
-            "compile_*.json or weak_scaling.json that --mode=compile wrote."
+            f"--roofline={os.fspath(file)} cannot be read ({error}): give "
+            "launch/tables/roofline.json or a compile_*.json or weak_scaling.json that "
+            "--mode=compile wrote."
         ) from None
     share = content.get("decode_share")
     return [{"decode_share": share, **result} for result in results]
 
 
 def roofline(config: ConfigDict, topology: str, results: Iterable[Mapping[str, Any]]) -> Roofline:
-    """The result for `config` on `topology`, v5e:4x4 say.
+    """The result for `config` on `topology`, v5e:4x4 for example.
+
+    Args:
+      results: from `read_rooflines`.
 
     Raises:
-      ConfigError: nothing was compiled for them; names the command that does it.
+      ConfigError: nothing was compiled for them. The message names the command that does it.
     """
     for result in results:
         if any(_get(result["config"], field) != _get(config, field) for field in _FIELDS):
@@ -83,56 +92,60 @@ def roofline(config: ConfigDict, topology: str, results: Iterable[Mapping[str, A
         for row in result["rows"]:
             if (row["topology"], row["prompts"]) != (topology, config.train.prompts_per_step):
                 continue
-            if row["seconds"] is None:  # the compiler gave up for memory
+            if not isinstance(row["seconds"], int | float):  # "nan": it did not fit
                 continue
+            # A compile_*.json knows the seconds of each program. The table of the paper's configs
+            # has one share for all. Where neither is known, a whole step bounds the decoding.
             share = result["decode_share"]
             if "decode" in row.get("phases", {}):
                 share = row["phases"]["decode"] / row["seconds"]
             return Roofline(row["chips"], row["seconds"], 1.0 if share is None else share)
     raise ConfigError(
         f"--slice={topology}: no roofline is known there for {config.model}, {config.data.name}, "
-        f"{config.train.prompts_per_step} x {config.rollout.rollouts_per_prompt} rollouts a step of "
-        f"{config.rollout.rationale_budget} tokens: run python -m qlog.main --mode=compile "
-        f"--topology={topology} with the flags of the run, and give the compile_*.json that it writes into "
-        "its workdir as --roofline=FILE."
+        f"{config.train.prompts_per_step} x {config.rollout.rollouts_per_prompt} rollouts a step "
+        f"of {config.rollout.rationale_budget} tokens: run python -m qlog.main --mode=compile "
+        f"--topology={topology} with the flags of the run, and give the compile_*.json that it "
+        "writes into its workdir as --roofline=FILE."
     )
 
 
 def estimate(config: ConfigDict, mode: str, step: Roofline) -> Estimate:
     """A run of `config` with --mode=train or evaluate.
 
-    An evaluation decodes as a step does, other numbers of rollouts:
-    prompts x rollouts of the evaluation / (prompts x rollouts of a step) x a step's decoding.
+    An evaluation decodes as a step does, for another number of rollouts:
+
+        seconds = (its rollouts / rollouts of a step) x decode_share x seconds of a step
+
+    Raises:
+      ConfigError: the size of an evaluated split is not known.
     """
     evaluation, train = config.evaluation, config.train
-    steps, splits_evaluated = 0, [evaluation.split]
+    steps, evaluations = 0, 1
     if mode == "train":
         steps = train.steps
-        times = (
-            -(-steps // evaluation.every) if evaluation.every else 0
-        )  # the last step always counts
-        splits_evaluated = [evaluation.split] * times
-        splits_evaluated += [evaluation.final] if evaluation.get("final") else []
-    rollouts = (
-        sum(_prompts(config, split) for split in splits_evaluated) * evaluation.rollouts_per_prompt
-    )
-    of_a_step = train.prompts_per_step * config.rollout.rollouts_per_prompt
-    seconds = rollouts / of_a_step * step.decode_share * step.seconds
-    return Estimate(step.chips, steps, step.seconds, len(splits_evaluated), seconds)
+        # After every so many steps, and after the last one in any case.
+        evaluations = math.ceil(steps / evaluation.every) if evaluation.every else 0
+    prompts = evaluations * _prompts(config) if evaluations else 0
+    rollouts = prompts * evaluation.rollouts_per_prompt
+    step_rollouts = train.prompts_per_step * config.rollout.rollouts_per_prompt
+    seconds = rollouts / step_rollouts * step.decode_share * step.seconds
+    return Estimate(step.chips, steps, step.seconds, evaluations, seconds)
 
 
-def _prompts(config: ConfigDict, split: str) -> int:
+def _prompts(config: ConfigDict) -> int:
+    """Prompts of one evaluation: all of the split, or as many as config.evaluation.prompts."""
+    split = config.evaluation.split
     size = splits.SIZES.get(config.data.name, {}).get(split)
     limit = config.evaluation.prompts
     if size is None and not limit:
         raise ConfigError(
-            f"config.data.name = {config.data.name!r}: the size of its split {split!r} is not known, so "
-            "its evaluation has no price: set config.evaluation.prompts."
+            f"config.data.name = {config.data.name!r}: the size of its split {split!r} is not "
+            "known, so its evaluation has no price: set config.evaluation.prompts."
         )
     return min(filter(None, (size, limit)))
 
 
-def _get(config: Mapping[str, Any], field: Sequence[str]) -> Any:
+def _get(config: Any, field: Sequence[str]) -> Any:
     for key in field:
         config = config[key]
     return config.to_dict() if isinstance(config, ConfigDict) else config

@@ -1,4 +1,4 @@
 """How fast, and how near to what the machine can do: `python -m qlog.benchmark --config=...`.
 
-`python -m qlog.benchmark.compare` runs the same work with plain PyTorch and transformers beside it.
+`python -m qlog.benchmark.compare` times the same work in plain PyTorch and transformers too.
 """

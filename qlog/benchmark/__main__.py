@@ -1,7 +1,8 @@
 """Times the phases of a training step of any config on the devices that are here.
 
     python -m qlog.benchmark --config=configs/hotpotqa.py:tiny
-    python -m qlog.benchmark --config=configs/hotpotqa.py --rationale=512 --out=result.json --profile=trace
+    python -m qlog.benchmark --config=configs/hotpotqa.py --rationale=512 \\
+        --out=result.json --profile=trace
 
 Random weights and tokens: nothing is read or downloaded. Every rollout has the full length.
 """

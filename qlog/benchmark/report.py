@@ -1,8 +1,8 @@
 """The benchmark of a config: all phases timed, a table and JSON."""
 
-import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from qlog import models
-from qlog.aot import compile_run
 from qlog.benchmark import measure, work
+from qlog.experiment import prepare_shapes
+from qlog.storage import strict_json
+
+_COLUMNS = (
+    "phase",
+    "seconds",
+    "first call",
+    "tokens/s",
+    "of FLOP/s",
+    "of GB/s",
+    "peak memory",
+)
 
 
 def report(
@@ -29,15 +40,18 @@ def report(
     """Times all phases of a step of `config` and prints the table.
 
     Args:
-      prompt, rationale, answer: their tokens; 0 takes the config's limits.
+      prompt: tokens of each prompt; 0 takes data.max_prompt_tokens.
+      rationale: tokens of each rationale; 0 takes rollout.rationale_budget.
+      answer: tokens of each gold answer.
       repeats: of each phase; their median counts.
-      out: JSON file for the numbers; profile: folder for a trace of one step; '' is none.
+      out: JSON file for the numbers; '' is none.
+      profile: folder for a trace of one step; '' is none.
       devices: all of them by default.
 
     Raises:
       ConfigError: what can be wrong with a config before data are read.
     """
-    run = compile_run.without_data(config, devices or jax.devices())
+    run = prepare_shapes(config, devices)
     policy, mesh = run.policy, run.mesh
     size = work.Size(
         config.train.prompts_per_step,
@@ -47,16 +61,18 @@ def report(
         answer,
     )
     places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract_params())
+    # Weights are made where they will lie: no device ever has them whole.
     init = jax.jit(lambda key: models.init(policy.config, key), out_shardings=places)
     params = init(jax.random.key(0))
     batch = work.make_batch(policy, size)
     wave = run.prompts_at_once(config.rollout.prompts_per_wave)
     phases = work.rollout_phases(params, policy, size, batch, wave)
-    trainer = work.Trainer(params, policy, size, batch, run.microbatch)
+    trainer = work.Trainer(params, policy, size, batch, run.microbatch)  # owns params from here
     phases["train"] = trainer.phase()
 
+    # ---- Every phase, next to the machine's own peaks.
     peaks = measure.measure_peaks(policy.dtype)
-    count = mesh.devices.size
+    num_devices = mesh.devices.size
     rows = {}
     for name, phase in phases.items():
         times = measure.repeat(phase.call, repeats)
@@ -67,8 +83,8 @@ def report(
             "longest": times.longest,
             "first_call": times.first,
             "tokens_per_s": phase.tokens / times.median,
-            "of_matmul_peak": phase.need.flops / times.median / (count * peaks.flops),
-            "of_bandwidth": phase.need.bytes / times.median / (count * peaks.bandwidth),
+            "of_matmul_peak": phase.need.flops / times.median / (num_devices * peaks.flops),
+            "of_bandwidth": phase.need.bytes / times.median / (num_devices * peaks.bandwidth),
             f"{kind}_peak_bytes": memory,
         }
     parts = trainer.breakdown(rows["train"]["seconds"], repeats)
@@ -76,9 +92,10 @@ def report(
         with jax.profiler.trace(profile):
             for name in ("rollouts", "train"):
                 jax.block_until_ready(phases[name].call())
+    # ---- For the user, and for a file.
     device = mesh.devices.flat[0]
     facts = {
-        "device": f"{count} x {device.device_kind}",
+        "device": f"{num_devices} x {device.device_kind}",
         "jax": jax.__version__,
         "dtype": str(jnp.dtype(policy.dtype)),
         "matmul_peak_flops": peaks.flops,
@@ -91,25 +108,19 @@ def report(
     }
     show(facts)
     if out:
-        pathlib.Path(out).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        pathlib.Path(out).write_text(strict_json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def show(facts: dict) -> None:
+def show(facts: Mapping[str, Any]) -> None:
+    """Prints the facts that `report` writes."""
+    flops, bandwidth = facts["matmul_peak_flops"], facts["bandwidth_bytes_per_s"]
     title = (
-        f"{facts['device']}, {facts['dtype']}: {facts['prompts']} x {facts['rollouts']}, prompt "
-        f"{facts['prompt']}, rationale {facts['rationale']}, answer {facts['answer']}; peaks of one device "
-        f"{facts['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s, {facts['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s"
+        f"{facts['device']}, {facts['dtype']}: {facts['prompts']} x {facts['rollouts']}, "
+        f"prompt {facts['prompt']}, rationale {facts['rationale']}, answer {facts['answer']}; "
+        f"peaks of one device {flops / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.0f} GB/s"
     )
     table = Table(title=title, title_justify="left")
-    for column in (
-        "phase",
-        "seconds",
-        "first call",
-        "tokens/s",
-        "of FLOP/s",
-        "of GB/s",
-        "peak memory",
-    ):
+    for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for name, row in facts["phases"].items():
         memory = row.get("device_peak_bytes", row.get("process_peak_bytes"))
@@ -131,5 +142,5 @@ def show(facts: dict) -> None:
         for name, seconds in facts["train_parts"].items()
     )
     console.print(
-        f"seconds of train, each part run alone and the last what is left: {', '.join(shares)}"
+        f"seconds of train by part, each run by itself, then the rest: {', '.join(shares)}"
     )

@@ -1,11 +1,11 @@
 """The phases of a training step on random tokens, as functions to be timed.
 
-Every rollout has the full length: no token that ends one can be drawn.
+Every rollout has the full length: no token that ends one can be sampled.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from qlog.benchmark import measure
 from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
-from qlog.learner.types import LearnerBatch, Microbatch, Objective
+from qlog.learner.types import LearnerBatch, Microbatch, Objective, UpdateMetrics
 from qlog.models import flops, head
 from qlog.models.flops import Need
 from qlog.parallel import process, sharding
@@ -25,36 +25,35 @@ from qlog.policy import Policy, logits_chunk
 from qlog.records import Golds, Prompts, TrainState, Trajectories
 from qlog.rollouts import sampler, scoring
 
-FIRST_TOKEN = 10  # random tokens are drawn from here on
+FIRST_TOKEN = 10  # random tokens are at least this, so none is padding or another special token
 
 
 class Size(NamedTuple):
-    """B prompts of P tokens with M rollouts each: N tokens of rationale, A of gold answer."""
+    """How much is computed. The fields are keys of the benchmark's JSON."""
 
-    prompts: int
-    rollouts: int
-    prompt: int
-    rationale: int
-    answer: int
+    prompts: int  # B
+    rollouts: int  # M of each prompt
+    prompt: int  # P, tokens of each prompt
+    rationale: int  # N, tokens of each rationale
+    answer: int  # A, tokens of each gold answer
 
 
-class Phase(NamedTuple):
-    """call: runs the phase once. tokens: that it makes or learns from. need: of the phase."""
+class TimedPhase(NamedTuple):
+    """A part of a training step, ready to be timed."""
 
-    call: Callable[[], object]
-    tokens: int
-    need: Need
+    call: Callable[[], object]  # runs it once, and returns or waits for what it computes
+    tokens: int  # that it makes or learns from
+    need: Need  # FLOPs and bytes that it cannot do without
 
 
 class Batch(NamedTuple):
-    """prompts: int32 [B, P]. golds. keys: [B, M]. trajectories: [B, M, N + A], all tokens counted.
-    advantages: float32 [B, M], standardised within each group."""
+    """Random tokens of a training step."""
 
-    prompts: Prompts
-    golds: Golds
-    keys: jax.Array
-    trajectories: Trajectories
-    advantages: np.ndarray
+    prompts: Prompts  # [B, P], all of them full
+    golds: Golds  # [B, A], all of them full
+    keys: jax.Array  # PRNG keys [B, M]
+    trajectories: Trajectories  # [B, M, N + A], every token a rationale's
+    advantages: np.ndarray  # float32 [B, M], mean 0 and deviation 1 within each group
 
 
 def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
@@ -62,15 +61,16 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
     random = np.random.default_rng(seed)
     high = policy.valid_vocab - 1  # the last token is what closes a rationale
 
-    def tokens(*shape):
+    def tokens(*shape: int) -> np.ndarray:
         return random.integers(FIRST_TOKEN, high, (size.prompts, *shape)).astype(np.int32)
 
-    def full(value, *shape, dtype=np.int32):
+    def full(value: int | bool, *shape: int, dtype: Any = np.int32) -> np.ndarray:
         return np.full((size.prompts, *shape), value, dtype)
 
     prompts, golds = tokens(size.prompt), tokens(size.answer)
     length = size.rationale + size.answer
     shape = (size.rollouts, length)
+    # Of mean 0 in each group, as a policy gradient with a baseline has them.
     advantages = random.normal(size=(size.prompts, size.rollouts)).astype(np.float32)
     advantages -= advantages.mean(1, keepdims=True)
     advantages /= advantages.std(1, keepdims=True) + 1e-4
@@ -95,10 +95,10 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
     return Batch(prompts, golds, keys, trajectories, advantages)
 
 
-def settings(policy: Policy, size: Size, temperature: float = 1.0) -> sampler.Sampling:
-    """Rationales of exactly N tokens: the token that closes one is beyond the valid vocabulary."""
+def full_length_sampling(policy: Policy, size: Size, temperature: float = 1.0) -> sampler.Sampling:
+    """Rationales of exactly N tokens: `without_ends` cannot sample the token that closes one."""
     return sampler.Sampling(
-        rationale_budget=size.rationale - 1,
+        rationale_budget=size.rationale - 1,  # then the closing token is forced
         answer_reserve=size.answer,
         closing=(policy.valid_vocab - 1,),
         eos=(),
@@ -108,75 +108,92 @@ def settings(policy: Policy, size: Size, temperature: float = 1.0) -> sampler.Sa
 
 
 def without_ends(policy: Policy) -> Policy:
-    """The policy that cannot draw its last token."""
+    """The policy that cannot sample its last token."""
     return Policy(**{**vars(policy), "valid_vocab": policy.valid_vocab - 1})
 
 
-def rollout_phases(params: models.Params, policy: Policy, size: Size, batch: Batch, wave: int = 0):
-    """prefill, rollouts (prefill, decoding and scoring as in training), score (the last pass alone),
-    and score_fresh, the same log w without the caches."""
+def rollout_phases(
+    params: models.Params, policy: Policy, size: Size, batch: Batch, wave: int = 0
+) -> dict[str, TimedPhase]:
+    """The phases of sampling by name.
+
+    prefill: the prompts' caches. rollouts: prefill, decoding and scoring as in training. score: the
+    gold answers on the caches, the last of the three only. score_fresh: the same log w without
+    caches.
+
+    Args:
+      wave: prompts that are sampled at a time; 0 is all.
+    """
     config, draws, itemsize = policy.config, without_ends(policy), jnp.dtype(policy.dtype).itemsize
-    prompts, count = batch.prompts, size.prompts * size.rollouts
-    draw = settings(policy, size)
+    prompts, num_rollouts = batch.prompts, size.prompts * size.rollouts
+    sampling = full_length_sampling(policy, size)
     arguments = (prompts.tokens, prompts.lengths)
     weights = sampler.decoding_weights(params, draws)
-    # The last of `prompts_per_wave` prompts' caches, for the scoring pass.
+    # ---- Caches of one wave, as decoding leaves them to the scoring pass.
     part = jax.tree.map(lambda x: x[: wave or size.prompts], (*arguments, batch.keys, batch.golds))
     prefix = sampler.prefill(params, draws, *part[:2])
-    pool = sampler.start(draws, prefix, *part[:3], draw)
+    pool = sampler.initial_pool(draws, prefix, *part[:3], sampling)
+    # As if every rationale had just been closed: the pool was not decoded, its tokens are padding.
     closed = jnp.full_like(pool.rollouts.rationale_lengths, size.rationale)
     pool = pool._replace(rollouts=pool.rollouts._replace(rationale_lengths=closed))
     waves = size.prompts // (wave or size.prompts)
 
-    def score():
+    def score() -> jax.Array:
         for _ in range(waves):
             log_w = scoring.score_answers(
                 weights, draws, pool.prefix, pool.suffix, pool.rollouts.tokens, closed, *part[3]
             )
         return log_w
 
-    def score_fresh():
+    def score_fresh() -> jax.Array:
         everything = Microbatch(size.prompts, size.rollouts)
         return gradient.reference_log_probs(
             params, draws, prompts, batch.trajectories, 1.0, everything
         )
 
-    def rollouts():
+    def rollouts() -> tuple:
         return sampler.sample(
-            params, draws, *arguments, batch.keys, batch.golds, draw, prompts_per_wave=wave
+            params, draws, *arguments, batch.keys, batch.golds, sampling, prompts_per_wave=wave
         )[:2]
 
+    # ---- What each of them needs.
     start = size.prompt + size.rationale
-    scored = flops.continuation_need(config, count, start, size.answer)
+    scored = flops.continuation_need(config, num_rollouts, start, size.answer)
     prefilled = flops.prefill_need(config, size.prompts, size.prompt)
     decoded = flops.decode_need(
         config, size.prompts, size.rollouts, size.prompt, size.rationale, itemsize
     )
+    # Decoding is the only phase that memory bounds, so only its bytes are counted.
     whole = Need(sum(n.flops for n in (scored, prefilled, decoded)), decoded.bytes)
     return {
-        "prefill": Phase(
+        "prefill": TimedPhase(
             lambda: sampler.prefill(params, draws, *arguments),
             size.prompts * size.prompt,
             prefilled,
         ),
-        "rollouts": Phase(rollouts, count * size.rationale, whole),
-        "score": Phase(score, count * size.answer, scored),
-        "score_fresh": Phase(score_fresh, count * size.answer, scored),
+        "rollouts": TimedPhase(rollouts, num_rollouts * size.rationale, whole),
+        "score": TimedPhase(score, num_rollouts * size.answer, scored),
+        "score_fresh": TimedPhase(score_fresh, num_rollouts * size.answer, scored),
     }
 
 
 class Trainer:
-    """A step of policy-gradient training: gradient, clip, AdamW."""
+    """A step of policy-gradient training: gradient, clip, AdamW.
+
+    Attributes:
+      norms: of the gradients, one per step so far.
+    """
 
     def __init__(
         self,
-        params,
+        params: models.Params,
         policy: Policy,
         size: Size,
         batch: Batch,
         microbatch: Microbatch,
-        learning_rate=1e-5,
+        learning_rate: float = 1e-5,
     ):
+        """Owns `params` from here on: the first step donates them."""
         self._policy, self._batch, self._size, self._microbatch = policy, batch, size, microbatch
         adamw = optax.adamw(learning_rate, weight_decay=0.0)
         chain = optax.chain(optax.clip_by_global_norm(1.0), adamw)
@@ -187,12 +204,13 @@ class Trainer:
         score = jnp.asarray(per_token)
         if policy.mesh:
             score = sharding.put_batch(policy.mesh, per_token)
+        # The other coefficients are zero: a plain policy gradient.
         none = jnp.zeros_like(score)
         self._coefficients = losses.Coefficients(score, none, none, none)
         self._state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, ())
-        self.norms = []
+        self.norms: list[float] = []
 
-    def step(self):
+    def step(self) -> None:
         grads, _ = batch_gradient(
             self._state.params,
             self._policy,
@@ -207,70 +225,88 @@ class Trainer:
         process.release_memory()  # as after every step of training
         self.norms.append(float(update.grad_norm))
 
-    def phase(self) -> Phase:
+    def phase(self) -> TimedPhase:
         size = self._size
         length = size.rationale + size.answer
         tokens = size.prompts * (size.prompt + size.rollouts * length)
         need = flops.train_need(
             self._policy.config, size.prompts, size.rollouts, size.prompt, length
         )
-        return Phase(self.step, tokens, need)
+        return TimedPhase(self.step, tokens, need)
 
     def breakdown(self, seconds: float, repeats: int) -> dict[str, float]:
-        """A step's seconds by part: each timed alone, and of `seconds` what they leave."""
+        """Seconds of a step by part: those of `parts`, and of the step's `seconds` the rest."""
         parts = {name: measure.repeat(call, repeats).median for name, call in self.parts().items()}
         return parts | {"rollouts' layers": seconds - sum(parts.values())}
 
     def parts(self) -> dict[str, Callable[[], object]]:
-        """What can be run alone of a step: the prompts and the output head, forward and backward in
-        the same microbatches, and the update. The rest of a step are the rollouts' layers."""
-        prompts, packs = self._microbatch
-        chunks, pack_chunks = self._size.prompts // prompts, self._size.rollouts // packs
-        some, tokens = jax.tree.map(
-            lambda x: x[::chunks], (self._batch.prompts, self._batch.trajectories.tokens)
+        """The parts of a step that can run by themselves: prompts, output head, update.
+
+        The first two are forward and backward passes in the microbatches of the step. The rest of a
+        step are the rollouts' layers.
+        """
+        num_prompts, num_packs = self._microbatch
+        microbatches = self._size.prompts // num_prompts
+        pack_microbatches = self._size.rollouts // num_packs
+        # The prompts of one microbatch come from all over the batch, as in the learner.
+        prompts, tokens = jax.tree.map(
+            lambda x: x[::microbatches], (self._batch.prompts, self._batch.trajectories.tokens)
         )
-
-        def run(function, times, tokens):
-            for _ in range(times):
-                grads = function(self._state.params, self._policy, tokens)
-            return grads
-
-        grads = jax.tree.map(jnp.zeros_like, self._state.params)
-
-        def update():
-            self._state, norms = apply_update(
-                self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
-            )
-            return norms
-
         return {
-            "prompts": lambda: run(_prompts_gradient, chunks, some),
-            "output head": lambda: run(_head_gradient, chunks * pack_chunks, tokens[:, :packs]),
-            "update": update,
+            "prompts": functools.partial(
+                self._repeat_gradient, _prompts_gradient, microbatches, prompts
+            ),
+            "output head": functools.partial(
+                self._repeat_gradient,
+                _head_gradient,
+                microbatches * pack_microbatches,
+                tokens[:, :num_packs],
+            ),
+            "update": functools.partial(
+                self._update, jax.tree.map(jnp.zeros_like, self._state.params)
+            ),
         }
+
+    def _repeat_gradient(self, function: Callable[..., Any], times: int, tokens: Any) -> Any:
+        """The gradients of the last of `times` runs."""
+        grads = None
+        for _ in range(times):
+            grads = function(self._state.params, self._policy, tokens)
+        return grads
+
+    def _update(self, grads: models.Params) -> UpdateMetrics:
+        self._state, update = apply_update(
+            self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
+        )
+        return update
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
-def _prompts_gradient(params, policy, prompts):
-    def total(params):
+def _prompts_gradient(params: models.Params, policy: Policy, prompts: Prompts) -> models.Params:
+    """Of a sum that every key and value of the prompts' caches enters."""
+
+    def total(params: models.Params) -> jax.Array:
         prefix = models.prefill(
             policy.gathered(params),
             policy.config,
             prompts.tokens,
             prompts.lengths,
-            remat=policy.remat,
-            **policy.options,
+            policy.execution,
         )
         return prefix.keys.sum(dtype=jnp.float32) + prefix.values.sum(dtype=jnp.float32)
 
-    return sharding.keep(policy.mesh, jax.grad(total)(params))
+    return sharding.constrain_params(policy.mesh, jax.grad(total)(params))
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
-def _head_gradient(params, policy, tokens):
+def _head_gradient(
+    params: models.Params, policy: Policy, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of the tokens' log-probabilities, by hidden states (here embeddings) and output table."""
+    # Any hidden states of the right shape cost the same.
     hidden = params["embed"][tokens].astype(policy.dtype)
 
-    def total(hidden, table):
+    def total(hidden: jax.Array, table: jax.Array) -> jax.Array:
         return head.token_log_probs(
             hidden, table, tokens, valid_vocab=policy.valid_vocab, chunk=logits_chunk(policy)
         ).sum()

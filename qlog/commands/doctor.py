@@ -3,8 +3,8 @@
     python -m qlog.commands.doctor
     python -m qlog.commands.doctor --config=configs/hotpotqa.py --workdir=gs://BUCKET/runs/first
 
-On several hosts run it on all of them, as a training: the mesh and the all-reduce span them all.
-Exit status 1 when a check failed, on any host.
+On several hosts run it on all of them, as you would train: mesh and all-reduce span them all.
+The exit status is 1 when a check has failed on any host.
 """
 
 import importlib.metadata
@@ -13,7 +13,6 @@ import pathlib
 import platform
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -32,7 +31,7 @@ from qlog import experiment, models
 from qlog.commands import entry
 from qlog.config import schema
 from qlog.config.check import check_config
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 from qlog.parallel import distributed, process, sharding
 from qlog.runs import checkpoints, ownership
 from qlog.storage import paths
@@ -44,11 +43,11 @@ _LEAST_FREE = 5 * 10**9  # bytes, where no config says how large checkpoints are
 
 
 class Check(NamedTuple):
-    """`text` is what was found, or, of a failed check, what is wrong and the remedy."""
+    """One line of the screen."""
 
     name: str
     is_ok: bool
-    text: str
+    text: str  # what was found; of a failed check, what is wrong and the remedy
 
 
 def checks(config: ConfigDict | None, workdir: str) -> Iterator[Check]:
@@ -60,7 +59,7 @@ def checks(config: ConfigDict | None, workdir: str) -> Iterator[Check]:
     """
     yield _check("versions", _versions)
     if config is not None:
-        yield _check("config", lambda: _settings(config))
+        yield _check("config", lambda: _config(config))
     yield _check("devices", _devices)
     sizes = dict(config.mesh) if config is not None else {"data": -1, "fsdp": 1, "tensor": 1}
     yield _check("mesh", lambda: _show_mesh(sharding.make_mesh(**sizes)))
@@ -73,7 +72,13 @@ def checks(config: ConfigDict | None, workdir: str) -> Iterator[Check]:
 
 
 def run(config: ConfigDict | None, workdir: str) -> int:
-    """Prints the checks of the first process, and what failed on others; 1 if any failed anywhere."""
+    """Prints all checks of the first process and the failed ones of others; the exit status.
+
+    Every process of the run must call.
+
+    Args:
+      config, workdir: as `checks` takes them.
+    """
     found = list(checks(config, workdir))
     failed = [check for check in found if not check.is_ok]
     shown = found if jax.process_index() == 0 else failed
@@ -85,33 +90,34 @@ def run(config: ConfigDict | None, workdir: str) -> int:
         for check in shown:
             table.add_row(check.name, "ok" if check.is_ok else "[bold red]failed", check.text)
         Console(width=None if sys.stdout.isatty() else 110).print(table)
-    return int(distributed.agree(bool(failed)))
+    return int(distributed.any_process(bool(failed)))
 
 
 def _check(name: str, function: Callable[[], str]) -> Check:
+    """The check that `function` makes: it returns what it found, or raises what is wrong."""
     try:
         return Check(name, True, function())
     except ConfigError as error:
         return Check(name, False, str(error))
     except Exception as error:  # whatever a driver, a file system or a bucket's client raises
-        return Check(name, False, f"{type(error).__name__}: {str(error).strip()}")
+        return Check(name, False, f"{type(error).__name__}: {summary(error)}")
 
 
 def _versions() -> str:
     """Every requirement of this installation is there, in a version that it accepts."""
-    wrong = []
+    unfit = []
     for line in importlib.metadata.requires("qlog") or ():
         needed = Requirement(line)
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
-            continue
+            continue  # of an extra
         try:
             has = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
             has = "missing"
         if has == "missing" or not needed.specifier.contains(has, prereleases=True):
-            wrong.append(f"{needed.name}{needed.specifier} ({has})")
-    if wrong:
-        raise ConfigError(f"needs {', '.join(wrong)}: run launch/install.")
+            unfit.append(f"{needed.name}{needed.specifier} ({has})")
+    if unfit:
+        raise ConfigError(f"needs {', '.join(unfit)}: run launch/install.")
     seen = [f"Python {platform.python_version()}"]
     for name in ("qlog", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "libtpu"):
         try:
@@ -121,7 +127,7 @@ def _versions() -> str:
     return ", ".join(seen)
 
 
-def _settings(config: ConfigDict) -> str:
+def _config(config: ConfigDict) -> str:
     check_config(config)
     return f"{config.model}, {config.data.name} {config.data.style}, {config.loss.name}"
 
@@ -143,55 +149,55 @@ def _show_mesh(mesh: Mesh) -> str:
 
 
 def _all_reduce() -> str:
-    """Sums one number and then many over all devices, against what the sums must be."""
-    mesh = sharding.make_mesh(-1, 1, 1)
-    count = mesh.size
-    place = NamedSharding(mesh, PartitionSpec("data"))
-    outcome = {}
-
-    def reduce():
-        add = jax.jit(
-            jax.shard_map(
-                lambda x: jax.lax.psum(x, "data"),
-                mesh=mesh,
-                in_specs=PartitionSpec("data"),
-                out_specs=PartitionSpec(),
-            )
-        )
-        size = _MIB_PER_DEVICE * 2**20 // 4
-        ranks = jax.jit(lambda: jnp.repeat(jnp.arange(1.0, count + 1), size), out_shardings=place)()
-        total = jax.block_until_ready(add(ranks))
-        start = time.perf_counter()
-        jax.block_until_ready(add(ranks))
-        outcome["seconds"] = time.perf_counter() - start
-        local = np.asarray(total.addressable_data(0))
-        outcome["right"] = bool((local == count * (count + 1) / 2).all())
-
-    def guarded():
-        try:
-            reduce()
-        except Exception as error:  # shown by the thread that waits
-            outcome["error"] = error
-
-    # In a thread: a collective that lacks a peer waits forever.
-    thread = threading.Thread(target=guarded, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    if "error" in outcome:
-        raise outcome["error"]
-    if not outcome:
+    """All devices sum one array together, in time and right."""
+    seconds: list[float] = []
+    # In a thread of its own: a collective that lacks a peer waits forever.
+    error = paths.within(_PATIENCE, lambda: seconds.append(_time_all_reduce()))
+    if isinstance(error, TimeoutError):
         raise ConfigError(
             f"not done after {_PATIENCE} s: run this on every host of the slice at the same time, "
             "and let the network between them pass all ports."
         )
-    if not outcome["right"]:
-        raise ConfigError(
-            f"{count} devices gave a wrong sum: replace the host, or report the chip."
+    if error is not None:
+        raise error
+    num_devices = jax.device_count()
+    return f"{num_devices} devices, {_MIB_PER_DEVICE} MiB each in {seconds[0] * 1e3:.1f} ms"
+
+
+def _time_all_reduce() -> float:
+    """Seconds of an all-reduce over all devices, without its compilation.
+
+    Raises:
+      ConfigError: the sum is wrong.
+    """
+    mesh = sharding.make_mesh(-1, 1, 1)
+    num_devices, size = mesh.size, _MIB_PER_DEVICE * 2**20 // 4  # float32 per device
+    add = jax.jit(
+        jax.shard_map(
+            lambda x: jax.lax.psum(x, "data"),
+            mesh=mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec(),
         )
-    return f"{count} devices, {_MIB_PER_DEVICE} MiB each in {outcome['seconds'] * 1e3:.1f} ms"
+    )
+    # Device i holds `size` times the number i + 1: a device left out shows in the sum.
+    ranks = jax.jit(
+        lambda: jnp.repeat(jnp.arange(1.0, num_devices + 1), size),
+        out_shardings=NamedSharding(mesh, PartitionSpec("data")),
+    )()
+    total = jax.block_until_ready(add(ranks))
+    start = time.perf_counter()
+    jax.block_until_ready(add(ranks))
+    seconds = time.perf_counter() - start
+    if not (np.asarray(total.addressable_data(0)) == num_devices * (num_devices + 1) / 2).all():
+        raise ConfigError(
+            f"{num_devices} devices gave a wrong sum: replace the host, or report the chip."
+        )
+    return seconds
 
 
 def _writes(workdir: str) -> str:
+    """The workdir can be written, and every process sees the same one."""
     folder = paths.parse(workdir, "--workdir")
     ownership.prove_shared(folder, "--workdir")
     shared = (
@@ -201,6 +207,7 @@ def _writes(workdir: str) -> str:
 
 
 def _free_disk(config: ConfigDict | None, workdir: str) -> str:
+    """The checkpoints of the run fit on the workdir's disk."""
     folder = paths.parse(workdir, "--workdir")
     if paths.is_remote(folder):
         return f"{folder} is a bucket: no limit"
@@ -208,7 +215,8 @@ def _free_disk(config: ConfigDict | None, workdir: str) -> str:
     if config is not None:
         shapes = jax.tree.leaves(models.shapes(experiment.model_shape(config)))
         parameters = sum(math.prod(leaf.shape) for leaf in shapes)
-        kept = config.checkpoint.keep + 2  # beside the latest: the best, and the one being written
+        # Besides the latest ones there are the best, and the one that is being written.
+        kept = config.checkpoint.keep + 2
         needed = kept * _BYTES_PER_PARAMETER * parameters
         why = f"{kept} checkpoints of {parameters / 1e9:.2f}e9 parameters"
     place = pathlib.Path(folder).absolute()
@@ -224,7 +232,7 @@ def _free_disk(config: ConfigDict | None, workdir: str) -> str:
 
 
 def _weights(config: ConfigDict) -> str:
-    """They are there and belong to the model; a Hub id is downloaded, as training would."""
+    """They are there. A Hub id is downloaded, as training would."""
     if config.init_from:
         return f"from {checkpoints.find_checkpoint(config.init_from, 'config.init_from')}"
     shape = experiment.model_shape(config)
@@ -241,13 +249,15 @@ def _weights(config: ConfigDict) -> str:
 
 
 def _tokenizer(config: ConfigDict) -> str:
-    """It loads, and the model has a row for each of its tokens; on one device, whatever the mesh."""
+    """It loads, and the model has a row for each of its tokens."""
+    # On one device: the mesh has a check of its own.
     alone = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
     run = experiment.prepare(alone, jax.local_devices()[:1], train=False, evaluate=False)
     return f"{run.policy.valid_vocab} tokens, for {run.policy.config.vocab_size} rows of the model"
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit status."""
     own = flags.FlagValues()
     wanted = config_flags.DEFINE_config_file(
         "config",
@@ -268,7 +278,7 @@ def main(argv: list[str]) -> int:
     try:
         rest = own(argv)
         config = wanted.value
-        getattr(config, "seed", None)  # a file that did not load says so when it is read
+        getattr(config, "seed", None)  # a file that did not load raises when it is first used
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         print(f"qlog.commands.doctor: {entry.sentence(error, argv)}", file=sys.stderr)
         return 2

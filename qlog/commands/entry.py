@@ -4,6 +4,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -12,11 +13,12 @@ from qlog.storage import paths
 
 
 def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> None:
-    """`app.run(main)`; a wrong flag is one sentence on stderr and status 2, an exception of
-    `qlog.errors` one sentence and its own status.
+    """`app.run(main)`, with mistakes told in one sentence on stderr instead of a traceback.
+
+    A wrong flag ends with status 2, an exception of `qlog.errors` with its own status.
 
     Args:
-      config: of the command's --config.
+      config: the command's --config.
     """
     try:
         app.run(main, flags_parser=functools.partial(_parse, config))
@@ -25,43 +27,45 @@ def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> No
     except Stop as stop:
         sys.exit(stop.status)
     except Exception as error:
-        if reason := paths.sentence(error):
+        if reason := paths.sentence(error):  # a store, a network or a disk failed
             _fail(reason, PassingError.status)
         raise
 
 
 def _parse(config: flags.FlagHolder, argv: list[str]) -> list[str]:
+    """What is left of the command line when the flags are read."""
     try:
         rest = flags.FLAGS(argv)
-        getattr(config.value, "seed", None)  # a file that did not load says so when it is read
+        getattr(config.value, "seed", None)  # a file that did not load raises when it is used
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         _fail(sentence(error, argv))
 
 
 def sentence(error: Exception, argv: list[str]) -> str:
-    """What is wrong with the flags `argv`, in one sentence, from what parsing them raised."""
+    """What is wrong with the command line, in one sentence.
+
+    Args:
+      error: what parsing the flags raised.
+      argv: the command line.
+    """
     text = str(error)
-    # An override of a key that does not exist arrives as an error of its name.
-    key = re.match(r"\W*(\w*)", text)[1]
-    for flag in argv:
-        if (
-            isinstance(error, (AttributeError, KeyError))
-            and key in flag.partition("=")[0].split(".")[1:]
-        ):
-            similar = re.search(r'Did you mean "(\w+)"', text)
-            remedy = (
-                f"did you mean {similar[1]!r}?"
-                if similar
-                else "qlog/config/schema.py lists them all."
-            )
-            return f"{flag}: the config has no field {key!r}; {remedy}"
-    # config_flags folds the traceback of a config file into its message.
+    if isinstance(error, (AttributeError, KeyError)):
+        # --config.train.stepz=3 raises an error whose text begins with the name 'stepz'.
+        key = re.match(r"\W*(\w*)", text)[1]
+        for flag in argv:
+            if key in flag.partition("=")[0].split(".")[1:]:
+                similar = re.search(r'Did you mean "(\w+)"', text)
+                remedy = "qlog/config/schema.py lists them all."
+                if similar:
+                    remedy = f"did you mean {similar[1]!r}?"
+                return f"{flag}: the config has no field {key!r}; {remedy}"
+    # When a config file raises, config_flags puts the traceback into the message of its own error.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     text = lines[-1] if "Traceback" in text else " ".join(lines)
     return text.removeprefix("qlog.errors.ConfigError: ")
 
 
-def _fail(text: str, status: int = 2):
+def _fail(text: str, status: int = 2) -> NoReturn:
     print(f"qlog: {text}", file=sys.stderr)
     sys.exit(status)

@@ -1,9 +1,11 @@
 """What `--mode` can ask for."""
 
+import contextlib
 import itertools
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
@@ -22,30 +24,93 @@ from qlog.storage.paths import Path
 _SHOWN = 3  # rollouts of each prompt that --mode=sample prints
 
 
-def run_train(config: ConfigDict, workdir: Path) -> int:
-    """Trains, one run or a sweep. An interruption that saved everything is no failure."""
-    try:
+def run(
+    mode: str,
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    checkpoint: str = "best",
+    from_samples: str = "",
+    topology: str = "",
+) -> int:
+    """Does what --mode asks for; returns the exit status.
+
+    Args:
+      mode: train, evaluate, sample, export or compile.
+      checkpoint: read by evaluate, sample and export.
+      from_samples: read only by evaluate.
+      topology: read by compile: one slice, or several with commas to compare.
+
+    Raises:
+      ConfigError: flags that do not go together, and whatever is wrong with the config.
+      TrainingError, PassingError, Stop: as `train.run` and `evaluation.evaluate` do.
+    """
+    workdir = paths.parse(workdir, "--workdir")
+    _check_flags(mode, checkpoint, from_samples, topology)
+    command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
+    if mode == "compile" and "," in topology:
+        return weak_scaling.run(config, topology.split(","), workdir, command)
+    if mode == "compile":
+        return compile_run.run_compile(config, topology, workdir, command)
+    if from_samples:
+        return run_from_samples(config, workdir, paths.parse(from_samples, "--from_samples"))
+    if mode in _READING:
+        return _READING[mode](config, workdir, checkpoint)
+    with _interruption_is_no_failure():
         if config.runs:
             several_runs.run(config, workdir)
         else:
-            train.run(config, workdir)
+            # Claimed first: a second start is refused before it downloads anything.
+            with train.claimed(config, workdir) as claim:
+                train.run(prepare(config), workdir, claim)
+    return 0
+
+
+def _check_flags(mode: str, checkpoint: str, from_samples: str, topology: str) -> None:
+    """Raises ConfigError for a flag that the mode does not read, or one that it lacks."""
+    if (mode == "compile") != bool(topology):
+        raise ConfigError(
+            f"--topology={topology} and --mode={mode}: --mode=compile and a topology such as "
+            "v5e:4x4 need each other."
+        )
+    if from_samples and mode != "evaluate":
+        raise ConfigError(
+            f"--from_samples={from_samples} is not read by --mode={mode}: add --mode=evaluate."
+        )
+    if mode not in _READING and checkpoint != "best":
+        raise ConfigError(
+            f"--checkpoint={checkpoint} is not read by --mode={mode}: it is for "
+            f"{', '.join(_READING)}; training begins from --config.init_from."
+        )
+
+
+@contextlib.contextmanager
+def _interruption_is_no_failure() -> Iterator[None]:
+    """A training that a signal stopped has saved everything: its exit status is 0."""
+    try:
+        yield
     except Stop as stop:
         say("stopped: the same command goes on.")
         stop.status = 0
         raise
-    return 0
 
 
 def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
-    """Evaluates a checkpoint on the evaluation split; prints and writes the numbers, to
-    evaluation_SPLIT.json or, of another checkpoint than the best, evaluation_SPLIT_CHECKPOINT.json."""
+    """Evaluates a checkpoint on the evaluation split, prints the numbers and writes them.
+
+    To evaluation_SPLIT.json for the best checkpoint, else to evaluation_SPLIT_CHECKPOINT.json.
+    """
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
     params, source, step = _load(experiment, path)
-    split, draws = config.evaluation.split, experiment.evaluation_sampling
-    say(f"answers: temperature {draws.temperature}, top_k {draws.top_k}, top_p {draws.top_p}")
+    split, sampling = config.evaluation.split, experiment.evaluation_sampling
+    say(
+        f"answers: temperature {sampling.temperature}, top_k {sampling.top_k}, "
+        f"top_p {sampling.top_p}"
+    )
     name = split if checkpoint == "best" else f"{split}_{checkpoint}"
     samples = workdir / "samples" / f"{name}.jsonl"
+    # Every batch is on disk as soon as it is sampled: the process may end anywhere.
     watching = config.watchdog.first_seconds, lambda: True, lambda: None
     with interrupts.listening() as stop, stop.deferred(), stop.watching(*watching):
         try:
@@ -60,7 +125,10 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
 
 
 def run_from_samples(config: ConfigDict, workdir: Path, samples: Path) -> int:
-    """The numbers of an earlier evaluation from the samples it saved; no model, no data."""
+    """Computes the numbers of an earlier evaluation again, from the samples that it saved.
+
+    Needs neither model nor data.
+    """
     check_config(config)
     summary = evaluation.recompute(config, samples)
     _report(
@@ -72,21 +140,21 @@ def run_from_samples(config: ConfigDict, workdir: Path, samples: Path) -> int:
 def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """Writes a checkpoint as a Hugging Face folder, workdir/export, in float32.
 
-    The tokenizer's file and what lies beside it (chat template, generation settings) go along.
+    The tokenizer's file, chat template and generation settings are copied with it.
     """
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False, evaluate=False)
     params, _, _ = _load(experiment, path)
     folder, tokenizer = workdir / "export", experiment.formatter.tokenizer
-    carried = []
-    if tokenizer.path:
-        carried = models.huggingface.tokenizer_files(tokenizer.path.parent)
-    distributed.first(lambda: str(tokenizer.save(folder)))
+    copied = []
+    if tokenizer.path:  # None of a synthetic task's, which `save` writes
+        copied = models.huggingface.tokenizer_files(tokenizer.path.parent)
+    distributed.once_per_run(lambda: str(tokenizer.save(folder)))
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if tokenizer.bos_id is not None:
         ids["bos_token_id"] = tokenizer.bos_id
     models.huggingface.export(
-        params, experiment.policy.config, folder, tokenizer_files=carried, generation=ids
+        params, experiment.policy.config, folder, tokenizer_files=copied, generation=ids
     )
     say(f"exported to {folder}")
     return 0
@@ -100,7 +168,8 @@ def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     batches = evaluation.sample_answers(experiment, params, experiment.evaluation_sampling)
     for row in itertools.chain.from_iterable(batches):
         say(
-            f"--- {row['id']}\n{row['source']}\n--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})"
+            f"--- {row['id']}\n{row['source']}\n"
+            f"--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})"
         )
         shown = itertools.islice(
             zip(row["rationales"], row["answers"], row["log_w"], strict=True), _SHOWN
@@ -114,7 +183,7 @@ def _find(workdir: Path, checkpoint: str) -> Path | None:
     """The checkpoint's folder, looked for before anything is read; None for base.
 
     Raises:
-      ConfigError: none there; the base model never takes its place unasked.
+      ConfigError: there is none. The base model takes its place only if asked for.
     """
     if checkpoint == "base":
         return None
@@ -125,18 +194,18 @@ def _find(workdir: Path, checkpoint: str) -> Path | None:
 
 
 def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str, int | None]:
-    """Parameters, what they are in words, and their step.
+    """Parameters, what they are in words, and their step of training if it is known.
 
     Args:
       path: a checkpoint; None for what a run of this config begins with.
+
+    Raises:
+      ConfigError: the checkpoint is of another model.
     """
     config = experiment.config
     if path is None:
-        params, step, source = (
-            experiment.init_params(),
-            None,
-            f"base: {config.init_from or config.weights}",
-        )
+        params, step = experiment.init_params(), None
+        source = f"base: {config.init_from or config.weights}"
     else:
         params = checkpoints.load_params(path, experiment.abstract_params(), "--workdir")
         step, source = int(path.name) if path.name.isdigit() else None, str(path)
@@ -146,51 +215,13 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
 
 def _report(workdir: Path, name: str, record: str) -> None:
     """Prints the numbers and writes evaluation_NAME.json."""
-    distributed.first(lambda: paths.write(workdir / f"evaluation_{name}.json", record))
+    distributed.once_per_run(lambda: paths.write(workdir / f"evaluation_{name}.json", record))
     say(record)
 
 
-def run(
-    mode: str,
-    config: ConfigDict,
-    workdir: str | os.PathLike,
-    *,
-    checkpoint: str = "best",
-    from_samples: str = "",
-    topology: str = "",
-) -> int:
-    """What --mode asks for; returns the exit status.
-
-    Args:
-      checkpoint: read by evaluate, sample and export.
-      from_samples: read by evaluate alone.
-      topology: by compile: one slice, or several after commas to compare.
-    """
-    workdir = paths.parse(workdir, "--workdir")
-    if (mode == "compile") != bool(topology):
-        raise ConfigError(
-            f"--topology={topology} and --mode={mode}: --mode=compile and a topology such as v5e:4x4 "
-            "need each other."
-        )
-    if from_samples and mode != "evaluate":
-        raise ConfigError(
-            f"--from_samples={from_samples} is not read by --mode={mode}: add --mode=evaluate."
-        )
-    if mode not in _READING and checkpoint != "best":
-        raise ConfigError(
-            f"--checkpoint={checkpoint} is not read by --mode={mode}: it is for {', '.join(_READING)}; "
-            "training begins from --config.init_from."
-        )
-    command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
-    if mode == "compile" and "," in topology:
-        return weak_scaling.run(config, topology.split(","), workdir, command)
-    if mode == "compile":
-        return compile_run.run_compile(config, topology, workdir, command)
-    if from_samples:
-        return run_from_samples(config, workdir, paths.parse(from_samples, "--from_samples"))
-    if mode == "train":
-        return run_train(config, workdir)
-    return _READING[mode](config, workdir, checkpoint)
-
-
-_READING = {"evaluate": run_evaluate, "sample": run_sample, "export": run_export}
+# The modes that read a checkpoint
+_READING: dict[str, Callable[[ConfigDict, Path, str], int]] = {
+    "evaluate": run_evaluate,
+    "sample": run_sample,
+    "export": run_export,
+}

@@ -2,33 +2,37 @@
 
 Prints one line of JSON, without starting JAX:
 
-    {"finished": false, "checkpoint": 40, "beat": {"step": 43, "phase": "decode", "time": 1764115200.0}}
+    {"finished": false, "checkpoint": 40, "beat": {"step": 43, "phase": "train", "time": 1.7e9}}
 """
 
 import json
 import signal
 import sys
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from qlog.errors import QLOG_ERRORS
+from qlog.errors import QLOG_ERRORS, PassingError
 from qlog.storage import paths
 
 _COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint on gs://
-
-_PATIENCE = 60  # seconds
+_PATIENCE = 60  # seconds for a store to answer
 
 
 class Status(TypedDict):
-    """finished: whether training ended; checkpoint: the newest whole one's step; beat: what the
-    run last wrote of itself (owner.json: step, phase, time in seconds since the epoch, ...)."""
+    """What can be told of a run without asking its process."""
 
-    finished: bool
-    checkpoint: int | None
-    beat: dict | None
+    finished: bool  # training has ended
+    checkpoint: int | None  # step of the newest one that is whole
+    # What the run last wrote about itself: owner.json with its step, its phase, the time in
+    # seconds since the epoch; None of a run that has given its workdir back
+    beat: dict[str, Any] | None
 
 
 def of(workdir: paths.Path) -> Status:
-    """The status of the run in `workdir`; of a folder that is not there, one that has not begun."""
+    """The status of the run in `workdir`. A folder that does not exist is a run not yet begun.
+
+    Raises:
+      OSError: the workdir cannot be read.
+    """
     return {
         "finished": paths.retried((workdir / "results.json").exists),
         "checkpoint": paths.retried(lambda: _newest(workdir / "checkpoints")),
@@ -39,7 +43,7 @@ def of(workdir: paths.Path) -> Status:
 def _newest(folder: paths.Path) -> int | None:
     if not folder.exists():
         return None
-    # A save under way has a name that is no number, or on gs:// no last file yet.
+    # An unfinished save has another name than a number or, on gs://, lacks its last file.
     steps = sorted(
         (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
     )
@@ -51,7 +55,7 @@ def _newest(folder: paths.Path) -> int | None:
     return next(committed, None)
 
 
-def _beat(file: paths.Path) -> dict | None:
+def _beat(file: paths.Path) -> dict[str, Any] | None:
     try:
         beat = json.loads(paths.read(file))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -63,7 +67,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print("usage: python -m qlog.commands.run_status WORKDIR", file=sys.stderr)
         return 2
-    signal.alarm(_PATIENCE)  # ends this process: whoever asks has something to decide
+    signal.alarm(_PATIENCE)  # ends this process: the launcher that asks cannot wait forever
     try:
         print(json.dumps(of(paths.parse(argv[1], "WORKDIR"))))
     except QLOG_ERRORS as error:
@@ -71,7 +75,7 @@ def main(argv: list[str]) -> int:
         return error.status
     except OSError as error:
         print(f"{argv[1]} cannot be read: {error}", file=sys.stderr)
-        return 75
+        return PassingError.status
     return 0
 
 

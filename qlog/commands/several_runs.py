@@ -13,6 +13,7 @@ from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import say
 from qlog.errors import ConfigError
+from qlog.experiment import prepare
 from qlog.parallel import distributed, interrupts
 from qlog.runs import report
 from qlog.storage import paths
@@ -23,12 +24,15 @@ def run(
 ) -> None:
     """Runs every entry of `config.runs` in workdir/NAME, then writes the report into workdir.
 
-    An entry holds what differs from `config`; an `init_from` that names an earlier entry means
-    that entry's checkpoint. Runs that have finished are not run again, so the same command
-    resumes an interrupted sweep. All configs are checked before the first run starts.
+    An entry holds what differs from `config`. Its `init_from` may name an earlier entry, and then
+    means that entry's checkpoint. Runs that have finished are not run again, so the same command
+    takes up what was interrupted. All configs are checked before the first run starts.
+
+    Args:
+      devices: of every run; None takes all.
 
     Raises:
-      ConfigError: as `train.run` does.
+      ConfigError, TrainingError, PassingError, Stop: as `train.run` does.
     """
     workdir = paths.parse(workdir, "--workdir")
     children = _children(config, workdir)
@@ -38,24 +42,35 @@ def run(
         except ConfigError as error:
             raise ConfigError(f"run {name!r}: {error}") from None
     for index, (name, child) in enumerate(children.items(), 1):
-        folder = workdir / name
-        if distributed.first(lambda: _finished(folder, child)):
-            say(f"run {index}/{len(children)} {name}: finished before")
-            continue
-        say(f"run {index}/{len(children)} {name}")
-        start = time.monotonic()
-        was_done = distributed.first(lambda: paths.exists(folder / train.RESULTS))
-        with interrupts.listening() as stop:
-            outcome = train.run(child, folder, devices)
-            if outcome.interrupted or distributed.agree(stop.asked):
-                return
+        title = f"run {index}/{len(children)} {name}"
+        if not _run_one(title, child, workdir / name, devices):
+            return
+    distributed.once_per_run(lambda: report.write(workdir, list(children)))
+
+
+def _run_one(
+    title: str, config: ConfigDict, workdir: paths.Path, devices: Sequence[jax.Device] | None
+) -> bool:
+    """One run, unless it has finished before; False if a signal ended it."""
+    if distributed.once_per_run(lambda: _finished(workdir, config)):
+        say(f"{title}: finished before")
+        return True
+    say(title)
+    start = time.monotonic()
+    was_done = distributed.once_per_run(lambda: paths.exists(workdir / train.RESULTS))
+    with interrupts.listening() as stop:
+        with train.claimed(config, workdir) as claim:
+            outcome = train.run(prepare(config, devices), workdir, claim)
+        if outcome.interrupted or distributed.any_process(stop.asked):
+            return False
+    if not was_done:  # else only this start's seconds are known, not those of the training
         seconds = time.monotonic() - start
-        if not was_done:
-            distributed.first(lambda: paths.write(folder / "seconds.json", json.dumps(seconds)))
-    distributed.first(lambda: report.write(workdir, list(children)))
+        distributed.once_per_run(lambda: paths.write(workdir / "seconds.json", json.dumps(seconds)))
+    return True
 
 
 def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:
+    """The whole config of each entry, by name."""
     children = {}
     for name, changes in config.runs.items():
         child = schema.merge(config, {**changes, "runs": {}})
@@ -65,7 +80,8 @@ def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:
     return children
 
 
-def _finished(folder: paths.Path, config: ConfigDict) -> bool:
-    if not {"results.json", "seconds.json", "config.json"} <= set(paths.names(folder)):
+def _finished(workdir: paths.Path, config: ConfigDict) -> bool:
+    """Whether this very config has finished there, and all that the report reads is written."""
+    if not {train.RESULTS, "seconds.json", "config.json"} <= set(paths.names(workdir)):
         return False
-    return paths.read(folder / "config.json") == schema.to_json(config)
+    return paths.read(workdir / "config.json") == schema.to_json(config)

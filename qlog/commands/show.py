@@ -1,7 +1,7 @@
 """What the model will see: `python -m qlog.commands.show configs/hotpotqa.py:warm`.
 
-Prints the lengths of a split's prompts, gold answers and annotated rationales beside their limits,
-and some examples token for token as training gets them. Control tokens stand in ⟦ ⟧, so that they
+Prints how long a split's prompts, gold answers and annotated rationales are and may be, and some
+examples token for token, as training gets them. Control tokens are shown in ⟦ ⟧, so that they
 differ from text that only looks like them. Config fields are set as in training:
 
     python -m qlog.commands.show configs/hotpotqa.py:cold --split=validation --examples=2 \\
@@ -12,42 +12,46 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-import huggingface_hub
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qlog.data import pipeline, synthetic, tasks, tokenizers
-from qlog.data.examples import Example
-from qlog.data.formatting import Formatter
-from qlog.errors import ConfigError
+from qlog import experiment
+from qlog.data import Example, Formatter, Tokenizer, pipeline
+from qlog.errors import QLOG_ERRORS
 
-_MEASURED = 20_000  # a synthetic task has no end of examples
+_MEASURED = 20_000  # examples whose lengths count; a synthetic task has no end of them
 
 
 def report(
     source: pipeline.Source, formatter: Formatter, limits: pipeline.Limits, examples: Sequence[int]
 ) -> Iterator[str]:
-    """Lines about a source: a table of lengths in tokens, then the examples with these indices."""
+    """Lines about a source: a table of lengths in tokens, then some examples.
+
+    Args:
+      limits: None where there is none.
+      examples: indices of those that are shown.
+    """
     lengths = pipeline.measure_lengths(source, formatter, count=_MEASURED)
     yield f"{formatter.task.name}, {formatter.style}: {len(source):,} examples"
     head = ("shortest", "median", "95%", "longest", "limit", "over")
     yield f"{'tokens':<12}" + "".join(f"{word:>9}" for word in head)
-    for name, limit, column in zip(("prompt", "gold answer", "rationale"), limits, lengths.T):
+    names = ("prompt", "gold answer", "rationale")
+    for name, limit, column in zip(names, limits, lengths.T, strict=True):
         quantiles = np.quantile(column, (0, 0.5, 0.95, 1), method="nearest")
-        over = "-" if limit is None else f"{(column > limit).sum():,}"
-        limit = "-" if limit is None else f"{limit:,}"
-        yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{limit:>9}{over:>9}"
-    over = (lengths[:, 0] > limits.prompt).sum()
+        over = "-" if limit is None else f"{(column > limit.tokens).sum():,}"
+        most = "-" if limit is None else f"{limit.tokens:,}"
+        yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{most:>9}{over:>9}"
+    over = (lengths[:, 0] > limits.prompt.tokens).sum()
     yield (
-        f"{over:,} of {len(lengths):,} prompts exceed config.data.max_prompt_tokens = "
-        f"{limits.prompt:,}"
+        f"{over:,} of {len(lengths):,} prompts exceed {limits.prompt.field} = "
+        f"{limits.prompt.value:,}"
     )
     for index in examples:
         yield from _example(source[index], formatter, f"example {index} of {len(source):,}")
 
 
-def marked(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> str:
+def marked(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Text of the ids with every control token in ⟦ ⟧."""
     text, plain = "", []
     names = {id_: name for name, id_ in tokenizer.control.items()}
@@ -61,6 +65,7 @@ def marked(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> str:
 
 
 def _example(example: Example, formatter: Formatter, title: str) -> Iterator[str]:
+    """The three parts of an example as text, and its gold answer token by token."""
     tokenizer = formatter.tokenizer
     yield f"\n=== {title}, id {example.id}"
     for name, ids in (
@@ -76,53 +81,11 @@ def _example(example: Example, formatter: Formatter, title: str) -> Iterator[str
 
 
 def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, pipeline.Limits]:
-    section, tokens, rollout = config.data, config.tokenizer, config.rollout
-    if section.name in synthetic.TASKS:
-        world = synthetic.World(**section.world)
-        task, tokenizer = synthetic.TASKS[section.name], world.tokenizer()
-        source = synthetic.open_examples(section.name, split, world)
-    else:
-        source = tasks.open_examples(
-            section.name,
-            split,
-            manual_dir=section.manual_dir or None,
-            data_dir=section.data_dir or None,
-        )
-        task = tasks.TASKS[section.name]
-        tokenizer = tokenizers.load(
-            tokens.path or _beside_the_weights(config),
-            think_start=tokens.think_start,
-            think_end=tokens.think_end,
-        )
-    formatter = Formatter(tokenizer, task, section.style, rollout.closing_text)
-    return (
-        source,
-        formatter,
-        pipeline.Limits(
-            section.max_prompt_tokens, rollout.answer_reserve, rollout.rationale_budget + 1
-        ),
-    )
-
-
-def _beside_the_weights(config: ConfigDict) -> str:
-    """The folder that training takes the tokenizer from; of a Hub id the tokenizer alone is
-    downloaded."""
-    model = config.model if config.weights == "random" else config.weights
-    if pathlib.Path(model).expanduser().is_dir():
-        return model
-    reason = "a model without files"
-    if "/" in model:
-        name, _, revision = model.partition("@")
-        try:
-            return huggingface_hub.snapshot_download(
-                name, revision=revision or None, allow_patterns=["tokenizer.json", "*.model"]
-            )
-        except Exception as error:  # the Hub's client raises what its layers below raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise ConfigError(
-        f"config.tokenizer.path is empty and {model!r} brings no tokenizer ({reason}): set it to a "
-        "folder or file with tokenizer.json or a SentencePiece *.model."
-    )
+    """A split's examples, how training formats them, and how long they may be."""
+    formatter = experiment.load_formatter(config)
+    source = experiment.open_source(config, split, experiment.prepare_data(config))
+    limits = experiment.data_limits(config, rationales=True)
+    return source, formatter, limits
 
 
 def main(argv: Sequence[str]) -> int:
@@ -140,9 +103,12 @@ def main(argv: Sequence[str]) -> int:
         source, formatter, limits = _open(config.value, split.value)
         for line in report(source, formatter, limits, range(min(count.value, len(source)))):
             print(line)
-    except (ConfigError, flags.Error) as error:
+    except flags.Error as error:
         print(error, file=sys.stderr)
         return 2
+    except QLOG_ERRORS as error:
+        print(error, file=sys.stderr)
+        return error.status
     return 0
 
 

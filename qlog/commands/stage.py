@@ -1,11 +1,12 @@
-"""Brings what runs of a config read to where every host finds it: model, weights, tokenizer, data.
+"""Copies what runs of a config read to where every host finds it: model, weights, tokenizer, data.
 
-    python -m qlog.commands.stage --config=configs/hotpotqa.py --to=gs://BUCKET/assets   # or s3://..., a folder
+    python -m qlog.commands.stage --config=configs/hotpotqa.py --to=gs://BUCKET/assets
     python -m qlog.commands.stage --model=Qwen/Qwen3-1.7B --to=gs://BUCKET/assets
 
-Downloads and prepares here what is not here yet, then copies; a second call copies what changed.
-Runs on every host with QLOG_ASSETS=gs://BUCKET/assets then find it by the names that the config has,
-and ask neither the Hub nor a dataset's server. Uses no accelerator.
+--to may also be s3://BUCKET/FOLDER, or a folder that all hosts share. What is not here yet is
+downloaded and prepared here first; a second call copies only what has changed. With
+QLOG_ASSETS=gs://BUCKET/assets, runs on every host find it by the names that the config has, and
+ask neither the Hub nor a dataset's server. Uses no accelerator.
 """
 
 import dataclasses
@@ -37,8 +38,9 @@ class Asset:
       name: where it goes, relative to --to.
       fetch: makes or finds it here; returns the local folder, or one file of it.
       is_wanted: which files of the folder go there.
-      spec: what the config names; two that are called alike are told apart by it.
-      flags: fields of the runs that shall use it; none where its name in the config finds it.
+      spec: what the config names; it tells apart two assets of the same `name`.
+      flags: config fields that a run has to set to use it; () where the name that the config has
+        already finds it.
     """
 
     what: str
@@ -50,33 +52,34 @@ class Asset:
 
 
 def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
-    """What a config's runs read, each thing once; fetches nothing.
+    """What the runs of a config read, each asset once. Fetches nothing.
+
+    Args:
+      config: of one run or of several; None for only the model.
+      model: a Hub id that is wanted besides; '' for none.
 
     Raises:
-      ConfigError: the config is wrong, or --model is no Hub id.
+      ConfigError: the config is wrong, or --model is not a Hub id.
     """
     wanted = []
     if model:
         if not models.huggingface.is_hub_id(model):
-            raise ConfigError(f"--model={model} is no Hub id of the form owner/name.")
+            raise ConfigError(f"--model={model} is not a Hub id of the form owner/name.")
         wanted.append(_model("--model", model, weights=True))
-    runs = (
-        [schema.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()]
-        if config
-        else []
-    )
-    for each in (runs or [config]) if config else []:
-        check_config(each)
-        wanted += _read_by(each)
-    # A model wanted with its weights and without is wanted with them.
+    if config is not None:
+        runs = [schema.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()]
+        for each in runs or [config]:
+            check_config(each)
+            wanted += _read_by(each)
+    # A model that is wanted with its weights and without them is wanted with them: those first.
     wanted.sort(key=lambda asset: not asset.is_wanted("model.safetensors"))
     found: dict[str, Asset] = {}
     for asset in wanted:
         other = found.setdefault(asset.name, asset)
         if other.spec != asset.spec:
             raise ConfigError(
-                f"{asset.what} and {other.what} have the same last name, and would be one folder in the "
-                "assets: rename one of them."
+                f"{asset.what} and {other.what} have the same last name, and would be one folder "
+                "in the assets: rename one of them."
             )
         if asset.flags != other.flags:
             found[asset.name] = dataclasses.replace(
@@ -86,6 +89,7 @@ def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
 
 
 def _read_by(config: ConfigDict) -> list[Asset]:
+    """What one run reads."""
     found, path, section = [], config.tokenizer.path, config.data
     if config.weights != "random":
         found.append(_model("weights", config.weights, weights=True))
@@ -121,8 +125,12 @@ def _read_by(config: ConfigDict) -> list[Asset]:
     return found
 
 
-def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
-    """Fetches and copies; says what it does, and what runs must be told.
+def stage(wanted: Iterable[Asset], to: str, say: Callable[[str], object] = print) -> None:
+    """Fetches and copies; says what it does, and which settings runs need.
+
+    Args:
+      to: a bucket's folder, or a local one.
+      say: is told each line.
 
     Raises:
       ConfigError, PassingError: whatever fetching and copying raise.
@@ -141,8 +149,9 @@ def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
         names = [source.name] if source.is_file() else list(filter(asset.is_wanted, files(source)))
         if not names:
             raise ConfigError(
-                f"{asset.what}: {source} holds no files that a run reads: mend the name."
+                f"{asset.what}: {source} holds no files that a run reads: correct the name."
             )
+        # A reader takes a folder for whole as soon as this file is there: it is copied last.
         last = next(
             (n for n in ("ids.json", "config.json", "tokenizer.json") if n in names), names[-1]
         )
@@ -156,6 +165,12 @@ def stage(wanted: Iterable[Asset], to: str, say=print) -> None:
 
 
 def _model(field: str, spec: str, weights: bool) -> Asset:
+    """A model's folder, by Hub id, bucket or path.
+
+    Args:
+      field: what named it: a config field, or --model.
+      weights: whether tensors are wanted besides config and tokenizer.
+    """
     what = spec if field.startswith("--") else f"config.{field}"
     label = f"{field}={spec}" if field.startswith("--") else f"{what} = {spec!r}"
     local = not models.huggingface.is_hub_id(spec)
@@ -178,20 +193,20 @@ def _last(spec: str) -> str:
 
 
 def files(folder: pathlib.Path) -> list[str]:
-    """All its files, relative to it, without what tools keep there for themselves."""
+    """All its files, relative to it, without the hidden folders that tools keep in it."""
     names = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
     return [str(name) for name in names if not name.parts[0].startswith(".")]
 
 
 class _Flags:
-    """The command's flags; defined when it runs, since other commands have some of the same names."""
+    """The command's flags. Defined when it runs: other commands have flags of the same names."""
 
     def __init__(self):
         self.config = config_flags.DEFINE_config_file(
             "config", None, "Config file, with variants after a colon."
         )
         self.model = flags.DEFINE_string(
-            "model", "", "A Hub id to bring beside, or instead of, a config's."
+            "model", "", "A Hub id to copy besides, or instead of, what a config names."
         )
         self.to = flags.DEFINE_string(
             "to", "", "gs://BUCKET/FOLDER, s3://BUCKET/FOLDER, or a folder all hosts see."
@@ -202,6 +217,7 @@ class _Flags:
 
 
 def main(given: _Flags, argv: list[str]) -> int:
+    """Runs the command; returns the exit status."""
     if len(argv) > 1:
         raise app.UsageError(
             f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
@@ -209,7 +225,7 @@ def main(given: _Flags, argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)
     if not given.to.value:
         raise ConfigError("--to is needed: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.")
-    if not (given.config.value or given.model.value):
+    if given.config.value is None and not given.model.value:
         raise ConfigError("give a --config, a --model, or both.")
     wanted = plan(given.config.value, given.model.value)
     if given.dry_run.value:

@@ -1,83 +1,153 @@
-"""All that can be refused by looking at a config."""
+"""All that can be refused by looking at a config, the mesh, or the config of an earlier start.
 
+What needs files (weights, tokenizer, data) is refused by who reads them: qlog/experiment.py.
+"""
+
+import dataclasses
+import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from qlog import losses, models
-from qlog.config.schema import CHOICES, closest, default
+from qlog.config import schema
+from qlog.config.schema import CHOICES, closest
 from qlog.errors import ConfigError
+from qlog.parallel import sharding
+
+# (least, greatest) value of each numeric field that has limits
+_LIMITS = {
+    "rollout.rollouts_per_prompt": (1, math.inf),
+    "rollout.rationale_budget": (0, math.inf),
+    "rollout.answer_reserve": (1, math.inf),
+    "rollout.prompts_per_wave": (0, math.inf),
+    "rollout.temperature": (1e-3, math.inf),
+    "train.steps": (1, math.inf),
+    "train.prompts_per_step": (1, math.inf),
+    "train.updates_per_batch": (1, math.inf),
+    "train.prompts_per_microbatch": (0, math.inf),
+    "train.rollouts_per_microbatch": (0, math.inf),
+    "train.rollouts_every": (1, math.inf),
+    "train.rollouts_prompts": (0, math.inf),
+    "evaluation.every": (0, math.inf),
+    "evaluation.prompts": (0, math.inf),
+    "evaluation.prompts_per_batch": (1, math.inf),
+    "evaluation.rollouts_per_prompt": (1, math.inf),
+    "evaluation.temperature": (0, math.inf),
+    "evaluation.top_k": (0, math.inf),
+    "evaluation.top_p": (1e-6, 1.0),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "checkpoint.minutes": (0, math.inf),
+    "watchdog.steps": (0, math.inf),
+    "watchdog.seconds": (1, math.inf),
+    "watchdog.first_seconds": (0, math.inf),
+    "data.max_prompt_tokens": (2, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.max_grad_norm": (1e-12, math.inf),
+    "optimizer.max_skipped_in_a_row": (1, math.inf),
+}
+_WORDS = {
+    "dtype": ("float32", "bfloat16"),
+    "attention": ("auto", "blocks", "tpu", "cudnn"),
+    "optimizer.schedule": ("constant", "cosine", "linear"),
+    "data.overlong": ("error", "skip"),
+    "checkpoint.finished": ("all", "best_params"),
+    "train.remat": tuple(models.REMAT),
+}
 
 
 def check_config(config: ConfigDict) -> None:
-    """Everything that can be refused by looking at the config alone.
+    """Everything that can be refused by looking at the config and nothing else.
 
     Raises:
-      ConfigError: unknown keys, wrong types, values out of range, an impossible loss.
+      ConfigError: unknown keys, wrong types, values out of range, an impossible loss, a field that
+        the chosen data do not read.
     """
-    _check_keys(config, default(), "config")
-    rollout, train = config.rollout, config.train
-    for section, key, low in (
-        ("rollout", "rollouts_per_prompt", 1),
-        ("rollout", "rationale_budget", 0),
-        ("rollout", "answer_reserve", 1),
-        ("rollout", "prompts_per_wave", 0),
-        ("train", "steps", 1),
-        ("train", "prompts_per_step", 1),
-        ("train", "updates_per_batch", 1),
-        ("train", "prompts_per_microbatch", 0),
-        ("train", "rollouts_per_microbatch", 0),
-        ("train", "rollouts_every", 1),
-        ("train", "rollouts_prompts", 0),
-        ("evaluation", "every", 0),
-        ("evaluation", "prompts", 0),
-        ("evaluation", "prompts_per_batch", 1),
-        ("evaluation", "rollouts_per_prompt", 1),
-        ("evaluation", "top_k", 0),
-        ("checkpoint", "every", 1),
-        ("checkpoint", "keep", 1),
-        ("checkpoint", "minutes", 0),
-        ("watchdog", "steps", 0),
-        ("watchdog", "seconds", 1),
-        ("watchdog", "first_seconds", 0),
-        ("data", "max_prompt_tokens", 2),
-        ("optimizer", "warmup_steps", 0),
-        ("optimizer", "max_skipped_in_a_row", 1),
-    ):
-        _check_range(f"config.{section}.{key}", config[section][key], low, math.inf)
-    _check_range("config.optimizer.learning_rate", config.optimizer.learning_rate, 0, math.inf)
-    _check_range("config.optimizer.max_grad_norm", config.optimizer.max_grad_norm, 1e-12, math.inf)
-    _check_range("config.rollout.temperature", rollout.temperature, 1e-3, math.inf)
-    _check_range("config.evaluation.temperature", config.evaluation.temperature, 0, math.inf)
-    _check_range("config.evaluation.top_p", config.evaluation.top_p, 1e-6, 1.0)
-    for field, value, choices in (
-        ("dtype", config.dtype, ("float32", "bfloat16")),
-        ("attention", config.attention, ("auto", "blocks", "tpu", "cudnn")),
-        ("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "linear")),
-        ("data.overlong", config.data.overlong, ("error", "skip")),
-        ("checkpoint.finished", config.checkpoint.finished, ("all", "best_params")),
-        ("train.remat", config.train.remat, tuple(models.REMAT)),
-    ):
-        if value not in choices:
-            raise ConfigError(f"config.{field} = {value!r} is unknown: use {' or '.join(choices)}.")
-    if train.prompts_per_step % train.updates_per_batch:
-        raise ConfigError(
-            f"config.train.updates_per_batch = {train.updates_per_batch} must divide "
-            f"train.prompts_per_step = {train.prompts_per_step}."
-        )
+    _check_keys(config, schema.default(), "config")
+    values = schema.fields(config)
+    for field, (low, high) in _LIMITS.items():
+        if not (low <= values[field] <= high and math.isfinite(values[field])):
+            limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"config.{field} = {values[field]!r} must be {limit}.")
+    for field, words in _WORDS.items():
+        if values[field] not in words:
+            raise ConfigError(
+                f"config.{field} = {values[field]!r} is unknown: use {' or '.join(words)}."
+            )
     for step in config.profile.steps:
         if type(step) is not int or step < 0:
             raise ConfigError(
                 f"config.profile.steps = {config.profile.steps!r} must hold whole numbers."
             )
-    whole, rows = rollout.rollouts_per_prompt, train.rollouts_per_microbatch
-    if rows and whole % rows:
-        divisors = ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)
-        raise ConfigError(
-            f"config.train.rollouts_per_microbatch = {rows} must divide {whole}: use 0 (all) or one of "
-            f"{divisors}."
-        )
+    _check_architecture(config)
+    _check_data(config)
+    _check_slices(config)
     build_estimator(config)
+
+
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Whether the prompts of a step split evenly over the mesh, waves and microbatches.
+
+    Raises:
+      ConfigError: they do not; it names the next size that does.
+    """
+    shards, train = sharding.num_batch_shards(mesh), config.train
+    prompts, updates = train.prompts_per_step, train.updates_per_batch
+    if prompts % (shards * updates):
+        wanted = -(-prompts // (shards * updates)) * shards * updates
+        why = (
+            f"the {shards} shards (mesh.data x mesh.fsdp over all slices) that prompts are split "
+            "over"
+        )
+        if updates > 1:
+            why += f", times train.updates_per_batch = {updates}"
+        raise ConfigError(
+            f"config.train.prompts_per_step = {prompts} is not a multiple of {why}: give "
+            f"--config.train.prompts_per_step={wanted}, or a larger mesh.tensor, or run several "
+            "seeds side by side on fewer chips each."
+        )
+    per_shard = prompts // shards
+    for field, size, whole in (
+        # A microbatch is a part of one update's slice, a wave of all prompts of the step.
+        ("train.prompts_per_microbatch", train.prompts_per_microbatch, per_shard // updates),
+        ("rollout.prompts_per_wave", config.rollout.prompts_per_wave, per_shard),
+    ):
+        if size and whole % size:
+            raise ConfigError(
+                f"config.{field} = {size} must divide the {whole} prompts of each of the {shards} "
+                f"shards: use 0 (all) or one of {_divisors(whole)}."
+            )
+
+
+def check_same_run(before: Mapping[str, Any], config: ConfigDict) -> None:
+    """Whether a run may resume: only fields in `schema.MAY_CHANGE` may differ.
+
+    Args:
+      before: the config that the newest checkpoint was written under, as read from its JSON.
+
+    Raises:
+      ConfigError: another field differs.
+    """
+    may_change = schema.MAY_CHANGE
+    if build_estimator(config).reference:
+        may_change -= {"init_from"}  # the reference is the model that training began with
+    # Through JSON as `before` was: tuples are lists, functions their names.
+    new = schema.fields(json.loads(schema.to_json(config)))
+    old = schema.fields(before)
+    for field in sorted(set(old) | set(new)):
+        section = field.partition(".")[0]
+        if field in may_change or section in may_change:
+            continue
+        if old.get(field) != new.get(field):
+            raise ConfigError(
+                f"config.{field} = {new.get(field)!r} differs from the run in --workdir, which "
+                f"began with {old.get(field)!r}: use another --workdir, or the old value."
+            )
 
 
 def build_estimator(config: ConfigDict) -> losses.Estimator:
@@ -90,7 +160,10 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     name = section.pop("name")
     try:
         if callable(name):
-            return name(**section)
+            built = name(**section)
+            if not isinstance(built, losses.Estimator):
+                raise TypeError(f"{name.__name__} must return a losses.Estimator, got {built!r}")
+            return built
         built = losses.build(name, num_rollouts=config.rollout.rollouts_per_prompt, **section)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
@@ -102,30 +175,87 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     return built
 
 
-def _check_keys(config: ConfigDict, schema: ConfigDict, path: str) -> None:
-    missing = [key for key in schema if key not in config]
+def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
+    """Every key of the schema is there, with its type, and no other key is."""
+    missing = [key for key in known if key not in config]
     if missing:
         raise ConfigError(f"{path}.{missing[0]} is missing: start from qlog.config.default().")
     for key in config:
         name = f"{path}.{key}"
-        if key not in schema:
+        if key not in known:
             value = "" if isinstance(config[key], ConfigDict) else f" = {config[key]!r}"
-            raise ConfigError(f"{name}{value} is read by nothing{closest(key, schema)}.")
+            raise ConfigError(f"{name}{value} is read by nothing{closest(key, known)}.")
         if key in CHOICES:
             continue  # checked by what was chosen there
-        if isinstance(schema[key], ConfigDict):
+        if isinstance(known[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):
                 raise ConfigError(f"{name} = {config[key]!r} must be a section of settings.")
-            _check_keys(config[key], schema[key], name)
+            _check_keys(config[key], known[key], name)
             continue
-        wanted, value = type(schema[key]), config[key]
+        wanted, value = type(known[key]), config[key]
         if wanted is float and type(value) is int:
             continue
-        if type(value) is not wanted:
+        if type(value) is not wanted:  # not isinstance: True is no number of steps
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not (low <= value <= high and math.isfinite(value)):
-        limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ConfigError(f"{name} = {value!r} must be {limit}.")
+def _check_architecture(config: ConfigDict) -> None:
+    known = {field.name for field in dataclasses.fields(models.DecoderConfig)}
+    for key in config.architecture:
+        if key not in known:
+            raise ConfigError(
+                f"config.architecture.{key} = {config.architecture[key]!r} is read by nothing: "
+                f"a decoder has {', '.join(sorted(known))}."
+            )
+
+
+def _check_data(config: ConfigDict) -> None:
+    """The dataset exists, and reads every key that is set."""
+    # Not above: tokenizers and grain take a second, and config files need only the schema.
+    from qlog.data import TASKS, synthetic
+
+    name, known = config.data.name, (*synthetic.TASKS, *TASKS)
+    if name not in known:
+        raise ConfigError(f"config.data.name = {name!r} is unknown: use one of {', '.join(known)}.")
+    world = config.data.world
+    if name not in synthetic.TASKS:
+        for key in world:
+            raise ConfigError(
+                f"config.data.world.{key} = {world[key]!r} is read only by the synthetic tasks, "
+                f"not by {name!r}: remove it."
+            )
+        return
+    for section, key in (("data", "manual_dir"), ("data", "data_dir"), ("tokenizer", "path")):
+        if config[section][key]:
+            raise ConfigError(
+                f"config.{section}.{key} = {config[section][key]!r} is not read by the synthetic "
+                f"task {name!r}: remove it."
+            )
+    fields = {field.name for field in dataclasses.fields(synthetic.World)}
+    for key in world:
+        if key not in fields:
+            raise ConfigError(
+                f"config.data.world.{key} = {world[key]!r} is read by nothing: the "
+                f"task has {', '.join(sorted(fields))}."
+            )
+    synthetic.World(**world)  # raises for values out of range
+
+
+def _check_slices(config: ConfigDict) -> None:
+    """What a step is cut into divides it: updates its prompts, microbatches a prompt's rollouts."""
+    rollout, train = config.rollout, config.train
+    if train.prompts_per_step % train.updates_per_batch:
+        raise ConfigError(
+            f"config.train.updates_per_batch = {train.updates_per_batch} must divide "
+            f"train.prompts_per_step = {train.prompts_per_step}."
+        )
+    whole, part = rollout.rollouts_per_prompt, train.rollouts_per_microbatch
+    if part and whole % part:
+        raise ConfigError(
+            f"config.train.rollouts_per_microbatch = {part} must divide {whole}: use 0 (all) or "
+            f"one of {_divisors(whole)}."
+        )
+
+
+def _divisors(whole: int) -> str:
+    return ", ".join(str(d) for d in range(1, whole + 1) if whole % d == 0)

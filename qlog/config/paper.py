@@ -1,15 +1,13 @@
-"""The paper's experiments as configs: what Section 7 gives, and our choices where it is silent.
+"""The paper's experiments as configs: what its Section 7 gives, and our choices where it is silent.
 
-The files in configs/ differ in the dataset and its budgets alone; everything else is here.
+The files in configs/ differ only in the dataset and its budgets; everything else is here.
 """
-
-from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from qlog.config import schema
 from qlog.config.check import build_estimator
-from qlog.config.variants import estimator_variants, parse_variants
+from qlog.config.schema import default, loss
+from qlog.config.variants import Variant, estimator_variants, parse_variants
 
 _ANNOTATED = 384  # tokens of the tiny variant's annotated rationales: FinQA's reach 324
 
@@ -24,35 +22,48 @@ def experiment(
       dataset: finqa | hotpotqa | musique.
       total_budget: tokens of rationale and answer together (the paper's 4096, 3072, 2048).
       max_prompt_tokens: our choice: the longest prompt of the dataset fits.
-      tensor: devices that share a prompt's heads, where the caches of its M longest rollouts
-        exceed 16 GiB.
+      tensor: devices that share a prompt's heads: more than one where the caches of a prompt's M
+        longest rollouts exceed 16 GiB.
+
+    Raises:
+      ConfigError: a variant that does not exist.
     """
-    config = schema.default()
+    config = default()
     # ---- Given by the paper ----
     config.model = config.weights = "Qwen/Qwen3-0.6B"  # post-trained Qwen3 0.6B
-    config.data.name = dataset  # its splits' sizes: qlog/data/splits.py
-    config.data.style = "cold"  # both starts are the paper's; variants cold and warm
+    config.data.name = dataset  # the sizes of its splits: qlog/data/splits.py
+    config.data.style = "cold"  # the paper has both starts: variants cold and warm
     config.rollout.rollouts_per_prompt = 32  # M
     config.rollout.rationale_budget = total_budget - 128
     config.rollout.answer_reserve = 128
-    config.evaluation.rollouts_per_prompt = 16  # and the best checkpoint is that of the best m@16
-    config.loss = schema.loss("garl", q=0.75)  # with RLOO, divided by M^q
-    _our_choices(config, max_prompt_tokens, tensor)
+    config.evaluation.rollouts_per_prompt = 16  # the best checkpoint is the one with the best m@16
+    config.loss = loss("garl", q=0.75)  # with RLOO, divided by M^q
+    # ---- Our choices ----
+    _choose_data_and_rollouts(config, max_prompt_tokens)
+    _choose_training(config)
+    _choose_memory(config, tensor)
+    _choose_evaluation(config)
     return parse_variants(arg, variants(), config)
 
 
-def _our_choices(config: ConfigDict, max_prompt_tokens: int, tensor: int) -> None:
-    """What the paper does not give, each with its reason. Beside these: the prompts' texts, those of
-    qlog/data/tasks.py; the loss's other arguments, the recipe's defaults (GRPO divides by the
-    group's standard deviation, as published, and has no KL term: the paper gives it no weight, and
-    every step is on policy); fields that change memory, speed or reports alone, as config.py has
-    them."""
-    data, rollout, optimizer, train = config.data, config.rollout, config.optimizer, config.train
-    data.max_prompt_tokens = max_prompt_tokens  # fits the longest of our sample records, warm
-    data.overlong = "skip"  # the rare longer ones are counted, shown at start and left out
-    rollout.temperature = 1.0  # the law that the gradient is about
-    rollout.closing_text = ""  # the thinking-end token alone is forced, as the paper words it
-    config.dtype = "bfloat16"  # activations, as the weights were trained; parameters float32
+# The paper does not give what the next four functions set. Nor does it give:
+# - the texts of the prompts: ours are in qlog/data/tasks.py;
+# - the other arguments of the losses: they keep the recipes' defaults. GRPO divides by the group's
+#   standard deviation, as published. It has no KL term: the paper gives that no weight, and every
+#   step is on policy;
+# - fields that change only memory, speed or reports: they keep the defaults of config/schema.py.
+
+
+def _choose_data_and_rollouts(config: ConfigDict, max_prompt_tokens: int) -> None:
+    config.seed = 0  # of data order and sampling; the weights are given
+    config.data.max_prompt_tokens = max_prompt_tokens  # fits the longest of our samples, warm
+    config.data.overlong = "skip"  # the rare longer ones are counted, shown at start and left out
+    config.rollout.temperature = 1.0  # the distribution that the gradient is about
+    config.rollout.closing_text = ""  # only the thinking-end token is forced, as the paper words it
+
+
+def _choose_training(config: ConfigDict) -> None:
+    optimizer, train = config.optimizer, config.train
     # AdamW as usual for RL fine-tuning of models of this size:
     optimizer.learning_rate = 1e-6
     optimizer.warmup_steps = 10  # Adam's second moments are noise in the first steps
@@ -63,46 +74,54 @@ def _our_choices(config: ConfigDict, max_prompt_tokens: int, tensor: int) -> Non
     train.steps = 500  # Figures 3 and 4 are decided by step 150
     train.prompts_per_step = 32  # with M = 32, 1024 rollouts per step; HotPotQA: 1.8 epochs
     train.updates_per_batch = 1  # on policy, as the estimators assume
-    # These change memory and speed alone; --mode=compile tells whether they fit:
-    train.remat = "full"
-    train.prompts_per_microbatch, train.rollouts_per_microbatch = 1, 8
-    rollout.prompts_per_wave = 1  # 7 to 11 GiB of caches on each of a shard's chips
+
+
+def _choose_memory(config: ConfigDict, tensor: int) -> None:
+    """These change only memory and speed. --mode=compile tells whether they fit."""
+    config.dtype = "bfloat16"  # activations, as the weights were trained; parameters float32
+    config.train.remat = "full"
+    config.train.prompts_per_microbatch, config.train.rollouts_per_microbatch = 1, 8
+    config.rollout.prompts_per_wave = 1  # 7 to 11 GiB of caches on each of a shard's chips
     config.evaluation.prompts_per_batch = 2  # of half the rollouts each
-    # 16 GiB chips have no room for copies of the state; each slice of several holds one. On more than
-    # 32 x tensor chips train.prompts_per_step has to grow with them: the one flag that is needed.
+    # 16 GiB chips have no room for copies of the state, so fsdp takes all of a slice; each of
+    # several slices has a copy. On more than 32 x tensor chips train.prompts_per_step has to grow
+    # with them: the one flag that is needed.
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.mesh.tensor = tensor
-    config.seed = 0  # of data order and sampling; the weights are given
-    config.evaluation.temperature = 1.0  # as in training; p@16 needs samples that differ
-    config.evaluation.top_k, config.evaluation.top_p = 0, 1.0  # the whole law, as in training
-    config.evaluation.prompts = 0  # the whole split, of which the paper gives the size
-    config.evaluation.every = config.checkpoint.every = 50  # the spacing that Figure 4 shows
-    config.evaluation.split = "validation"  # chooses the checkpoint; 'test' is for its numbers
 
 
-def variants() -> dict[str, Callable[[ConfigDict, str], None]]:
+def _choose_evaluation(config: ConfigDict) -> None:
+    evaluation = config.evaluation
+    evaluation.temperature = 1.0  # as in training; p@16 needs samples that differ
+    evaluation.top_k, evaluation.top_p = 0, 1.0  # the whole distribution, as in training
+    evaluation.prompts = 0  # the whole split, of which the paper gives the size
+    evaluation.every = config.checkpoint.every = 50  # the spacing that Figure 4 shows
+    evaluation.split = "validation"  # chooses the checkpoint; 'test' is for its numbers
+
+
+def variants() -> dict[str, Variant]:
     """cold | warm, the name of any estimator, q=..., tiny, model_card."""
-
-    def style(name):
-        def variant(config, value):
-            config.data.style = name
-
-        return variant
-
-    estimators = estimator_variants()
-
-    def sft(config, value):
-        estimators["sft"](config, value)
-        config.rollout.rationale_budget = max(_ANNOTATED, config.rollout.rationale_budget)
-
-    return {
-        **estimators,
-        "sft": sft,
-        "cold": style("cold"),
-        "warm": style("warm"),
+    return estimator_variants() | {
+        "sft": _sft,
+        "cold": _cold,
+        "warm": _warm,
         "tiny": tiny,
         "model_card": model_card,
     }
+
+
+def _cold(config: ConfigDict, value: str) -> None:
+    config.data.style = "cold"
+
+
+def _warm(config: ConfigDict, value: str) -> None:
+    config.data.style = "warm"
+
+
+def _sft(config: ConfigDict, value: str) -> None:
+    estimator_variants()["sft"](config, value)
+    # After tiny, whose budget of sampled rationales is too short for the annotated ones:
+    config.rollout.rationale_budget = max(_ANNOTATED, config.rollout.rationale_budget)
 
 
 def model_card(config: ConfigDict, value: str = "") -> None:
@@ -112,8 +131,10 @@ def model_card(config: ConfigDict, value: str = "") -> None:
 
 
 def tiny(config: ConfigDict, value: str = "") -> None:
-    """A random model of the same architecture and vocabulary, and budgets for two CPU cores: it
-    shows that everything runs on the real records; it learns nothing worth having."""
+    """A random model of the same kind and vocabulary, and budgets for two CPU cores.
+
+    It shows that everything runs on the real records. It learns nothing worth having.
+    """
     config.model, config.weights, config.dtype = "qwen3_0p6b", "random", "float32"
     config.architecture = {
         "num_layers": 2,

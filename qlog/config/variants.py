@@ -8,12 +8,17 @@ from qlog import losses
 from qlog.config.schema import closest, loss
 from qlog.errors import ConfigError
 
+# Changes the config in place. Of `name=value` it gets the value, of a bare name ''.
+Variant = Callable[[ConfigDict, str], None]
+
 
 def parse_variants(
-    arg: str | None, variants: Mapping[str, Callable[[ConfigDict, str], None]], config: ConfigDict
+    arg: str | None, variants: Mapping[str, Variant], config: ConfigDict
 ) -> ConfigDict:
-    """Applies 'cold,garl,q=0.75' to `config`: each word or key=value names an entry of `variants`,
-    a function of the config and of the value ('' for a bare word). Applied in the order given.
+    """Applies 'cold,garl,q=0.75' to `config` in place, in the order given, and returns it.
+
+    Args:
+      arg: what stands after the config file's colon: names of `variants`, each with a value or not.
 
     Raises:
       ConfigError: a variant that does not exist.
@@ -29,24 +34,28 @@ def parse_variants(
     return config
 
 
-def estimator_variants() -> dict[str, Callable[[ConfigDict, str], None]]:
-    """Variants that every config shares: a recipe's name chooses the loss, q=... its commitment."""
+def estimator_variants() -> dict[str, Variant]:
+    """The variants that every config shares: each recipe's name chooses the loss, q=... its q."""
+    return {**{name: _choose(name) for name in losses.RECIPES}, "q": _set_q}
 
-    def choose(name):
-        def variant(config, value):
-            config.loss = loss(name)
-            if losses.build(name).rationale == "annotated":
-                config.rollout.rollouts_per_prompt = 1
-                config.train.rollouts_per_microbatch = 0
 
-        return variant
+def _choose(name: str) -> Variant:
+    """The variant that trains with the recipe `name`, all its arguments at their defaults."""
 
-    def set_q(config, value):
-        if "q" not in config.loss:
-            raise ConfigError(f"variant q={value} is not read by the loss {config.loss.name!r}.")
-        try:
-            config.loss.q = float(value)
-        except ValueError:
-            raise ConfigError(f"variant q={value!r} is not a number.") from None
+    def variant(config: ConfigDict, value: str) -> None:
+        config.loss = loss(name)
+        if losses.build(name).rationale == "annotated":
+            # The data have one rationale per prompt: M = 1, which no microbatch divides further.
+            config.rollout.rollouts_per_prompt = 1
+            config.train.rollouts_per_microbatch = 0
 
-    return {**{name: choose(name) for name in losses.RECIPES}, "q": set_q}
+    return variant
+
+
+def _set_q(config: ConfigDict, value: str) -> None:
+    if "q" not in config.loss:
+        raise ConfigError(f"variant q={value} is not read by the loss {config.loss.name!r}.")
+    try:
+        config.loss.q = float(value)
+    except ValueError:
+        raise ConfigError(f"variant q={value!r} is not a number.") from None

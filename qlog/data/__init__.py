@@ -5,6 +5,8 @@ from qlog.data.examples import Converted, Example, Task
 from qlog.data.formatting import Formatter
 from qlog.data.pipeline import (
     Dataset,
+    Limit,
+    Limits,
     PromptBatch,
     evaluation_batches,
     measure_lengths,
@@ -20,6 +22,8 @@ __all__ = [
     "Dataset",
     "Example",
     "Formatter",
+    "Limit",
+    "Limits",
     "PromptBatch",
     "TASKS",
     "Task",

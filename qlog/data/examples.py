@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qlog.data import fields
 from qlog.errors import ConfigError
 
 
@@ -12,13 +13,13 @@ class Example:
     """One supervised example (x*, y*).
 
     Attributes:
-        id: the dataset's own id; splits, sampling keys and logs refer to it.
-        source: the linearised input, context and question, without instructions.
-        answer: the gold answer as it is scored and trained on.
-        aliases: other answers that the dataset counts as right.
-        rationale: an annotated rationale, used by supervised fine-tuning alone; '' if none.
-        official_answer: what the dataset's own script scores where that is not `answer`
-            (FinQA's executed value, "0.34719"); '' if they are the same.
+      id: the dataset's own id; splits, sampling keys and logs refer to it.
+      source: context and question as one text, without instructions.
+      answer: the gold answer as it is scored and trained on.
+      aliases: other answers that the dataset counts as right.
+      rationale: an annotated rationale, which only supervised fine-tuning uses; '' if none.
+      official_answer: what the dataset's own script scores where that is not `answer`
+        (FinQA's executed value, "0.34719"); '' if they are the same.
     """
 
     id: str
@@ -34,10 +35,10 @@ class Task:
     """How a dataset is put into words.
 
     Attributes:
-        name: as in `data.name`.
-        description: what the task is and how to write the answer; the warm style opens with it.
-        to_example: one record with the official field names -> Example; None for a task that
-            makes its examples itself.
+      name: as in `data.name`.
+      description: what the task is and how to write the answer; the warm style opens with it.
+      to_example: one record with the official field names -> Example; None for a task that
+        makes its examples on the fly.
     """
 
     name: str
@@ -46,19 +47,23 @@ class Task:
 
 
 class Converted(Sequence[Example]):
-    """Records seen as examples, converted one by one when asked for.
+    """Records seen as examples; each is converted when it is asked for.
 
-    A record whose fields are not as the official files have them raises ConfigError then.
+    Asking for a record whose fields are not as in the official files raises ConfigError.
+
+    Args:
+      records: with the official field names.
+      task: its `to_example` converts them.
 
     Attributes:
-        records: the records, as given.
+      records: as given.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], task: Task):
         if task.to_example is None:
             raise ValueError(f"task {task.name!r} makes its own examples and reads no records")
         self.records = records
-        self._task = task
+        self._name, self._to_example = task.name, task.to_example
 
     def __len__(self) -> int:
         return len(self.records)
@@ -66,10 +71,10 @@ class Converted(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
         try:
-            return self._task.to_example(record)
+            return self._to_example(record)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{self._task.name}: record {record.get('id', record.get('_id', index))!r} is not as "
+                f"{self._name}: record {record.get('id', record.get('_id', index))!r} is not as "
                 f"the official files have them ({type(error).__name__}: {error}): restore them in "
-                "config.data.manual_dir."
+                f"{fields.MANUAL_DIR}."
             ) from error

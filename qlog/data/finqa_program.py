@@ -37,14 +37,14 @@ def run(program: str, table: Sequence[Sequence[str]]) -> list[Step]:
     """Executes a program step by step.
 
     Args:
-        program: the record's `qa.program`.
-        table: the record's `table`, rows of cells, row names first.
+      program: the record's `qa.program`.
+      table: the record's `table`, rows of cells, row names first.
 
     Returns:
-        The steps; the last one's value, rounded to 5 decimals, is the record's `exe_ans`.
+      The steps. The value of the last one, rounded to 5 decimals, is the record's `exe_ans`.
 
     Raises:
-        ValueError: a step that cannot be read or computed.
+      ValueError: a step that cannot be read or computed.
     """
     rows = {row[0]: row[1:] for row in table if row}
     steps: list[Step] = []
@@ -69,27 +69,35 @@ def run(program: str, table: Sequence[Sequence[str]]) -> list[Step]:
 def number_text(value: float | str) -> str:
     """A result as text: "yes", "407", "0.34719"; at most 5 decimals, no trailing zeros.
 
-    Raises ValueError for what is no number: NaN, an infinity.
+    Raises:
+      ValueError: NaN, or an infinity.
     """
     if isinstance(value, str):
         return value
     if not math.isfinite(value):
-        raise ValueError(f"{value} is no number")
+        raise ValueError(f"{value} is not a number")
     text = f"{value:.{_DECIMALS}f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
 def _split(program: str) -> list[str]:
-    """Steps of a program; commas and parentheses inside a row's name do not end a step."""
+    """The steps of a program, as text."""
+    # A step ends at ")," before the next "name(": a row's name may have commas and parentheses.
     return [s.strip() for s in re.split(r"(?<=\)),\s*(?=[a-z_]+\()", program.strip())]
 
 
 def _operand(text: str, steps: Sequence[Step]) -> float:
     text = text.strip()
-    return steps[int(text[1:])].value if text.startswith("#") else _number(text)
+    if not text.startswith("#"):
+        return _number(text)
+    value = steps[int(text[1:])].value
+    if isinstance(value, str):
+        raise ValueError(f"{text} is {value!r}, which is not a number")
+    return value
 
 
 def _number(text: str) -> float:
+    """A number as programs write it: "1,234", "34.7%", "const_100", "const_m1" (which is -1)."""
     text = text.strip().replace(",", "")
     if text.startswith("const_"):
         text = text.removeprefix("const_").replace("m", "-")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from qlog.data import fields
 from qlog.data.examples import Example, Task
 from qlog.data.tokenizers import Tokenizer
 from qlog.errors import ConfigError
@@ -51,9 +52,11 @@ CHAT_TEMPLATES = {
 def compose(tokenizer: Tokenizer, parts: Iterable[tuple[bool, str]]) -> list[int]:
     """Token ids of (is control token, text) parts.
 
-    Neighbouring plain parts are encoded as one text, as a tokenizer that splits at control tokens
-    would. Raises KeyError for a control token that the vocabulary lacks.
+    Raises:
+      KeyError: the vocabulary lacks a control token.
     """
+    # Plain parts next to each other are encoded as one text, as by a tokenizer that splits a whole
+    # prompt at its control tokens: two pieces could become other ids than their concatenation.
     ids: list[int] = []
     text = ""
     for is_control, part in parts:
@@ -69,10 +72,13 @@ def compose(tokenizer: Tokenizer, parts: Iterable[tuple[bool, str]]) -> list[int
 def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) -> list[int]:
     """One user turn in the tokenizer's chat template, up to where the model writes.
 
-    With thinking on, the prompt ends with the thinking-start token and a newline, so the first
-    sampled token belongs to the rationale; off, with an empty rationale and the separator, so the
-    first sampled token belongs to the answer (Qwen3's enable_thinking=False). A vocabulary without
-    a known chat template gets the content and a newline instead of a turn.
+    Args:
+      thinking: True ends the prompt with the thinking-start token and a newline, so the first
+        sampled token belongs to the rationale. False ends it with an empty rationale and the
+        separator, so the first sampled token belongs to the answer (Qwen3's
+        enable_thinking=False).
+
+    A vocabulary without a known chat template gets the content and a newline instead of a turn.
     """
     template = next(
         (t for opening, t in CHAT_TEMPLATES.items() if opening in tokenizer.control),
@@ -90,16 +96,19 @@ class Formatter:
     """Examples of one task as token ids.
 
     Args:
-        tokenizer: vocabulary and control tokens.
-        task: gives the description that the warm style opens with.
-        style: 'warm', the description, the answer format and the source in the chat template with
-            thinking on; or 'cold', the linearised source alone, so that the gold answer is very
-            unlikely at first.
-        closing_text: text forced in front of the thinking-end token once a rationale's budget is
-            spent; none by default.
+      tokenizer: vocabulary and control tokens.
+      task: gives the description that the warm style opens with.
+      style: 'warm', the description, the answer format and the source in the chat template with
+        thinking on; or 'cold', the linearised source alone, so that the gold answer is very
+        unlikely at first.
+      closing_text: text that is forced in front of the thinking-end token when a rationale has
+        used up its budget; none by default.
+
+    Attributes:
+      closing: ids of the closing text and the thinking-end token.
 
     Raises:
-        ConfigError: unknown style.
+      ConfigError: unknown style.
     """
 
     def __init__(
@@ -107,7 +116,7 @@ class Formatter:
     ):
         if style not in STYLES:
             raise ConfigError(
-                f"config.data.style = {style!r} is unknown: use one of {', '.join(STYLES)}."
+                f"{fields.STYLE} = {style!r} is unknown: use one of {', '.join(STYLES)}."
             )
         self.tokenizer = tokenizer
         self.task = task
@@ -126,9 +135,11 @@ class Formatter:
     def gold(self, example: Example) -> list[int]:
         """What must follow the thinking-end token: separator, gold answer, end of sequence.
 
-        Equal to what the tokenizer makes of the text "</think>\\n\\nANSWER<|im_end|>", which is
-        how the model would emit it. A task of plain text has no answer: no ids. Raises ConfigError
-        for an empty answer.
+        These are the ids after the first in the text "</think>\\n\\nANSWER<|im_end|>", as the model
+        would write it.
+
+        Raises:
+          ConfigError: the answer is empty.
         """
         answer = example.answer.strip()
         if not answer:
@@ -138,7 +149,7 @@ class Formatter:
     def rationale(self, example: Example) -> list[int]:
         """The annotated rationale, ended as the model ends one: newline, thinking-end token.
 
-        An example without annotation gives the thinking-end token alone.
+        An example without annotation has the thinking-end token only.
         """
         text = example.rationale.strip()
         ids = self.tokenizer.encode(text + "\n") if text else []
@@ -147,7 +158,7 @@ class Formatter:
     def answer_text(self, ids: Sequence[int]) -> str:
         """A sampled answer as text: what comes before the first end of sequence, stripped.
 
-        Stray control tokens stay visible by name, so that the graders refuse the answer.
+        Other control tokens in it are written by name, so that graders do not take the answer.
         """
         ends = set(self.tokenizer.eos_ids)
         stop = next((i for i, id_ in enumerate(ids) if int(id_) in ends), len(ids))

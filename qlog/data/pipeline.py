@@ -1,15 +1,23 @@
-"""From examples to padded batches of prompts, in an order that only (seed, step) decides."""
+"""From examples to padded batches of prompts, in an order that only (seed, step) decides.
+
+    source of examples  --formatter-->  token ids  --limits-->  Dataset  --train_batches-->  batches
+
+Exact resume: the position in the data is the step itself. Element i of the endless order is a
+function of (seed, i) that can be computed for any i. There is no shuffle buffer, and no iterator
+with a state that a checkpoint would have to save.
+"""
 
 import concurrent.futures
 import dataclasses
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import grain
 import numpy as np
 
+from qlog.data import fields
 from qlog.data.examples import Example
 from qlog.data.formatting import Formatter
 from qlog.errors import ConfigError
@@ -29,30 +37,22 @@ class Source(Protocol):
 class PromptBatch:
     """B prompts with their gold answers, numpy, padded on the right.
 
-    Attributes:
-        tokens: int32 [B, P] prompts; P, like A and R, is fixed for a dataset, so that every batch
-            runs the same compiled programs.
-        lengths: int32 [B] prompt tokens.
-        gold: int32 [B, A] separator, gold answer, end of sequence.
-        gold_lengths: int32 [B].
-        rationale: int32 [B, R] annotated rationales with their thinking-end token; R = 1 and
-            lengths 0 for a dataset opened without them.
-        rationale_lengths: int32 [B].
-        uids: uint32 [B] crc32 of the example's id, which feeds the sampling keys.
-        is_prompt: bool [B], False for rows that fill up the last evaluation batch; such a row
-            repeats the batch's first example, so that it computes something harmless.
-        examples: the B examples themselves.
+    P, A and R are the same for all batches of a dataset: all run the same compiled programs.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    gold: np.ndarray
-    gold_lengths: np.ndarray
+    tokens: np.ndarray  # int32 [B, P], prompts
+    lengths: np.ndarray  # int32 [B], tokens of each prompt
+    gold: np.ndarray  # int32 [B, A]: separator, gold answer, end of sequence
+    gold_lengths: np.ndarray  # int32 [B]
+    # int32 [B, R], annotated rationales with their thinking-end token; R = 1 and lengths 0 for a
+    # dataset that was opened without them.
     rationale: np.ndarray
-    rationale_lengths: np.ndarray
-    uids: np.ndarray
+    rationale_lengths: np.ndarray  # int32 [B]
+    uids: np.ndarray  # uint32 [B], crc32 of the example's id, which feeds the sampling keys
+    # bool [B]: False where the last evaluation batch is filled up. There the first example of the
+    # batch is repeated, so that the computation is a usual one.
     is_prompt: np.ndarray
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...]  # the B examples themselves
 
 
 class Encoded(NamedTuple):
@@ -61,45 +61,48 @@ class Encoded(NamedTuple):
     example: Example
     prompt: list[int]
     gold: list[int]
-    rationale: list[int]
+    rationale: list[int]  # [] where rationales were not asked for
 
 
-class Limits(NamedTuple):
-    """Longest allowed prompt, gold answer and annotated rationale, in tokens."""
+class Lengths(NamedTuple):
+    """Tokens of the three parts of an example."""
 
     prompt: int
     gold: int
-    rationale: int | None
+    rationale: int
 
 
-# The config fields behind `Limits`, and the tokens that each does not count (the thinking-end).
-_FIELDS = Limits(
-    "config.data.max_prompt_tokens",
-    "config.rollout.answer_reserve",
-    "config.rollout.rationale_budget",
-)
-_UNCOUNTED = Limits(0, 0, 1)
+class Limit(NamedTuple):
+    """How long one part of an example may be, and what sets that, for messages."""
+
+    field: str  # such as "config.data.max_prompt_tokens"
+    value: int  # of that field
+    uncounted: int = 0  # tokens that may come on top of it: a rationale's thinking-end token
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens of the part."""
+        return self.value + self.uncounted
+
+
+class Limits(NamedTuple):
+    """How long the three parts of an example may be."""
+
+    prompt: Limit
+    gold: Limit  # separator and end of sequence included
+    rationale: Limit | None  # None leaves rationales out of batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Examples of a source that fit their limits; made by `open_dataset`.
+    """Examples of a source that fit their limits; made by `open_dataset`."""
 
-    Attributes:
-        source: the examples as given.
-        kept: the source's indices that belong to the dataset; a range when none was dropped.
-        formatter: makes the token ids.
-        limits: token limits; a longer example raises ConfigError when it is met.
-        widths: P, A and R of every batch; R is 1 without rationales.
-        skipped: how many examples exceeded each limit and were dropped, by config field.
-    """
-
-    source: Source
-    kept: Sequence[int]
-    formatter: Formatter
-    limits: Limits
-    widths: Limits
-    skipped: dict[str, int]
+    source: Source  # the examples as given
+    kept: Sequence[int]  # the source's indices that belong to the dataset
+    formatter: Formatter  # makes the token ids
+    limits: Limits  # a longer example raises ConfigError when it is met
+    widths: Lengths  # P, A and R of each batch; R is 1 without rationales
+    skipped: dict[str, int]  # by the field of a limit: how many examples exceeded it, dropped
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -108,95 +111,99 @@ class Dataset:
         return self.source[self.kept[index]]
 
     def encode(self, index: int) -> Encoded:
-        """Token ids of one example; ConfigError if it exceeds a limit."""
+        """Token ids of one example.
+
+        Raises:
+          ConfigError: it exceeds a limit.
+        """
         encoded = _encode(self.formatter, self[index], self.limits.rationale is not None)
-        _check_lengths([_lengths(encoded)], self.limits)
+        _check_lengths(np.array([_lengths(encoded)]), self.limits)
         return encoded
 
 
 def open_dataset(
     source: Source,
     formatter: Formatter,
+    limits: Limits,
     *,
-    max_prompt_tokens: int,
-    max_answer_tokens: int,
-    max_rationale_tokens: int | None = None,
     overlong: str = "error",
     measure: int | None = None,
-    name: str = "config.data.name",
+    name: str = "the dataset",
 ) -> Dataset:
     """Checks that examples exist and fit, before anything compiles.
 
     Args:
-        source: any object with `len` and indexing that returns Examples.
-        formatter: makes the token ids that are measured.
-        max_prompt_tokens: longest prompt.
-        max_answer_tokens: longest gold answer, separator and end of sequence included.
-        max_rationale_tokens: longest annotated rationale, its thinking-end token included; None
-            leaves rationales out of batches.
-        overlong: 'error' stops at longer examples, 'skip' drops and counts them.
-        measure: how many examples to measure now, None for all; the rest are checked when they
-            are met. For tasks that make any number of examples on the fly.
-        name: where the examples came from, for messages.
+      source: any object with `len` and indexing that returns Examples.
+      formatter: makes the token ids that are measured.
+      limits: how long examples may be.
+      overlong: 'error' stops at longer examples, 'skip' drops and counts them.
+      measure: how many examples to measure now; all by default. The rest are checked when they are
+        met. For tasks that make any number of examples on the fly.
+      name: where the examples came from, for messages.
 
     Raises:
-        ConfigError: no examples, examples over a limit, unknown `overlong`.
+      ConfigError: no examples, examples over a limit, unknown `overlong`.
     """
     if overlong not in OVERLONG:
         raise ConfigError(
-            f"config.data.overlong = {overlong!r} is unknown: use one of {', '.join(OVERLONG)}."
+            f"{fields.OVERLONG} = {overlong!r} is unknown: use one of {', '.join(OVERLONG)}."
         )
     if overlong == "skip" and measure is not None:
         raise ConfigError(
-            "config.data.overlong = 'skip' has to measure every example, which a "
+            f"{fields.OVERLONG} = 'skip' has to measure every example, which a "
             "task that makes them on the fly cannot: use 'error'."
         )
     size = len(source)
     if not size:
-        raise ConfigError(f"{name} has no examples: check the split and config.data.manual_dir.")
-    limits = Limits(max_prompt_tokens, max_answer_tokens, max_rationale_tokens)
+        raise ConfigError(f"{name} has no examples: check the split and {fields.MANUAL_DIR}.")
     lengths = measure_lengths(
-        source, formatter, count=measure, rationales=max_rationale_tokens is not None
+        source, formatter, count=measure, rationales=limits.rationale is not None
     )
-    measured = len(lengths)
-    over = _over(lengths, limits)
     if overlong == "error":
         _check_lengths(lengths, limits, name)
+    over = _over(lengths, limits)  # bool [measured, 3]
     fits = ~over.any(axis=1)
-    if measured and not fits.any():
+    if not fits.any():
         needs = ", ".join(
-            f"{field} = {n - uncounted}"
-            for field, n, uncounted in zip(_FIELDS, lengths.min(axis=0), _UNCOUNTED)
-            if n
+            f"{limit.field} = {shortest - limit.uncounted}"
+            for limit, shortest in zip(limits, lengths.min(axis=0), strict=True)
+            if limit is not None
         )
         raise ConfigError(
-            f"config.data.overlong = 'skip' drops all {size} examples of {name}: "
+            f"{fields.OVERLONG} = 'skip' drops all {size} examples of {name}: "
             f"the shortest need {needs}."
         )
     kept = range(size) if fits.all() else np.flatnonzero(fits).tolist()
-    whole = limits._replace(rationale=limits.rationale or 1)
-    widths = whole
-    if measured == size:
+    # Batches are as wide as the limits; if each example was measured, as wide as the longest.
+    widths = Lengths(*(limit.tokens if limit else 1 for limit in limits))
+    if len(lengths) == size:
         longest = lengths[fits].max(axis=0)
-        widths = Limits(*(bucket(int(n), most) for n, most in zip(longest, whole)))
-    skipped = {field: int(n) for field, n in zip(_FIELDS, over.sum(axis=0)) if n}
+        widths = Lengths(*(bucket(int(n), m) for n, m in zip(longest, widths, strict=True)))
+    skipped = {
+        limit.field: int(n)
+        for limit, n in zip(limits, over.sum(axis=0), strict=True)
+        if limit is not None and n
+    }
     return Dataset(source, kept, formatter, limits, widths, skipped)
 
 
 def measure_lengths(
     source: Source, formatter: Formatter, *, count: int | None = None, rationales: bool = True
 ) -> np.ndarray:
-    """Tokens of prompt, gold answer and annotated rationale, int32 [N, 3], of the first examples.
+    """Measures the first examples of a source.
 
     Args:
-        source, formatter: as in `open_dataset`.
-        count: how many examples, None for all.
-        rationales: False leaves rationales out; their column is 0.
+      source, formatter: as in `open_dataset`.
+      count: how many examples; all by default.
+      rationales: False leaves rationales out; their column is 0.
+
+    Returns:
+      int32 [N, 3]: tokens of prompt, gold answer and annotated rationale.
     """
     size = len(source) if count is None else min(count, len(source))
+    measure = lambda index: _lengths(_encode(formatter, source[index], rationales))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # the tokenizers release the GIL
-        rows = pool.map(lambda i: _lengths(_encode(formatter, source[i], rationales)), range(size))
-        return np.array(list(rows), np.int32).reshape(size, 3)
+        return np.array(list(pool.map(measure, range(size))), np.int32).reshape(size, 3)
 
 
 def train_batches(
@@ -210,25 +217,29 @@ def train_batches(
 ) -> Iterator[tuple[int, PromptBatch]]:
     """Endless (step, batch) pairs from `start_step` on.
 
-    Step s holds prompts s * B to (s + 1) * B - 1 of one global order: the dataset shuffled anew
-    in every epoch, epoch after epoch. The order depends on the seed alone, so a resumed run needs
-    no state but its step, and threads do not change it. Several processes each get the whole batch:
-    which rows of it they compute on is the mesh's business.
+    Step s has the prompts s * B to (s + 1) * B - 1 of one endless order: the dataset shuffled anew
+    in each epoch, epoch after epoch. Each process of a run gets the whole batch; the mesh decides
+    which of its prompts a process computes on.
 
     Args:
-        dataset: from `open_dataset`.
-        seed: decides the order.
-        prompts_per_step: B.
-        start_step: the first step to return.
-        threads, prefetch: threads that prepare batches and the batches they keep ready.
+      dataset: from `open_dataset`.
+      seed: of the generator that shuffles.
+      prompts_per_step: B.
+      start_step: the first step to return.
+      threads: how many prepare batches.
+      prefetch: how many batches they keep ready.
     """
+    # A MapDataset computes element i from i: a shuffle is a pseudorandom permutation of indices,
+    # with another seed for each epoch. So neither the start nor the number of threads matters, and
+    # an epoch may end inside a batch.
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
 
     def batch(step: int) -> tuple[int, PromptBatch]:
-        rows = range(step * prompts_per_step, (step + 1) * prompts_per_step)
-        encoded = [dataset.encode(order[row]) for row in rows]
+        indices = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+        encoded = [dataset.encode(cast(int, order[index])) for index in indices]
         return int(step), collate(dataset, encoded)
 
+    # The elements of the iterator are the steps: to resume is to begin the range later.
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(steps.to_iter_dataset(options))
@@ -241,13 +252,13 @@ def evaluation_batches(
     limit: int | None = None,
     start: int = 0,
 ) -> Iterator[PromptBatch]:
-    """The dataset once, in its own order; filling rows of the last batch are no prompts.
+    """The dataset once, in its order; the last batch is filled up to `batch_size`.
 
     Args:
-        dataset: from `open_dataset`.
-        batch_size: prompts per batch.
-        limit: only the first so many examples.
-        start: the first example.
+      dataset: from `open_dataset`.
+      batch_size: prompts per batch.
+      limit: the number of examples after which it ends; all by default.
+      start: the first example.
     """
     size = len(dataset) if limit is None else min(limit, len(dataset))
 
@@ -264,32 +275,34 @@ def collate(
 ) -> PromptBatch:
     """Pads encoded examples into one batch, filled up to `batch_size` with copies of the first."""
     is_prompt = np.arange(batch_size or len(encoded)) < len(encoded)
-    encoded = [*encoded, *[encoded[0]] * (len(is_prompt) - len(encoded))]
+    filling = [encoded[0]] * (len(is_prompt) - len(encoded))
+    encoded = [*encoded, *filling]
     widths, pad_id = dataset.widths, dataset.formatter.tokenizer.pad_id
     tokens, lengths = _pad([e.prompt for e in encoded], pad_id, widths.prompt)
     rationale, rationale_lengths = _pad([e.rationale for e in encoded], pad_id, widths.rationale)
     gold, gold_lengths = _pad([e.gold for e in encoded], pad_id, widths.gold)
     uids = np.array([zlib.crc32(e.example.id.encode()) for e in encoded], np.uint32)
     return PromptBatch(
-        tokens,
-        lengths,
-        gold,
-        gold_lengths,
-        rationale,
-        rationale_lengths,
-        uids,
-        is_prompt,
-        tuple(e.example for e in encoded),
+        tokens=tokens,
+        lengths=lengths,
+        gold=gold,
+        gold_lengths=gold_lengths,
+        rationale=rationale,
+        rationale_lengths=rationale_lengths,
+        uids=uids,
+        is_prompt=is_prompt,
+        examples=tuple(e.example for e in encoded),
     )
 
 
 def bucket(length: int, maximum: int) -> int:
     """The padded length: the next of 16, 24, 32, 48, 64, 96, ... but no more than `maximum`.
 
-    Few lengths mean few compiled programs; padding adds at most a half, a fifth on average.
+    Few lengths mean few compiled programs. Padding adds at most a half, and a fifth on average.
     """
     size = 16
     while size < length:
+        # A power of two is followed by its 3/2, and that by the next power of two.
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return max(length, min(size, maximum))
 
@@ -303,28 +316,32 @@ def _encode(formatter: Formatter, example: Example, rationales: bool) -> Encoded
     )
 
 
-def _lengths(encoded: Encoded) -> tuple[int, int, int]:
-    return len(encoded.prompt), len(encoded.gold), len(encoded.rationale)
+def _lengths(encoded: Encoded) -> Lengths:
+    return Lengths(len(encoded.prompt), len(encoded.gold), len(encoded.rationale))
 
 
-def _check_lengths(lengths: Sequence, limits: Limits, name: str = "the dataset") -> None:
-    lengths = np.asarray(lengths)
-    for k, over in enumerate(_over(lengths, limits).T):
-        if over.any():
-            longest = lengths[:, k].max() - _UNCOUNTED[k]
+def _check_lengths(lengths: np.ndarray, limits: Limits, name: str = "the dataset") -> None:
+    """Raises ConfigError if an example is too long. lengths: [N, 3]."""
+    for limit, column, over in zip(limits, lengths.T, _over(lengths, limits).T, strict=True):
+        if limit is not None and over.any():
+            longest = column.max() - limit.uncounted
             raise ConfigError(
-                f"{_FIELDS[k]} = {limits[k] - _UNCOUNTED[k]} is too small for {over.sum()} of "
-                f"{len(over)} examples of {name}, the longest with {longest} tokens: raise it to "
-                f"{longest}, or set config.data.overlong to 'skip' to drop them."
+                f"{limit.field} = {limit.value} is too small for {over.sum()} of {len(over)} "
+                f"examples of {name}, the longest with {longest} tokens: raise it to "
+                f"{longest}, or set {fields.OVERLONG} to 'skip' to drop them."
             )
 
 
 def _over(lengths: np.ndarray, limits: Limits) -> np.ndarray:
-    return lengths > np.array([np.inf if limit is None else limit for limit in limits])
+    """bool [N, 3]: which parts of which examples are too long."""
+    return lengths > np.array([np.inf if limit is None else limit.tokens for limit in limits])
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    padded = np.full((len(rows), width), pad_id, np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded, np.array([len(row) for row in rows], np.int32)
+def _pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [N, width] and the lengths, int32 [N]."""
+    padded = np.full((len(sequences), width), pad_id, np.int32)
+    for i, ids in enumerate(sequences):
+        padded[i, : len(ids)] = ids
+    return padded, np.array([len(ids) for ids in sequences], np.int32)

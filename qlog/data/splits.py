@@ -1,9 +1,9 @@
-"""The paper's splits, drawn by a fixed rule on record ids.
+"""The paper's splits, chosen by a fixed rule on record ids.
 
-The paper gives sizes but not the draw. Ours, for an official split with enough records: put the ids
-in the order of sha256("qlog-splits-1/<dataset>/<official split>/<id>"), and give the first ones to
-the paper's splits drawn from it, each its size, train before validation before test. The draw
-depends on the set of ids alone, not on their order in a file, a seed, or a library's generator.
+The paper gives sizes, but not which records. Our rule, for an official split with enough records:
+order its ids by sha256("qlog-splits-1/<dataset>/<official split>/<id>"), and give the first ones to
+the paper's splits that come from it, to each its size, train before validation before test. So the
+choice depends on the set of ids only: not on their order in a file, nor on a generator's seed.
 
 | dataset | train | validation | test |
 |---|---|---|---|
@@ -11,18 +11,19 @@ depends on the set of ids alone, not on their order in a file, a seed, or a libr
 | hotpotqa | 9067 of train | 342 of dev | 343 of dev |
 | musique | 9985 of train | 579 of dev | 445 of dev |
 
-HotPotQA's and MuSiQue's official test files have no answers, so both evaluation sets come from dev.
-Where an official split has fewer records than asked of it, all its records are used: shared in
-proportion to the paper's sizes when validation and test both come from it, and never overlapping.
+The official test files of HotPotQA and MuSiQue have no answers, so both evaluation sets come from
+dev. Where an official split has fewer records than needed, all its records are used: if validation
+and test both come from it, in proportion to the paper's sizes. Splits never overlap.
 """
 
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlog.data import builders
+from qlog.data import builders, fields
 from qlog.errors import ConfigError
 from qlog.storage import paths
 
@@ -38,13 +39,13 @@ _SOURCES = {"train": ("train",), "validation": ("dev",), "test": ("test", "dev")
 
 
 class Split(Sequence[dict[str, Any]]):
-    """A subset of an official split's records, in the order of the draw.
+    """A subset of the records of an official split, in the order of the rule's hashes.
 
-    The order is that of a random sample: the first n records are one, too.
+    That order is a random one: the first n records are a random sample, too.
 
     Attributes:
-        ids: the records' ids, in this order.
-        official: the official split they come from.
+      ids: the records' ids, in this order.
+      official: the official split they come from.
     """
 
     def __init__(self, records: builders.Records, indices: Sequence[int], official: str):
@@ -63,55 +64,53 @@ class Split(Sequence[dict[str, Any]]):
 
 
 def official_split(name: str, split: str, available: Sequence[str]) -> str:
-    """The official split that a split of the paper is drawn from.
+    """The official split that the records of a split of the paper come from.
 
     Args:
-        name: a dataset of `SIZES`.
-        split: "train", "validation" or "test".
-        available: the official splits that there are.
+      name: a dataset of `SIZES`.
+      split: "train", "validation" or "test".
+      available: the official splits that there are.
 
     Raises:
-        ConfigError: unknown name or split, or nothing available to draw it from.
+      ConfigError: unknown name or split, or none of the official splits that it can come from.
     """
     if name not in SIZES:
-        raise ConfigError(
-            f"config.data.name = {name!r} has no splits: use one of {', '.join(SIZES)}."
-        )
+        raise ConfigError(f"{fields.NAME} = {name!r} has no splits: use one of {', '.join(SIZES)}.")
     if split not in NAMES:
         raise ConfigError(f"the split {split!r} is unknown: use one of {', '.join(NAMES)}.")
     source = _source(split, available)
     if source is not None:
         return source
     raise ConfigError(
-        f"config.data.name = {name!r}: the {split} split is drawn from the official "
-        f"{' or '.join(_SOURCES[split])} file, but config.data.manual_dir has only "
+        f"{fields.NAME} = {name!r}: the {split} split is drawn from the official "
+        f"{' or '.join(_SOURCES[split])} file, but {fields.MANUAL_DIR} has only "
         f"{', '.join(available)}: add the file."
     )
 
 
-def draw(name: str, split: str, ids: Sequence[str], available: Sequence[str]) -> list[int]:
-    """Indices into `ids` that make up a split of the paper, in the order of the draw.
+def choose(name: str, split: str, ids: Sequence[str], available: Sequence[str]) -> list[int]:
+    """Indices into `ids` of the records of a split of the paper, in the order of their hashes.
 
     Args:
-        name, split, available: as in `official_split`.
-        ids: the ids of the official split that `official_split` names.
+      name, split, available: as in `official_split`.
+      ids: the ids of the official split that `official_split` names.
 
     Raises:
-        ConfigError: as `official_split`; or too few records to give each split at least one.
+      ConfigError: as `official_split`; or too few records to give each split at least one.
     """
     source = official_split(name, split, available)
     sharing = [s for s in NAMES if _source(s, available) == source]
     sizes = [SIZES[name][s] for s in sharing]
     if len(ids) < len(sharing):
         raise ConfigError(
-            f"config.data.name = {name!r}: the official {source} split has {len(ids)} records, too "
+            f"{fields.NAME} = {name!r}: the official {source} split has {len(ids)} records, too "
             f"few for {' and '.join(sharing)}: add records."
         )
     if len(ids) < sum(sizes):
         sizes = _shares(sizes, len(ids))
     place = sharing.index(split)
-    start = sum(sizes[:place])
-    order = sorted(range(len(ids)), key=lambda index: _rank(name, source, ids[index]))
+    start = sum(sizes[:place])  # after the splits that come first
+    order = sorted(range(len(ids)), key=lambda index: _hash(name, source, ids[index]))
     return order[start : start + sizes[place]]
 
 
@@ -126,34 +125,34 @@ def open_split(
     """Opens a split of the paper: "train", "validation" or "test" of finqa, hotpotqa or musique.
 
     Args:
-        manual_dir, data_dir: as in `builders.prepare`, where `prepared` is None.
-        prepared: what `builders.prepare` returned.
+      manual_dir, data_dir: as in `builders.prepare`, where `prepared` is None.
+      prepared: what `builders.prepare` returned.
 
     Raises:
-        as `builders.open_records` and `draw`.
+      ConfigError, PassingError: as `builders.open_records` and `choose`.
     """
     if prepared is None:
-        official_split(
-            name, split, builders.official_splits(name, manual_dir)
-        )  # or download nothing
+        # Raises before anything is downloaded.
+        official_split(name, split, builders.official_splits(name, manual_dir))
         prepared = builders.prepare(name, manual_dir=manual_dir, data_dir=data_dir)
+    prepared = pathlib.Path(prepared)
     available = builders.prepared_splits(prepared)  # what was staged may lack some
     official = official_split(name, split, available)
     records = builders.open_prepared(name, official, prepared)
-    return Split(records, draw(name, split, records.ids, available), official)
+    return Split(records, choose(name, split, records.ids, available), official)
 
 
 def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -> None:
     """Writes the ids of a run's splits as JSON, or checks them against what is already there.
 
     Args:
-        path: the file, in the run's folder.
-        name: the dataset.
-        splits: the opened splits by name, for instance {"train": ..., "validation": ...}.
+      path: the file, in the run's folder.
+      name: the dataset.
+      splits: the opened splits by name, for instance {"train": ..., "validation": ...}.
 
     Raises:
-        ConfigError: the file exists and its ids of one of the splits are others (the data changed
-            since the run began), or it is damaged.
+      ConfigError: the file exists and lists other ids for one of the splits (the data has changed
+        since the run began), or it is damaged.
     """
     path = paths.parse(path)
     content = {"dataset": name, "rule": RULE, "splits": {}}
@@ -167,7 +166,8 @@ def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -
             written = {split: content["splits"][split]["ids"] for split in content["splits"]}
         except (ValueError, LookupError, TypeError) as error:
             raise ConfigError(
-                f"{path} is damaged ({type(error).__name__}: {error}): restore it, or start a new run."
+                f"{path} is damaged ({type(error).__name__}: {error}): restore it, or start a new "
+                "run."
             ) from error
         for split, records in splits.items():
             if written.get(split, records.ids) != records.ids:
@@ -186,10 +186,11 @@ def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -
 
 
 def _source(split: str, available: Sequence[str]) -> str | None:
+    """The first official split that `split` may come from and that is there."""
     return next((source for source in _SOURCES[split] if source in available), None)
 
 
-def _rank(name: str, official: str, record_id: str) -> str:
+def _hash(name: str, official: str, record_id: str) -> str:
     return hashlib.sha256(f"{RULE}/{name}/{official}/{record_id}".encode()).hexdigest()
 
 

@@ -8,10 +8,11 @@ A world is a ring of people, each of whom follows another, told in any order:
     answer [ met kim ]                 the fixed format, which the model must discover
 
 Two tasks share the vocabulary. `multihop_text` is the world's plain text, without questions and
-without answers: facts, a name, a walk that often starts there and ends anywhere, and who was met
-at its end ("at last met kim ."). A base model trained on it can walk and tell, but does not know that it is
-being asked, how far to go, nor how to answer. `multihop` asks. Example i of a split is a pure
-function of (split, i): nothing is stored.
+without answers: facts, a name, a walk that often starts there and ends anywhere, and who was met at
+its end ("at last met kim ."). A base model trained on it can walk and tell. It does not know that
+it is asked something, how far to go, or how to answer. `multihop` asks.
+
+Example i of a split is a pure function of (split, i): nothing is stored.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qlog.data import fields
 from qlog.data.examples import Example, Task
 from qlog.data.tokenizers import Tokenizer, word_level
 from qlog.errors import ConfigError
@@ -47,13 +49,14 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The arguments of both tasks.
+    """The sizes of a world, for both tasks.
 
     Attributes:
       names: how many names exist.
       people: how many of them live in one example's ring.
       hops: steps that the question asks for.
-      shortest, longest: walks of the plain text, in people; a helpful one has hops + 1.
+      shortest: the length of the shortest walk in the plain text, in people.
+      longest: the length of the longest one. The walk that helps has hops + 1 people.
       heed: how often the plain text's walk starts at the person named before it, instead of
         anywhere.
     """
@@ -76,11 +79,11 @@ class World:
             value = getattr(self, field)
             if not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(
-                    f"config.data.world.{field} = {value!r} must be from {low} to {high}."
+                    f"{fields.WORLD}.{field} = {value!r} must be from {low} to {high}."
                 )
 
         if not 0 <= self.heed <= 1:
-            raise ConfigError(f"config.data.world.heed = {self.heed!r} must be from 0 to 1.")
+            raise ConfigError(f"{fields.WORLD}.heed = {self.heed!r} must be from 0 to 1.")
 
     def tokenizer(self) -> Tokenizer:
         """One token per word; every name and every word of the format, whichever task is read."""
@@ -110,6 +113,7 @@ class Worlds(Sequence[Example]):
         if not 0 <= index < self.size:
             raise IndexError(index)
         split = SPLITS.index(self.split)
+        # The generator's seed is what names the example: no two examples share random numbers.
         rng = np.random.default_rng([split, index, self.task == "multihop_text"])
         ring = [_NAMES[i] for i in rng.permutation(self.world.names)[: self.world.people]]
         facts = " ".join(f"{ring[i - 1]} {ring[i]} ." for i in rng.permutation(len(ring)))
@@ -143,7 +147,11 @@ _SIZES = {"train": 1 << 20, "validation": 256, "test": 256}
 
 
 def open_examples(name: str, split: str, world: World) -> Worlds:
-    """The examples of a synthetic task; ConfigError for a split that does not exist."""
+    """The examples of a synthetic task.
+
+    Raises:
+      ConfigError: there is no such split.
+    """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}.")
     return Worlds(name, world, split, _SIZES[split])

@@ -1,7 +1,7 @@
-"""FinQA, HotPotQA and MuSiQue in words: descriptions, linearised records, annotated rationales.
+"""FinQA, HotPotQA and MuSiQue as text: descriptions, sources, annotated rationales.
 
 The paper does not print its prompts; the texts here are our choice. The source puts the context
-first and the question last. Rationales are for supervised fine-tuning alone and lead to the
+first and the question last. Only supervised fine-tuning uses the rationales. They lead to the
 answer, which follows the thinking-end token.
 """
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlog.data import finqa_program, splits
+from qlog.data import fields, finqa_program, splits
 from qlog.data.examples import Converted, Example, Task
 from qlog.errors import ConfigError
 
@@ -42,11 +42,12 @@ def finqa_example(record: Record) -> Example:
     """A FinQA record -> Example.
 
     The answer is the annotator's string ("34.7%"), or the executed value where that string is
-    empty. The two disagree in about one of twelve records and the official script scores the
-    executed value alone: it is kept as `official_answer`.
+    empty. The two disagree in about one of twelve records. The official script scores the executed
+    value only: it is kept as `official_answer`.
     """
     qa = record["qa"]
     executed = finqa_program.number_text(qa["exe_ans"])
+    # Some answers end with a newline that was escaped once too often: the letters "\\n".
     answer = re.sub(r"(\\+n|\s)+$", "", qa["answer"].strip())
     table = "\n".join(" | ".join(map(_line, row)) for row in record["table"])
     parts = [
@@ -110,18 +111,18 @@ def open_examples(
     data_dir: str | None = None,
     prepared: pathlib.Path | None = None,
 ) -> Converted:
-    """The examples of one of the paper's splits, read when asked for.
+    """The examples of one of the paper's splits; each is read when it is asked for.
 
     Args:
-        name: a key of TASKS.
-        split: 'train', 'validation' or 'test'; `qlog.data.splits` says how they are drawn.
-        manual_dir, data_dir, prepared: as in `qlog.data.splits.open_split`.
+      name: a key of TASKS.
+      split: 'train', 'validation' or 'test'; `qlog.data.splits` says how they are drawn.
+      manual_dir, data_dir, prepared: as in `qlog.data.splits.open_split`.
 
     Raises:
-        ConfigError: unknown name or split, or records that cannot be read.
+      ConfigError: unknown name or split, or records that cannot be read.
     """
     if name not in TASKS:
-        raise ConfigError(f"config.data.name = {name!r} is unknown: use one of {', '.join(TASKS)}.")
+        raise ConfigError(f"{fields.NAME} = {name!r} is unknown: use one of {', '.join(TASKS)}.")
     records = splits.open_split(
         name, split, manual_dir=manual_dir, data_dir=data_dir, prepared=prepared
     )
@@ -153,7 +154,7 @@ def _finqa_rationale(record: Record) -> str:
             f"#{i} = {step.text} = {finqa_program.number_text(step.value)}"
             for i, step in enumerate(finqa_program.run(qa["program"], record["table"]))
         ]
-    except ValueError:  # a program beyond the rules still shows the way
+    except ValueError:  # a program that breaks the rules; its text still shows the way
         steps = [qa["program"]]
     return "\n".join([*evidence, *steps])
 
@@ -164,6 +165,7 @@ def _musique_rationale(record: Record) -> str:
     answers = {str(i): step["answer"] for i, step in enumerate(steps, 1)}
     lines = []
     for i, step in enumerate(steps, 1):
+        # "#1" in a question stands for the answer of step 1.
         question = re.sub(r"#(\d+)", lambda m: answers.get(m[1], m[0]), step["question"])
         question = _line(question.replace(" >> ", ", "))
         support = step["paragraph_support_idx"]

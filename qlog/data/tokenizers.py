@@ -1,8 +1,11 @@
 """Tokenizers behind one interface: Hugging Face `tokenizer.json`, SentencePiece, word level.
 
-Text and control tokens never mix here. `encode` maps plain text to plain pieces only: a
-context that contains "</think>" or "<|im_end|>" cannot end a rationale or a turn, because the
-encoder is built without the control tokens. Whoever needs one takes its id from `control`.
+Text and control tokens never mix here. `encode` maps text to plain pieces only: a context that
+contains "</think>" or "<|im_end|>" cannot end a rationale or a turn, because the encoder is built
+without the control tokens. Code that needs one takes its id from `control`.
+
+The libraries do not offer this: their encoders look for control tokens in the text. So both classes
+take the control tokens out of the tokenizer's file before the library reads it.
 """
 
 import hashlib
@@ -17,10 +20,12 @@ from typing import Any
 import sentencepiece
 import tokenizers as hf_tokenizers
 
+from qlog.data import fields
 from qlog.errors import ConfigError
 from qlog.storage import paths
 
-# Names under which the known families keep their tokens, turn ends before ends of text.
+# The names of these tokens in the known families. The end of a turn goes before the end of a text:
+# the first one present closes gold answers, and a chat model ends its answers with its turn.
 _EOS_NAMES = (
     "<|im_end|>",
     "<|endoftext|>",
@@ -39,22 +44,23 @@ _QWEN_IDS = {
     "<think>": 151667,
     "</think>": 151668,
 }
-_QWEN_RANKS = 151643
+_QWEN_RANKS = 151643  # the size of Qwen's vocabulary without control tokens, by which it is known
 
 
 class Tokenizer:
-    """Text to token ids and back; a subclass supplies the plain pieces.
+    """Text to token ids and back; a subclass encodes and decodes plain text.
 
     Attributes:
-        vocab_size: number of real rows, the largest id + 1 (Qwen3: 151,669; the model's
-            embedding may have more rows, which are padding).
-        control: names and ids of all control tokens ("</think>": 151668, ...).
-        eos_ids: ids that end an answer; the first one closes every gold answer.
-        pad_id: fills the padding of batches; may equal an end of sequence, so masks come from
-            lengths and never from this id.
-        bos_id: first token of every prompt, None for families without one.
-        think_start_id, think_end_id: ids around a rationale.
-        path: file that this tokenizer was read from, None when made in memory.
+      vocab_size: the largest id + 1 (Qwen3: 151,669). The model's embedding may have more rows,
+        which are padding.
+      control: names and ids of all control tokens ("</think>": 151668, ...).
+      eos_ids: ids that end an answer; the first one closes each gold answer.
+      pad_id: fills the padding of batches. It may be one of `eos_ids`, so masks come from lengths
+        and never from this id.
+      bos_id: the first token of each prompt; None for families without one.
+      think_start_id: the token before a rationale.
+      think_end_id: the token after it.
+      path: the file that this tokenizer was read from; None if it was made in memory.
     """
 
     def __init__(
@@ -68,23 +74,24 @@ class Tokenizer:
         path: pathlib.Path | None = None,
     ):
         where = path or "the tokenizer"
-        for field, name in (("think_start", think_start), ("think_end", think_end)):
+        marks = ((fields.THINK_START, think_start), (fields.THINK_END, think_end))
+        for field, name in marks:
             if name not in control:
                 unused = [n for n in control if re.search("unused|reserved|extra", n)]
                 hint = f", for example {unused[0]!r}" if unused else ""
                 raise ConfigError(
-                    f"config.tokenizer.{field} = {name!r} is not a control token of "
+                    f"{field} = {name!r} is not a control token of "
                     f"{where}: name one of its {len(control)} control tokens{hint}."
                 )
         if think_start == think_end:
             raise ConfigError(
-                "config.tokenizer.think_start and config.tokenizer.think_end are "
+                f"{fields.THINK_START} and {fields.THINK_END} are "
                 f"both {think_end!r}: name two different control tokens."
             )
-        for field, name in (("think_start", think_start), ("think_end", think_end)):
+        for field, name in marks:
             if name in (*_EOS_NAMES, *_PAD_NAMES, *_BOS_NAMES):
                 raise ConfigError(
-                    f"config.tokenizer.{field} = {name!r} already begins, ends or pads sequences: "
+                    f"{field} = {name!r} already begins, ends or pads sequences: "
                     "name a control token without another use."
                 )
         if not eos_names:
@@ -101,9 +108,11 @@ class Tokenizer:
         self.think_end_id = control[think_end]
         self.path = path
         self._names = {id_: name for name, id_ in control.items()}
+        # The promise of this module, checked for each control token: its name, as text, becomes
+        # plain pieces. A kind of tokenizer that keeps the names elsewhere is refused here.
         leaks = [
-            n
-            for n, ids in zip(control, self.encode_batch(list(control)))
+            name
+            for name, ids in zip(control, self.encode_batch(list(control)), strict=True)
             if not self._names.keys().isdisjoint(ids)
         ]
         if leaks:
@@ -118,14 +127,18 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel where the library can."""
+        """`encode` of each text; in parallel, if the library can."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int], *, show_control: bool = False) -> str:
-        """Text of the ids; control tokens are dropped, or written by name with `show_control`.
+        """The text of the ids.
 
-        Ids outside the vocabulary (padding rows of the embedding) are dropped.
+        Args:
+          ids: those outside the vocabulary (padding rows of the embedding) are dropped.
+          show_control: True writes control tokens by name, False drops them.
         """
+        # Runs of plain ids between control tokens: a run is decoded at once, since a character may
+        # be made of several tokens.
         runs = itertools.groupby(map(int, ids), key=lambda i: self._names.get(i))
         if not show_control:
             kept = [i for name, run in runs if name is None for i in run if i < self.vocab_size]
@@ -145,8 +158,14 @@ class Tokenizer:
         return self._decode([id_]) if id_ < self.vocab_size else f"<padding row {id_}>"
 
     def save(self, folder: str | os.PathLike) -> paths.Path:
-        """Writes the tokenizer's file into `folder`, here or in a bucket, under the name that
-        transformers looks for, its content unchanged; returns its path."""
+        """Writes the tokenizer's file, unchanged, under the name that transformers looks for.
+
+        Args:
+          folder: here or in a bucket.
+
+        Returns:
+          The path of the file.
+        """
         if self.path is None:
             raise ValueError("this tokenizer was made in memory from a file's text only")
         target = paths.parse(folder) / f"tokenizer{self.path.suffix}"
@@ -160,7 +179,8 @@ class Tokenizer:
         return hashlib.sha256(content).hexdigest()[:16]
 
     def _content(self) -> bytes:
-        return self.path.read_bytes()
+        """What decides how this tokenizer encodes."""
+        raise NotImplementedError
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
@@ -177,9 +197,11 @@ class JsonTokenizer(Tokenizer):
         think_end: str,
         path: pathlib.Path | None = None,
     ):
+        # ---- Which of the added tokens are control tokens ----
         added = _checked(spec.get("added_tokens") or [], path)
         unknown = spec["model"].get("unk_token")
-        # Runs of spaces or newlines (Gemma) are text; every other added token is control.
+        # Gemma adds runs of spaces and newlines, which are text. All other added tokens are control
+        # tokens, "special" or not: Qwen's <think> is not marked special.
         kept = [t for t in added if not _is_markup(t["content"]) or t["content"] == unknown]
         control = {t["content"]: t["id"] for t in added if t not in kept}
         vocab = spec["model"]["vocab"]
@@ -187,6 +209,8 @@ class JsonTokenizer(Tokenizer):
             _check_qwen(control, path)
         pieces = vocab.items() if isinstance(vocab, dict) else ()
         size = max([len(vocab) - 1, *control.values(), *(i for _, i in pieces)]) + 1
+        # ---- The encoder of plain text: the same file without them ----
+        # Without the post-processor, too, which would put control tokens around each text.
         plain = {
             **spec,
             "added_tokens": kept,
@@ -229,21 +253,22 @@ class JsonTokenizer(Tokenizer):
         return target
 
     def _content(self) -> bytes:
-        return json.dumps(self.spec, sort_keys=True).encode()  # however the file was laid out
+        return json.dumps(self.spec, sort_keys=True).encode()  # spaces in the file do not count
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model whose user-defined markup pieces are out of reach of text."""
+    """A SentencePiece `*.model` (Gemma, T5), read without its control tokens."""
 
     def __init__(self, path: pathlib.Path, *, think_start: str, think_end: str):
-        from sentencepiece import sentencepiece_model_pb2 as schema  # needs protobuf
+        from sentencepiece import sentencepiece_model_pb2  # needs protobuf
 
+        schema: Any = sentencepiece_model_pb2  # its classes are made at run time
         model = schema.ModelProto()
         try:
             model.ParseFromString(path.read_bytes())
         except Exception as error:
             raise ConfigError(
-                f"config.tokenizer.path = {path} is not a SentencePiece model "
+                f"{fields.TOKENIZER} = {path} is not a SentencePiece model "
                 f"({type(error).__name__}): take the file from the model's own folder."
             ) from error
         kinds = schema.ModelProto.SentencePiece
@@ -252,9 +277,12 @@ class SentencePieceTokenizer(Tokenizer):
             if piece.type == kinds.CONTROL:
                 control[piece.piece] = id_
             elif piece.type == kinds.USER_DEFINED and _is_markup(piece.piece):
+                # SentencePiece finds user-defined pieces in any text. As an unused piece it has its
+                # id still, and no text becomes it.
                 control[piece.piece.strip("▁")] = id_
                 piece.type = kinds.UNUSED
         self._plain = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        # The file names the end of a text; the end of a turn is known by its name.
         end = model.pieces[self._plain.eos_id()].piece if self._plain.eos_id() >= 0 else None
         eos = [n for n in _EOS_NAMES if n in control and (n == end or n == "<end_of_turn>")]
         super().__init__(
@@ -265,9 +293,13 @@ class SentencePieceTokenizer(Tokenizer):
             think_end=think_end,
             path=path,
         )
+        self._file = path
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._plain.encode(list(texts), out_type=int)
+
+    def _content(self) -> bytes:
+        return self._file.read_bytes()
 
     def _decode(self, ids: list[int]) -> str:
         return self._plain.decode(ids)
@@ -279,14 +311,14 @@ def load(
     """Reads a tokenizer from a file, or from a folder that holds one.
 
     Args:
-        path: `tokenizer.json`, a SentencePiece `*.model`, or a folder with either; the JSON file
-            goes first, being what transformers itself reads.
-        think_start, think_end: control tokens around a rationale. Vocabularies without thinking
-            tokens lend two unused ones (Gemma "<unused0>", T5 "<extra_id_0>").
+      path: `tokenizer.json`, a SentencePiece `*.model`, or a folder with either. Of both the JSON
+        file is read, as transformers does.
+      think_start, think_end: the control tokens around a rationale. In a vocabulary without such
+        tokens name two unused ones (Gemma "<unused0>", T5 "<extra_id_0>").
 
     Raises:
-        ConfigError: nothing to read at `path`, a file that is no tokenizer, no such control
-            token, or Qwen's special tokens at other ids than Qwen's.
+      ConfigError: nothing to read at `path`, a file that is not a tokenizer, no such control token,
+        or Qwen's control tokens at other ids than Qwen's.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
@@ -294,13 +326,13 @@ def load(
         found += sorted(path.glob("*.model"))
         if not found:
             raise ConfigError(
-                f"config.tokenizer.path = {path} holds neither tokenizer.json nor a "
+                f"{fields.TOKENIZER} = {path} holds neither tokenizer.json nor a "
                 "SentencePiece *.model: copy one of them from the model's folder."
             )
         path = found[0]
     if not path.is_file():
         raise ConfigError(
-            f"config.tokenizer.path = {path} does not exist: give a folder or a "
+            f"{fields.TOKENIZER} = {path} does not exist: give a folder or a "
             "file with tokenizer.json or a SentencePiece *.model."
         )
     if path.suffix == ".model":
@@ -309,20 +341,20 @@ def load(
         spec = json.loads(path.read_text(encoding="utf-8"))
         vocab = spec["model"]["vocab"]
         if isinstance(vocab, dict) and not all(type(id_) is int for id_ in vocab.values()):
-            raise TypeError("its vocabulary has ids that are no numbers")
+            raise TypeError("its vocabulary has ids that are not numbers")
     except (ValueError, KeyError, TypeError) as error:
         raise _no_tokenizer(path, error) from error
     return JsonTokenizer(spec, think_start=think_start, think_end=think_end, path=path)
 
 
 def word_level(words: Sequence[str]) -> Tokenizer:
-    """A tokenizer that splits on whitespace, one id per word, made for synthetic tasks.
+    """A tokenizer that splits on whitespace, one id per word; for synthetic tasks.
 
-    Ids 0 to 4 are <pad>, <eos>, <think>, </think> and <unk>; `words` follow in their order
+    Ids 0 to 4 are <pad>, <eos>, <think>, </think> and <unk>. Then come `words`, in their order and
     without repeats. Decoding joins words with one space.
 
     Raises:
-        ValueError: a word is empty, holds whitespace, or bears the name of a control token.
+      ValueError: a word is empty, contains whitespace, or has the name of a control token.
     """
     names = ("<pad>", "<eos>", "<think>", "</think>", "<unk>")
     for word in words:
@@ -356,6 +388,7 @@ def word_level(words: Sequence[str]) -> Tokenizer:
 
 
 def _is_markup(content: str) -> bool:
+    """Whether a token is more than spaces and newlines ("▁" is SentencePiece's space)."""
     return bool(content.replace("▁", " ").strip())
 
 
@@ -365,6 +398,7 @@ def _without(model: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, 
     if not isinstance(vocab, dict) or control.keys().isdisjoint(vocab):
         return dict(model)
     vocab = {piece: id_ for piece, id_ in vocab.items() if piece not in control}
+    # A merge that makes a control token, or is made of one, would name a piece that is gone.
     if "merges" not in model:
         return {**model, "vocab": vocab}
     pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
@@ -374,13 +408,13 @@ def _without(model: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, 
 
 def _no_tokenizer(path: pathlib.Path | None, reason: object) -> ConfigError:
     return ConfigError(
-        f"config.tokenizer.path = {path} is not a tokenizer.json of the Hugging Face tokenizers "
+        f"{fields.TOKENIZER} = {path} is not a tokenizer.json of the Hugging Face tokenizers "
         f"library ({reason}): take the file from the model's own folder."
     )
 
 
 def _checked(added: Any, path: pathlib.Path | None) -> list[dict[str, Any]]:
-    """The added tokens, if each has a name and an id of its own."""
+    """The added tokens, if each has a name, and an id that no other has."""
     ids = set()
     for token in added if isinstance(added, list) else [added]:
         id_ = token.get("id") if isinstance(token, dict) else None
@@ -393,10 +427,8 @@ def _checked(added: Any, path: pathlib.Path | None) -> list[dict[str, Any]]:
 
 
 def _check_qwen(control: Mapping[str, int], path: pathlib.Path | None) -> None:
-    """Qwen's control tokens sit at fixed ids; a changed file would train on wrong tokens.
-
-    Models that put control tokens of their own on Qwen's vocabulary have none of the turns.
-    """
+    """Refuses a file with Qwen's control tokens at other ids: the model would see wrong tokens."""
+    # Models that put other control tokens on Qwen's vocabulary have none of these three.
     turns = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     if control.keys().isdisjoint(turns):
         return

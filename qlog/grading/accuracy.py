@@ -1,44 +1,55 @@
-"""Accuracy of sampled answers: pass@k, majority vote and intervals, from saved rows alone.
+"""Accuracy of sampled answers: pass@k, majority vote and intervals, from nothing but saved rows.
 
-A row is one question and its samples, as evaluation writes it to disk:
-
-    {"id": str, "golds": [answer, alias, ...], "answers": [sampled answer, ...],
-     "official_answer": str (optional: FinQA's exe_ans), "source": str (optional: the prompt)}
-
-Answers are the texts after the thinking-end token. `summarise` computes every number from such
-rows, so another grader or metric needs no new samples.
+A row is one question with its n sampled answers, as evaluation writes it to disk. `summarise`
+computes every number from such rows, so another grader or metric needs no new samples. A new metric
+is a new line in `_columns`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from qlog.grading import graders
 
 
+class Row(TypedDict):
+    """A question and its n samples; all rows of an evaluation have the same n."""
+
+    id: str  # of the question, once in an evaluation
+    golds: list[str]  # the gold answer, then its aliases
+    answers: list[str]  # n texts, those after the thinking-end token
+    official_answer: NotRequired[str | float | None]  # FinQA's executed answer, exe_ans
+    source: NotRequired[str | None]  # the prompt's text, in which copies are looked for
+
+
 def pass_at_k(n: int | np.ndarray, c: int | np.ndarray, k: int) -> np.ndarray:
     """Unbiased estimate of the probability that one of k samples is right: 1 - C(n-c, k) / C(n, k).
 
-    At n = k this is "any of k is right". The naive 1 - (1 - c/n)^k is biased low.
+    At n = k this is "any of k is right". The naive 1 - (1 - c/n)^k is biased low. Chen et al.,
+    "Evaluating Large Language Models Trained on Code", arXiv:2107.03374, equation 1.
 
     Args:
-        n: samples per question, any shape, n >= k.
-        c: right samples among them, broadcast against n, 0 <= c <= n.
-        k: at least 1.
+      n: samples per question, any shape, n >= k.
+      c: right samples among them, broadcast against n, 0 <= c <= n.
+      k: at least 1.
 
     Returns:
-        float64, the broadcast shape.
+      float64, the broadcast shape.
 
     Raises:
-        ValueError: k < 1, k > n, or c outside [0, n].
+      ValueError: k < 1, k > n, or c outside [0, n].
     """
     n, c = np.asarray(n), np.asarray(c)
     if k < 1 or np.any(n < k):
         raise ValueError(f"pass_at_k: k = {k} must lie in [1, n], but the smallest n is {n.min()}")
     if np.any(c < 0) or np.any(c > n):
         raise ValueError("pass_at_k: the number c of right samples must lie in [0, n]")
-    draws = np.arange(k)
-    wrong = np.maximum((n - c)[..., None] - draws, 0) / (n[..., None] - draws)
+    # C(n-c, k) / C(n, k) as a product: the i-th of k samples drawn without replacement is wrong
+    # with probability (n - c - i) / (n - i). The binomials themselves would overflow.
+    i = np.arange(k)
+    wrong = np.maximum((n - c)[..., None] - i, 0) / (n[..., None] - i)
     return 1.0 - np.prod(wrong, axis=-1)
 
 
@@ -47,12 +58,12 @@ def majority_vote(
 ) -> int | None:
     """Index of the answer that wins the vote: the first one of the most frequent normal form.
 
-    Ties go to the form that was sampled first. Samples are exchangeable, so that this is a fair
-    draw among the tied forms, and yet the same at every call. Answers whose normal form is "" cast
-    no vote.
+    Ties go to the form that was sampled first. Samples are exchangeable, so each of the tied forms
+    is the first with equal probability; and the winner is the same at every call. Answers whose
+    normal form is "" cast no vote.
 
     Returns:
-        An index into `answers`, or None where nobody votes (then the vote is wrong).
+      An index into `answers`, or None where no answer casts a vote (then the vote is wrong).
     """
     votes: dict[str, list[int]] = {}
     for index, answer in enumerate(answers):
@@ -74,13 +85,13 @@ def bootstrap_interval(
     Questions are resampled, not samples: the 16 answers to one question are not independent.
 
     Args:
-        values: [Q] one finite number per question.
-        level: coverage in (0, 1).
-        resamples: number of resampled data sets.
-        seed: the same seed gives the same interval.
+      values: [Q] one finite number per question.
+      level: coverage in (0, 1).
+      resamples: number of resampled data sets.
+      seed: the same seed gives the same interval.
 
     Raises:
-        ValueError: no values, values not finite or not one-dimensional, or level outside (0, 1).
+      ValueError: no values, values not finite or not one-dimensional, or level outside (0, 1).
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not values.size or not np.all(np.isfinite(values)):
@@ -89,75 +100,75 @@ def bootstrap_interval(
         )
     if not 0.0 < level < 1.0:
         raise ValueError(f"bootstrap_interval: level = {level} must lie in (0, 1)")
-    draw = np.random.default_rng(seed).integers
-    means = [values[draw(values.size, size=values.size)].mean() for _ in range(resamples)]
+    choose = np.random.default_rng(seed).integers
+    means = [values[choose(values.size, size=values.size)].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def summarise(
-    rows: Sequence[Mapping],
+    rows: Sequence[Row],
     *,
     k: int = 16,
     dataset: str = "",
-    grade: Callable[..., float] = graders.contains,
+    grade: graders.Grade = graders.contains,
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Every number of an evaluation, recomputed from its rows. Accuracies are in [0, 1].
+    """Every number of an evaluation, computed from its rows. Accuracies are in [0, 1].
 
-    Keys, k being cut to the n samples per question where there are fewer:
-        p@1, p@k, m@k: single-sample accuracy, unbiased pass@k and majority vote under `grade`;
-            where n > k, m@k is the mean over the n // k consecutive votes of k samples.
-        p@1/low, p@1/high, ...: their bootstrap interval over questions.
-        exact_match: the training reward's mean, without aliases; em, f1: SQuAD's, with them.
-        numeric/p@1, numeric/p@k, numeric/m@k: `finqa_numeric` on official_answer, where given.
-        answer/rejected_rate: empty, overlong or tagged answers; answer/empty_rate: the empty ones;
-        answer/words: mean length in words of the answers that are none of these; answer/copy_rate:
-        those of over graders.MAX_COPIED_WORDS words copied from the source, where rows have it.
-        questions, samples (per question), grader/errors.
+    Of fewer than k samples per question all are taken. The names are
+      p@1, p@k, m@k: single-sample accuracy, unbiased pass@k and majority vote under `grade`;
+        where n > k, m@k is the mean over the n // k consecutive votes of k samples.
+      p@1/low, p@1/high, ...: their bootstrap interval over questions.
+      exact_match: mean of exact match with the gold answer, without aliases.
+      em, f1: SQuAD's, with aliases.
+      numeric/p@1, numeric/p@k, numeric/m@k: `finqa_numeric` on official_answer, where rows have it.
+      answer/rejected_rate: share of answers that are empty, overlong or tagged.
+      answer/empty_rate: share of the empty ones.
+      answer/words: mean length in words of the answers that are not rejected.
+      answer/copy_rate: share of answers of over graders.MAX_COPIED_WORDS words that are copied
+        from the source, where rows have one.
+      questions, samples (per question), grader/errors: numbers of.
 
     Args:
-        rows: see the module's text; ids must be distinct, all rows have the same number of answers.
-        dataset: "musique" drops HotPotQA's yes/no rule from f1, as MuSiQue's own script does.
-        grade: (answer, golds, *, source) -> [0, 1], right from 0.5 on; counted by `graders.Grader`.
+      rows: ids must be distinct; all rows have the same number of answers.
+      k: samples of pass@k and of a vote.
+      dataset: "musique" drops HotPotQA's yes/no rule from f1, as MuSiQue's own script does.
+      grade: (answer, golds, *, source) -> [0, 1], right from 0.5 on; counted by `graders.Grader`.
+      level: coverage of the intervals, in (0, 1).
+      seed: of the bootstrap.
 
     Raises:
-        ValueError: no rows, a missing field, a repeated id, or unequal numbers of answers.
-        graders.GraderError: more than 1% of calls of a grader failed.
+      ValueError: no rows, a missing field, a repeated id, or unequal numbers of answers.
+      graders.GraderError: more than 1% of calls of a grader failed.
     """
     num_samples = _check(rows)
     k = min(k, num_samples)
     counted = graders.Grader(grade)
-    f1_rule = {"closed": ()} if dataset == "musique" else {}
-    columns = {
-        "": lambda row, answer: counted(answer, row["golds"], source=row.get("source", "")),
-        "exact_match": lambda row, answer: graders.exact_match(answer, row["golds"][0]),
-        "em": lambda row, answer: graders.squad_em(answer, row["golds"]),
-        "f1": lambda row, answer: graders.squad_f1(answer, row["golds"], **f1_rule),
-    }
-    if any(row.get("official_answer") for row in rows):
-        columns["numeric/"] = lambda row, answer: graders.finqa_numeric(
-            answer, row.get("official_answer") or row["golds"][0], gold=row["golds"][0]
-        )
+    columns = _columns(counted, dataset)
+    if not any(row.get("official_answer") for row in rows):
+        del columns["numeric/"]
     scores = {name: _score(rows, column) for name, column in columns.items()}
 
-    summary = {}
+    summary: dict[str, float] = {}
     winners = _winners(rows, k)
     for name in ("", "numeric/"):
         if name not in scores:
             continue
-        right = (scores[name] >= 0.5).sum(axis=1)
+        is_right = scores[name] >= 0.5
+        num_right = is_right.sum(axis=1)
         per_question = {
-            f"{name}p@1": pass_at_k(num_samples, right, 1),
-            f"{name}p@{k}": pass_at_k(num_samples, right, k),
-            f"{name}m@{k}": _voted(scores[name] >= 0.5, winners),
+            f"{name}p@1": pass_at_k(num_samples, num_right, 1),
+            f"{name}p@{k}": pass_at_k(num_samples, num_right, k),
+            f"{name}m@{k}": _voted(is_right, winners),
         }
         for metric, values in per_question.items():
             summary[metric] = float(values.mean())
             summary[f"{metric}/low"], summary[f"{metric}/high"] = bootstrap_interval(
                 values, level=level, seed=seed
             )
+    # The other columns are plain means over all samples.
     summary |= {name: float(scores[name].mean()) for name in ("exact_match", "em", "f1")}
     return (
         summary
@@ -166,12 +177,31 @@ def summarise(
     )
 
 
-def _are_texts(value) -> bool:
+Column = Callable[[Row, str], float]  # (row, one of its answers) -> score in [0, 1]
+
+
+def _columns(grade: graders.Grade, dataset: str) -> dict[str, Column]:
+    """What is computed for each answer of each row, by the name (or prefix) of its metrics."""
+    f1 = (
+        functools.partial(graders.squad_f1, closed=()) if dataset == "musique" else graders.squad_f1
+    )
+    return {
+        "": lambda row, answer: grade(answer, row["golds"], source=row.get("source", "")),
+        "exact_match": lambda row, answer: graders.exact_match(answer, row["golds"][0]),
+        "em": lambda row, answer: graders.squad_em(answer, row["golds"]),
+        "f1": lambda row, answer: f1(answer, row["golds"]),
+        "numeric/": lambda row, answer: graders.finqa_numeric(
+            answer, row.get("official_answer") or row["golds"][0], gold=row["golds"][0]
+        ),
+    }
+
+
+def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 # What a row must hold. A string where a list belongs would be graded letter by letter.
-_ROW = (
+_FIELDS = (
     ("id", lambda value: isinstance(value, str) and bool(value), "a string"),
     ("golds", _are_texts, "a list of strings"),
     ("answers", _are_texts, "a list of strings"),
@@ -180,28 +210,28 @@ _ROW = (
 )
 
 
-def _check(rows: Sequence[Mapping]) -> int:
+def _check(rows: Sequence[Mapping[str, Any]]) -> int:
     """The number of answers per row, the same for all."""
     if not rows:
         raise ValueError("summarise needs at least one row of samples, got none")
     for index, row in enumerate(rows):
-        for field, is_right, what in _ROW:
+        for field, is_right, what in _FIELDS:
             if not is_right(row.get(field)):
                 raise ValueError(f"row {index} of the samples has no {field!r} that is {what}")
     ids = [row["id"] for row in rows]
     if len(set(ids)) < len(ids):
         repeated = next(id_ for index, id_ in enumerate(ids) if id_ in ids[:index])
         raise ValueError(f"the samples hold question {repeated!r} more than once")
-    counts = {len(row["answers"]) for row in rows}
-    if len(counts) > 1:
+    sizes = {len(row["answers"]) for row in rows}
+    if len(sizes) > 1:
         raise ValueError(
-            f"every question needs the same number of answers, not {min(counts)} to {max(counts)}"
+            f"every question needs the same number of answers, not {min(sizes)} to {max(sizes)}"
         )
-    return counts.pop()
+    return sizes.pop()
 
 
-def _score(rows: Sequence[Mapping], column: Callable[[Mapping, str], float]) -> np.ndarray:
-    """[Q, n] scores; equal answers to one question are graded once."""
+def _score(rows: Sequence[Row], column: Column) -> np.ndarray:
+    """float64 [Q, n] scores; equal answers to one question are graded once."""
     scores = []
     for row in rows:
         once = {answer: column(row, answer) for answer in set(row["answers"])}
@@ -209,20 +239,21 @@ def _score(rows: Sequence[Mapping], column: Callable[[Mapping, str], float]) -> 
     return np.asarray(scores, np.float64)
 
 
-def _winners(rows: Sequence[Mapping], k: int) -> list[list[int | None]]:
+def _winners(rows: Sequence[Row], k: int) -> list[list[int | None]]:
     """Per question, the winner's index in each consecutive vote of k samples."""
     winners = []
     for row in rows:
-        starts = range(0, len(row["answers"]) - k + 1, k)
-        votes = [majority_vote(row["answers"][start : start + k]) for start in starts]
-        winners.append(
-            [None if vote is None else start + vote for start, vote in zip(starts, votes)]
-        )
+        answers, of_question = row["answers"], []
+        # Samples that are left over, fewer than k, take part in no vote.
+        for start in range(0, len(answers) - k + 1, k):
+            winner = majority_vote(answers[start : start + k])
+            of_question.append(None if winner is None else start + winner)
+        winners.append(of_question)
     return winners
 
 
 def _voted(is_right: np.ndarray, winners: list[list[int | None]]) -> np.ndarray:
-    """[Q] share of the votes whose winner is right."""
+    """float64 [Q], the share of a question's votes whose winner is right; is_right: bool [Q, n]."""
     return np.array(
         [
             np.mean([winner is not None and is_right[question, winner] for winner in of_question])
@@ -231,13 +262,14 @@ def _voted(is_right: np.ndarray, winners: list[list[int | None]]) -> np.ndarray:
     )
 
 
-def _lengths(rows: Sequence[Mapping]) -> dict[str, float]:
+def _lengths(rows: Sequence[Row]) -> dict[str, float]:
+    """The metrics answer/...: what answers look like, right or wrong."""
     answers = [answer for row in rows for answer in row["answers"]]
     accepted = [answer for answer in answers if graders.is_answer(answer)]
     copies = [
-        graders.is_answer(answer) and graders.is_copy(answer, row["source"])
+        graders.is_answer(answer) and graders.is_copy(answer, source)
         for row in rows
-        if row.get("source")
+        if (source := row.get("source"))
         for answer in row["answers"]
     ]
     return ({"answer/copy_rate": float(np.mean(copies))} if copies else {}) | {

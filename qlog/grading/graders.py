@@ -1,19 +1,23 @@
 """Graders: does a generated answer agree with the gold one? Pure Python, linear time, no eval.
 
-Every grader is `grader(answer, golds, ...) -> float` in [0, 1], where `answer` is the text after
-the thinking-end token and `golds` one gold string or several (the answer and its aliases; the best
-counts); `finqa_numeric` takes the executed answer instead. What is no answer scores 0 everywhere:
-empty or blank text, more than `MAX_CHARS` characters, and text that carries control tags such as
-`</think>` or `<|im_end|>`.
+A grader is a function (answer, golds) -> float in [0, 1]. `answer` is the text after the
+thinking-end token, `golds` one gold string or several (the answer and its aliases; the best
+counts). Text that is no answer scores 0 with every grader: empty or blank text, more than
+`MAX_CHARS` characters, and text with control tags such as `</think>` or `<|im_end|>`.
 
-| grader | use | rule |
-|---|---|---|
-| `exact_match` | reward in training | the gold string itself, up to white space |
-| `contains` | evaluation | the gold answer occurs in the answer, as whole words and numbers |
-| `squad_em`, `squad_f1` | columns | as in the official scripts of HotPotQA and MuSiQue |
-| `finqa_numeric` | column | the number equals FinQA's executed answer at the precision written |
+| grader                 | use                | rule                                               |
+|------------------------|--------------------|----------------------------------------------------|
+| `exact_match`          | reward in training | the gold string itself, up to white space          |
+| `contains`             | p@k, m@k           | the gold answer occurs, as whole words and numbers |
+| `squad_em`, `squad_f1` | metrics em, f1     | as the official scripts of HotPotQA and MuSiQue    |
+| `finqa_numeric`        | metrics numeric/   | the number is FinQA's executed answer, at the      |
+|                        |                    | precision written                                  |
 
-`Grader` wraps one of them, counts exceptions and stops the run when more than 1% of calls fail.
+To add a grader, write its function here. As a reward it also needs a line in `GRADERS`, the table
+that turns the reward's name in an estimator into a function. As a metric of evaluation it needs a
+line in `accuracy._columns`.
+
+`Grader` wraps a grader, counts exceptions, and stops the run when more than 1% of calls fail.
 """
 
 import collections
@@ -26,8 +30,11 @@ import string
 import threading
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
-MAX_CHARS = 4096  # 128 answer tokens are about 600 characters: what is longer is no answer
+Grade = Callable[..., float]  # (answer: str, golds: str | Sequence[str], **options) -> [0, 1]
+
+MAX_CHARS = 4096  # 128 answer tokens are about 600 characters: a longer text is no answer
 MAX_EXTRA_WORDS = 50  # `contains`: words beyond the gold; a copied paragraph has more
 MAX_COPIED_WORDS = 12  # `contains`: words beyond the gold that may be copied from the source
 
@@ -54,7 +61,7 @@ def is_answer(text: str) -> bool:
 
 
 def _best(score: Callable[[str, str], float], answer: str, golds: str | Sequence[str]) -> float:
-    """The best score over the gold strings; 0 for what is no answer, and against empty golds."""
+    """The best score over the gold strings; 0 for text that is no answer, and for empty golds."""
     if not is_answer(answer):
         return 0.0
     return max((float(score(answer, gold)) for gold in _golds(golds)), default=0.0)
@@ -69,7 +76,7 @@ def exact_match(answer: str, golds: str | Sequence[str]) -> float:
 
 
 def _number_token(token: str) -> str:
-    """The one spelling of a number: "-$1,200.50" is "-1200.5", ".50" is "0.5"."""
+    """A number in its one spelling: "-$1,200.50" is "-1200.5", ".50" is "0.5"."""
     sign = "-" if token[0] == "-" else ""
     digits = token.lstrip("-$ ").replace(",", "")
     if "." in digits:
@@ -90,7 +97,7 @@ def words(text: str) -> list[str]:
     """Lower-case words and numbers of a text, punctuation and currency signs dropped.
 
     Unicode is brought to NFKC and case-folded. Numbers keep sign and point and lose thousands
-    separators and trailing zeros; "%" is a word of its own, and "percent" is read as "%".
+    separators and trailing zeros; "%" is a word, and "percent" is read as "%".
     """
     text = unicodedata.normalize("NFKC", text.translate(_DASHES)).casefold()
     text = re.sub(r"\bper ?cent\b", "%", _without_escaped_newlines(text))
@@ -112,12 +119,17 @@ def _without_article(text_words: list[str]) -> list[str]:
 def contains(answer: str, golds: str | Sequence[str], *, source: str = "") -> float:
     """Relaxed substring match, the paper's evaluation: 1 if a gold answer occurs in the answer.
 
-    It occurs as a run of whole `words` (a leading article of the gold is not required): "no" is not
-    in "not known", 407 is not in 1407 or 407.5, and 3.47% is not 34.7%. An answer scores 0 that
+    It must occur as a run of whole `words` (a leading article of the gold is not required): "no"
+    is not in "not known", 407 is not in 1407 or 407.5, and 3.47% is not 34.7%. An answer scores 0
+    if it
       * has both "yes" and "no" where the gold is one of them,
       * has over MAX_EXTRA_WORDS words more than the gold (a copied paragraph), or
-      * is copied verbatim from `source` (the prompt's text, if given) with over MAX_COPIED_WORDS
-        words more than the gold.
+      * is copied verbatim from `source` with over MAX_COPIED_WORDS words more than the gold.
+
+    Args:
+      answer: the text after the thinking-end token.
+      golds: the gold answer, or several.
+      source: the prompt's text; "" looks for no copies.
     """
     if not is_answer(answer):
         return 0.0
@@ -130,7 +142,7 @@ def contains(answer: str, golds: str | Sequence[str], *, source: str = "") -> fl
             found = answer.strip() == gold.strip()
         elif gold_words in (["yes"], ["no"]):
             found = {"yes", "no"} & set(answer_words) == set(gold_words)
-        else:
+        else:  # with spaces at both ends a substring is a run of whole words
             found = " " + " ".join(gold_words) + " " in text
         if found and extra <= MAX_EXTRA_WORDS:
             return float(not is_copy(answer, source, MAX_COPIED_WORDS + len(gold_words)))
@@ -144,7 +156,10 @@ def is_copy(answer: str, source: str, allowed: int = MAX_COPIED_WORDS) -> bool:
 
 
 def vote_key(answer: str) -> str:
-    """What a majority vote counts: the `words` without a leading article; "" casts no vote."""
+    """The normal form that a majority vote counts: `words` without a leading article.
+
+    "" for text that is no answer: it casts no vote.
+    """
     return " ".join(_without_article(words(answer))) if is_answer(answer) else ""
 
 
@@ -170,9 +185,9 @@ def squad_f1(
     """F1 between the bags of words of the SQuAD normal forms, the best over `golds`.
 
     Args:
-        closed: HotPotQA's special case: where one side is one of these, only equality scores, and
-            normal forms without a word never do. MuSiQue's script has no such case and counts two
-            normal forms without a word as equal: pass ().
+      closed: HotPotQA's special case: where one side is one of these, only equality scores, and
+        normal forms without a word never do. MuSiQue's script has no such case and counts two
+        normal forms without a word as equal: pass ().
     """
 
     def f1(a: str, g: str) -> float:
@@ -202,7 +217,7 @@ _QUANTITY = re.compile(
 
 
 def _quantity(text: str) -> re.Match | None:
-    """The number that an answer states: the last one after the last "=", bare years passed over."""
+    """The number that an answer states: the last one after the last "=", bare years skipped."""
     text = unicodedata.normalize("NFKC", text.translate(_DASHES)).casefold()
     text = re.sub(r"\\(?=[%$])|\*\*", "", text)  # LaTeX's escapes, Markdown's bold
     text = re.sub(r"\bper ?cent\b", "%", text.rsplit("=", 1)[-1])
@@ -213,10 +228,13 @@ def _quantity(text: str) -> re.Match | None:
 def _agrees(value: decimal.Decimal, unit: decimal.Decimal, target: decimal.Decimal) -> bool:
     """Whether `value`, written down to `unit`, is `target` rounded or cut there."""
     error = abs(value - target)
+    # FinQA's executed answers have 5 decimals.
     if error <= decimal.Decimal("0.000005"):
         return True
     if not value or (value < 0) != (target < 0):
         return False
+    # Rounded, the value lies at most half a unit from the target, on either side. Cut, it lies less
+    # than a unit below it. The 5% keep "0%" from being right for everything small.
     cut = abs(target) - abs(value)
     return 20 * error <= abs(target) and -unit / 2 <= cut < unit
 
@@ -224,9 +242,9 @@ def _agrees(value: decimal.Decimal, unit: decimal.Decimal, target: decimal.Decim
 def finqa_numeric(answer: str, target: float | int | str, *, gold: str = "") -> float:
     """1 if the answer states FinQA's executed answer `exe_ans`: 5 decimals, or "yes" or "no".
 
-    The official script executes programs; free text needs a rule of our own:
-      * The number is the last one after the last "="; bare years (1900-2099) are passed over when
-        there is another one. Thousands separators and currency signs are skipped; "-", a minus
+    The official script executes programs. Free text needs another rule:
+      * The number is the last one after the last "="; bare years (1900-2099) are skipped when there
+        is another number. Thousands separators and currency signs are skipped; "-", a minus
         sign proper and accounting brackets "(2.4)" are negative. The sign must agree.
       * It must be the target rounded or truncated at the decimals written (34.7% for 0.34719) and
         within 5% of it, so that "0%" is not right for everything small; or equal at 5 decimals.
@@ -236,8 +254,8 @@ def finqa_numeric(answer: str, target: float | int | str, *, gold: str = "") -> 
         "n/m" is a fraction, and must be equal to 5 decimals.
 
     Args:
-        target: exe_ans, as a number or as its string.
-        gold: the annotator's string (qa.answer), read only to see whether percent is meant.
+      target: exe_ans, as a number or as its string.
+      gold: the annotator's string (qa.answer), read only to see whether percent is meant.
     """
     if not is_answer(answer):
         return 0.0
@@ -248,11 +266,12 @@ def finqa_numeric(answer: str, target: float | int | str, *, gold: str = "") -> 
     if value is None or match is None or not int(match["over"] or 1):
         return 0.0
     number = decimal.Decimal(match["number"].replace(",", ""))
-    unit = decimal.Decimal(1).scaleb(number.as_tuple().exponent)
+    unit = decimal.Decimal(1).scaleb(int(number.as_tuple().exponent))  # of its last digit
     if match["over"]:  # a fraction is exact
         number, unit = number / int(match["over"]), decimal.Decimal(0)
     if match["sign"] or (match["open"] and match["close"]):
         number = -number
+    # Which powers of ten may the number be multiplied by? Any reading that agrees counts.
     is_percent = bool(match["percent"] or "%" in (match["close"] or ""))
     powers = [-2] if is_percent else [0]
     if _means_percent(gold, value):
@@ -272,6 +291,7 @@ def _target(target: float | int | str) -> decimal.Decimal | None:
 
 
 def _means_percent(gold: str, value: decimal.Decimal) -> bool:
+    """Whether the annotator's string means percent: it has "%", or is about 100 times the value."""
     if "%" in gold or not gold.strip():
         return "%" in gold
     stated = _quantity(gold)
@@ -281,28 +301,49 @@ def _means_percent(gold: str, value: decimal.Decimal) -> bool:
     return decimal.Decimal(99) <= hundredfold <= decimal.Decimal(101)
 
 
-# ---- Counting what fails ----
+# ---- Graders by name ----
+
+GRADERS: dict[str, Grade] = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "squad_em": squad_em,
+    "squad_f1": squad_f1,
+}
+
+
+def by_name(name: str) -> Grade:
+    """The grader of `GRADERS` that a reward names.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    if name not in GRADERS:
+        raise ValueError(f"reward = {name!r} is not a grader: use one of {', '.join(GRADERS)}.")
+    return GRADERS[name]
+
+
+# ---- Counting failures ----
 
 
 class GraderError(RuntimeError):
-    """Raised by `Grader` when too many calls fail: zeros would be the grader's fault."""
+    """Raised by `Grader` when too many calls fail: then scores of 0 say nothing about answers."""
 
 
 class Grader:
-    """A grader that counts: exceptions score 0, are logged, and past 1% of the calls stop the run.
+    """Calls a grader and counts. Exceptions score 0 and are logged; above 1% they stop the run.
 
     Args:
-        grade: any function (answer, golds, **kwargs) -> float.
-        max_error_rate: the share of calls that may fail; the first 100 calls count as 100.
+      grade: any function (answer, golds, **kwargs) -> float.
+      max_error_rate: the share of calls that may fail; the first 100 calls count as 100.
 
     Attributes:
-        calls, errors: how many so far, for the metrics `grader/calls` and `grader/errors`.
+      calls, errors: how many so far, for the metrics `grader/calls` and `grader/errors`.
 
     Raises (when called):
-        GraderError: errors > max_error_rate * max(calls, 100); it names the last exception.
+      GraderError: errors > max_error_rate * max(calls, 100); it names the last exception.
     """
 
-    def __init__(self, grade: Callable[..., float], *, max_error_rate: float = 0.01):
+    def __init__(self, grade: Grade, *, max_error_rate: float = 0.01):
         self.grade = grade
         self.name = getattr(grade, "__name__", type(grade).__name__)
         self.max_error_rate = max_error_rate
@@ -310,7 +351,7 @@ class Grader:
         self.errors = 0
         self._lock = threading.Lock()
 
-    def __call__(self, answer: str, golds: str | Sequence[str], **kwargs) -> float:
+    def __call__(self, answer: str, golds: str | Sequence[str], **kwargs: Any) -> float:
         try:
             score, error = float(self.grade(answer, golds, **kwargs)), None
             if not 0.0 <= score <= 1.0:
@@ -330,11 +371,3 @@ class Grader:
                 ) from error
             logging.warning("grader %r failed on %.200r: %s", self.name, answer, described)
         return score
-
-
-GRADERS = {
-    "exact_match": exact_match,
-    "contains": contains,
-    "squad_em": squad_em,
-    "squad_f1": squad_f1,
-}

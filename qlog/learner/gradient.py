@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlog import models
+from qlog import losses, models
 from qlog.learner.packing import Packing, pack_rollouts
 from qlog.learner.types import LearnerBatch, Microbatch, Objective, SamplerMismatch, StepSums
 from qlog.models import head
@@ -121,9 +121,9 @@ def begin(
     # One rollout always passes: a step that learns nothing still measures the sampler's mismatch.
     is_needed = is_needed.at[0, 0].set(True)
     lengths, slots = batch.trajectories.lengths, batch.trajectories.tokens.shape[-1]
-    packing = sharding.keep_rows(policy.mesh, pack_rollouts(lengths, is_needed, slots))
+    packing = sharding.constrain_batch(policy.mesh, pack_rollouts(lengths, is_needed, slots))
     share = 1 / jnp.maximum(batch.prompts.is_prompt.sum(), 1).astype(jnp.float32)
-    return sharding.keep(policy.mesh, _zeros(params)), packing, share
+    return sharding.constrain_params(policy.mesh, _zeros(params)), packing, share
 
 
 @functools.partial(
@@ -217,7 +217,7 @@ def _add_prompts(
     # as long as a backward pass lasts, and be read and written once more for each microbatch.
     context, pull_prompts = _prompt_context_vjp(params, policy, batch.prompts)
     caches = context.prefix.keys, context.prefix.values
-    caches_refs = _new_refs(sharding.keep_rows(policy.mesh, _zeros(caches), rows=1))
+    caches_refs = _new_refs(sharding.constrain_batch(policy.mesh, _zeros(caches), axis=1))
     add = functools.partial(
         _add_packs, grads_refs, caches_refs, params, policy, objective, share, context, batch
     )
@@ -257,16 +257,14 @@ def _add_packs(
         )
 
     def surrogate(new: Array) -> tuple[Array, StepSums]:
-        sums = objective.surrogate(
-            batch.coefficients.score,
-            batch.coefficients.path,
-            batch.coefficients.token_weight,
-            new,
-            trajectories.old_log_probs,
-            batch.reference,
-            trajectories.rationale_mask & is_here,
-            trajectories.answer_mask & is_here,
+        tokens = losses.TokenLogProbs(
+            new=new,
+            rationale_mask=trajectories.rationale_mask & is_here,
+            answer_mask=trajectories.answer_mask & is_here,
+            old=trajectories.old_log_probs,
+            reference=batch.reference,
         )
+        sums = objective.surrogate(batch.coefficients, tokens)
         was_sampled = trajectories.was_sampled & is_here
         mismatch = SamplerMismatch.between(new, trajectories.old_log_probs, was_sampled)
         return sums.loss, StepSums(sums, mismatch)
@@ -282,6 +280,7 @@ def _add_packs(
     return sums
 
 
+@jax.named_scope("packed_rows")  # qlog.aot finds the loop by this name
 def _sum_over_packs(
     function: Callable[[Packing], _Sum],
     packing: Packing,
@@ -325,16 +324,13 @@ def log_probs(
     # not its neighbour in the pack, but the prompt's last token, whose position comes next.
     before = jnp.pad(tokens, ((0, 0), (0, 0), (1, 0)))[..., :-1]
     inputs = jnp.where(packing.token == 0, last[:, None, None], before)
-    positions = prefix.lengths[:, None, None] + packing.token
-    hidden, _ = models.apply(
+    hidden = models.extend(
         params,
         policy.config,
         inputs,
-        positions,
         prefix=prefix,
-        first=jnp.arange(tokens.shape[-1]) - packing.token,
-        remat=policy.remat,
-        **policy.options,
+        offsets=packing.token,
+        execution=policy.execution,
     )
     temperatures: float | Array = temperature
     if temperature != 1.0:
@@ -357,10 +353,9 @@ def _prompt_context(params: models.Params, policy: Policy, prompts: Prompts) -> 
         policy.config,
         prompts.tokens,
         prompts.lengths - 1,
-        remat=policy.remat,
-        **policy.options,
+        policy.execution,
     )
-    prefix = sharding.keep_prefix(policy.mesh, prefix)
+    prefix = sharding.constrain_prefix(policy.mesh, prefix)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     return PromptContext(prefix, last)
 

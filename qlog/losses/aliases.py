@@ -3,19 +3,18 @@
 All take `q` as a number or a traced array, so `optax.inject_hyperparams(garl)(q=schedule)` works.
 """
 
-from jax.typing import ArrayLike
-
 from qlog.losses import group_stats
 from qlog.losses import transforms as parts
+from qlog.losses.checks import check_choice
 from qlog.losses.compose import chain
-from qlog.losses.types import LossTransform, check_choice
+from qlog.losses.types import Commitment, LossTransform
 
 BASELINES = ("leave_one_out", "none")
 CORRECTIONS = ("none", "jackknife")
 
 
 def garl(
-    q: ArrayLike = 0.75, baseline: str = "leave_one_out", correction: str = "none"
+    q: Commitment = 0.75, baseline: str = "leave_one_out", correction: str = "none"
 ) -> LossTransform:
     """GARL: score (w_m / wbar^q - wbar_{-m}^(1-q)) / M, path w_m / wbar^q / M (eq 12, Algorithm 1).
 
@@ -34,7 +33,7 @@ def garl(
 
 
 def paft(
-    q: ArrayLike = 0.75, k: int | None = None, resampling: str = "multinomial"
+    q: Commitment = 0.75, k: int | None = None, resampling: str = "multinomial"
 ) -> LossTransform:
     """PAFT: wbar^(1-q) n_m / K for both, n the counts of K posterior draws (eq 14, Algorithm 2)."""
     return chain(parts.resample_posterior(k, resampling), parts.attenuate(q))
@@ -60,7 +59,7 @@ def trice(k: int | None = None, resampling: str = "multinomial") -> LossTransfor
     return paft(1.0, k, resampling)
 
 
-def star(q: ArrayLike = 1.0) -> LossTransform:
+def star(q: Commitment = 1.0) -> LossTransform:
     """STaR-like: exact-match rollouts only, uniformly: rbar^(1-q) r_m / sum r for both.
 
     q = 1 gives every prompt with a right rollout the same weight; q = 0, r_m / M, is

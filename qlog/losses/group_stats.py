@@ -1,31 +1,43 @@
 """Masked statistics of groups `[B, M]` and of batches, on one device or over a named axis."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from qlog.losses.types import Scores
+from qlog.losses.types import AxisName, Scores
 
-LEAST = -1e30  # a finite log 0: times zero it is zero
+Weight = Callable[[Scores], jax.Array]  # scores to log-weights [B, M], -inf on padding
+
+LEAST = -1e30  # a finite log 0: times zero it is zero, where -inf would give NaN
+
+
+# --- Weights of a rollout -------------------------------------------------------------------------
 
 
 def log_likelihood(scores: Scores) -> jax.Array:
     """[B, M] log w_m = log p(y*|x*, z_m), -inf on padding."""
-    return jnp.where(scores.valid, scores.log_w, -jnp.inf)
+    log_w = scores.require("log_w", "log_likelihood")
+    return jnp.where(scores.is_valid, log_w, -jnp.inf)
 
 
 def log_reward(scores: Scores) -> jax.Array:
     """[B, M] log of the reward of the sampled answer, -inf on padding: exact match as a weight."""
-    return jnp.where(scores.valid, jnp.log(jnp.maximum(scores.reward, 0.0)), -jnp.inf)
+    reward = scores.require("reward", "log_reward")
+    return jnp.where(scores.is_valid, jnp.log(jnp.maximum(reward, 0.0)), -jnp.inf)
+
+
+# --- Statistics of a group ------------------------------------------------------------------------
 
 
 def num_valid(scores: Scores) -> jax.Array:
     """[B, 1] float32 number of valid rollouts of each group, at least 1."""
-    return jnp.maximum(jnp.sum(scores.valid, 1, keepdims=True), 1).astype(jnp.float32)
+    return jnp.maximum(jnp.sum(scores.is_valid, 1, keepdims=True), 1).astype(jnp.float32)
 
 
 def group_mean(values: jax.Array, scores: Scores) -> jax.Array:
     """[B, 1] mean of `values` [B, M] over the valid rollouts of each group."""
-    return jnp.sum(jnp.where(scores.valid, values, 0.0), 1, keepdims=True) / num_valid(scores)
+    return jnp.sum(jnp.where(scores.is_valid, values, 0.0), 1, keepdims=True) / num_valid(scores)
 
 
 def log_mean(log_weights: jax.Array, scores: Scores) -> jax.Array:
@@ -47,19 +59,25 @@ def normalized(log_weights: jax.Array) -> jax.Array:
 
 
 def logsumexp_others(log_weights: jax.Array) -> jax.Array:
-    """[B, M] logsumexp over the other members of the group, -inf where they are all -inf.
+    """[B, M] logsumexp over the other rollouts of the group, -inf where they are all -inf.
 
-    Of the largest member, over the rest as such, where subtraction from the total would cancel. Of
-    any other, the total less its own weight: the largest stays, so nothing cancels.
+    Entry m leaves out rollout m. log(total - w_m) would lose all digits where w_m is most of the
+    total; this keeps them.
     """
     size = log_weights.shape[1]
     is_top = jnp.argmax(log_weights, 1, keepdims=True) == jnp.arange(size)
     peak = jnp.max(log_weights, 1, keepdims=True)
+
+    # The largest weight is most of the total: subtracting it would leave rounding errors. So the
+    # entry of that rollout is a second logsumexp, over all the others.
     rest = jnp.where(is_top, -jnp.inf, log_weights)
+    others_of_top = jax.nn.logsumexp(rest, 1, keepdims=True)
+
+    # For any other rollout the largest stays in the sum, with weight 1 relative to the peak. Here
+    # w_m is subtracted from the sum of the rest, whose rounding is small compared with that 1.
     relative = jnp.exp(rest - finite(peak))
     without = jnp.maximum(jnp.sum(relative, 1, keepdims=True) - relative, 0.0)
-    others = peak + jnp.log1p(without)
-    return jnp.where(is_top, jax.nn.logsumexp(rest, 1, keepdims=True), others)
+    return jnp.where(is_top, others_of_top, peak + jnp.log1p(without))
 
 
 def log_mean_others(log_weights: jax.Array, scores: Scores) -> jax.Array:
@@ -68,26 +86,32 @@ def log_mean_others(log_weights: jax.Array, scores: Scores) -> jax.Array:
     return logsumexp_others(log_weights) - jnp.log(others)
 
 
-def batch_sum(values: jax.Array, axis_name=None) -> jax.Array:
+# --- Statistics of the batch ----------------------------------------------------------------------
+# Under jit an array is the whole batch. Under shard_map, pmap and vmap it is a device's part, and
+# `axis_name` names the axes to add over.
+
+
+def batch_sum(values: jax.Array, axis_name: AxisName = None) -> jax.Array:
     """Sum of all `values`, over the devices of `axis_name` too when it is given."""
     total = jnp.sum(values)
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
-def batch_max(values: jax.Array, axis_name=None) -> jax.Array:
+def batch_max(values: jax.Array, axis_name: AxisName = None) -> jax.Array:
     """Maximum of all `values`, over the devices of `axis_name` too when it is given."""
     highest = jnp.max(values)
     return highest if axis_name is None else jax.lax.pmax(highest, axis_name)
 
 
-def batch_mean(values: jax.Array, where: jax.Array, axis_name=None) -> jax.Array:
+def batch_mean(values: jax.Array, where: jax.Array, axis_name: AxisName = None) -> jax.Array:
     """Mean of the `values` where `where` is True, 0 if there are none; over `axis_name` too."""
     total = batch_sum(jnp.where(where, values, 0.0), axis_name)
+    # Sum and number are added separately: a mean of the devices' means would weigh them equally.
     return total / jnp.maximum(batch_sum(where.astype(jnp.float32), axis_name), 1.0)
 
 
-def group_index(scores: Scores, axis_name=None) -> jax.Array:
+def group_index(scores: Scores, axis_name: AxisName = None) -> jax.Array:
     """[B] index of each group in the whole batch, so that draws do not depend on its layout."""
-    num_groups = scores.log_w.shape[0]
+    num_groups = scores.shape[0]
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_groups
     return first + jnp.arange(num_groups)

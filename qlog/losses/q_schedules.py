@@ -1,40 +1,45 @@
-"""How q moves over steps: schedules that a config can carry, and a controller driven by P."""
+"""How q moves over steps: schedules that a config can describe, and a controller that follows P."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from qlog.losses import group_stats
-from qlog.losses.types import LossTransform, check_choice, check_count, check_number, check_scores
+from qlog.losses.checks import check_choice, check_integer, check_number
+from qlog.losses.compose import inject_hyperparams, stateful, update
+from qlog.losses.types import LossState, LossTransform, Scores
 
 SCHEDULES = ("constant", "linear", "cosine", "step", "adaptive")
 
 
 class ControllerState(NamedTuple):
-    """State of `adaptive_q`: float32 scalars, the step count, and the inner transform's state."""
+    """State of `adaptive_q`."""
 
-    count: jax.Array  # int32, updates so far
-    average: jax.Array  # exponential moving average of the batches' q, not yet debiased
-    inner: object
+    count: jax.Array  # int32 scalar, updates so far
+    average: jax.Array  # float32 scalar, moving average of the batches' q, not yet debiased
+    inner: LossState  # of the transform that is made for each step's q
 
 
-def schedule(name: str, q: float, q_end: float, q_steps: int) -> Callable[[jax.Array], jax.Array]:
+def schedule(name: str, q: float, q_end: float, q_steps: int) -> optax.Schedule:
     """q as a function of the step: from `q` at step 0 to `q_end` at step `q_steps` and after.
 
     'linear' and 'cosine' move gradually; 'step' holds q for `q_steps` steps and then q_end, so that
-    q = 1, q_end = 0 is SFT-then-RL as one run. Raises ValueError for values out of range.
+    q = 1, q_end = 0 is SFT-then-RL as one run.
+
+    Raises:
+      TypeError, ValueError: an unknown name, or a value out of range.
     """
     check_choice("q_schedule", name, SCHEDULES[1:4])
     check_number("q", q, 0, 1)
     check_number("q_end", q_end, 0, 1)
-    check_count("q_steps", q_steps)
+    check_integer("q_steps", q_steps)
     if name == "linear":
         return optax.linear_schedule(q, q_end, q_steps)
     if name == "step":
-        return lambda step: jnp.where(step < q_steps, q, q_end)
+        return lambda step: jnp.where(jnp.asarray(step) < q_steps, q, q_end)
 
     def cosine(step):
         progress = jnp.clip(step / q_steps, 0.0, 1.0)
@@ -43,22 +48,21 @@ def schedule(name: str, q: float, q_end: float, q_steps: int) -> Callable[[jax.A
     return cosine
 
 
-def scheduled(
-    factory: Callable[[jax.Array], LossTransform], q: Callable[[jax.Array], jax.Array]
-) -> LossTransform:
-    """`factory(q(step))`, the step being counted in the state: optax's `inject_hyperparams`."""
+def scheduled(factory: Callable[[jax.Array], LossTransform], q: optax.Schedule) -> LossTransform:
+    """`factory(q(step))`; the step is counted in the state, by optax's `inject_hyperparams`."""
 
-    def build(q):
+    def build(q):  # optax finds what to schedule by the argument's name
         return factory(q)
 
-    return optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(q=q)
+    return inject_hyperparams(build, hyperparam_dtype=jnp.float32)(q=q)
 
 
 def q_for_pace(log_p: jax.Array, pace: float) -> jax.Array:
     """The q at which the attenuation P^(1-q) equals `pace`: q = 1 - log(pace) / log P, in [0, 1].
 
-    By eq 6, dp/dt = p^(2-q) ||s||^2 = pace p ||s||^2: escape in time O(log(1/p0) / pace), as at
-    q = 1, yet q falls to 0, RL, once P reaches `pace`. It is 1 at P = 0.
+    Then eq 6 reads dp/dt = p^(2-q) ||s||^2 = pace p ||s||^2: a cold start is left in time
+    O(log(1/p0) / pace), in the order of q = 1. Once P reaches `pace`, q is 0, which is RL. At P = 0
+    it is 1.
     """
     # At P = 1 the ratio is 0/0; any P above `pace` asks for q = 0.
     return jnp.clip(1 - jnp.log(pace) / jnp.minimum(log_p, jnp.log(pace)), 0.0, 1.0)
@@ -74,31 +78,33 @@ def adaptive_q(
     """`factory(q)` with q chosen at every step from the batch's own estimates of P.
 
     q is the mean over groups of `q_for_pace`, averaged over steps with `decay` (debiased) and kept
-    within [low, high]: high while P is tiny, low once P exceeds `pace`. It uses log w, whatever the
-    estimator; groups without any weight ask for q = 1.
+    within [low, high]: high while P is tiny, low once P exceeds `pace`. It reads `scores.log_w`
+    whatever weight the estimator uses; a group without any weight asks for q = 1.
     """
     check_number("q_pace", pace, 1e-6, 1 - 1e-6)
     check_number("low", low, 0, 1)
     check_number("high", high, low, 1)
     check_number("decay", decay, 0, 1 - 1e-6)
 
-    def init(scores):
-        check_scores(scores)
+    def init(scores: Scores) -> ControllerState:
         zero = jnp.zeros((), jnp.float32)
         return ControllerState(jnp.zeros((), jnp.int32), zero, factory(zero).init(scores))
 
-    def update(coefficients, state, scores=None, *, axis_name=None, **extra):
-        check_scores(scores)
+    def update_at_q(coefficients, state, scores, *, key=None, axis_name=None):
         log_p = group_stats.log_mean(group_stats.log_likelihood(scores), scores)[:, 0]
+        # The mean of the groups' q, not the q of their mean P: a few easy prompts would hide all
+        # the hard ones.
         wanted = q_for_pace(log_p, pace)
-        batch_q = group_stats.batch_mean(wanted, jnp.any(scores.valid, 1), axis_name)
-        count = optax.safe_increment(state.count)
+        batch_q = group_stats.batch_mean(wanted, jnp.any(scores.is_valid, 1), axis_name)
+        # The average starts from 0, so it is divided by the sum of its weights, 1 - decay^count.
+        count = cast(jax.Array, optax.safe_increment(state.count))
         average = decay * state.average + (1 - decay) * batch_q
         q = jnp.clip(average / (1 - jnp.float32(decay) ** count), low, high)
-        inner = optax.with_extra_args_support(factory(q))
-        result, inner_state = inner.update(
-            coefficients, state.inner, scores, axis_name=axis_name, **extra
+        # q is traced here, so the transform is made inside the program; its state does not depend
+        # on q, which is why init could make it at q = 0.
+        result, inner_state = update(
+            factory(q), coefficients, state.inner, scores, key=key, axis_name=axis_name
         )
         return result, ControllerState(count, average, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return stateful(init, update_at_q)

@@ -1,21 +1,26 @@
 """Parts of estimators: transforms of coefficients, to be chained as optax transforms are.
 
-Each part is an `optax.GradientTransformationExtraArgs` whose updates are `Coefficients` and whose
-params are `Scores`: `init(scores) -> state` and
+A part is an optax transform of `Coefficients`: `init(scores) -> state` and
 `update(coefficients, state, scores, *, key, axis_name) -> (coefficients, state)`.
-Notation: a_m = log w_m, A = log of the group's mean weight wbar (an unbiased estimate of P), A_{-m}
-the same over the other rollouts, n the group's valid rollouts (M unless some are padding).
-`weight` maps scores to log-weights [B, M]: the gold answer's likelihood unless said otherwise.
+
+Notation in this file:
+  a_m     log w_m, the log-weight of rollout m; `weight` maps scores to it, by default
+          log p(y* | x*, z_m), the gold answer's likelihood.
+  A       log of the group's mean weight wbar, an unbiased estimate of P.
+  A_{-m}  the same over the group's other rollouts.
+  n       the group's valid rollouts: M unless some are padding.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.typing import ArrayLike
 
 from qlog.losses import group_stats
+from qlog.losses.checks import check_choice, check_integer, check_number
 from qlog.losses.compose import initial_coefficients, stateless
-from qlog.losses.types import LossTransform, check_choice, check_count, check_number
+from qlog.losses.group_stats import Weight
+from qlog.losses.types import AxisName, Coefficients, Commitment, LossTransform, Scores
 
 RESAMPLING = ("multinomial", "systematic")
 
@@ -23,14 +28,12 @@ RESAMPLING = ("multinomial", "systematic")
 # --- What a group's rollouts are worth -----------------------------------------------------------
 
 
-def rao_blackwell(weight=group_stats.log_likelihood) -> LossTransform:
-    """score = path = w_m / M: the gradient of l_0 = 1 - P, the answer summed out (eq 9, q = 0).
+def rao_blackwell(weight: Weight = group_stats.log_likelihood) -> LossTransform:
+    """score = path = w_m / M: the gradient of l_0 = 1 - P, the answer summed out (eq 9, q = 0)."""
 
-    Kept as w_m / sum w with log_scale A.
-    """
-
-    def function(coefficients, scores, **_):
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
         log_weights = weight(scores)
+        # w_m / M = (w_m / sum w) * wbar: the share in score and path, wbar in the scale.
         share = group_stats.normalized(log_weights)
         scale = group_stats.finite(group_stats.log_mean(log_weights, scores))
         return coefficients._replace(
@@ -44,7 +47,7 @@ def resample_posterior(
     k: int | None = None,
     method: str = "multinomial",
     salt: int = 0,
-    weight=group_stats.log_likelihood,
+    weight: Weight = group_stats.log_likelihood,
 ) -> LossTransform:
     """score = path = n_m / K, n counts of K draws from Categorical(w / sum w): grad l_1 (eq 14).
 
@@ -56,39 +59,59 @@ def resample_posterior(
     """
     check_choice("method", method, RESAMPLING)
     if k is not None:
-        check_count("k", k)
+        check_integer("k", k)
 
-    def draw(key, share, count):
-        size = share.shape[0] if k is None else k
-        index = jnp.arange(size, dtype=jnp.float32)
-        if method == "systematic":
-            points = (index + jax.random.uniform(key)) / count
-        else:
-            points = jnp.sort(jnp.where(index < count, jax.random.uniform(key, (size,)), 2.0))
-        last = share.shape[0] - 1 - jnp.argmax(share[::-1] > 0)
-        # Rounding must neither lose a draw nor give one to a rollout of weight zero.
-        upper = jnp.where(jnp.arange(share.shape[0]) >= last, 1.5, jnp.cumsum(share))
-        below = jnp.searchsorted(jnp.where(index < count, points, 2.0), upper, side="left")
-        return jnp.diff(below, prepend=0) / count
-
-    def function(coefficients, scores, *, key, axis_name):
+    def function(
+        coefficients: Coefficients,
+        scores: Scores,
+        *,
+        key: jax.Array | None,
+        axis_name: AxisName,
+    ) -> Coefficients:
         if key is None:
             raise TypeError("resample_posterior draws at random: pass key=, a jax PRNG key")
         share = group_stats.normalized(weight(scores))
-        count = (
-            group_stats.num_valid(scores)[:, 0]
-            if k is None
-            else jnp.full(share.shape[:1], float(k))
-        )
+        if k is None:
+            num_draws = group_stats.num_valid(scores)[:, 0]
+        else:
+            num_draws = jnp.full(share.shape[:1], float(k))
+        # A key for each group by its place in the batch: any layout over devices draws the same.
         groups = group_stats.group_index(scores, axis_name)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, salt), groups)
-        frequency = jax.vmap(draw)(keys, share, count)
+        draw = functools.partial(_frequencies, most=k or share.shape[1], method=method)
+        frequency = jax.vmap(draw)(keys, share, num_draws)
+        # Without any weight there is nothing to draw from; the group keeps zero coefficients.
         frequency = jnp.where(jnp.sum(share, 1, keepdims=True) > 0, frequency, 0.0)
         return coefficients._replace(
             score=frequency, path=frequency, log_scale=jnp.zeros_like(share)
         )
 
     return stateless(function)
+
+
+def _frequencies(
+    key: jax.Array, share: jax.Array, num_draws: jax.Array, *, most: int, method: str
+) -> jax.Array:
+    """[M] n_m / K of one group: K = `num_draws` draws from Categorical(`share`), `most` at most.
+
+    By inversion: points in [0, 1), and how many of them fall into each rollout's interval of the
+    cumulated shares.
+    """
+    index = jnp.arange(most, dtype=jnp.float32)
+    is_draw = index < num_draws  # the array has `most` places whatever K is
+    if method == "systematic":
+        points = (index + jax.random.uniform(key)) / num_draws
+    else:
+        # 2.0 lies beyond every interval; it also sorts behind the points that count.
+        points = jnp.sort(jnp.where(is_draw, jax.random.uniform(key, (most,)), 2.0))
+    points = jnp.where(is_draw, points, 2.0)
+
+    # Rounding must neither lose a draw nor give one to a rollout of weight zero. So the interval
+    # of the last rollout with a weight, and all after it, end above 1 instead of at the sum.
+    last = share.shape[0] - 1 - jnp.argmax(share[::-1] > 0)
+    upper = jnp.where(jnp.arange(share.shape[0]) >= last, 1.5, jnp.cumsum(share))
+    below = jnp.searchsorted(points, upper, side="left")  # [M] points below each upper end
+    return jnp.diff(below, prepend=0) / num_draws
 
 
 def uniform() -> LossTransform:
@@ -99,8 +122,9 @@ def uniform() -> LossTransform:
 def from_reward() -> LossTransform:
     """score = path = r_m / M, r the reward of the sampled answer (REINFORCE)."""
 
-    def function(coefficients, scores, **_):
-        share = jnp.where(scores.valid, scores.reward, 0.0) / group_stats.num_valid(scores)
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        reward = scores.require("reward", "from_reward")
+        share = jnp.where(scores.is_valid, reward, 0.0) / group_stats.num_valid(scores)
         return coefficients._replace(score=share, path=share, log_scale=jnp.zeros_like(share))
 
     return stateless(function)
@@ -109,29 +133,29 @@ def from_reward() -> LossTransform:
 # --- Powers of P (Prop 4.1) ----------------------------------------------------------------------
 
 
-def amplify(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
+def amplify(q: Commitment, weight: Weight = group_stats.log_likelihood) -> LossTransform:
     """Multiplies by wbar^(-q): from the gradient of l_0 to that of l_q (Prop 4.1)."""
     check_number("q", q, 0, 1)
 
-    def function(coefficients, scores, **_):
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
         scale = group_stats.finite(group_stats.log_mean(weight(scores), scores))
         return coefficients._replace(log_scale=coefficients.log_scale - q * scale)
 
     return stateless(function)
 
 
-def attenuate(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
+def attenuate(q: Commitment, weight: Weight = group_stats.log_likelihood) -> LossTransform:
     """Multiplies by wbar^(1-q): from the gradient of l_1 to that of l_q (Prop 4.1)."""
     check_number("q", q, 0, 1)
 
-    def function(coefficients, scores, **_):
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
         scale = group_stats.finite(group_stats.log_mean(weight(scores), scores))
         return coefficients._replace(log_scale=coefficients.log_scale + (1 - q) * scale)
 
     return stateless(function)
 
 
-def jackknife(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
+def jackknife(q: Commitment, weight: Weight = group_stats.log_likelihood) -> LossTransform:
     """GARL's plug-in with its 1/M bias removed: n T - (n-1) mean_j T_{-j} (Quenouille's jackknife).
 
     T is the plug-in estimate, T_{-j} the same without rollout j, so that for both coefficients
@@ -141,41 +165,57 @@ def jackknife(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
     """
     check_number("q", q, 0, 1)
 
-    def function(coefficients, scores, **_):
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
         log_weights = weight(scores)
-        mean = group_stats.log_mean(log_weights, scores)
-        log_weights = log_weights - group_stats.finite(jnp.max(log_weights, 1, keepdims=True))
-        share = group_stats.normalized(log_weights)
-        n = group_stats.num_valid(scores)
-        others = jnp.maximum(group_stats.log_mean_others(log_weights, scores), group_stats.LEAST)
-        # c_m = share_m wbar^(1-q) (1 - sum_{j != m} expm1(x_j)), x_j = -q log(wbar_{-j} / wbar):
-        # a sum of n small numbers, so each is computed from share_j unless j dominates the group.
-        log_ratio = jnp.where(
-            share < 0.5,
-            jnp.log1p(-jnp.minimum(share, 0.5)) - jnp.log1p(-1 / jnp.maximum(n, 2)),
-            others - group_stats.finite(group_stats.log_mean(log_weights, scores)),
-        )
-        x = jnp.where(scores.valid & ~jnp.isneginf(mean), -q * log_ratio, 0.0)
-        # A dominant rollout's x_j may exceed float32's exp where share_m falls below it: in logs.
-        large = x > 1.0
-        small = jnp.where(large, 0.0, jnp.expm1(x))
-        small = jnp.sum(small, 1, keepdims=True) - small
-        total = group_stats.finite(jax.nn.logsumexp(log_weights, 1, keepdims=True))
-        log_large = (
-            log_weights - total + group_stats.logsumexp_others(jnp.where(large, x, -jnp.inf))
-        )
-        others_large = jnp.sum(large, 1, keepdims=True) - large
-        value = share * (1 - small + others_large) - jnp.exp(log_large)
-        scale = jnp.broadcast_to((1 - q) * group_stats.finite(mean), share.shape)
+        mean = group_stats.log_mean(log_weights, scores)  # [B, 1] log wbar
+        value = _jackknifed(log_weights, mean, scores, q)
+        scale = jnp.broadcast_to((1 - q) * group_stats.finite(mean), value.shape)
         return coefficients._replace(score=value, path=value, log_scale=scale)
 
     return stateless(function, min_rollouts=2)
 
 
+def _jackknifed(
+    log_weights: jax.Array, mean: jax.Array, scores: Scores, q: Commitment
+) -> jax.Array:
+    """[B, M] the jackknife's c_m / wbar^(1-q), without differences of large numbers.
+
+    c_m = share_m wbar^(1-q) (1 - sum_{j != m} expm1(x_j)), x_j = -q log(wbar_{-j} / wbar). Every
+    x_j is small, unless rollout j dominates the group.
+    """
+    # Relative to the largest weight: nothing below can overflow, and ratios are unchanged.
+    log_weights = log_weights - group_stats.finite(jnp.max(log_weights, 1, keepdims=True))
+    share = group_stats.normalized(log_weights)
+    n = group_stats.num_valid(scores)
+    others = jnp.maximum(group_stats.log_mean_others(log_weights, scores), group_stats.LEAST)
+
+    # log(wbar_{-j} / wbar) = log(1 - share_j) - log(1 - 1/n): exact where share_j is small, while
+    # a difference of two logs would lose its digits. A dominant j has share_j near 1, where the
+    # mean of the others must be computed from the others.
+    log_ratio = jnp.where(
+        share < 0.5,
+        jnp.log1p(-jnp.minimum(share, 0.5)) - jnp.log1p(-1 / jnp.maximum(n, 2)),
+        others - group_stats.finite(group_stats.log_mean(log_weights, scores)),
+    )
+    x = jnp.where(scores.is_valid & ~jnp.isneginf(mean), -q * log_ratio, 0.0)
+
+    # Small x: expm1 and a plain sum. Large x: exp(x_j) may exceed float32 although its product
+    # with share_m does not, so that product is formed in logs.
+    large = x > 1.0
+    small = jnp.where(large, 0.0, jnp.expm1(x))
+    small = jnp.sum(small, 1, keepdims=True) - small
+    total = group_stats.finite(jax.nn.logsumexp(log_weights, 1, keepdims=True))
+    log_large = log_weights - total + group_stats.logsumexp_others(jnp.where(large, x, -jnp.inf))
+    others_large = jnp.sum(large, 1, keepdims=True) - large  # expm1(x) = exp(x) - 1: the ones
+    return share * (1 - small + others_large) - jnp.exp(log_large)
+
+
 # --- Baselines and normalisation within a group ---------------------------------------------------
 
 
-def leave_one_out_baseline(q: ArrayLike, weight=group_stats.log_likelihood) -> LossTransform:
+def leave_one_out_baseline(
+    q: Commitment, weight: Weight = group_stats.log_likelihood
+) -> LossTransform:
     """Subtracts wbar_{-m}^(1-q) / M from the score coefficient (eq 12, Algorithm 1).
 
     The baseline does not depend on z_m, so the mean is unchanged (Prop 6.2). It is 1/M at q = 1.
@@ -183,15 +223,17 @@ def leave_one_out_baseline(q: ArrayLike, weight=group_stats.log_likelihood) -> L
     """
     check_number("q", q, 0, 1)
 
-    def function(coefficients, scores, **_):
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
         log_weights = weight(scores)
         mean = group_stats.log_mean(log_weights, scores)
         scale = group_stats.finite(mean)
         others = jnp.maximum(group_stats.log_mean_others(log_weights, scores), group_stats.LEAST)
-        # wbar_{-m}^(1-q) as (wbar_{-m}/wbar)^(1-q) times wbar^(1-q), which is the usual log_scale.
+        # score holds c / exp(log_scale), so the baseline is divided by that scale too (the rule in
+        # `stateless`): wbar_{-m}^(1-q) as (wbar_{-m} / wbar)^(1-q) times wbar^(1-q), which is
+        # the usual log_scale, so that the second bracket is 0 then.
         log_baseline = (1 - q) * (others - scale) + (scale - q * scale - coefficients.log_scale)
         baseline = jnp.exp(log_baseline) / group_stats.num_valid(scores)
-        alive = scores.valid & ~jnp.isneginf(mean)
+        alive = scores.is_valid & ~jnp.isneginf(mean)  # [B, M]
         return coefficients._replace(score=coefficients.score - jnp.where(alive, baseline, 0.0))
 
     return stateless(function, min_rollouts=2)
@@ -199,34 +241,36 @@ def leave_one_out_baseline(q: ArrayLike, weight=group_stats.log_likelihood) -> L
 
 def center() -> LossTransform:
     """Subtracts the group's mean from both coefficients."""
-
-    def function(coefficients, scores, **_):
-        shift = lambda x: jnp.where(scores.valid, x - group_stats.group_mean(x, scores), 0.0)
-        return coefficients._replace(score=shift(coefficients.score), path=shift(coefficients.path))
-
-    return stateless(function)
+    return stateless(lambda coefficients, scores, **_: _centered(coefficients, scores))
 
 
 def center_leave_one_out() -> LossTransform:
     """Subtracts the mean of the *other* rollouts from both coefficients: n/(n-1) times `center`."""
-    centre = center()
 
-    def function(coefficients, scores, **_):
-        centred, _ = centre.update(coefficients, optax.EmptyState(), scores)
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        centered = _centered(coefficients, scores)
         n = group_stats.num_valid(scores)
         factor = n / jnp.maximum(n - 1, 1)
-        return centred._replace(score=centred.score * factor, path=centred.path * factor)
+        return centered._replace(score=centered.score * factor, path=centered.path * factor)
 
     return stateless(function, min_rollouts=2)
+
+
+def _centered(coefficients: Coefficients, scores: Scores) -> Coefficients:
+    # Within a group log_scale is one number, so the mean can be taken before it is applied.
+    shift = lambda x: jnp.where(scores.is_valid, x - group_stats.group_mean(x, scores), 0.0)
+    return coefficients._replace(score=shift(coefficients.score), path=shift(coefficients.path))
 
 
 def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
     """Divides by the population standard deviation of the group's rewards plus `eps` (GRPO)."""
     check_number("eps", eps, 0, 1)
 
-    def function(coefficients, scores, **_):
-        deviation = scores.reward - group_stats.group_mean(scores.reward, scores)
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        reward = scores.require("reward", "scale_by_group_std")
+        deviation = reward - group_stats.group_mean(reward, scores)
         std = jnp.sqrt(group_stats.group_mean(jnp.square(deviation), scores)) + eps
+        # With eps = 0, a group of equal rewards has std 0; its coefficients are 0 already.
         factor = 1 / jnp.where(std > 0, std, 1.0)
         return coefficients._replace(
             score=coefficients.score * factor, path=coefficients.path * factor

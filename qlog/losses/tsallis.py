@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from qlog.losses.types import check_number
+from qlog.losses.checks import check_number
 
-_LEAST = -1e18  # stands for log 0: its square is still a float32
+_LEAST = -1e18  # a finite log 0 whose square is still a float32
 
 
 def _prepare(name: str, value: ArrayLike, q: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """`value` and `q` in float32; TypeError or ValueError unless both are real and q in [0, 1]."""
     check_number("q", q, 0, 1)
     for label, argument in ((name, value), ("q", q)):
         if not jnp.issubdtype(jnp.result_type(argument), jnp.number):
@@ -24,9 +25,12 @@ def _prepare(name: str, value: ArrayLike, q: ArrayLike) -> tuple[jax.Array, jax.
 
 def _psi(x: jax.Array) -> jax.Array:
     """(x e^x - expm1(x)) / x^2, by its Taylor series near 0, where the difference cancels."""
+    # Both branches of a jnp.where are computed, and differentiated: each gets an argument at which
+    # it is harmless where the other one is chosen.
     near = jnp.abs(x) < 0.5
     far = jnp.where(near, 1.0, x)
     x = jnp.where(near, x, 0.0)
+    # sum_k (k+1) x^k / (k+2)!, by Horner's rule from the highest power down.
     series = jnp.zeros_like(x)
     for k, factorial in (
         (7, 362880),
@@ -42,8 +46,10 @@ def _psi(x: jax.Array) -> jax.Array:
     return jnp.where(near, series, (far * jnp.exp(far) - jnp.expm1(far)) / far / far)
 
 
+# The derivative with respect to q is a difference of two nearly equal numbers around q = 1, and at
+# log P = -inf it would be NaN. So both derivatives are written out below.
 @jax.custom_jvp
-def _log_q(log_p, q):
+def _log_q(log_p: jax.Array, q: jax.Array) -> jax.Array:
     s = 1 - q
     safe = jnp.where(s == 0, 1.0, s)
     return jnp.where(s == 0, log_p, jnp.expm1(safe * log_p) / safe)
@@ -53,6 +59,7 @@ def _log_q(log_p, q):
 def _log_q_jvp(primals, tangents):
     log_p, q = primals
     bounded = jnp.maximum(log_p, _LEAST)
+    # With l = log p: d/dl = e^((1-q) l), and d/dq = -l^2 psi((1-q) l).
     x = (1 - q) * bounded
     d_log_p = jnp.exp(x) * tangents[0]
     d_q = -jnp.square(bounded) * _psi(x) * tangents[1]
@@ -73,7 +80,8 @@ def log_exp_q(value: ArrayLike, q: ArrayLike) -> jax.Array:
     value, q = jnp.broadcast_arrays(*_prepare("value", value, q))
     s = 1 - q
     x = s * value
-    near = jnp.abs(x) < 1e-4  # includes q = 1; the series keeps value and gradient exact there
+    # log1p(x) / x, by its series where x is near 0, q = 1 included: value and gradient are exact.
+    near = jnp.abs(x) < 1e-4
     far = jnp.where(near, 1.0, x)
     ratio = jnp.where(near, 1 - x / 2 + x * x / 3, jnp.log1p(far) / far)
     return value * ratio

@@ -1,29 +1,59 @@
-"""The records that loss transforms speak: scores in, coefficients out.
+"""The records of the losses: scores in, coefficients out, then token log-probabilities and sums.
 
 Shapes: B prompts, M rollouts per prompt, R tokens of a continuation. All reals are float32.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-LossTransform = optax.GradientTransformationExtraArgs
+from qlog.losses.checks import check_choice, check_integer
+
+Commitment = float | jax.Array  # q in [0, 1]: a number, or a scalar that is traced
+AxisName = str | tuple[str, ...] | None  # mapped axes that split the prompts; None under jit
+LossState = Any  # the pytree of arrays that a transform keeps between steps
+
+
+# Of the fields of `Scores`.
+_DTYPES = dict(log_w=jnp.float32, reward=jnp.float32, valid=jnp.bool_, num_tokens=jnp.int32)
 
 
 class Scores(NamedTuple):
     """What is known of a batch of groups once its rollouts are sampled and scored.
 
-    A loss transform sees `Scores` where an optax transform sees parameters.
+    A loss transform sees `Scores` where an optax transform sees parameters. Leave out what you do
+    not have: a part that reads it says so. At least one field must be there, for B and M.
     """
 
-    log_w: jax.Array  # [B, M] float32, log p(y*|x*, z_m) <= 0; -inf allowed
-    reward: jax.Array  # [B, M] float32, reward of the sampled answer (exact match: 0 or 1)
-    valid: jax.Array  # [B, M] bool, False for padding, which never contributes
-    num_tokens: jax.Array  # [B, M] int32, tokens that carry a coefficient (rationale + answer)
+    log_w: jax.Array | None = None  # [B, M] float32, log p(y*|x*, z_m) <= 0; -inf allowed
+    reward: jax.Array | None = None  # [B, M] float32, of the sampled answer (exact match: 0 or 1)
+    valid: jax.Array | None = None  # [B, M] bool, False for padding; None: there is no padding
+    num_tokens: jax.Array | None = None  # [B, M] int32, tokens of the rationale and the answer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, M), from whichever field is there."""
+        num_prompts, num_rollouts = np.shape(next(x for x in self if x is not None))
+        return num_prompts, num_rollouts
+
+    @property
+    def is_valid(self) -> jax.Array:
+        """[B, M] bool: `valid`, or True everywhere where it was left out."""
+        return jnp.ones(self.shape, bool) if self.valid is None else self.valid
+
+    def require(self, field: str, by: str) -> jax.Array:
+        """The field [B, M]; ValueError that names `by`, the part that reads it, if it is None."""
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(
+                f"{by} reads scores.{field}, which is missing: pass losses.Scores({field}=...), "
+                f"{_DTYPES[field].__name__} [B, M]"
+            )
+        return value
 
 
 class Coefficients(NamedTuple):
@@ -35,8 +65,61 @@ class Coefficients(NamedTuple):
 
     score: jax.Array  # [B, M] float32, multiplies log p(z_m | x*), the score-function term
     path: jax.Array  # [B, M] float32, multiplies log p(answer | x*, z_m), the pathwise term
-    log_scale: jax.Array  # [B, M] float32, finite
+    log_scale: jax.Array  # [B, M] float32, finite; 0 in what `losses.coefficients` returns
     token_weight: jax.Array  # [B, M] float32, weight of a token's penalty (KL); not scaled
+
+
+class Update(Protocol):
+    """Maps the coefficients of a batch of groups, and the state, to new ones."""
+
+    def __call__(
+        self,
+        coefficients: Coefficients,
+        state: LossState,
+        scores: Scores,
+        *,
+        key: jax.Array | None = None,
+        axis_name: AxisName = None,
+    ) -> tuple[Coefficients, LossState]: ...
+
+
+class LossTransform(Protocol):
+    """An optax transform with `Coefficients` for its updates and `Scores` for its parameters.
+
+    At run time it is an `optax.GradientTransformationExtraArgs`. This is its type: optax's own
+    knows of trees of arrays only, not of records.
+    """
+
+    @property
+    def init(self) -> Callable[[Scores], LossState]: ...
+
+    @property
+    def update(self) -> Update: ...
+
+
+class TokenLogProbs(NamedTuple):
+    """Log-probabilities of a microbatch's tokens: b of the B prompts."""
+
+    new: jax.Array  # [b, M, R] float, under the parameters that are differentiated
+    rationale_mask: jax.Array  # [b, M, R] bool, True for tokens of the rationale
+    answer_mask: jax.Array  # [b, M, R] bool, True for tokens of the answer
+    old: jax.Array | None = None  # [b, M, R] float, under the policy that sampled the tokens
+    reference: jax.Array | None = None  # [b, M, R] float, under the reference parameters
+
+    @property
+    def is_token(self) -> jax.Array:
+        """[b, M, R] bool: tokens of a rationale or an answer, which carry a coefficient."""
+        return self.rationale_mask | self.answer_mask
+
+    def require(self, field: str, by: str) -> jax.Array:
+        """`old` or `reference`, a constant for differentiation; ValueError naming `by` if None."""
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(
+                f"{field} must be log-probabilities of shape {np.shape(self.new)} for {by}, "
+                "got None"
+            )
+        return jax.lax.stop_gradient(value)
 
 
 class Sums(NamedTuple):
@@ -51,66 +134,160 @@ class Sums(NamedTuple):
     kl: jax.Array  # sum over tokens of the KL estimate, in nats (0 without a reference)
 
 
-Surrogate = Callable[..., Sums]
+# The loss of a microbatch from its coefficients [b, M] and the log-probabilities of its tokens.
+Surrogate = Callable[[Coefficients, TokenLogProbs], Sums]
+
+Rationale = Literal["sampled", "annotated"]  # "annotated": they come with the data (SFT)
+Answer = Literal["gold", "sampled"]  # the answer that the path coefficient multiplies
 
 
-class Estimator(NamedTuple):
-    """A way to estimate a gradient, and what a trainer must provide for it."""
+@dataclass(frozen=True)
+class Estimator:
+    """A way to estimate a gradient, and what a trainer must provide for it.
+
+    Hashable, so that jit can take it as a static argument.
+
+    Attributes:
+      transform: gives the coefficients of a batch (`losses.coefficients`).
+      surrogate: gives the loss of a microbatch from them; hashable.
+      rationale: 'sampled' from the policy, or 'annotated': they come with the data (SFT).
+      answer: 'gold' or 'sampled', the answer that the path coefficient multiplies.
+      reward: name of the grader of sampled answers, such as 'exact_match'; None: no answers are
+        sampled and `Scores.reward` stays missing.
+      reference: whether the surrogate reads log-probabilities under reference parameters.
+      min_rollouts: smallest M for which the estimator is defined.
+
+    Raises:
+      TypeError, ValueError: a field of the wrong kind, or fields that contradict each other.
+    """
 
     transform: LossTransform
     surrogate: Surrogate
-    rationale: str = "sampled"  # or "annotated": rationales come with the data (SFT)
-    answer: str = "gold"  # or "sampled": the answer that the path coefficient multiplies
-    reward: str | None = None  # or "exact_match": answers must be sampled and graded
-    reference: bool = False  # needs log-probabilities under the reference parameters
-    min_rollouts: int = 1  # smallest M for which the estimator is defined
+    rationale: Rationale = "sampled"
+    answer: Answer = "gold"
+    reward: str | None = None
+    reference: bool = False
+    min_rollouts: int = 1
+
+    def __post_init__(self):
+        for method in ("init", "update"):
+            if not callable(getattr(self.transform, method, None)):
+                raise TypeError(
+                    "Estimator.transform must be an optax transform with init and update, "
+                    f"got {self.transform!r}"
+                )
+        if not callable(self.surrogate):
+            raise TypeError(f"Estimator.surrogate must be a function, got {self.surrogate!r}")
+        check_needs("Estimator", self.rationale, self.answer, self.reward)
+        if not isinstance(self.reference, bool):
+            raise TypeError(f"Estimator.reference must be True or False, got {self.reference!r}")
+        check_integer("Estimator.min_rollouts", self.min_rollouts)
+        if self.rationale == "annotated" and self.min_rollouts > 1:
+            raise ValueError(
+                f"Estimator.min_rollouts={self.min_rollouts} contradicts rationale='annotated', "
+                "which brings one rationale per prompt: leave it 1"
+            )
 
 
-def zero_scores(num_prompts: int, num_rollouts: int) -> Scores:
-    """Scores of the given shape, to initialise a transform's state with."""
+def check_needs(owner: str, rationale: str, answer: str, reward: str | None) -> None:
+    """Raises unless the three are words that `owner`, a record, knows and mean something together.
+
+    Raises:
+      TypeError: a reward that is not a string.
+      ValueError: an unknown word, or a contradiction.
+    """
+    check_choice(f"{owner}.rationale", rationale, get_args(Rationale))
+    check_choice(f"{owner}.answer", answer, get_args(Answer))
+    if reward is not None and not isinstance(reward, str):
+        raise TypeError(f"{owner}.reward must be a string or None, got {reward!r}")
+    if reward == "":
+        raise ValueError(f"{owner}.reward must name a grader, such as 'exact_match', got ''")
+    # Nothing is sampled for an annotated rationale, so there is no sampled answer after it.
+    if rationale == "annotated" and answer == "sampled":
+        raise ValueError(
+            f"{owner}.answer='sampled' contradicts rationale='annotated', which samples nothing: "
+            "use answer='gold'"
+        )
+    if rationale == "annotated" and reward is not None:
+        raise ValueError(
+            f"{owner}.reward={reward!r} contradicts rationale='annotated', which samples no "
+            "answer to grade: use reward=None"
+        )
+    # Trainers sample an answer only to grade it: without a reward there would be none to train on.
+    if answer == "sampled" and reward is None:
+        raise ValueError(
+            f"{owner}.answer='sampled' needs a reward: name one, such as 'exact_match', "
+            "or use answer='gold'"
+        )
+
+
+def abstract_scores(num_prompts: int, num_rollouts: int) -> Scores:
+    """Shapes and dtypes of scores [B, M], for `transform.init` before anything is sampled.
+
+    The fields are `jax.ShapeDtypeStruct`s: nothing can be computed from them by mistake.
+    """
     shape = (num_prompts, num_rollouts)
-    real = jnp.zeros(shape, jnp.float32)
-    return Scores(real, real, jnp.ones(shape, bool), jnp.ones(shape, jnp.int32))
+    fields = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in _DTYPES.items()}
+    # Like traced arrays they have a shape and a dtype, all that an init reads.
+    return Scores(**cast(dict[str, jax.Array], fields))
 
 
-def check_scores(scores: Scores) -> None:
-    """Raises TypeError or ValueError unless `scores` holds four [B, M] arrays of the right kind."""
+def check_scores(scores: object) -> Scores:
+    """`scores`, if it is `Scores` that hold [B, M] arrays of the right kind, at least one.
+
+    Raises:
+      TypeError: not `Scores`, or a field of another dtype.
+      ValueError: a field of another shape, or no field at all.
+    """
     if not isinstance(scores, Scores):
         raise TypeError(f"scores must be losses.Scores, got {type(scores).__name__}")
-    shape = jnp.shape(scores.log_w)
+    present = {name: value for name, value in scores._asdict().items() if value is not None}
+    if not present:
+        raise ValueError(f"scores must have at least one of {', '.join(_DTYPES)}, got none")
+    first = next(iter(present))
+    shape = np.shape(present[first])
     if len(shape) != 2:
-        raise ValueError(f"scores.log_w must have shape [B, M], got {shape}")
-    kinds = dict(log_w=jnp.float32, reward=jnp.float32, valid=jnp.bool_, num_tokens=jnp.int32)
-    for name, dtype in kinds.items():
-        value = getattr(scores, name)
-        if jnp.shape(value) != shape:
+        raise ValueError(f"scores.{first} must have shape [B, M], got {shape}")
+    for name, value in present.items():
+        if np.shape(value) != shape:
             raise ValueError(
-                f"scores.{name} must have log_w's shape {shape}, got {jnp.shape(value)}"
+                f"scores.{name} must have {first}'s shape {shape}, got {np.shape(value)}"
             )
+        dtype = _DTYPES[name]
         if jnp.result_type(value) != dtype:
             raise TypeError(f"scores.{name} must be {dtype.__name__}, got {jnp.result_type(value)}")
+    return scores
 
 
-def check_number(name: str, value, low: float, high: float) -> None:
-    """Raises unless `value` is traced, or a real number or array with all of it in [low, high]."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    numbers = np.asarray(value)
-    if numbers.dtype.kind not in "fiu":
-        raise TypeError(f"{name} must be a number in [{low}, {high}], got {value!r}")
-    if not np.all((low <= numbers) & (numbers <= high)):
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value!r}")
+def check_tokens(coefficients: Coefficients, tokens: TokenLogProbs) -> None:
+    """Raises unless the records have shapes [b, M] and [b, M, R], and bool masks.
 
-
-def check_choice(name: str, value, choices) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_count(name: str, value, low: int = 1) -> None:
-    """Raises unless `value` is a Python integer of at least `low`: it fixes a shape or a length."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer of at least {low}, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value!r}")
+    Raises:
+      TypeError: other records.
+      ValueError: a field of another shape, or a mask of another dtype.
+    """
+    if not isinstance(coefficients, Coefficients) or not isinstance(tokens, TokenLogProbs):
+        raise TypeError(
+            "a surrogate takes losses.Coefficients and losses.TokenLogProbs, got "
+            f"{type(coefficients).__name__} and {type(tokens).__name__}"
+        )
+    score, path, _, token_weight = map(np.shape, coefficients)
+    if len(score) != 2 or path != score:
+        raise ValueError(f"score and path must have one shape [b, M], got {score}, {path}")
+    if token_weight != score:
+        raise ValueError(f"token_weight must have score's shape {score}, got {token_weight}")
+    new = np.shape(tokens.new)
+    if len(new) != 3 or new[:2] != score:
+        raise ValueError(f"new must have shape [b, M, R] with [b, M] = {score}, got {new}")
+    for name in ("rationale_mask", "answer_mask"):
+        mask = getattr(tokens, name)
+        if np.shape(mask) != new or jnp.result_type(mask) != jnp.bool_:
+            raise ValueError(
+                f"{name} must be bool {new}, got {jnp.result_type(mask)} {np.shape(mask)}"
+            )
+    for name in ("old", "reference"):
+        value = getattr(tokens, name)
+        if value is not None and np.shape(value) != new:
+            raise ValueError(
+                f"{name} must be log-probabilities of shape {new}, got {np.shape(value)}"
+            )

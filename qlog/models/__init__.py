@@ -3,38 +3,43 @@
 from qlog.models import flops, huggingface
 from qlog.models.config import PRESETS, DecoderConfig, RopeScaling
 from qlog.models.decoder import (
-    REMAT,
     Params,
     Prefix,
     Suffix,
-    apply,
+    decode_step,
     decoding_weights,
     empty_suffix,
+    extend,
     init,
     prefill,
+    score_step,
     shapes,
     unembedding,
     unstack,
     whole_tiles,
 )
+from qlog.models.execution import REMAT, Execution
 from qlog.models.families import from_hf_config
 
 __all__ = [
     "PRESETS",
     "REMAT",
     "DecoderConfig",
+    "Execution",
     "Params",
     "Prefix",
     "RopeScaling",
     "Suffix",
-    "apply",
+    "decode_step",
     "decoding_weights",
     "empty_suffix",
+    "extend",
     "flops",
     "from_hf_config",
     "huggingface",
     "init",
     "prefill",
+    "score_step",
     "shapes",
     "unembedding",
     "unstack",

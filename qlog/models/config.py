@@ -85,6 +85,11 @@ class DecoderConfig:
             )
 
     @property
+    def num_groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """The sliding window of each of the `num_layers` layers, 0 where there is none."""
         cycle = len(self.layer_windows)

@@ -14,32 +14,18 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from qlog.models.attention.blocks import ATTENTION, Segment, attend, attend_step
+from qlog.models.attention import Segment
 from qlog.models.config import DecoderConfig
 from qlog.models.dense import dot_general
-from qlog.models.rope import rotate, rotation
+from qlog.models.execution import PLAIN, REMAT, Execution
+from qlog.models.rope import Rotation, rotate, rotation
 
 Params = Any
 # Up to so many layers the stack is laid out flat: a loop stacks and copies what it keeps.
 _UNROLLED_LAYERS = 4
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 _NO_WINDOW = 1 << 30  # longer than any context
-_keep_attention = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names(ATTENTION),
-    # cuDNN's backward pass wants what its forward pass gave, which has no name.
-    lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper",
-)
-# What a layer keeps for its backward pass, beside its input: everything; its matrix products and
-# the attention, so that the cheap rest is computed again; the attention, for which long rollouts
-# pay most; nothing.
-REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keep_attention
-    ),
-    "attention": _keep_attention,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+KeysAndValues = tuple[Array, Array]
 
 
 class Prefix(NamedTuple):
@@ -178,8 +164,7 @@ def unembedding(params: Params) -> Array:
 def decoding_weights(params: Params, dtype) -> Params:
     """Matrices and tables in `dtype`, norms as they are, the layers as a tuple instead of stacked.
 
-    What `apply` would make of the parameters at every use: a loop that calls it often does so
-    once, before.
+    A loop of `decode_step` then casts and slices them once, and not at every step.
     """
 
     def cast(path, leaf):
@@ -202,141 +187,249 @@ def _unstacked(tree) -> tuple:
     return tuple(jax.tree.map(lambda leaf: leaf[index], tree) for index in range(count))
 
 
-def apply(
+def extend(
     params: Params,
     config: DecoderConfig,
     tokens: Array,
-    positions: Array,
     *,
     prefix: Prefix | None = None,
-    suffix: Suffix | None = None,
-    slot: Array | None = None,
-    first: Array | None = None,
-    dtype=jnp.float32,
-    remat: str = "none",
-    attend=attend,
-    attend_step=attend_step,
-    hold=lambda hidden: hidden,
-    state_only: bool = False,
-) -> tuple[Array, Any]:
-    """The one forward pass: new tokens of M rollouts over shared prefix, own suffix, themselves.
+    offsets: Array | None = None,
+    execution: Execution = PLAIN,
+) -> Array:
+    """Hidden states of M rows of tokens after a prefix that they share; differentiable in all.
 
-    | use     | tokens    | prefix   | suffix            | slot     | returned state         |
-    |---------|-----------|----------|-------------------|----------|------------------------|
-    | prefill | [B, 1, P] | none     | none              | none     | stacked (keys, values) |
-    | train   | [B, M, R] | prompt's | none              | none     | stacked (keys, values) |
-    | decode  | [B, M, 1] | prompt's | rollouts', edited | the step | the edited suffix      |
-    | score   | [B, M, R] | prompt's | rollouts', read   | none     | the suffix, as it came |
+    This is the forward pass of training. Without a prefix it is the plain forward pass.
 
     Args:
-      params: from `init` or a checkpoint, cast to `dtype` on the way in; or `decoding_weights`.
-      tokens: int32 [B, M, R]; padding, if any, follows the tokens, so causality hides it.
-      positions: int32 [B, M, R], counted from the prompt's first token.
-      prefix: keys and values that all rollouts of a prompt share.
-      suffix: keys and values of each rollout; slots beyond `suffix.lengths` are not seen.
-      slot: int32 scalar; write the new token's keys and values there in every rollout (R = 1).
-      first: int32 [B, M, R], the first of the new tokens that each may see, where several rollouts
-        are packed into one row; None is 0.
-      dtype: of the activations and of the caches.
-      remat: what the backward pass recomputes of each layer, of `REMAT`.
-      attend, attend_step: those of `attention`, or others that give the same.
-      hold: applied to the hidden states [B, M, R, D] after the embedding and every layer, to say
-        how they lie on a mesh.
-      state_only: the caller needs the keys and values alone. Of the last layer nothing else is
-        then computed, forward or backward, and the hidden states mean nothing.
+      params: from `init` or a checkpoint; cast to `execution.dtype` where they are used.
+      config: the decoder's shape.
+      tokens: int32 [B, M, R]; padding follows the tokens, so that causality hides it.
+      prefix: keys and values of the B prompts. None: positions start at 0.
+      offsets: int32 [B, M, R], where several rollouts are packed into one row: how many tokens of
+        its rollout precede each token. A token sees only its own rollout. None: a row holds one
+        rollout, and offsets are 0 to R - 1.
+      execution: see `Execution`.
 
     Returns:
-      The final hidden states [B, M, R, D], normalised, ready for the output head; and the state.
+      The final hidden states [B, M, R, D], normalised, for the output head.
     """
-    hidden = params["embed"][tokens].astype(dtype)  # so its gradient adds up in its precision
-    if config.scale_embeddings:
-        hidden = hidden * jnp.asarray(config.width**0.5, dtype)
-    hidden = hold(hidden)
-    rotation_of = _rotations(config, positions)
-    groups = config.num_heads // config.num_kv_heads
-    block = Block(config, dtype)
-
-    def heads(x, weights, window):
-        """Queries, and the new keys and values as caches hold them."""
-        turn = rotation_of(window)
-        queries, *new = block.apply({"params": weights}, x, turn, method="heads")
-        return queries, tuple(map(_by_head, new))
-
-    def finish(x, weights, mixed):
-        return block.apply({"params": weights}, x, mixed, method="finish")
-
-    def mix(queries, new, shared, own, window):
-        """Attention of new tokens over prefix, suffix and themselves: like `queries`."""
-        sight = _Sight(positions, window, groups)
-        segments = [Segment(*map(_flat, new), *sight.own(first), tokens.shape[1])]
-        if own is not None:
-            seen = jnp.broadcast_to(suffix.lengths, tokens.shape[:2])
-            slots = own[0].shape[3]
-            seen = sight.suffix(prefix.lengths, seen, slots)
-            segments.insert(0, Segment(*map(_flat, own), *seen, tokens.shape[1]))
-        if shared is not None:
-            segments.insert(0, Segment(*_cast(shared, dtype), *sight.prefix(prefix.lengths)))
-        return _rows_back(attend(_rows(queries), segments), queries)
-
-    def mix_step(queries, new, shared, own, window):
-        """`mix` of one token, which is written to its slot first; and the suffix of the layer."""
-        sight = _Sight(positions, window, groups)
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
-        now = tuple(write(old, t.astype(old.dtype)) for old, t in zip(own, new))
-        start, base = sight.start[:, 0], prefix.lengths[:, None]  # all rollouts are in step
-        mixed = attend_step(
-            queries[:, :, 0].transpose(0, 2, 1, 3, 4),
-            Segment(*_cast(shared, dtype), start, base),
-            Segment(*now, jnp.maximum(start - base, 0), jnp.reshape(slot + 1, (1, 1))),
-        )
-        return mixed.transpose(0, 2, 1, 3, 4)[:, :, None], now
-
-    shared = None if prefix is None else (prefix.keys, prefix.values)
-    windows = config.windows
-    if suffix is None:
-        # Equal layers keep their window static, so that the masks of plain ones cost nothing.
-        scanned = None if len(set(windows)) == 1 else jnp.array(windows)
-
-        def step(x, inputs):
-            weights, its_prefix, window, is_last = inputs
-            window = windows[0] if window is None else window
-            queries, new = heads(x, weights, window)
-
-            def output():
-                return hold(finish(x, weights, mix(queries, new, its_prefix, None, window)))
-
-            return output() if is_last is None else jax.lax.cond(is_last, lambda: x, output), new
-
-        if remat != "none":
-            step = jax.checkpoint(step, policy=REMAT[remat])
-        unroll = config.num_layers <= _UNROLLED_LAYERS
-        is_last = jnp.arange(config.num_layers) == config.num_layers - 1 if state_only else None
-        inputs = (params["layers"], shared, scanned, is_last)
-        hidden, state = jax.lax.scan(step, hidden, inputs, unroll=unroll)
+    if offsets is None:
+        positions, first = jnp.arange(tokens.shape[-1]), None
     else:
-        layers = []
-        parts = map(_unstacked, (params["layers"], *shared))
-        for weights, keys, values, own, window in zip(*parts, suffix.layers, windows):
-            queries, new = heads(hidden, weights, window)
-            if slot is None:
-                mixed = mix(queries, new, (keys, values), own, window)
-            else:
-                mixed, own = mix_step(queries, new, (keys, values), own, window)
-                layers.append(own)
-            hidden = finish(hidden, weights, mixed)
-        state = suffix if slot is None else suffix._replace(layers=tuple(layers))
-    final_norm = {"params": {"scale": params["final_norm"]}}
-    return RMSNorm(config.norm_eps, config.norm_offset).apply(final_norm, hidden), state
+        # A token's number in the row less its number in the rollout: where its rollout begins.
+        positions, first = offsets, jnp.maximum(jnp.arange(tokens.shape[-1]) - offsets, 0)
+    if prefix is not None:
+        positions = prefix.lengths[:, None, None] + positions
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    rotations = _rotations(config, positions)
+
+    def layer(x: Array, inputs) -> tuple[Array, None]:
+        weights, cache, window = inputs
+        window = config.windows[0] if window is None else window
+        queries, new = _heads(config, execution, weights, x, rotations.of(window))
+        visible = _Visible(positions, window, config.num_groups)
+        segments = [visible.new_tokens(new, first)]
+        if prefix is not None:
+            segments.insert(0, visible.prefix(_cast(cache, execution.dtype), prefix.lengths))
+        mixed = _attend(execution, queries, segments)
+        return execution.constrain(_finish(config, execution, weights, x, mixed)), None
+
+    caches = None if prefix is None else (prefix.keys, prefix.values)
+    inputs = (params["layers"], caches, _windows_to_scan(config))
+    hidden, _ = _scan(layer, _embed(params, config, tokens, execution), inputs, config, execution)
+    return _final_norm(params, config, hidden)
 
 
 def prefill(
-    params: Params, config: DecoderConfig, tokens: Array, lengths: Array, **options
+    params: Params,
+    config: DecoderConfig,
+    tokens: Array,
+    lengths: Array,
+    execution: Execution = PLAIN,
 ) -> Prefix:
-    """Keys and values of right-padded prompts: tokens int32 [B, P], lengths int32 [B]."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    tokens, positions = tokens[:, None], positions[:, None]
-    _, (keys, values) = apply(params, config, tokens, positions, state_only=True, **options)
+    """Keys and values of prompts, and nothing else of them; differentiable.
+
+    Args:
+      params: as for `extend`.
+      config: the decoder's shape.
+      tokens: int32 [B, P], right-padded.
+      lengths: int32 [B], the tokens of each that a continuation may see.
+      execution: see `Execution`.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)[:, None]
+    tokens = tokens[:, None]  # a prompt is a group of one row, [B, 1, P]
+    rotations = _rotations(config, positions)
+
+    def layer(x: Array, inputs) -> tuple[Array, KeysAndValues]:
+        weights, window, is_last = inputs
+        window = config.windows[0] if window is None else window
+        queries, new = _heads(config, execution, weights, x, rotations.of(window))
+
+        def output() -> Array:
+            visible = _Visible(positions, window, config.num_groups)
+            mixed = _attend(execution, queries, [visible.new_tokens(new)])
+            return execution.constrain(_finish(config, execution, weights, x, mixed))
+
+        # Nothing reads the last layer's output, only its keys and values. A scan runs the same body
+        # for every layer, so the compiler cannot leave the last one's attention and MLP out by
+        # itself. The condition does, forward and backward. Taking the last layer out of the scan
+        # would instead copy the other layers' weights out of their stacked arrays.
+        return jax.lax.cond(is_last, lambda: x, output), new
+
+    is_last = jnp.arange(config.num_layers) == config.num_layers - 1
+    inputs = (params["layers"], _windows_to_scan(config), is_last)
+    hidden = _embed(params, config, tokens, execution)
+    _, (keys, values) = _scan(layer, hidden, inputs, config, execution)  # [L, B, K, 1, P, C]
     return Prefix(keys.squeeze(3), values.squeeze(3), lengths)
+
+
+def decode_step(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Array,
+    prefix: Prefix,
+    suffix: Suffix,
+    slot: Array | int,
+    execution: Execution = PLAIN,
+) -> tuple[Array, Suffix]:
+    """One more token of every rollout; no gradient.
+
+    Args:
+      params: `decoding_weights`, or parameters as for `extend`.
+      config: the decoder's shape.
+      tokens: int32 [B, M].
+      prefix: of the B prompts; `unstack` it before a loop.
+      suffix: of the rollouts, with slots before `slot` written. Its lengths are not read.
+      slot: int32 scalar, the same for all rollouts: they are decoded in step.
+      execution: see `Execution`.
+
+    Returns:
+      The final hidden states [B, M, D], and the suffix with the tokens' keys and values in `slot`.
+    """
+    tokens = tokens[..., None]  # [B, M, 1]
+    positions = jnp.broadcast_to(prefix.lengths[:, None, None] + slot, tokens.shape)
+    rotations = _rotations(config, positions)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
+    hidden, layers = _embed(params, config, tokens, execution), []
+    for weights, cache, own, window in _layers(params, config, prefix, suffix):
+        queries, new = _heads(config, execution, weights, hidden, rotations.of(window))
+        # Written first, so that the token sees itself in its slot.
+        own = tuple(write(old, x.astype(old.dtype)) for old, x in zip(own, new, strict=True))
+        layers.append(own)
+        # One row of positions serves all rollouts: they are in step.
+        start = _Visible(positions, window, config.num_groups).start[:, 0]  # [B, 1]
+        base = prefix.lengths[:, None]  # position of the suffix's first slot
+        mixed = execution.attend_step(
+            queries[:, :, 0].transpose(0, 2, 1, 3, 4),  # [B, K, M, G, C]
+            Segment(*_cast(cache, execution.dtype), start, base),
+            Segment(*own, jnp.maximum(start - base, 0), jnp.reshape(slot + 1, (1, 1))),
+        )
+        mixed = mixed.transpose(0, 2, 1, 3, 4)[:, :, None]  # [B, M, 1, K, G, C]
+        hidden = _finish(config, execution, weights, hidden, mixed)
+    hidden = _final_norm(params, config, hidden)
+    return hidden[:, :, 0], suffix._replace(layers=tuple(layers))
+
+
+def score_step(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Array,
+    prefix: Prefix,
+    suffix: Suffix,
+    execution: Execution = PLAIN,
+) -> Array:
+    """Hidden states of a few tokens after each rollout, whose caches are only read.
+
+    Args:
+      params: as for `decode_step`.
+      config: the decoder's shape.
+      tokens: int32 [B, M, A]; they follow the first `suffix.lengths` tokens of their rollout.
+      prefix: of the B prompts.
+      suffix: of the rollouts; slots from `suffix.lengths` on are not seen.
+      execution: see `Execution`.
+
+    Returns:
+      The final hidden states [B, M, A, D], normalised, for the output head.
+    """
+    lengths = jnp.broadcast_to(suffix.lengths, tokens.shape[:2])
+    positions = (prefix.lengths[:, None] + lengths)[..., None] + jnp.arange(tokens.shape[-1])
+    rotations = _rotations(config, positions)
+    hidden = _embed(params, config, tokens, execution)
+    for weights, cache, own, window in _layers(params, config, prefix, suffix):
+        queries, new = _heads(config, execution, weights, hidden, rotations.of(window))
+        visible = _Visible(positions, window, config.num_groups)
+        segments = [
+            visible.prefix(_cast(cache, execution.dtype), prefix.lengths),
+            visible.suffix(own, prefix.lengths, lengths),
+            visible.new_tokens(new),
+        ]
+        mixed = _attend(execution, queries, segments)
+        hidden = _finish(config, execution, weights, hidden, mixed)
+    return _final_norm(params, config, hidden)
+
+
+# ---- The parts that the four share ----
+
+
+def _embed(params: Params, config: DecoderConfig, tokens: Array, execution: Execution) -> Array:
+    """int32 [B, M, R] -> [B, M, R, D]."""
+    # Cast after the look-up, so that gradients of the table add up in the table's precision.
+    hidden = params["embed"][tokens].astype(execution.dtype)
+    if config.scale_embeddings:
+        hidden = hidden * jnp.asarray(config.width**0.5, execution.dtype)
+    return execution.constrain(hidden)
+
+
+def _heads(
+    config: DecoderConfig, execution: Execution, weights: Params, x: Array, turn: Rotation
+) -> tuple[Array, KeysAndValues]:
+    """Queries [B, M, R, K, G, C], and new keys and values as caches hold them, [B, K, M, R, C]."""
+    block = Block(config, execution.dtype)
+    queries, keys, values = block.apply({"params": weights}, x, turn, method="heads")
+    return queries, (_by_head(keys), _by_head(values))
+
+
+def _finish(
+    config: DecoderConfig, execution: Execution, weights: Params, x: Array, mixed: Array
+) -> Array:
+    """`Block.finish` with one layer's weights."""
+    return Block(config, execution.dtype).apply({"params": weights}, x, mixed, method="finish")
+
+
+def _attend(execution: Execution, queries: Array, segments: list[Segment]) -> Array:
+    """Attention of queries [B, M, R, K, G, C]: the same shape."""
+    return _rows_back(execution.attend(_rows(queries), segments), queries)
+
+
+def _final_norm(params: Params, config: DecoderConfig, hidden: Array) -> Array:
+    scale = {"params": {"scale": params["final_norm"]}}
+    return RMSNorm(config.norm_eps, config.norm_offset).apply(scale, hidden)
+
+
+def _windows_to_scan(config: DecoderConfig) -> Array | None:
+    """int32 [L], or None for equal layers: their window stays static, a plain layer's masks free."""
+    return None if len(set(config.windows)) == 1 else jnp.array(config.windows)
+
+
+def _scan(layer, hidden: Array, inputs, config: DecoderConfig, execution: Execution):
+    """jax.lax.scan of a layer over the stacked layers, rematerialised as `execution` says."""
+    if execution.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT[execution.remat])
+    unroll = config.num_layers <= _UNROLLED_LAYERS
+    return jax.lax.scan(layer, hidden, inputs, unroll=unroll)
+
+
+def _layers(params: Params, config: DecoderConfig, prefix: Prefix, suffix: Suffix):
+    """Yields each layer's weights, keys and values of the prefix and of the suffix, and window.
+
+    The loop over it is unrolled, unlike `_scan`: every layer then updates its suffix in place,
+    where a scan would copy stacked caches in and out of each step.
+    """
+    parts = map(_unstacked, (params["layers"], prefix.keys, prefix.values))
+    for weights, keys, values, own, window in zip(
+        *parts, suffix.layers, config.windows, strict=True
+    ):
+        yield weights, (keys, values), own, window
 
 
 def empty_suffix(config: DecoderConfig, batch: int, rollouts: int, slots: int, dtype) -> Suffix:
@@ -348,8 +441,9 @@ def empty_suffix(config: DecoderConfig, batch: int, rollouts: int, slots: int, d
     return Suffix(layers, jnp.zeros((), jnp.int32))
 
 
-def _cast(arrays, dtype):
-    return [x.astype(dtype) for x in arrays]
+def _cast(cache: KeysAndValues, dtype) -> KeysAndValues:
+    keys, values = cache
+    return keys.astype(dtype), values.astype(dtype)
 
 
 def _by_head(x: Array) -> Array:
@@ -373,19 +467,20 @@ def _rows_back(rows: Array, like: Array) -> Array:
     return rows.reshape(batch, heads, rollouts, length, groups, size).transpose(0, 2, 3, 1, 4, 5)
 
 
-class _Sight:
-    """What the queries of one layer see of each segment: (start, stop), int32 [B or 1, M * R * G].
+class _Visible:
+    """Which slots the new tokens of one layer see: the segments that its attention takes.
 
-    Slot p of the prefix is position p, and new tokens that see each other have positions as far
-    apart as their slots, so a sliding window is a bound on slots everywhere.
+    Slot p of a prefix holds position p, and slots of a suffix or of new tokens that see each other
+    are as far apart as their positions. So a sliding window is a bound on slots everywhere.
 
     Args:
-      positions: int32 [B, M, R].
-      window: an int, or a traced int32 inside a scan over unequal layers; 0 is none.
+      positions: int32 [B, M, R] of the new tokens.
+      window: how many latest tokens each sees, 0 for all: an int, or a traced int32 inside a scan
+        over unequal layers.
       groups: G, query heads per key/value head.
     """
 
-    def __init__(self, positions: Array, window, groups: int):
+    def __init__(self, positions: Array, window: int | Array, groups: int):
         self._shape, self._groups = positions.shape, groups
         if isinstance(window, int):
             self._back = window - 1 if window else _NO_WINDOW
@@ -393,43 +488,63 @@ class _Sight:
             self._back = jnp.where(window > 0, window - 1, _NO_WINDOW)
         self.start = jnp.maximum(positions - self._back, 0)  # first position inside the window
 
-    def prefix(self, lengths: Array):
-        return self._per_row(self.start), self._per_row(lengths[:, None, None])
+    def prefix(self, cache: KeysAndValues, lengths: Array) -> Segment:
+        """cache: [B, K, P, C] each; lengths: int32 [B], the slots that hold tokens."""
+        return Segment(*cache, self._per_row(self.start), self._per_row(lengths[:, None, None]))
 
-    def suffix(self, base: Array, lengths: Array, slots: int):
-        """base: position of slot 0, [B]; lengths: slots that may be seen, [B, M]; slots: S."""
-        offset = slots * jnp.arange(self._shape[1])[:, None]
+    def suffix(self, own: KeysAndValues, base: Array, lengths: Array) -> Segment:
+        """own: [B, K, M, S, C] each; base: int32 [B], the position of slot 0; lengths: int32
+        [B, M], the slots that may be seen."""
+        rollouts, slots = own[0].shape[2:4]
+        # All rollouts' slots form one axis, M * S, where rollout m's begin at m * S.
+        offset = slots * jnp.arange(rollouts)[:, None]
         start = jnp.maximum(self.start - base[:, None, None], 0)
-        return self._per_row(offset + start), self._per_row(offset + lengths[..., None])
+        ends = self._per_row(offset + start), self._per_row(offset + lengths[..., None])
+        return Segment(*map(_flat, own), *ends, runs=rollouts)
 
-    def own(self, first: Array | None):
-        """NumPy arrays where nothing is traced: kernels may then choose by what is seen."""
+    def new_tokens(self, new: KeysAndValues, first: Array | None = None) -> Segment:
+        """new: [B, K, M, R, C] each; first: int32 [B, M, R], the first token of its row that each
+        may see, None for 0."""
+        # NumPy arrays where nothing is traced: kernels then know at compile time that attention is
+        # causal, and choose a faster one.
         xp = np if first is None and isinstance(self._back, int) else jnp
-        tokens = xp.arange(self._shape[2], dtype=xp.int32)
-        offset = self._shape[2] * xp.arange(self._shape[1], dtype=xp.int32)[:, None]
+        _, rollouts, length = self._shape
+        tokens = xp.arange(length, dtype=xp.int32)
+        offset = length * xp.arange(rollouts, dtype=xp.int32)[:, None]
         start = xp.maximum(tokens - self._back, 0 if first is None else first)
-        return self._per_row(offset + start, xp), self._per_row(offset + tokens + 1, xp)
+        ends = self._per_row(offset + start, xp), self._per_row(offset + tokens + 1, xp)
+        return Segment(*map(_flat, new), *ends, runs=rollouts)
 
-    def _per_row(self, x: Array, xp=jnp) -> Array:
+    def _per_row(self, x, xp=jnp):
+        """[M, R] or [B, M, R], or less by broadcasting -> one number per query row, [1 or B, N]."""
         x = x if x.ndim == 3 else x[None]
         x = xp.broadcast_to(x, (x.shape[0], *self._shape[1:]))
         return xp.repeat(x.reshape(x.shape[0], -1), self._groups, axis=1)
 
 
-def _rotations(config: DecoderConfig, positions: Array):
-    """RoPE's rotation of a layer as a function of its window, an int or a traced int32."""
-    angles = functools.partial(rotation, positions, config.head_dim)
-    everywhere = angles(config.rope_theta, config.rope_scaling)
-    if config.local_rope_theta is None or not any(config.windows):
-        return lambda window: everywhere
-    local = angles(config.local_rope_theta)
+class _Rotations(NamedTuple):
+    """RoPE's rotations for a set of positions."""
 
-    def of(window):
+    everywhere: Rotation
+    local: Rotation | None  # of layers with a window, where they have a frequency of their own
+
+    def of(self, window: int | Array) -> Rotation:
+        """The rotation of a layer by its window, an int or a traced int32."""
+        if self.local is None:
+            return self.everywhere
         if isinstance(window, int):
-            return local if window else everywhere
-        return jax.tree.map(functools.partial(jnp.where, window > 0), local, everywhere)
+            return self.local if window else self.everywhere
+        choose = functools.partial(jnp.where, window > 0)
+        return jax.tree.map(choose, self.local, self.everywhere)
 
-    return of
+
+def _rotations(config: DecoderConfig, positions: Array) -> _Rotations:
+    angles = functools.partial(rotation, positions, config.head_dim)
+    has_local = config.local_rope_theta is not None and any(config.windows)
+    return _Rotations(
+        angles(config.rope_theta, config.rope_scaling),
+        angles(config.local_rope_theta) if has_local else None,
+    )
 
 
 _TILE = 128

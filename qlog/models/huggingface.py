@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from qlog.errors import ConfigError, PassingError
+from qlog.errors import ConfigError, PassingError, summary
 from qlog.models import families
 from qlog.models.config import DecoderConfig
 from qlog.models.decoder import Params, shapes
@@ -115,7 +115,7 @@ def _from_hub(spec: str, weights: bool) -> pathlib.Path:
             )
         )
     except Exception as error:  # the Hub's client raises what its layers below raise
-        reason = f"{type(error).__name__}: {_one_line(error)}"
+        reason = f"{type(error).__name__}: {summary(error)}"
         command = f"{name} --revision {revision}" if revision else name
         message = (
             f"{name!r} is no folder here, and the Hugging Face Hub does not give it ({reason}): where "
@@ -230,7 +230,7 @@ def export(
     _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer)
     if is_writer:
         for name, source in carried.items():
-            assets.put(source, folder / name)
+            paths.copy(source, folder / name)
         _write_json(folder / "generation_config.json", generation)
         _write_json(folder / "config.json", fields)  # last: its presence says the rest is there
 
@@ -271,10 +271,6 @@ def digest(folder: str | os.PathLike, config: DecoderConfig) -> str:
                         seen.update(file.read(min(_SAMPLE, end - max(start, at))))
                     parts[name] = seen.hexdigest()
     return hashlib.sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()[:16]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _leaf_name(path) -> str:
@@ -442,7 +438,7 @@ def _write_safetensors(tensors: dict[str, np.ndarray], target: paths.Path) -> No
         save_file(tensors, fresh, metadata={"format": "pt"})
         fresh.chmod(mode)
         if remote:
-            assets.put(fresh, target)
+            paths.copy(fresh, target)
         else:
             os.replace(fresh, target)
 

@@ -4,22 +4,19 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """Public peaks of one device: bf16 FLOP/s, HBM bytes and bytes/s, interconnect bytes/s sent.
+    """Public peaks of one device, as the compiler sees devices (a TPU7x chip is two of them)."""
 
-    `usable`: bytes of HBM that the compiler gives to a program, as its own messages say.
-    """
-
-    flops: float
-    hbm: float
-    hbm_speed: float
-    link_speed: float
-    usable: float
+    flops: float  # bf16 FLOP/s, dense
+    hbm: float  # bytes of memory
+    hbm_speed: float  # bytes/s, to and from that memory
+    link_speed: float  # bytes/s sent to neighbours, all links together
+    usable: float  # bytes of memory that the compiler gives to a program, as its messages say
 
 
-# By the device kind that the topology reports; from the tables "Key chip specifications" of Google's
-# pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e,tpu7x}. They give interconnect in
-# both directions together, so it is halved here; v4's page gives none: its all-reduce bandwidth per
-# pod, 1.1 PB/s over 4096 chips (v5e's and v6e's, taken so, agree). A TPU7x chip is two devices.
+# By the device kind that JAX reports. The source is the table "Key chip specifications" of Google's
+# pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e,tpu7x}. They count the interconnect
+# in both directions, so it is halved here. The page on v4 has no such number: this one is from its
+# all-reduce bandwidth per pod, 1.1 PB/s over 4096 chips (v5e and v6e agree when reckoned so).
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 268e9, 31.75 * 2**30),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9, 15.75 * 2**30),
@@ -27,7 +24,8 @@ CHIPS = {
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 31.25 * 2**30),
     "TPU7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 300e9, 94.75 * 2**30),
 }
-# FLOP/s alone, dense bfloat16: NVIDIA's data sheets of A100 and H100/H200 (SXM).
+# bf16 FLOP/s, dense, from NVIDIA's data sheets of A100 and H100/H200 (SXM). Programs for GPUs are
+# not compiled ahead of time, so their other peaks are not needed.
 GPU_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -37,5 +35,5 @@ GPU_FLOPS = {
 
 
 def peak_flops(kind: str) -> float | None:
-    """bf16 FLOP/s of a device of this kind; None where nobody has written it down here."""
+    """bf16 FLOP/s of a device of this kind, as `jax.Device.device_kind`; None for unknown kinds."""
     return CHIPS[kind].flops if kind in CHIPS else GPU_FLOPS.get(kind)

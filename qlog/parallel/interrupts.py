@@ -1,19 +1,22 @@
-"""Signals that ask a process to end, and a watchdog for when nothing happens any more.
+"""Signals that ask a process to end, and a watchdog for a run in which nothing happens any more.
 
-A preempted host has seconds. So a thread reads the signals: it hears of them while the main thread
-is inside the compiler, too. What follows depends on where the main thread is:
+A preempted host has seconds, and Python runs a signal's handler only between two instructions of
+the main thread: not while that thread is inside the compiler, for minutes. So a thread of its own
+reads the signals from a pipe. What SIGINT or SIGTERM does depends on where the main thread is:
 
-| the main thread is                              | SIGINT or SIGTERM                             |
-|-------------------------------------------------|-----------------------------------------------|
-| outside `deferred()`: loading, exporting        | raises Stop where it stands, in this process  |
-| inside: training, evaluating                    | `check` or `beat` raises Stop at their next   |
-|                                                 | call, on every process of the run at the same |
-| inside, all saved, and no call comes: compiling | all processes end after some seconds          |
+| the main thread is                       | what happens                                          |
+|------------------------------------------|-------------------------------------------------------|
+| outside `deferred()`: it loads, exports  | the handler raises Stop at once, in this process      |
+| inside: it trains, evaluates             | the next `check` or `beat` raises Stop, on every      |
+|                                          | process of the run at the same call                   |
+| inside, in the compiler; all is saved    | no call comes: the thread ends the process, after     |
+|                                          | seconds, on every process at the same time            |
 
-A process tells the others through the coordinator, once a second, so that they end together.
+Why signals are deferred: a Stop in the middle of a step, on one process, would leave the others in
+a collective that never ends, and would lose the step.
 
-Further signals change nothing, but for a second Ctrl-C: it ends the process at once.
-SIGUSR1 prints the stacks of all threads.
+A second Ctrl-C ends the process at once. All other further signals change nothing. SIGUSR1 prints
+the stacks of all threads.
 """
 
 import contextlib
@@ -26,6 +29,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,34 +40,39 @@ from qlog.errors import PassingError, Stop
 from qlog.parallel import distributed, sharding
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-_PATIENCE = 2.0  # seconds for the main thread to reach a call, where there is nothing to lose
-_PATIENCE_TOGETHER = 5.0  # ... for all processes to reach it together
-_WORD = "stop"  # under which a process tells the others
+_PATIENCE = 2.0  # seconds for the main thread to reach a call, where nothing would be lost
+_PATIENCE_TOGETHER = 5.0  # the same, for all processes of a run to reach a call together
+_KEY = "stop"  # of `distributed.set_key`: "SIGNAL DEADLINE", by which processes tell each other
 
 
 class Interrupts:
-    """This process's signals and signs of life; made by `listening`.
+    """The signals and the signs of life of this process; made by `listening`.
 
     Attributes:
-      speaks: whether this process tells the user; of several, the first.
-      on_beat: called at each sign of life; cheap.
+      speaks: whether this process tells the user; of several processes the first.
+      on_beat: called at each sign of life, so it must be cheap.
     """
 
     def __init__(self):
         self.speaks = True
-        self._number = 0  # of the first signal
-        self._deferred = 0
-        self._is_leaving = False  # the main thread has taken note
-        self._flags: dict[tuple[Mesh | None, bool], jax.Array] = {}
+        self.on_beat: Callable[[], None] = lambda: None
+        # Signals. The main thread and this object's thread both read and write these; each write is
+        # one assignment, which Python does not interrupt.
+        self._number = 0  # the first signal that came; 0: none
+        self._deferred = 0  # how many `deferred()` blocks the main thread is in
+        self._is_leaving = False  # Stop was raised: the thread need not end the process
+        self._end_at: float | None = None  # wall clock; after it the thread may end the process
+        self._asked_others = 0.0  # when the thread last asked the coordinator
+        self._flags: dict[tuple[Mesh | None, bool], jax.Array] = {}  # of `flags`, on devices
+        # What `watching` was given.
         self._is_saved: Callable[[], bool] = lambda: False
         self._at_exit: Callable[[], None] = lambda: None
         self._is_resumable = False
-        self._asked_others = 0.0
-        self.on_beat: Callable[[], None] = lambda: None
-        self._alive = time.monotonic()
-        self._limit: float | None = None
+        # The watchdog. Times are of time.monotonic(), in seconds.
+        self._alive = time.monotonic()  # the last sign of life
+        self._limit: float | None = None  # silence that ends the process; None: no limit
         self._first_limit: float | None = None
-        self._seconds: list[float] = []
+        self._seconds: list[float] = []  # of the last steps
 
     # ---- Signals ----
 
@@ -82,32 +92,34 @@ class Interrupts:
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """While inside `deferred()`, as if outside: nothing has been done yet that could be lost."""
+        """While inside, signals act at once, within `deferred()` too: nothing could be lost yet."""
         before, self._deferred = self._deferred, 0
         try:
-            if self._number:
+            if self._number:  # it came while signals were deferred
                 self._receive(self._number, None)
             yield
         finally:
             self._deferred = before
 
     def check(self) -> None:
-        """A sign of life; raises Stop if a signal has reached any process. Every process must call."""
-        self.beat(distributed.agree(self.asked))
+        """A sign of life; Stop if a signal has reached any process. Every process must call."""
+        self.beat(distributed.any_process(self.asked))
 
     def flags(self, mesh: Mesh | None) -> jax.Array:
-        """bool [devices]: this process's `asked`, for a compiled program to tell whether any is set.
+        """bool [devices]: `asked` of this process on each of its devices.
 
-        So processes agree inside a program that they run anyway, at no cost of its own.
+        A compiled program that takes them returns whether any is set. So processes agree inside a
+        program that they run anyway, without a collective for it.
         """
         asked = self.asked
+        # Copied to the devices once for each of the two values: the decode loop asks often.
         if (mesh, asked) not in self._flags:
             host = np.full(mesh.size if mesh else 1, asked)
-            self._flags[mesh, asked] = sharding.put_own(mesh, host)
+            self._flags[mesh, asked] = sharding.put_per_device(mesh, host)
         return self._flags[mesh, asked]
 
     def beat(self, any_asked: bool = False) -> None:
-        """A sign of life; raises Stop where `any_asked`, which has to be the same on every process."""
+        """A sign of life; raises Stop if `any_asked`, which must be the same on every process."""
         self._alive = time.monotonic()
         self.on_beat()
         if any_asked:
@@ -124,13 +136,17 @@ class Interrupts:
         at_exit: Callable[[], None],
         is_resumable: bool = False,
     ) -> Iterator[None]:
-        """While inside, too long a time without a sign of life ends the process with status 75.
+        """While inside, a long silence (no `check` and no `beat`) ends the process with status 75.
+
+        The process cannot raise instead: its main thread waits, in a collective for a process that
+        is gone, or for a store that does not answer. Launchers restart what ends with status 75.
 
         Args:
-          first_seconds: how long that is until `step_done` knows better; 0 is no limit.
-          is_saved: whether the process may end at any point without losing anything.
+          first_seconds: the longest silence, until `step_done` knows how long steps take; 0 is no
+            limit.
+          is_saved: whether the process may end at this moment and lose nothing.
           at_exit: called before the thread ends the process; may take a few seconds.
-          is_resumable: a process that a signal ends has status 0: the same command goes on.
+          is_resumable: a process that a signal ends has status 0, since the same command goes on.
         """
         self._alive, self._seconds = time.monotonic(), []
         self._limit = self._first_limit = first_seconds or None
@@ -144,7 +160,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """While inside, the limit is the first one: saving to a slow store, programs that compile."""
+        """While inside, the first limit holds: for saves to a slow store, programs that compile."""
         before, self._limit = self._limit, self._first_limit
         try:
             yield
@@ -152,7 +168,14 @@ class Interrupts:
             self._alive, self._limit = time.monotonic(), before
 
     def step_done(self, seconds: float, steps: float, least_seconds: float) -> None:
-        """After a step: from the third on the limit is `steps` median steps, 0 for no limit."""
+        """Sets the limit after a step, from the third one on.
+
+        Args:
+          seconds: how long the step took.
+          steps: the limit, in median steps; 0 is no limit.
+          least_seconds: the limit is at least this.
+        """
+        # The median, since the first steps compile and some steps evaluate and save.
         self._seconds = [*self._seconds[-100:], seconds]
         if len(self._seconds) >= 3 and self._limit is not None:
             self._limit = (
@@ -161,54 +184,74 @@ class Interrupts:
 
     # ---- The thread ----
 
-    def _receive(self, number: int, frame) -> None:
-        """Python's handler: in the main thread, between two of its instructions."""
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler of signals. Python calls it in the main thread, between two instructions."""
         self._number = self._number or number
         if not self._deferred and not self._is_leaving:
             self._is_leaving = True
             raise Stop(number)
 
     def _run(self, wake: int) -> None:
-        """The thread. Nothing that goes wrong here may end it: the process would be deaf."""
-        heard: list[float] = []
+        """The thread. `wake`: the end of the pipe from which it reads the numbers of signals."""
         ticked = time.monotonic()
         while True:
             numbers = _read(wake)
-            if 0 in numbers:
+            if 0 in numbers:  # from `listening`, at its end
                 return
+            # Nothing that goes wrong here may end the thread: nobody would hear the next signal.
             with contextlib.suppress(Exception):
-                self._look(numbers, heard)
+                self._hear(numbers)
+                self._hear_others()
+                self._end_in_time()
             now = time.monotonic()
-            if now - ticked > 5:  # the whole process slept: that is no standstill of the run
+            # A loop takes a quarter of a second. Was it much longer, the whole process was stopped
+            # (a laptop that slept, SIGSTOP), and its main thread could give no sign of life.
+            if now - ticked > 5:
                 self._alive = min(now, self._alive + now - ticked)
             ticked = now
 
-    def _look(self, numbers: bytes, heard: list[float]) -> None:
-        """heard: when to end at the latest, by the wall clock; empty until a signal comes."""
+    def _hear(self, numbers: bytes) -> None:
+        """Takes note of the signals that came, and tells the other processes of the first."""
         for number in numbers:
-            if number in _STOPPING:
-                self._note(number, is_first=not heard)
-                if not heard:
-                    heard.append(time.time() + self._patience())
-                    distributed.tell(_WORD, f"{number} {heard[0]}")
+            if number not in _STOPPING:
+                continue
+            self._note(number, is_first=self._end_at is None)
+            if self._end_at is None:
+                self._end_at = time.time() + self._patience()
+                distributed.set_key(_KEY, f"{number} {self._end_at}")
+
+    def _hear_others(self) -> None:
+        """Asks the coordinator, once a second, whether a signal has reached another process.
+
+        Not every host gets the signal (Ctrl-C at one of them), and all must end at the same time:
+        the deadline that the first process chose is the one of all.
+        """
         now = time.monotonic()
-        if not heard and now - self._asked_others > 1:
-            self._asked_others = now
-            if word := distributed.told(_WORD):
-                number, until = word.split()
-                heard.append(float(until))
-                self._note(int(number), is_first=True)
-        if heard and not self._is_leaving and time.time() > heard[0]:
-            if not self._deferred or self._is_saved():
-                self._say("ended; nothing that was done is lost" if self._is_resumable else "ended")
-                self._exit(0 if self._is_resumable else 128 + self._number)
-        if self._limit is not None and now - self._alive > self._limit:
-            self._stalled(now - self._alive)
+        if self._end_at is not None or now - self._asked_others <= 1:
+            return
+        self._asked_others = now
+        if text := distributed.get_key(_KEY):
+            number, end_at = text.split()
+            self._end_at = float(end_at)
+            self._note(int(number), is_first=True)
+
+    def _end_in_time(self) -> None:
+        """Ends the process where the main thread cannot: after a signal or a long silence."""
+        is_late = self._end_at is not None and time.time() > self._end_at
+        # Where something would be lost (a step not saved), the main thread takes the time it needs.
+        if is_late and not self._is_leaving and (not self._deferred or self._is_saved()):
+            self._say("ended; nothing that was done is lost" if self._is_resumable else "ended")
+            self._exit(0 if self._is_resumable else 128 + self._number)
+        silence = time.monotonic() - self._alive
+        if self._limit is not None and silence > self._limit:
+            self._stalled(silence)
 
     def _patience(self) -> float:
+        """Seconds from a signal until the thread may end the process."""
         return _PATIENCE_TOGETHER if jax.distributed.is_initialized() else _PATIENCE
 
     def _note(self, number: int, is_first: bool) -> None:
+        """Remembers a signal and tells the user; a second SIGINT ends the process."""
         self._number = self._number or number
         if is_first:
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
@@ -220,15 +263,15 @@ class Interrupts:
 
     def _say(self, text: str) -> None:
         if self.speaks:
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # nobody reads any more: python ... | tee
+            # Ctrl-C also ends the reader of `python ... | tee`: then there is nobody to tell.
+            with contextlib.suppress(OSError, ValueError):
                 print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
 
     def _stalled(self, seconds: float) -> None:
+        """Shows where each thread is, for whoever looks for the cause, and ends the process."""
         print(
-            f"qlog: nothing has happened for {seconds:,.0f} s; the stacks of all threads follow, then this "
-            f"process ends with status {PassingError.status}",
+            f"qlog: nothing has happened for {seconds:,.0f} s; the stacks of all threads follow, "
+            f"then this process ends with status {PassingError.status}",
             file=sys.stderr,
             flush=True,
         )
@@ -236,10 +279,13 @@ class Interrupts:
         self._exit(PassingError.status)
 
     def _exit(self, status: int) -> None:
-        def clean():
+        """Ends the process from this thread, as sys.exit cannot."""
+
+        def clean() -> None:
             with contextlib.suppress(Exception):
                 self._at_exit()
 
+        # In a thread: the store that it writes to may be what does not answer.
         helper = threading.Thread(target=clean, daemon=True)
         helper.start()
         helper.join(timeout=5)
@@ -249,27 +295,32 @@ class Interrupts:
         os._exit(status)
 
 
-_current: Interrupts | None = None
+_current: Interrupts | None = None  # a process has one set of signals, so one object for them
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[Interrupts]:
-    """This process's Interrupts, from its first entering on; signals are as before afterwards.
+    """The Interrupts of this process; blocks within the first one get the same object.
 
-    Outside of the main thread signals are somebody else's business: then none is seen.
+    When the first block ends, signals are handled as before it. Only Python's main thread can set
+    handlers, so from another thread no signal is seen.
     """
     global _current
     if _current is not None:
         yield _current
         return
     _current = interrupts = Interrupts()
+    # sys.__stderr__: it has a file descriptor, also where a notebook or a test replaced sys.stderr.
     if not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
+    # Python's C handler writes each signal's number into the pipe at once, whatever the main thread
+    # does. It must not block when the pipe is full: it interrupts any instruction.
     read, write = os.pipe()
     os.set_blocking(write, False)
-    previous, wakeup = {}, None
+    previous: dict[int, Any] = {}  # the handlers before
+    wakeup = None  # the descriptor before; -1: none
     try:
         if threading.current_thread() is threading.main_thread():
             wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -293,6 +344,6 @@ def listening() -> Iterator[Interrupts]:
 
 
 def _read(wake: int) -> bytes:
-    """The signals that came within a quarter of a second."""
+    """The numbers of the signals that came within a quarter of a second, one byte each."""
     ready, _, _ = select.select([wake], [], [], 0.25)
     return os.read(wake, 64) if ready else b""

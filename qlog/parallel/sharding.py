@@ -1,25 +1,50 @@
-"""One mesh, and where arrays live on it: rules outside the model."""
+"""One mesh, and which part of each array lies on which device. The model knows none of this.
+
+A mesh has three axes, here from the slowest network to the fastest:
+
+| axis   | size              | splits                                  | devices exchange         |
+|--------|-------------------|-----------------------------------------|--------------------------|
+| data   | slices, mesh.data | the prompts of a batch                  | gradients, once per step |
+| fsdp   | mesh.fsdp         | the prompts, too; one dimension of each | weights, before each     |
+|        |                   | weight, its gradient and its moments    | use; gradients           |
+| tensor | mesh.tensor       | heads, MLP units, vocabulary; heads of  | activations, in each     |
+|        |                   | caches                                  | layer                    |
+
+The functions, by what they do:
+
+| where       | functions                                                                          |
+|-------------|------------------------------------------------------------------------------------|
+| inside jit  | `constrain_*`: `jax.lax.with_sharding_constraint` by kind of array;                |
+|             | `shard_map_batch`: a function of each device's own part                            |
+| outside     | `put_*`: host -> devices; `local_batch`, `gather_to_host`: devices -> host         |
+| both        | `every_nth`, `split`, `join`: parts of a batch with as many prompts of each device |
+| on the host | `local_prompts`, `owned_prompts`: which prompts of a batch belong to this process  |
+
+A mesh of None is one device: then arrays are left as they are.
+"""
 
 import collections
 import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 
 AXES = ("data", "fsdp", "tensor")
-_Tree = TypeVar("_Tree")  # a pytree of arrays; the result has the same structure
-_BATCH = PartitionSpec(("data", "fsdp"))
+_BATCH = ("data", "fsdp")  # the axes over which prompts are split
 
-# First match wins; the first axis of a layer's parameter is the layer. Optimizer moments carry
-# the parameter's path inside their own, so the same rules place them.
+# Which dimensions of a parameter are split, by its path. The first match wins. The first axis of a
+# layer's parameter is the layer (layers are stacked). The moments of the optimizer have the path of
+# their parameter inside their own path, so the same rules place them. A projection into heads or
+# MLP units splits its outputs over `tensor`, the projection back its inputs: between the two no
+# device needs another one's activations.
 PARAMETER_RULES = (
     (r"(un)?embed$", PartitionSpec("tensor", "fsdp")),
     (r"(q|k|v|gate|up)_proj/kernel$", PartitionSpec(None, "fsdp", "tensor")),
@@ -28,53 +53,61 @@ PARAMETER_RULES = (
     (r"", PartitionSpec()),
 )
 
+_Tree = TypeVar("_Tree")  # a pytree of arrays; the result has the same structure
+
+# ---- The mesh ----
+
 
 def make_mesh(
     data: int, fsdp: int, tensor: int, slices: int = 0, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """A mesh (data, fsdp, tensor) over all devices.
 
-    Sizes are those of one slice: a TPU slice, a node of GPUs, or else all devices. Every slice holds
-    a replica: the mesh's data axis is slices x `data`, so gradients alone cross the slow network.
+    Sizes are those of one slice: a TPU slice, a node of GPUs, or else all devices. Each slice holds
+    a replica of the parameters.
 
     Args:
-      data, fsdp, tensor: one may be -1, for the rest of a slice's devices.
-      slices: 0 takes them as they are; 1 takes all devices for one slice, whatever lies between.
+      data, fsdp, tensor: one of them may be -1, for the rest of a slice's devices.
+      slices: 0 takes slices as they are; 1 takes all devices as one slice, whatever network lies
+        between them.
+      devices: all devices of the run by default.
 
     Raises:
-      ConfigError: sizes whose product is not the number of a slice's devices, slices of different
-        sizes, or a layout that the slice's chips cannot have.
+      ConfigError: sizes whose product is not the number of devices in a slice, slices of different
+        sizes, or a layout that is not possible on the chips of a slice.
     """
     groups = _slices(list(jax.devices() if devices is None else devices), slices)
-    count = len(groups[0])
+    num_devices = len(groups[0])
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     named = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"{named}: sizes must be at least 1; at most one may be -1 (the rest).")
     taken = math.prod(size for size in sizes.values() if size != -1)
-    if free and count % taken == 0:
-        sizes[free[0]] = count // taken
-    if math.prod(sizes.values()) != count:
+    if free and num_devices % taken == 0:
+        sizes[free[0]] = num_devices // taken
+    if math.prod(sizes.values()) != num_devices:
         which = f"in each of the {len(groups)} slices" if len(groups) > 1 else "here"
         raise ConfigError(
-            f"{named} does not fit the {count} devices {which}: the product must be "
-            f"{count} (set one size to -1 to take the rest)."
+            f"{named} does not fit the {num_devices} devices {which}: the product must be "
+            f"{num_devices} (set one size to -1 to take the rest)."
         )
     shape = tuple(sizes.values())
     try:
         parts = [_arranged(group, shape) for group in groups]
     except Exception as error:  # NotImplementedError, AssertionError, ValueError: by kind of chip
         raise ConfigError(
-            f"{named} cannot be laid out on {count} x {groups[0][0].device_kind} "
-            f"({' '.join(str(error).split())[:200]}): choose powers of two."
+            f"{named} cannot be laid out on {num_devices} x {groups[0][0].device_kind} "
+            f"({summary(error)}): choose powers of two."
         ) from None
-    # jax.make_mesh defaults to Explicit axes, on which Flax's gathers fail.
+    # Slices follow each other along the data axis, the outermost one. So a group of fsdp or tensor
+    # lies within a slice, and only the sum of gradients crosses the network between slices.
+    # The axes are Auto: jax.make_mesh defaults to Explicit axes, on which Flax's gathers fail.
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _slices(devices: list, slices: int) -> list[list]:
-    """The devices of each slice, in the slices' order."""
+def _slices(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
+    """The devices of each slice, in the order of the slices."""
     if slices not in (0, 1):
         raise ConfigError(
             f"mesh.slices={slices} must be 0 (as they are) or 1 (all devices as one)."
@@ -85,204 +118,260 @@ def _slices(devices: list, slices: int) -> list[list]:
     groups = [by_slice[index] for index in sorted(by_slice)]
     if len({len(group) for group in groups}) > 1:
         raise ConfigError(
-            f"the slices have {', '.join(str(len(group)) for group in groups)} devices: a mesh needs as "
-            "many in each; start on equal ones, or set mesh.slices=1."
+            f"the slices have {', '.join(str(len(group)) for group in groups)} devices: a mesh "
+            "needs as many in each; start on equal ones, or set mesh.slices=1."
         )
     return groups
 
 
-def _arranged(devices: list, shape: tuple[int, ...]) -> np.ndarray:
-    """Devices in `shape`, the last axes between neighbours."""
+def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices of a slice in `shape`; neighbours along the last axes are near each other."""
     if devices[0].platform == "tpu" and len({getattr(d, "slice_index", 0) for d in devices}) == 1:
+        # Along the rings of the slice's torus.
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return np.array(devices).reshape(shape)  # in order, so those of a process beside each other
+    # JAX numbers devices process by process, so those of a process are next to each other.
+    return np.array(devices).reshape(shape)
+
+
+# ---- Shardings, by kind of array ----
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis (prompts) over data and fsdp."""
-    return NamedSharding(mesh, _BATCH)
+    """[B, ...] with the prompts, B, split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(_BATCH))
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """How many ways the prompts of a batch are split."""
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the prompts of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def tree_shardings(mesh: Mesh, tree):
-    """NamedShardings for parameters, or a train state that holds them: `PARAMETER_RULES` by path."""
+def param_shardings(mesh: Mesh, tree: Any) -> Any:
+    """NamedShardings for parameters, or a train state that holds them: `PARAMETER_RULES` by path.
 
-    def place(path, leaf):
+    Args:
+      tree: a pytree of arrays or ShapeDtypeStructs.
+
+    Returns:
+      The same structure, with a NamedSharding at each leaf.
+    """
+
+    def place(path, leaf) -> NamedSharding:
         spec = _spec(path)
-        return _fitting(mesh, spec if len(spec) <= len(leaf.shape) else (), leaf.shape)
+        # What has fewer dimensions than its parameter (a factored moment, a scalar) is replicated.
+        return _fitting(mesh, tuple(spec) if len(spec) <= len(leaf.shape) else (), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _spec(path) -> PartitionSpec:
+def _spec(path: tuple) -> PartitionSpec:
+    """The first rule that matches a path of jax.tree_util."""
     name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
     return next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name))
 
 
-def _fitting(mesh: Mesh, spec, shape) -> NamedSharding:
-    """`spec` without the mesh axes that do not divide their dimension: that one is replicated."""
+def _fitting(mesh: Mesh, spec: Sequence, shape: Sequence[int]) -> NamedSharding:
+    """`spec` for an array of this shape; a dimension that its axes do not divide is replicated.
 
-    def size(axis):
-        return int(
-            np.prod([mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))])
-        )
+    Args:
+      spec: for each of the first dimensions an axis of the mesh, a tuple of axes, or None.
+    """
+
+    def num_parts(axes: str | tuple[str, ...]) -> int:
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
     fits = [
-        axis if axis is None or length % size(axis) == 0 else None
-        for axis, length in zip(spec, shape)
+        axes if axes is None or length % num_parts(axes) == 0 else None
+        for axes, length in zip(spec, shape[: len(spec)], strict=True)
     ]
     return NamedSharding(mesh, PartitionSpec(*fits))
 
 
-def keep(mesh: Mesh | None, tree):
-    """Inside jit: parameters, gradients or a train state held to `tree_shardings`; None: as it is."""
+def _batch_sharding_of(mesh: Mesh, x: jax.Array, axis: int = 0) -> NamedSharding:
+    """Prompts, at dimension `axis`, over data and fsdp; the heads of a cache over tensor."""
+    spec: list[Any] = [*[None] * axis, _BATCH] if x.ndim > axis else []
+    if x.ndim - axis >= 4:  # a cache [..., B, heads, T, D]; nothing else has as many dimensions
+        spec.append("tensor")
+    return _fitting(mesh, spec, x.shape)
+
+
+# ---- Inside jit: constraints ----
+#
+# The compiler chooses the sharding of what no constraint touches, from its operands. Zeros have no
+# operands, and the compiler may give all of them to every device. So a large array that a program
+# makes is constrained where it is made.
+
+
+def constrain_params(mesh: Mesh | None, tree: _Tree) -> _Tree:
+    """Parameters, gradients or a train state, split as `param_shardings` says."""
     if mesh is None:
         return tree
-    return jax.lax.with_sharding_constraint(tree, tree_shardings(mesh, tree))
+    return jax.lax.with_sharding_constraint(tree, param_shardings(mesh, tree))
 
 
-def keep_gathered(mesh: Mesh | None, weights):
-    """Inside jit: weights held whole on every device, but split over the tensor axis."""
+def constrain_gathered_params(mesh: Mesh | None, weights: _Tree) -> _Tree:
+    """Weights gathered over data and fsdp, as every use of them needs; still split over tensor.
+
+    For loops that use the same weights many times: they are gathered once, in front of the loop.
+    """
     if mesh is None:
         return weights
 
-    def hold(path, leaf):
-        spec = _spec(path)
-        spec = spec[len(spec) - leaf.ndim :] if len(spec) > leaf.ndim else spec  # layers unstacked
+    def constrain(path, leaf: jax.Array) -> jax.Array:
+        spec = tuple(_spec(path))
+        # Of unstacked layers each leaf lacks the layer's axis, the first one.
+        spec = spec[len(spec) - leaf.ndim :] if len(spec) > leaf.ndim else spec
         kept = [axis if axis == "tensor" else None for axis in spec]
         return jax.lax.with_sharding_constraint(leaf, _fitting(mesh, kept, leaf.shape))
 
-    return jax.tree_util.tree_map_with_path(hold, weights)
+    return jax.tree_util.tree_map_with_path(constrain, weights)
 
 
-def keep_prompts(mesh: Mesh | None, x: jax.Array) -> jax.Array:
-    """Inside jit: activations [B, ...] held split over prompts alone."""
+def constrain_activations(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Activations [B, ...], split over prompts and over nothing else."""
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, _fitting(mesh, [_BATCH[0]], x.shape[:1]))
+    return jax.lax.with_sharding_constraint(x, _fitting(mesh, [_BATCH], x.shape[:1]))
 
 
-def keep_everywhere(mesh: Mesh | None, tree):
-    """Inside jit: arrays held whole on every device."""
+def constrain_replicated(mesh: Mesh | None, tree: _Tree) -> _Tree:
+    """Arrays that each device needs whole."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def keep_rows(mesh: Mesh | None, tree, rows: int = 0):
-    """Inside jit: arrays held split over prompts, axis `rows`; caches, which have four axes or more
-    from there on, over key/value heads too, the axis after. Without this the compiler may give
-    every device all."""
+def constrain_batch(mesh: Mesh | None, tree: _Tree, axis: int = 0) -> _Tree:
+    """Arrays with one entry per prompt (or lane, or pack), split over prompts.
+
+    Args:
+      axis: the dimension of the prompts. Caches, which have four dimensions or more from there on,
+        are split over key/value heads, too: the dimension after it.
+    """
     if mesh is None:
         return tree
-    hold = lambda x: jax.lax.with_sharding_constraint(x, _row_sharding(mesh, x, rows))
-    return jax.tree.map(hold, tree)
+    constrain = lambda x: jax.lax.with_sharding_constraint(x, _batch_sharding_of(mesh, x, axis))
+    return jax.tree.map(constrain, tree)
 
 
-def keep_prefix(mesh: Mesh | None, prefix):
-    """`keep_rows` of a models.Prefix, whose caches begin with the layers."""
-    keys, values = keep_rows(mesh, (prefix.keys, prefix.values), rows=1)
-    return prefix._replace(keys=keys, values=values, lengths=keep_rows(mesh, prefix.lengths))
+def constrain_prefix(mesh: Mesh | None, prefix: Any) -> Any:
+    """`constrain_batch` of a models.Prefix, whose caches begin with the layers."""
+    keys, values = constrain_batch(mesh, (prefix.keys, prefix.values), axis=1)
+    return prefix._replace(keys=keys, values=values, lengths=constrain_batch(mesh, prefix.lengths))
 
 
-def by_shard(mesh: Mesh | None, function, x: jax.Array, index: jax.Array) -> jax.Array:
-    """function(x, index), each device with its own rows of both; indices count within the shard."""
+def shard_map_batch(
+    mesh: Mesh | None,
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    index: jax.Array,
+) -> jax.Array:
+    """function(x, index) on each device, of its own part of both; the result is split as `x` is.
+
+    Indices count within a device's part. So a gather by index stays on its device; of a gather from
+    the whole array the compiler cannot know that.
+    """
     if mesh is None:
         return function(x, index)
-    specs = [_row_sharding(mesh, a).spec for a in (x, index)]
+    specs = [_batch_sharding_of(mesh, a).spec for a in (x, index)]
     return jax.shard_map(
         function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
     )(x, index)
 
 
-def put_rows(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
-    """`put_batch` of one array."""
+# ---- Between host and devices ----
+
+
+def put_batch(mesh: Mesh | None, tree: Any) -> Any:
+    """Host arrays [B, ...], the whole batch on each process -> global arrays, prompts split.
+
+    A process copies only the prompts that lie on its devices; its values of others are not read.
+    """
+
+    def put(x: np.ndarray) -> jax.Array:
+        if mesh is None:
+            return jax.numpy.asarray(x)
+        return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda part: x[part])
+
+    return jax.tree.map(put, tree)
+
+
+def put_per_device(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
+    """Host array [devices] -> global array [devices], one entry on each device.
+
+    The host arrays may differ from process to process: a device has the entry of its own process.
+    """
     if mesh is None:
         return jax.numpy.asarray(x)
-    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, _per_device(mesh), lambda part: x[part])
 
 
-def put_own(mesh: Mesh | None, x: np.ndarray) -> jax.Array:
-    """Host arrays [devices], another on each process -> a global array; a device has its process's."""
-    if mesh is None:
-        return jax.numpy.asarray(x)
-    return jax.make_array_from_callback(x.shape, _own(mesh), lambda index: x[index])
+def per_device_shape(mesh: Mesh, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+    """Shape and sharding of what `put_per_device` makes."""
+    return jax.ShapeDtypeStruct((mesh.size,), dtype, sharding=_per_device(mesh))
 
 
-def own_shape(mesh: Mesh, dtype) -> jax.ShapeDtypeStruct:
-    """The shape and place of what `put_own` makes."""
-    return jax.ShapeDtypeStruct((mesh.size,), dtype, sharding=_own(mesh))
-
-
-def _own(mesh: Mesh) -> NamedSharding:
-    """[devices]: an element each."""
+def _per_device(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def _row_sharding(mesh: Mesh, x, rows: int = 0) -> NamedSharding:
-    spec = [None] * rows + [_BATCH[0]] if x.ndim > rows else []
-    if x.ndim - rows >= 4:
-        spec.append("tensor")
-    return _fitting(mesh, spec, x.shape)
-
-
-def put_batch(mesh: Mesh, tree):
-    """Host arrays [B, ...], on every process those of the whole batch -> global arrays split over
-    data and fsdp. Of rows that a process does not hold its values are not looked at."""
-    return jax.tree.map(functools.partial(put_rows, mesh), tree)
-
-
-def on_host(mesh: Mesh | None, tree):
-    """Global arrays, whole, on the host of every process; small ones. Every process must call."""
-    return jax.device_get(_everywhere(tree, mesh))
+def gather_to_host(mesh: Mesh | None, tree: Any) -> Any:
+    """Global arrays -> whole numpy arrays, on each process. Small ones; every process must call."""
+    return jax.device_get(_replicate(tree, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
-def _everywhere(tree, mesh):
-    return keep_everywhere(mesh, tree)
+def _replicate(tree: _Tree, mesh: Mesh | None) -> _Tree:
+    return constrain_replicated(mesh, tree)
 
 
-def held_rows(mesh: Mesh, batch: int) -> np.ndarray:
-    """int [n]: the rows of a batch that lie on devices of this process, ascending.
-
-    Where a tensor group spans processes they hold the same rows; `owned_rows` says who answers for
-    them.
-    """
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
-    return np.unique([row for (part,) in places.values() for row in range(batch)[part]])
-
-
-def owned_rows(mesh: Mesh, batch: int) -> np.ndarray:
-    """int [n]: the rows that this process answers for: of those who hold a row, the first process."""
-    owner = np.full(batch, np.iinfo(int).max)
-    for device, (part,) in batch_sharding(mesh).devices_indices_map((batch,)).items():
-        owner[part] = np.minimum(owner[part], device.process_index)
-    return np.flatnonzero(owner == jax.process_index())
-
-
-def local_rows(mesh: Mesh, tree):
-    """The way back of `put_batch`: global arrays [B, ...] -> this process's `held_rows`, on the host."""
+def local_batch(mesh: Mesh, tree: Any) -> Any:
+    """The way back of `put_batch`: global arrays [B, ...] -> numpy arrays [n, ...] of the
+    `local_prompts` of this process, in their order."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
-    def rows(x):
+    def collect(x: jax.Array) -> np.ndarray:
+        # A tensor group has the same prompts on each of its devices: one copy of each start.
         shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
-    return jax.tree.map(rows, jax.device_put(tree, batch_sharding(mesh)))
+    return jax.tree.map(collect, jax.device_put(tree, batch_sharding(mesh)))
+
+
+# ---- Which prompts belong to this process ----
+
+
+def local_prompts(mesh: Mesh, batch: int) -> np.ndarray:
+    """int [n]: the prompts of a batch that lie on devices of this process, ascending.
+
+    Where a tensor group spans processes, several of them have the same prompts; `owned_prompts`
+    gives each prompt to one process.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    prompts = np.arange(batch)
+    return np.unique(np.concatenate([prompts[index] for index in places.values()]))
+
+
+def owned_prompts(mesh: Mesh, batch: int) -> np.ndarray:
+    """int [n]: the prompts that this process answers for, in logs and results.
+
+    Each prompt has one such process: the lowest of those that have it on their devices.
+    """
+    owner = np.full(batch, np.iinfo(int).max)
+    for device, index in batch_sharding(mesh).devices_indices_map((batch,)).items():
+        owner[index] = np.minimum(owner[index], device.process_index)
+    return np.flatnonzero(owner == jax.process_index())
 
 
 # ---- Parts of a batch: waves, updates and microbatches take some of its prompts at a time ----
 #
-# Part i of n has the prompts i, i + n, i + 2n, ... A device holds neighbouring prompts, so each part
-# has as many prompts from every device, where they lie already: no device waits, nothing moves.
-# The first B / n prompts would all lie on the first devices.
+# Part i of n has the prompts i, i + n, i + 2n, ... A device holds consecutive prompts, so each part
+# has as many prompts of every device: no device waits, and nothing moves between them. The first
+# B / n prompts would all lie on the first devices.
 
 
 def _by_stride(x: jax.Array, num_parts: int) -> jax.Array:
@@ -302,6 +391,6 @@ def split(tree: _Tree, num_parts: int) -> _Tree:
 
 
 def join(parts: _Tree) -> _Tree:
-    """The way back of `split`: [n, B / n, ...] -> [B, ...], prompts in their old order."""
+    """The inverse of `split`: [num_parts, B / num_parts, ...] -> [B, ...]."""
     join_one = lambda x: jax.numpy.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
     return jax.tree.map(join_one, parts)

@@ -1,37 +1,37 @@
-"""Sampling rollouts: prefill once per prompt, decode M rationales, force their end at the budget,
+"""Sampling rollouts: prefill each prompt once, decode M rationales, force their end at the budget,
 score the gold answer on the caches that are left.
 
 Conventions. A rollout is `tokens[b, m, :]`: the rationale, closed by the thinking-end token, then
 (when asked for) the answer up to its end-of-sequence token. The prompt's last token is not
-prefilled: it is the first token that the decode loop feeds, in every rollout, so that R inputs
-predict R tokens and no logits are needed from the prefill. Suffix slot i therefore holds the
-token before `tokens[..., i]`.
+prefilled: it is the first token that the decode loop feeds, in every rollout. So R inputs predict
+R tokens, and no logits are needed from the prefill. Slot i of a rollout's cache (the suffix)
+therefore holds the token before `tokens[..., i]`.
 
 What token a rollout gets at step t:
 
 | state of the rollout                              | token                          | sampled |
 |---------------------------------------------------|--------------------------------|---------|
-| thinking, t below the budget                      | drawn from the model           | yes     |
-| ... and the draw is the thinking-end token        | rationale closed naturally     | yes     |
-| ... and the draw is an end-of-sequence token      | kept; closing forced from t+1  | yes     |
-| thinking, budget spent or end of sequence drawn   | next token of the closing text | no      |
-| answering, reserve not spent                      | drawn from the model           | yes     |
+| thinking, t below the budget                      | chosen by the model            | yes     |
+| ... and it is the thinking-end token              | rationale closed naturally     | yes     |
+| ... and it is an end-of-sequence token            | kept; closing forced from t+1  | yes     |
+| thinking, budget spent or end of sequence chosen  | next token of the closing text | no      |
+| answering, reserve not spent                      | chosen by the model            | yes     |
 | done                                              | pad                            | no      |
 
-Rollouts end at very different steps, so they are decoded in a pool of rows that shrinks
-(`pool.py`). All rows are at the same step. Between chunks of steps the host looks which rows are
-done; when the others fit a smaller pool, the gold answers are scored on all caches, and the rows
-that go on move closer together, each staying on its device.
+Rollouts end at very different steps, so they are decoded in a pool of lanes that shrinks
+(`pool.py`). All lanes are at the same step. The README of this folder has a drawing.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from qlog import models
 from qlog.models import head
@@ -40,26 +40,29 @@ from qlog.parallel.interrupts import Interrupts
 from qlog.policy import Policy
 from qlog.records import Golds, Rollouts, Samples
 from qlog.rollouts import scoring
-from qlog.rollouts.pool import Plan, levels, nobody_in, regroup
-from qlog.rollouts.token_choice import draw
+from qlog.rollouts.pool import NO_ROLLOUT, Plan, PoolSchedule, levels
+from qlog.rollouts.token_choice import choose_token
 
-_CHUNK = 8  # decode steps between two looks at which rollouts are done
+# Decode steps between two looks at which rollouts are done. At a look the host waits for the
+# devices, and they then wait for the host. Between looks, lanes that are done cost as others do.
+STEPS_PER_LOOK = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How rollouts are drawn; hashable, so jit-static. Lengths are in tokens.
+    """How rollouts are sampled; hashable, so jit-static. Lengths are in tokens.
 
     Attributes:
       rationale_budget: free tokens of a rationale, the forced closing not counted; 0 means none.
       answer_reserve: tokens kept for the answer, its end of sequence included.
       closing: token ids forced when the budget is spent; the last is the thinking-end token.
-      eos: ids that end an answer.
-      pad: id that fills the rest.
-      temperature: of the rationale and of the sampled answer; 0 is greedy.
-      top_k, top_p: draw from the top_k most probable tokens alone (0: all), and of those from the
-        fewest that hold top_p of the probability (1: all). Evaluation only: the learner scores
-        the whole law, so training leaves both off.
+      eos: token ids that end an answer.
+      pad: token id that fills the rest.
+      temperature: of the rationale and of the sampled answer; 0 takes the most probable token.
+      top_k: sample only from the top_k most probable tokens; 0 means all.
+      top_p: sample only from the fewest most probable tokens that hold top_p of the probability;
+        1 means all. Both are for evaluation: the learner scores tokens under the whole
+        distribution, so training leaves them off.
       with_answer: go on to sample the answer (rewards, evaluation), or stop at the thinking end.
     """
 
@@ -80,32 +83,63 @@ class Sampling:
 
     @property
     def max_length(self) -> int:
-        """Longest rollout."""
+        """Longest rollout, R."""
         return self.max_rationale_length + (self.answer_reserve if self.with_answer else 0)
 
 
+class Wave(NamedTuple):
+    """Prompts whose caches are in memory at the same time."""
+
+    prompts: Array  # int32 [B, P], right-padded
+    lengths: Array  # int32 [B], at least 1
+    keys: Array  # PRNG keys [B, M]
+    golds: Golds  # [B, ...]
+
+
 class Pool(NamedTuple):
-    """Rollouts under way: N blocks of m rows; the rows of a block belong to one prompt.
+    """Rollouts under way: N blocks of m lanes. The lanes of a block belong to one prompt."""
 
-    source: int32 [N, m], the rollout's number b * M + m; B * M where there is none.
-    """
-
-    step: Array  # int32 scalar, tokens made so far in every row
-    source: Array
+    step: Array  # int32 scalar, tokens made so far in every lane
+    rollout_ids: Array  # int32 [N, m], b * M + m of the lane's rollout, or NO_ROLLOUT
     last: Array  # int32 [N, m], the token to feed next
     closing_at: Array  # int32 [N, m], step at which the forced closing begins
-    done: Array  # bool [N, m]
-    keys: Array  # PRNG keys [N, m], one per (seed, step, prompt, rollout)
-    rollouts: Rollouts  # [N, m, ...]
-    prefix: models.Prefix  # of N blocks
-    suffix: models.Suffix
+    done: Array  # bool [N, m], True in empty lanes
+    keys: Array  # PRNG keys [N, m], one per (seed, training step, prompt, rollout)
+    rollouts: Rollouts  # [N, m, ...], what the lanes have made so far
+    prefix: models.Prefix  # the prompts' caches, N copies
+    suffix: models.Suffix  # the rollouts' caches, [N, K, m, S, C] per layer
 
 
-def rollout_keys(key: Array, uids: Array, rollouts: int) -> Array:
-    """Keys [B, M] that depend on (key, the prompt's uid, the rollout's index) alone."""
+class Look(NamedTuple):
+    """What the host reads after a chunk of decode steps; the same on every device."""
+
+    step: Array  # int32 scalar, the step that the pool is at
+    going: Array  # bool [N, m], lanes whose rollout is not done
+    stop: Array  # bool scalar, a signal has reached any process
+
+
+class Results(NamedTuple):
+    """Where rollouts are put when they are done: at their id."""
+
+    rollouts: Rollouts  # [B * M, ...]; [B, M, ...] in the end
+    log_w: Array  # float32 [B * M], log p(y* | x*, z); [B, M] in the end
+
+
+def rollout_keys(key: Array, uids: Array, num_rollouts: int) -> Array:
+    """PRNG keys [B, M] that depend only on (key, the prompt's uid, the rollout's index).
+
+    `key` stands for (seed, training step). The decode loop folds in the position of each token. So
+    a rollout does not depend on the batch it is in, on the lane, or on the number of devices.
+
+    Args:
+      uids: uint32 [B], of the prompts.
+    """
     per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, uids)
     per_rollout = jax.vmap(jax.random.fold_in, (None, 0))
-    return jax.vmap(per_rollout, (0, None))(per_prompt, jnp.arange(rollouts))
+    return jax.vmap(per_rollout, (0, None))(per_prompt, jnp.arange(num_rollouts))
+
+
+# ---- On the host: waves, and the loop over chunks of decode steps ----
 
 
 def sample(
@@ -115,137 +149,245 @@ def sample(
     lengths: Array,
     keys: Array,
     golds: Golds,
-    settings: Sampling,
+    sampling: Sampling,
     prompts_per_wave: int = 0,
     rehearse: bool = False,
     interrupts: Interrupts | None = None,
+    *,
+    steps_per_look: int = STEPS_PER_LOOK,
+    shrink: bool = True,
 ) -> Samples:
-    """Draws the rollouts of a batch of prompts and scores their gold answers.
+    """Samples the rollouts of a batch of prompts and scores their gold answers.
 
     Args:
-      prompts: int32 [B, P], right-padded; lengths: int32 [B], at least 1.
+      prompts: int32 [B, P], right-padded.
+      lengths: int32 [B], at least 1.
       keys: [B, M] from `rollout_keys`.
+      golds: the gold answers, [B, A].
       prompts_per_wave: prompts whose caches are in memory at a time, a divisor of B; 0 is all.
-      rehearse: visit the pool's sizes that this batch has no use for, too, so that later batches
-        of the same shapes compile nothing.
-      interrupts: looked at between chunks of decode steps.
+      rehearse: visit all sizes of the pool first, also those that this batch does not need, so that
+        later batches of the same shapes compile nothing.
+      interrupts: checked between chunks of decode steps.
+      steps_per_look: decode steps between two looks at which rollouts are done.
+      shrink: False keeps all lanes until the last rollout is done; the rollouts are the same.
 
     Raises:
       Stop: a signal has reached any process; on every process after the same chunk.
     """
-    weights = decoding_weights(params, policy)
-    waves = len(prompts) // (prompts_per_wave or len(prompts))
-    batch = (prompts, lengths, keys, golds)
-    parts = [
-        _sample_wave(
-            params,
-            weights,
-            policy,
-            *_wave(batch, index, waves),
-            settings,
-            rehearse and index == 0,
-            interrupts,
+    run = _Run(params, decoding_weights(params, policy), policy, sampling, interrupts)
+    num_waves = len(prompts) // (prompts_per_wave or len(prompts))
+    batch = Wave(prompts, lengths, keys, golds)
+    results, lane_steps = [], 0
+    for index in range(num_waves):
+        wave = sharding.every_nth(batch, index, num_waves)
+        schedule = _schedule(policy, wave, sampling, shrink)
+        if rehearse and index == 0:
+            _rehearse(run, wave, schedule)
+        found, executed = _sample_wave(run, wave, schedule, steps_per_look)
+        results.append(found)
+        lane_steps += executed
+    rollouts, log_w = _join_waves(results)
+    return Samples(rollouts, log_w, lane_steps)
+
+
+class _Run(NamedTuple):
+    """What all waves of a call of `sample` have in common."""
+
+    params: models.Params  # as they are trained: for prefill
+    weights: models.Params  # as `decoding_weights` casts and gathers them: for each decode step
+    policy: Policy
+    sampling: Sampling
+    interrupts: Interrupts | None
+
+    def start(self, wave: Wave) -> tuple[Pool, Results]:
+        """The pool of all rollouts, and the place for what will be done."""
+        prefix = prefill(self.params, self.policy, wave.prompts, wave.lengths)
+        pool = initial_pool(
+            self.policy, prefix, wave.prompts, wave.lengths, wave.keys, self.sampling
         )
-        for index in range(waves)
-    ]
-    rollouts, log_w = _join_waves([part[:2] for part in parts])
-    return Samples(rollouts, log_w, sum(part.row_steps for part in parts))
+        num_prompts, num_rollouts = wave.keys.shape
+        return pool, empty_results(self.policy, self.sampling, num_prompts, num_rollouts)
+
+    def decode(self, pool: Pool, until: int) -> tuple[Pool, Look]:
+        policy, interrupts = self.policy, self.interrupts
+        flags = interrupts.flags(policy.mesh) if interrupts else jnp.zeros(1, bool)
+        return decode(self.weights, policy, pool, self.sampling, until, flags)
+
+    def score_and_store(self, pool: Pool, results: Results, golds: Golds) -> Results:
+        return score_and_store(self.weights, self.policy, pool, results, golds)
+
+
+def _schedule(policy: Policy, wave: Wave, sampling: Sampling, shrink: bool) -> PoolSchedule:
+    num_prompts, num_rollouts = wave.keys.shape
+    # Each shard has a pool of its own, of the same size: rollouts never leave their device.
+    num_shards = sharding.num_batch_shards(policy.mesh) if policy.mesh else 1
+    sizes = levels(
+        num_prompts // num_shards, num_rollouts, sampling.max_length, wave.prompts.shape[1]
+    )
+    return PoolSchedule(num_prompts, num_rollouts, sizes if shrink else sizes[:1], num_shards)
 
 
 def _sample_wave(
-    params, weights, policy, prompts, lengths, keys, golds, settings, rehearse, interrupts
-) -> Samples:
-    count, rollouts = keys.shape
-    shards = sharding.batch_shards(policy.mesh) if policy.mesh else 1
-    slots = settings.max_length
-    sizes = levels(count // shards, rollouts, slots, prompts.shape[1])
-    nobody = count * rollouts
-    fit = functools.partial(regroup, shards=shards, rollouts=rollouts, nobody=nobody)
-
-    def flags():
-        return interrupts.flags(policy.mesh) if interrupts else jnp.zeros(1, bool)
-
-    def begin():
-        prefix = prefill(params, policy, prompts, lengths)
-        pool = start(policy, prefix, prompts, lengths, keys, settings)
-        return pool, empty_results(policy, settings, count, rollouts)
-
-    if rehearse:
-        pool, results = begin()
-        for size in sizes[1:]:
-            pool = _move(policy, pool, nobody_in(size, shards, nobody), nobody)
-            pool, *_ = decode(weights, policy, pool, settings, 0, flags())
-            results = leave(weights, policy, pool, results, golds)
-    pool, results = begin()
-    source = np.arange(nobody, dtype=np.int32).reshape(count, rollouts)
-    step = row_steps = 0
-    going = np.ones(source.shape, bool)
+    run: _Run, wave: Wave, schedule: PoolSchedule, steps_per_look: int
+) -> tuple[Results, int]:
+    """The rollouts of a wave's prompts [B, M], and the steps times lanes that were executed."""
+    pool, results = run.start(wave)
+    going = np.ones(schedule.rollout_ids.shape, bool)
+    step = lane_steps = 0
     while going.any():
-        step, before = min(step + _CHUNK, slots), step
-        pool, *found = decode(weights, policy, pool, settings, step, flags())
-        executed, going, is_asked = jax.device_get(found)  # waits for the chunk
-        if interrupts:
-            interrupts.beat(bool(is_asked))
-        row_steps += source.size * (int(executed) - before)
-        plan = None
-        if len(sizes) > 1 and going.any():
-            plan = fit(source, going, sizes[1])
-        if plan:
-            results = leave(weights, policy, pool, results, golds)
-        while plan:
-            pool, source, sizes = _move(policy, pool, plan, nobody), plan.source, sizes[1:]
-            going = source < nobody
-            plan = fit(source, going, sizes[1]) if len(sizes) > 1 else None
-    results = leave(weights, policy, pool, results, golds)
-    return Samples(*_by_prompt(results, keys.shape), row_steps)
+        # Decode a chunk of steps. It ends before `until` when all lanes are done.
+        until = min(step + steps_per_look, run.sampling.max_length)
+        pool, look = run.decode(pool, until)
+
+        # Look which rollouts are done. This is the one place where the host waits for the devices.
+        executed, going, stop = jax.device_get(look)
+        if run.interrupts:
+            run.interrupts.beat(bool(stop))
+        lane_steps += going.size * (int(executed) - step)
+        step = until
+
+        # Shrink when the others fit a smaller pool. All caches are scored before the move, since
+        # those of rollouts that are done do not come along. What goes on is scored again later.
+        plans = schedule.shrink(going)
+        if plans:
+            results = run.score_and_store(pool, results, wave.golds)
+        for plan in plans:
+            pool = _move(run.policy, pool, plan)
+    results = run.score_and_store(pool, results, wave.golds)
+    return _by_prompt(results, wave.keys.shape), lane_steps
+
+
+def _rehearse(run: _Run, wave: Wave, schedule: PoolSchedule) -> None:
+    """Compiles the programs of every size of the pool, on lanes without rollouts.
+
+    Which sizes a batch visits depends on the lengths of its rollouts. Without a rehearsal a program
+    might be compiled in any step of a run, for minutes, on all devices.
+    """
+    pool, results = run.start(wave)
+    for plan in schedule.rehearsal():
+        pool = _move(run.policy, pool, plan)
+        pool, _ = run.decode(pool, until=0)  # compiled, but no step is executed
+        results = run.score_and_store(pool, results, wave.golds)
+
+
+def _move(policy: Policy, pool: Pool, plan: Plan) -> Pool:
+    """The pool after `plan`.
+
+    The caches are most of the memory. They move one by one, and each old one is deleted before the
+    next is made: at most one cache is there twice, never two whole pools. In one program for all
+    of them XLA would keep every input until the end.
+    """
+    mesh = policy.mesh
+    parent, lane, rollout_ids = sharding.put_batch(mesh, plan)
+
+    def move(cache: Array, take: Callable[[Mesh | None, Array, Array], Array], index: Array):
+        moved = take(mesh, cache, index)
+        cache.delete()  # its memory is free as soon as `take` has run; the host does not wait
+        return moved
+
+    layers = tuple(
+        (move(keys, _take_lanes, lane), move(values, _take_lanes, lane))
+        for keys, values in pool.suffix.layers
+    )
+    keys, values = (
+        tuple(move(x, _take_blocks, parent) for x in caches)
+        for caches in (pool.prefix.keys, pool.prefix.values)
+    )
+    prefix = models.Prefix(keys, values, _take_blocks(mesh, pool.prefix.lengths, parent))
+
+    # The rest is small, one program for all of it.
+    per_lane = (pool.last, pool.closing_at, pool.done, pool.keys, pool.rollouts)
+    last, closing_at, done, lane_keys, rollouts = _take_per_lane(mesh, per_lane, lane)
+    return Pool(
+        step=pool.step,
+        rollout_ids=rollout_ids,
+        last=last,
+        closing_at=closing_at,
+        # An empty lane has a copy of the shard's first lane, which may go on.
+        done=_or_empty(done, rollout_ids),
+        keys=lane_keys,
+        rollouts=rollouts,
+        prefix=prefix,
+        suffix=pool.suffix._replace(layers=layers),
+    )
+
+
+# ---- Compiled: a wave's first pool ----
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
 def decoding_weights(params: models.Params, policy: Policy) -> models.Params:
-    """The parameters as `decode` reads them at every step: in the activations' dtype, whole on
-    every device but for the tensor axis."""
-    return sharding.keep_gathered(policy.mesh, models.decoding_weights(params, policy.dtype))
+    """The parameters as `decode` reads them at every step: in the activations' dtype, gathered on
+    every device except for the tensor axis."""
+    return sharding.constrain_gathered_params(
+        policy.mesh, models.decoding_weights(params, policy.dtype)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
-def prefill(params, policy: Policy, prompts: Array, lengths: Array) -> models.Prefix:
-    """The prompts' caches, all tokens but the last of each: prompts int32 [B, P], lengths [B]."""
+def prefill(params: models.Params, policy: Policy, prompts: Array, lengths: Array) -> models.Prefix:
+    """The prompts' caches, one per prompt, of all tokens but the last of each.
+
+    Args:
+      prompts: int32 [B, P], right-padded.
+      lengths: int32 [B], at least 1.
+    """
     params = policy.gathered(params)
-    prefix = models.prefill(params, policy.config, prompts, lengths - 1, **policy.options)
-    return sharding.keep_rows(policy.mesh, models.unstack(prefix))
+    prefix = models.prefill(params, policy.config, prompts, lengths - 1, policy.execution)
+    # Layers as separate arrays, which the host can move and delete one by one.
+    return sharding.constrain_batch(policy.mesh, models.unstack(prefix))
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "settings"))
-def start(policy, prefix, prompts, lengths, keys, settings) -> Pool:
-    """The pool of all rollouts: blocks are groups, N = B and m = M."""
-    shape, slots = keys.shape, models.whole_tiles(settings.max_length)
+@functools.partial(jax.jit, static_argnames=("policy", "sampling"))
+def initial_pool(
+    policy: Policy,
+    prefix: models.Prefix,
+    prompts: Array,
+    lengths: Array,
+    keys: Array,
+    sampling: Sampling,
+) -> Pool:
+    """The pool of all rollouts: a block is a group, N = B and m = M.
+
+    Args:
+      prefix: from `prefill`.
+      prompts: int32 [B, P], right-padded.
+      lengths: int32 [B], at least 1.
+      keys: [B, M] from `rollout_keys`.
+    """
+    shape = num_prompts, num_rollouts = keys.shape
+    slots = models.whole_tiles(sampling.max_length)
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
     pool = Pool(
         step=jnp.zeros((), jnp.int32),
-        source=jnp.arange(keys.size, dtype=jnp.int32).reshape(shape),
+        rollout_ids=jnp.arange(keys.size, dtype=jnp.int32).reshape(shape),
         last=jnp.broadcast_to(last, shape),
-        closing_at=jnp.full(shape, settings.rationale_budget, jnp.int32),
+        closing_at=jnp.full(shape, sampling.rationale_budget, jnp.int32),
         done=jnp.zeros(shape, bool),
         keys=keys,
-        rollouts=_no_rollouts(shape, settings),
+        rollouts=_blank_rollouts(shape, sampling),
         prefix=prefix,
-        suffix=models.empty_suffix(policy.config, *shape, slots, policy.dtype),
+        suffix=models.empty_suffix(policy.config, num_prompts, num_rollouts, slots, policy.dtype),
     )
-    return sharding.keep_rows(policy.mesh, pool)
+    return sharding.constrain_batch(policy.mesh, pool)
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "settings", "count", "rollouts"))
-def empty_results(policy, settings, count: int, rollouts: int) -> tuple[Rollouts, Array]:
-    """Where rollouts that are done are kept: [B * M, ...], and their log w."""
-    size = count * rollouts
-    return sharding.keep_rows(policy.mesh, (_no_rollouts((size,), settings), jnp.zeros(size)))
+@functools.partial(jax.jit, static_argnames=("policy", "sampling", "num_prompts", "num_rollouts"))
+def empty_results(
+    policy: Policy, sampling: Sampling, num_prompts: int, num_rollouts: int
+) -> Results:
+    """A place for each of the B * M rollouts."""
+    size = num_prompts * num_rollouts
+    empty = Results(_blank_rollouts((size,), sampling), jnp.zeros(size))
+    return sharding.constrain_batch(policy.mesh, empty)
 
 
-def _no_rollouts(shape, settings: Sampling) -> Rollouts:
+def _blank_rollouts(shape: tuple[int, ...], sampling: Sampling) -> Rollouts:
+    """Rollouts [*shape, ...] without a token."""
     no, zero = jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)
-    per_token = (*shape, settings.max_length)
+    per_token = (*shape, sampling.max_length)
     return Rollouts(
-        tokens=jnp.full(per_token, settings.pad, jnp.int32),
+        tokens=jnp.full(per_token, sampling.pad, jnp.int32),
         log_probs=jnp.zeros(per_token),
         is_sampled=jnp.zeros(per_token, bool),
         rationale_lengths=zero,
@@ -256,167 +398,100 @@ def _no_rollouts(shape, settings: Sampling) -> Rollouts:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "settings"), donate_argnames=("pool",))
+# ---- Compiled: the decode loop ----
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "sampling"), donate_argnames=("pool",))
 def decode(
-    weights, policy, pool: Pool, settings, until, flags: Array
-) -> tuple[Pool, Array, Array, Array]:
-    """Steps up to `until`, fewer when every rollout is done before.
+    weights: models.Params,
+    policy: Policy,
+    pool: Pool,
+    sampling: Sampling,
+    until: int | Array,
+    flags: Array,
+) -> tuple[Pool, Look]:
+    """Decode steps up to step `until`, fewer when every rollout is done before.
 
     Args:
-      flags: bool [devices]; each process has set its own.
+      weights: from `decoding_weights`.
+      pool: is donated: the loop writes its caches in place.
+      until: an operand, not static: chunks of any length are one program.
+      flags: bool [devices]; each process has set those of its devices.
 
     Returns:
-      The pool, and on every device: the step it is at, bool [N, m] of the rows that go on, and
-      whether any flag is set.
+      The pool, and on every device what the host looks at.
     """
-    table, prefix = models.unembedding(weights), pool.prefix  # the loop only reads them
+    # The loop only reads the table and the prompts' caches. As part of the loop's state XLA might
+    # copy them, so they are captured instead.
+    table, prefix = models.unembedding(weights), pool.prefix
 
-    def unfinished(pool):
+    def unfinished(pool: Pool) -> Array:
         return (pool.step < until) & ~pool.done.all()
 
-    def step(pool):
-        positions = (prefix.lengths[:, None] + pool.step)[..., None]
-        positions = jnp.broadcast_to(positions, (*pool.last.shape, 1))
-        hidden, suffix = models.apply(
+    def step(pool: Pool) -> Pool:
+        # The token that is fed is the one before tokens[..., t], so its slot is t, and t slots of
+        # the suffix follow the prompt's tokens but the last. All lanes are at the same t.
+        hidden, suffix = models.decode_step(
             weights,
             policy.config,
-            pool.last[..., None],
-            positions,
-            prefix=prefix,
-            suffix=pool.suffix,
-            slot=pool.step,
-            **policy.options,
+            pool.last,
+            prefix,
+            pool.suffix,
+            pool.step,
+            policy.execution,
         )
-        logits = head.masked_logits(hidden[:, :, 0], table, policy.valid_vocab)
+        logits = head.masked_logits(hidden, table, policy.valid_vocab)  # [N, m, V]
+        # A lane's key goes with its rollout when the pool shrinks, and t is the same in all lanes.
+        # So the randomness of a token depends only on (seed, training step, prompt, rollout, t).
         keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(pool.keys, pool.step)
-        drawn, log_probs = draw(logits, keys, settings.temperature, settings.top_k, settings.top_p)
-        return _advance(pool, settings, drawn, log_probs)._replace(suffix=suffix)
+        token, log_probs = choose_token(
+            logits, keys, sampling.temperature, sampling.top_k, sampling.top_p
+        )
+        return _advance(pool, sampling, token, log_probs)._replace(suffix=suffix)
 
-    pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))._replace(prefix=prefix)
-    pool = sharding.keep_rows(policy.mesh, pool)
-    return pool, *sharding.keep_everywhere(policy.mesh, (pool.step, ~pool.done, flags.any()))
-
-
-@functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("results",))
-def leave(weights, policy, pool: Pool, results, golds: Golds):
-    """`results` with the pool's rollouts and their log w; those not done will come again."""
-    count = golds.lengths.shape[0]
-    rollouts = results[1].size // count
-    prompt = jnp.minimum(pool.source[:, 0] // rollouts, count - 1)  # empty blocks: any
-    golds = jax.tree.map(lambda x: x[prompt], sharding.keep_everywhere(policy.mesh, golds))
-    golds = sharding.keep_rows(policy.mesh, golds)
-    log_w = scoring.score_answers(
-        weights,
-        policy,
-        pool.prefix,
-        pool.suffix,
-        pool.rollouts.tokens,
-        jnp.maximum(pool.rollouts.rationale_lengths, 1),
-        *golds,
-    )
-    write = lambda whole, own: whole.at[pool.source].set(own, mode="drop")
-    return sharding.keep_rows(policy.mesh, jax.tree.map(write, results, (pool.rollouts, log_w)))
+    with jax.named_scope("decode_steps"):  # qlog.aot finds the loop by this name
+        pool = jax.lax.while_loop(unfinished, step, pool._replace(prefix=None))
+    pool = pool._replace(prefix=prefix)
+    pool = sharding.constrain_batch(policy.mesh, pool)
+    # Replicated, so that every process reads the same and takes the same way afterwards.
+    look = Look(step=pool.step, going=~pool.done, stop=flags.any())
+    return pool, sharding.constrain_replicated(policy.mesh, look)
 
 
-def _move(policy, pool: Pool, plan: Plan, nobody: int) -> Pool:
-    """The pool after `plan`; cache by cache, so that two whole pools are never in memory."""
-    put = functools.partial(sharding.put_rows, policy.mesh)
-    parent, lane, source = map(put, plan)
+def _advance(pool: Pool, sampling: Sampling, chosen: Array, log_probs: Array) -> Pool:
+    """One row of the table in this module's docstring for each lane: its next token and its state.
 
-    def move(cache, take, index):
-        moved = take(policy.mesh, cache, index)
-        cache.delete()
-        return moved
-
-    layers = tuple(tuple(move(x, _take_lanes, lane) for x in pair) for pair in pool.suffix.layers)
-    keys, values = (
-        tuple(move(x, _take_blocks, parent) for x in caches)
-        for caches in (pool.prefix.keys, pool.prefix.values)
-    )
-    prefix = models.Prefix(keys, values, _take_blocks(policy.mesh, pool.prefix.lengths, parent))
-    rows = (pool.last, pool.closing_at, pool.done, pool.keys, pool.rollouts)
-    last, closing_at, done, row_keys, rollouts = _take_rows(policy.mesh, rows, lane)
-    return Pool(
-        step=pool.step,
-        source=source,
-        last=last,
-        closing_at=closing_at,
-        done=_mark_nobody(done, source, nobody),
-        keys=row_keys,
-        rollouts=rollouts,
-        prefix=prefix,
-        suffix=pool.suffix._replace(layers=layers),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def _take_blocks(mesh, blocks: Array, parent: Array) -> Array:
-    """[N, ...] -> [N', ...]; indices count within the shard."""
-    return sharding.by_shard(mesh, lambda x, index: x[index], blocks, parent)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def _take_lanes(mesh, cache: Array, lane: Array) -> Array:
-    """[N, K, m, S, C] -> [N', K, m', S, C]; indices count rows within the shard."""
-
-    def take(x, index):
-        taken = x[index // x.shape[2], :, index % x.shape[2]]  # [N', m', K, S, C]
-        return taken.transpose(0, 2, 1, 3, 4)
-
-    return sharding.by_shard(mesh, take, cache, lane)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def _take_rows(mesh, rows, lane: Array):
-    """Arrays [N, m, ...] -> [N', m', ...]; indices count rows within the shard."""
-    take = lambda x, index: x.reshape(-1, *x.shape[2:])[index]
-    return jax.tree.map(lambda x: sharding.by_shard(mesh, take, x, lane), rows)
-
-
-@functools.partial(jax.jit, static_argnames=("nobody",))
-def _mark_nobody(done: Array, source: Array, nobody: int) -> Array:
-    return done | (source == nobody)
-
-
-@functools.partial(jax.jit, static_argnames=("shape",))
-def _by_prompt(results, shape):
-    """[B * M, ...] -> [B, M, ...]."""
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
-
-
-@functools.partial(jax.jit, static_argnames=("index", "count"))
-def _wave(tree, index: int, count: int):
-    """Every count-th prompt from `index` on: each device keeps its share of every wave."""
-    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, index], tree)
-
-
-@jax.jit
-def _join_waves(parts):
-    """The way back of `_wave`."""
-    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *parts)
-
-
-def _advance(pool: Pool, settings: Sampling, drawn: Array, log_probs: Array) -> Pool:
-    """The table in this module's docstring: from the model's draw to the rollouts' next tokens."""
+    Args:
+      chosen: int32 [N, m], the model's tokens; where the closing is forced they are not used.
+      log_probs: float32 [N, m], of `chosen`.
+    """
     old, t = pool.rollouts, pool.step
-    closing = jnp.asarray(settings.closing, jnp.int32)
-    eos = jnp.asarray(settings.eos, jnp.int32)
+    closing = jnp.asarray(sampling.closing, jnp.int32)
+    eos = jnp.asarray(sampling.eos, jnp.int32)
+
+    # Which state is the rollout in? Its rationale has length 0 until it is closed.
     thinking = ~pool.done & (old.rationale_lengths == 0)
     answering = ~pool.done & ~thinking
-    closed_so_far = t - pool.closing_at
+    closed_so_far = t - pool.closing_at  # tokens of the closing text that are there already
     forcing = thinking & (closed_so_far >= 0)
     is_sampled = (thinking & ~forcing) | answering
-    forced_token = closing[jnp.clip(closed_so_far, 0, len(settings.closing) - 1)]
-    token = jnp.where(forcing, forced_token, jnp.where(is_sampled, drawn, settings.pad))
+
+    # Its next token: forced, chosen by the model, or pad.
+    forced_token = closing[jnp.clip(closed_so_far, 0, len(sampling.closing) - 1)]
+    token = jnp.where(forcing, forced_token, jnp.where(is_sampled, chosen, sampling.pad))
     is_eos = (token[..., None] == eos).any(-1)
 
-    natural = thinking & ~forcing & (token == settings.closing[-1])
-    closes = natural | (forcing & (closed_so_far == len(settings.closing) - 1))
+    # The rationale ends with the thinking-end token, chosen or forced. An end of sequence inside it
+    # does not end the rollout: an answer is scored after a thinking end. So the closing follows.
+    natural = thinking & ~forcing & (token == sampling.closing[-1])
+    closes = natural | (forcing & (closed_so_far == len(sampling.closing) - 1))
     ends_early = thinking & ~forcing & is_eos
     rationale_lengths = jnp.where(closes, t + 1, old.rationale_lengths)
+
+    # The answer ends with an end of sequence, or when its reserve is spent.
     completes = answering & is_eos
-    finished = completes | (answering & (t + 1 - rationale_lengths >= settings.answer_reserve))
-    if not settings.with_answer:
+    finished = completes | (answering & (t + 1 - rationale_lengths >= sampling.answer_reserve))
+    if not sampling.with_answer:
         finished = closes
     rollouts = Rollouts(
         tokens=old.tokens.at[:, :, t].set(token),
@@ -435,3 +510,88 @@ def _advance(pool: Pool, settings: Sampling, drawn: Array, log_probs: Array) -> 
         rollouts=rollouts,
         closing_at=jnp.where(ends_early, t + 1, pool.closing_at),
     )
+
+
+# ---- Compiled: scores, and the moves of a pool that shrinks ----
+
+
+@functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("results",))
+def score_and_store(
+    weights: models.Params, policy: Policy, pool: Pool, results: Results, golds: Golds
+) -> Results:
+    """`results` with the pool's rollouts and their log w.
+
+    Rollouts that are not done are stored, too, with a log w that means nothing. They stay in the
+    pool, and a later call writes over them.
+
+    Args:
+      weights: from `decoding_weights`.
+      results: is donated.
+      golds: of all prompts of the wave, [B, A].
+    """
+    num_prompts = golds.lengths.shape[0]
+    num_rollouts = results.log_w.size // num_prompts
+    # The prompt of each block: that of its first lane. NO_ROLLOUT of an empty block gives the last
+    # prompt; what is scored for it is dropped below.
+    prompt = jnp.minimum(pool.rollout_ids[:, 0] // num_rollouts, num_prompts - 1)
+    # A block may be at another place than its prompt's gold answer, so these are replicated first.
+    golds = jax.tree.map(lambda x: x[prompt], sharding.constrain_replicated(policy.mesh, golds))
+    golds = sharding.constrain_batch(policy.mesh, golds)
+    log_w = scoring.score_answers(
+        weights,
+        policy,
+        pool.prefix,
+        pool.suffix,
+        pool.rollouts.tokens,
+        jnp.maximum(pool.rollouts.rationale_lengths, 1),
+        *golds,
+    )
+    # By id; empty lanes have NO_ROLLOUT, which lies outside and is dropped.
+    store = lambda whole, lanes: whole.at[pool.rollout_ids].set(lanes, mode="drop")
+    results = jax.tree.map(store, results, Results(pool.rollouts, log_w))
+    return sharding.constrain_batch(policy.mesh, results)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _take_blocks(mesh: Mesh | None, blocks: Array, parent: Array) -> Array:
+    """[N, ...] -> [N', ...]; indices count within the shard."""
+    return sharding.shard_map_batch(mesh, lambda x, index: x[index], blocks, parent)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _take_lanes(mesh: Mesh | None, cache: Array, lane: Array) -> Array:
+    """[N, K, m, S, C] -> [N', K, m', S, C]; indices count lanes within the shard."""
+
+    def take(x: Array, index: Array) -> Array:
+        # Two index arrays with a slice between them put their own dimensions in front.
+        taken = x[index // x.shape[2], :, index % x.shape[2]]  # [N', m', K, S, C]
+        return taken.transpose(0, 2, 1, 3, 4)
+
+    return sharding.shard_map_batch(mesh, take, cache, lane)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _take_per_lane(mesh: Mesh | None, tree: Any, lane: Array) -> Any:
+    """Arrays [N, m, ...] -> [N', m', ...]; indices count lanes within the shard."""
+    take = lambda x, index: x.reshape(-1, *x.shape[2:])[index]
+    return jax.tree.map(lambda x: sharding.shard_map_batch(mesh, take, x, lane), tree)
+
+
+@jax.jit
+def _or_empty(done: Array, rollout_ids: Array) -> Array:
+    return done | (rollout_ids == NO_ROLLOUT)
+
+
+# ---- Compiled: waves ----
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _by_prompt(results: Results, shape: tuple[int, int]) -> Results:
+    """[B * M, ...] -> [B, M, ...]."""
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
+
+
+@jax.jit
+def _join_waves(results: list[Results]) -> Results:
+    """The inverse of `sharding.every_nth`."""
+    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *results)

@@ -1,4 +1,4 @@
-"""Log-probabilities without [.., T, V] arrays, and gold answers scored on the rollouts' caches."""
+"""log w: the gold answers' log-probabilities, read off the caches that sampling leaves."""
 
 import functools
 
@@ -22,37 +22,41 @@ def score_answers(
     gold: Array,
     gold_lengths: Array,
 ) -> Array:
-    """log w_m = log p(y* | x*, z_m), read off the caches that sampling left behind.
+    """log w_m = log p(y* | x*, z_m) of the gold answer y*, at temperature 1.
 
-    Only the thinking-end token and the gold answer pass through the model; what a rollout sampled
-    after its thinking-end token lies in later slots of its cache and is not seen.
+    Only the thinking-end token and the gold answer pass through the model: 1 + A tokens instead of
+    P + R + A. In the sampler's pool B is the number of blocks and M the lanes of each.
 
     Args:
-      prefix: of the prompts' tokens but the last, [.., B, .., P, ..].
-      suffix: slot i holds the keys of the token before `tokens[..., i]`.
+      prefix: caches of the prompts' tokens but the last, [B, K, P, C] per layer.
+      suffix: caches of the rollouts, [B, K, M, S, C] per layer; slot i has the keys and values of
+        the token before `tokens[..., i]`.
       tokens: int32 [B, M, R], the rollouts.
-      rationale_lengths: int32 [B, M], thinking-end token included.
-      gold: int32 [B, A] right-padded gold answers, end of sequence included.
+      rationale_lengths: int32 [B, M], thinking-end token included, at least 1.
+      gold: int32 [B, A], right-padded gold answers, end of sequence included.
       gold_lengths: int32 [B]; 0 gives log w = 0.
 
     Returns:
-      float32 [B, M], summed over the gold answer's tokens, at temperature 1.
+      float32 [B, M], summed over the gold answer's tokens.
     """
-    batch, rollouts, _ = tokens.shape
-    last = jnp.take_along_axis(tokens, rationale_lengths[..., None] - 1, axis=-1)
-    gold_m = jnp.broadcast_to(gold[:, None], (batch, rollouts, gold.shape[-1]))
-    inputs = jnp.concatenate([last, gold_m[..., :-1]], axis=-1)
-    # The prefix lacks the prompt's last token, which suffix slot 0 holds: see sampling.py.
-    start = prefix.lengths[:, None] + rationale_lengths
-    positions = start[..., None] + jnp.arange(gold.shape[-1])
-    hidden, _ = models.apply(
+    num_prompts, num_rollouts, _ = tokens.shape
+    # A token predicts the next one. So the inputs are the thinking-end token and the gold answer
+    # without its last token; the targets are the gold answer.
+    last = jnp.take_along_axis(tokens, rationale_lengths[..., None] - 1, axis=-1)  # [B, M, 1]
+    gold_m = jnp.broadcast_to(gold[:, None], (num_prompts, num_rollouts, gold.shape[-1]))
+    inputs = jnp.concatenate([last, gold_m[..., :-1]], axis=-1)  # [B, M, A]
+
+    # The prefix lacks the prompt's last token, which is in slot 0 of the suffix (see sampler.py).
+    # Of a rationale of n tokens all but the last are in slots 1 to n - 1. So n slots are seen, and
+    # the thinking-end token, the first input, has the position of slot n. The answer that a
+    # rollout sampled lies in the slots from n on and is not seen.
+    hidden = models.score_step(
         params,
         policy.config,
         inputs,
-        positions,
-        prefix=prefix,
-        suffix=suffix._replace(lengths=rationale_lengths),
-        **policy.options,
+        prefix,
+        suffix._replace(lengths=rationale_lengths),
+        policy.execution,
     )
     log_probs = head.token_log_probs(
         hidden,

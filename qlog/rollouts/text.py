@@ -1,15 +1,32 @@
 """From tokens to text."""
 
+from typing import NamedTuple
+
 from qlog import data
 from qlog.records import Rollouts
 
 
-def rollout_texts(formatter: data.Formatter, rollouts: Rollouts, row: int) -> list[tuple[str, str]]:
-    """(rationale, answer) texts of a prompt's rollouts; `rollouts` on the host."""
+class RolloutText(NamedTuple):
+    """A rollout as text; the thinking-end token is in neither part."""
+
+    rationale: str
+    answer: str  # '' where the rollout stopped at the thinking end
+
+
+def rollout_texts(formatter: data.Formatter, rollouts: Rollouts, index: int) -> list[RolloutText]:
+    """The texts of one prompt's M rollouts.
+
+    Args:
+      rollouts: on the host, numpy arrays [b, M, ...] as from `sharding.local_batch`.
+      index: which of the b prompts.
+    """
     texts = []
     for tokens, end, length in zip(
-        rollouts.tokens[row], rollouts.rationale_lengths[row], rollouts.lengths[row]
+        rollouts.tokens[index],
+        rollouts.rationale_lengths[index],
+        rollouts.lengths[index],
+        strict=True,
     ):
         rationale = formatter.tokenizer.decode(tokens[: end - 1].tolist(), show_control=True)
-        texts.append((rationale, formatter.answer_text(tokens[end:length].tolist())))
+        texts.append(RolloutText(rationale, formatter.answer_text(tokens[end:length].tolist())))
     return texts

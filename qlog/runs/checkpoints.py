@@ -1,8 +1,13 @@
-"""Orbax checkpoints of a run: parameters apart from the rest, so that either can be read alone.
+"""Orbax checkpoints of a run.
 
-A run saves first and evaluates then, so a checkpoint's score comes later: WORKDIR/scores.json has
-{step: {"value": ..., "of": metric and settings}} of the steps that were evaluated, and tells which of
-the checkpoints is the best. Scores of other settings than the newest one's are not compared with it.
+WORKDIR/checkpoints/STEP/ has two items: `params`, and `training` for the rest of the train state.
+So parameters can be read without the optimizer's moments, and moments can be deleted when they are
+no longer needed.
+
+A run saves first and evaluates then, so the score of a checkpoint comes later, and not into it:
+WORKDIR/scores.json has {step: {"value": ..., "of": metric and settings}} of the steps that were
+evaluated. The best checkpoint is the one with the highest value, among those whose "of" is the one
+of the newest score: values under other settings cannot be compared with it.
 """
 
 import dataclasses
@@ -13,10 +18,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from qlog.errors import ConfigError, summary
 from qlog.parallel import distributed
-from qlog.storage import paths
-from qlog.errors import ConfigError
 from qlog.records import TrainState
+from qlog.storage import paths
 from qlog.storage.paths import Path
 
 WHICH = "best, latest, base or a step"
@@ -27,40 +32,50 @@ Scores = dict[int, dict[str, Any]]  # by step; see above
 class Checkpoints:
     """The checkpoints of the run in `workdir`, one per saved step, written asynchronously.
 
-    Kept: the `keep` latest, and the one with the highest score. The data position is the step
-    itself (see data/pipeline.py). On several processes each has one, and all call alike.
+    The position in the data is the step itself (data/pipeline.py). Every process has such an object
+    and makes the same calls, since Orbax saves and restores together.
+
+    Args:
+      workdir: the folder of the run.
+      keep: how many of the latest checkpoints to keep, besides the one with the highest score.
 
     Attributes:
-      latest_step: of the newest checkpoint, None without one; the same on every process.
-      scores: by step, of those that were evaluated.
+      latest_step: the step of the newest checkpoint; None without one. The same on every process.
+      scores: the score of each step that was evaluated.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
         self._folder = paths.parse(workdir)
-        scores = distributed.first(lambda: _read_scores(self._folder))
+        scores = distributed.once_per_run(lambda: _read_scores(self._folder))
         self.scores: Scores = {int(step): score for step, score in scores.items()}
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             place(self._folder, "--workdir") / "checkpoints",
+            # Save whenever asked: the training loop decides when.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(
                 [latest, _Best(self.scores)]
             ),
             cleanup_tmp_directories=True,
         )
+        # A process that lists the folder a moment later may see another one: process 0 decides.
         newest = self._checkpointer.latest
         self.latest_step: int | None = distributed.broadcast(newest and newest.step)
+        # Scores of checkpoints that were lost: the run does these steps again.
         for step in [step for step in self.scores if step > (self.latest_step or 0)]:
-            del self.scores[step]  # of checkpoints that were lost: the steps are done again
+            del self.scores[step]
 
     def save(
         self, state: TrainState, *, step: int, config: str, identity: dict | None = None
     ) -> None:
-        """Starts writing `state` as of `step`; it may be used again as soon as this returns.
+        """Starts writing `state` as of `step`; does nothing if that step is saved already.
+
+        When this returns the arrays are on the host and may be donated; writing goes on in the
+        background.
 
         Args:
-          config: the resolved config's JSON.
-          identity: `experiment.identity`: what the run is made of.
+          config: the resolved config, as JSON.
+          identity: `experiment.identity`, what the run is made of.
         """
         if self.latest_step is not None and self.latest_step >= step:
             return
@@ -76,44 +91,53 @@ class Checkpoints:
         return self._checkpointer.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Until what was saved is on disk."""
+        """Waits until what was saved is in the workdir."""
         self._checkpointer.wait()
 
     def score(self, step: int, value: float, what: str) -> None:
-        """Notes how good the parameters of `step` are; the best checkpoint is kept by it.
+        """Writes down how good the parameters of `step` are.
 
         Args:
           value: the higher, the better.
-          what: the metric and the settings that it depends on, in words.
+          what: the metric and the settings that it depends on, as text.
         """
         self.scores[step] = {"value": value, "of": what}
         if jax.process_index() == 0:
             paths.write(self._folder / _SCORES, json.dumps(self.scores))
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The newest state, placed as `abstract` (ShapeDtypeStructs with shardings) says.
+        """The newest state.
+
+        Args:
+          abstract: ShapeDtypeStructs with the shardings that the state shall have.
 
         Raises:
-          ConfigError: it was pruned.
+          ConfigError: the checkpoint was pruned to its parameters.
         """
         training = self._folder / "checkpoints" / str(self.latest_step) / "training"
-        if not distributed.first(lambda: paths.exists(training)):
+        if not distributed.once_per_run(lambda: paths.exists(training)):
             raise ConfigError(
-                f"{self._folder} kept parameters only (config.checkpoint.finished = 'best_params'), so the "
-                f"run cannot go on: begin another with --config.init_from={self._folder}."
+                f"{self._folder} kept parameters only "
+                f"(config.checkpoint.finished = 'best_params'), so the run cannot "
+                f"go on: begin another with --config.init_from={self._folder}."
             )
         parts = {"params": abstract.params, "training": abstract._replace(params=None)._asdict()}
         loaded = self._checkpointer.load_checkpointables(self.latest_step, parts)
         return TrainState(**loaded["training"])._replace(params=loaded["params"])
 
     def made_of(self) -> tuple[dict, dict]:
-        """The config and the identity that the newest checkpoint was written under."""
-        about = self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata
+        """The config and the identity that `save` was given for the newest checkpoint."""
+        metadata: Any = self._checkpointer.checkpointables_metadata(self.latest_step)
+        about = metadata.custom_metadata
         return about["config"], about.get("identity", {})
 
     def prune(self, what: str) -> None:
-        """What a finished run keeps: all, or best_params: the parameters of the best checkpoint (the
-        newest, without scores). Pruning what is pruned changes nothing."""
+        """Deletes what a finished run need not keep; a second call changes nothing.
+
+        Args:
+          what: what to keep: 'all', or 'best_params', the parameters of the best checkpoint (the
+            newest, where no step has a score).
+        """
         if what == "all":
             return
         self.wait()
@@ -128,13 +152,17 @@ class Checkpoints:
                 training.rmtree()
 
     def close(self) -> None:
-        """Waits for the write under way; a run must not end before."""
+        """Waits for the save under way; a process that ends before loses it."""
         self._checkpointer.close()
 
 
 @dataclasses.dataclass
 class _Best:
-    """Orbax's PreservationPolicy for scores that come after the save."""
+    """A PreservationPolicy of Orbax, for scores that come after the save.
+
+    Attributes:
+      scores: those of `Checkpoints`, which change while this policy is in use.
+    """
 
     scores: Scores
 
@@ -147,22 +175,22 @@ class _Best:
 def load_params(
     folder: str | os.PathLike, abstract_params, field: str = "init_from", which: str = "best"
 ):
-    """Parameters alone, from a checkpoint of another run.
+    """Reads the parameters of a checkpoint of another run.
 
     Args:
       folder, which: as `find_checkpoint` takes them.
       abstract_params: ShapeDtypeStructs with shardings.
-      field: the config field that named the folder, for messages.
+      field: the flag or the config field that named the folder, for messages.
 
     Raises:
-      ConfigError: nothing there, or parameters of another shape.
+      ConfigError: no checkpoint there, or its parameters have other names or shapes.
     """
     path = find_checkpoint(folder, field, which)
     try:
         return ocp.load_checkpointables(path, {"params": abstract_params})["params"]
     except (ValueError, KeyError) as error:
         raise ConfigError(
-            f"{field} = {str(folder)!r} holds parameters of another model: {_first_line(error)}"
+            f"{field} = {str(folder)!r} holds parameters of another model: {summary(error)}"
         ) from error
 
 
@@ -170,27 +198,30 @@ def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") 
     """The folder of one step, the same on every process.
 
     Args:
-      folder: a run's workdir, its `checkpoints` folder, or one step's folder in it.
-      field: what named the folder, for messages.
-      which: best (by score; the latest where none was evaluated), latest, or a step's number. Of a
-        folder that is one step's, only that.
+      folder: the workdir of a run, its `checkpoints` folder, or the folder of one step in it.
+      field: the flag or the config field that named the folder, for messages.
+      which: best (by score; the latest, if none was evaluated), latest, or the number of a step.
+        Without effect where `folder` is one step's.
 
     Raises:
       ConfigError: no checkpoint there, or not the one that was asked for.
     """
     named, folder = os.fspath(folder), place(folder, field)
-    above = distributed.first(lambda: _above(folder))
+    above = distributed.once_per_run(lambda: _above(folder))
     steps = []
     if above:
-        with ocp.training.Checkpointer(paths.parse(above)) as checkpointer:  # all: it has barriers
+        # On every process: opening a Checkpointer waits for all of them.
+        with ocp.training.Checkpointer(paths.parse(above)) as checkpointer:
             steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
     return paths.parse(
-        distributed.first(lambda: _choose(folder, above, steps, f"{field} = {named!r}", which))
+        distributed.once_per_run(
+            lambda: _choose(folder, above, steps, f"{field} = {named!r}", which)
+        )
     )
 
 
 def _above(folder: Path) -> str:
-    """The folder above all steps; '' where there is none, as in one step's."""
+    """The folder that has the steps; '' if `folder` is one step's, or nothing is there."""
     for above in (folder / "checkpoints", folder):
         if above.name == "checkpoints" and paths.exists(above):
             return str(above)
@@ -198,6 +229,7 @@ def _above(folder: Path) -> str:
 
 
 def _choose(folder: Path, above: str, steps: list[int], named: str, which: str) -> str:
+    """The folder of the step that was asked for; `named` is how the user named it."""
     if paths.exists(folder / "params"):
         return str(folder)
     if not steps:
@@ -209,55 +241,51 @@ def _choose(folder: Path, above: str, steps: list[int], named: str, which: str) 
     if which.isdigit() and int(which) in steps:
         return f"{above}/{which}"
     raise ConfigError(
-        f"--checkpoint={which}: {named} has the steps {', '.join(map(str, steps))}; ask for {WHICH}."
+        f"--checkpoint={which}: {named} has the steps {', '.join(map(str, steps))}; "
+        f"ask for {WHICH}."
     )
 
 
 def _best(steps: list[int], scores: Scores) -> int:
-    """The first of the steps with the highest score; the last step where none has one."""
+    """The step with the highest score (of equal ones the first); without scores the last step."""
     scored = [step for step in steps if step in scores]
     if not scored:
         return steps[-1]
     what = scores[max(scored)]["of"]
-    alike = [step for step in scored if scores[step]["of"] == what]
+    alike = [step for step in scored if scores[step]["of"] == what]  # under the same settings
     return max(alike, key=lambda step: (scores[step]["value"], -step))
 
 
 def _read_scores(workdir: Path) -> Scores:
     try:
-        return {
-            int(step): score for step, score in json.loads(paths.read(workdir / _SCORES)).items()
-        }
+        scores = json.loads(paths.read(workdir / _SCORES))
     except FileNotFoundError:
         return {}
+    return {int(step): score for step, score in scores.items()}  # JSON's keys are text
 
 
 def place(folder: str | os.PathLike, field: str) -> Path:
     """`folder` as Orbax takes it: absolute.
 
     Raises:
-      ConfigError: in an S3 bucket: Orbax (0.12.8) neither writes arrays there nor commits a checkpoint
-        whole.
+      ConfigError: the folder is in an S3 bucket.
     """
+    # Orbax (0.12.8) cannot write arrays to S3, nor make a checkpoint appear there whole.
     path = paths.parse(folder, field)
     if not paths.is_remote(path):
         return Path(os.path.abspath(path))
     if str(path).startswith("s3://"):
         raise ConfigError(
-            f"{field} = {path}: Orbax keeps no checkpoints in s3:// buckets; give gs://BUCKET/... or a "
-            "folder that all hosts share (weights, data and assets may be in s3://)."
+            f"{field} = {path}: Orbax keeps no checkpoints in s3:// buckets; give gs://BUCKET/... "
+            "or a folder that all hosts share (weights, data and assets may be in s3://)."
         )
     return path
 
 
 def abstract_like(tree, shardings=None):
-    """ShapeDtypeStructs of `tree`, with its own shardings or the given ones."""
+    """ShapeDtypeStructs of `tree`, with the shardings of its arrays or the given ones."""
     if shardings is None:
         shardings = jax.tree.map(lambda x: x.sharding, tree)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]

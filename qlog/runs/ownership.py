@@ -1,11 +1,24 @@
-"""A workdir belongs to one run at a time, and every process of the run sees the same one.
+"""A workdir belongs to one run at a time, and every process of the run sees the same workdir.
 
-workdir/owner.json is the owner's: made where there is none, rewritten with a higher count every few
-seconds; at the end it says "released", with the exit "status" and the "error", if any. Whoever finds one either knows the owner to be dead (a process of this
-machine that is gone) or watches whether the count rises; clocks of two hosts are never compared.
+The owner's file, WORKDIR/owner.json, is made by the run that finds none, and written again every
+few seconds with a higher count:
 
-    {"owner": ..., "host", "pid", "started": when, "beat": count, "step", "phase",
-     "moved": seconds since the epoch when step or phase was last told, "time": when this was written}
+| key                    | holds                                                                   |
+|------------------------|-------------------------------------------------------------------------|
+| owner                  | a random name of this start of the run                                  |
+| host, machine, pid,    | which process it is                                                     |
+| process                |                                                                         |
+| started                | when, as text for people                                                |
+| beat                   | the count                                                               |
+| step, phase            | where the run is                                                        |
+| moved                  | when it last told its step or phase, in seconds since the epoch         |
+| time                   | when the file was written, in seconds since the epoch                   |
+| released, status,      | at the end only: true, the exit status, and the error as text, '' if    |
+| error                  | there was none                                                          |
+
+Who finds such a file must know whether its owner still lives. A process of this machine can be
+looked up. Of other machines only the count is watched: it rises, or it does not. The clocks of two
+hosts are never compared, since they may differ by more than the beats do.
 """
 
 import contextlib
@@ -17,31 +30,39 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
 
+from qlog.console import say
+from qlog.errors import ConfigError, PassingError
 from qlog.parallel import distributed
 from qlog.storage import paths
-from qlog.errors import ConfigError
-from qlog.errors import PassingError
-from qlog.console import say
 
 FILE = "owner.json"
 _PROOF = ".proof_"
-_SEEN_WITHIN = 5.0  # seconds; NFS remembers for some that a file was not there
+_SEEN_WITHIN = 5.0  # seconds; NFS may remember for a while that a file was not there
+_Owner = dict[str, Any]  # what owner.json holds; {} where there is no file
 
 
 class Claim:
-    """What a run holds while it owns its workdir; on processes other than the first, nothing."""
+    """What a run holds while it owns its workdir; a thread writes the owner's file again and again.
+
+    Args:
+      file: the owner's file; None on processes other than process 0, which write nothing.
+      me: what the file says by now.
+    """
 
     INTERVAL = 10.0  # seconds between beats
 
-    def __init__(self, file: paths.Path | None, me: dict):
+    def __init__(self, file: paths.Path | None, me: _Owner):
         self._file, self._me = file, me
         self._lost, self._ended = threading.Event(), threading.Event()
-        self._is_ill = False
+        self._is_failing = False
         if file is not None:
-            self._thread = threading.Thread(target=self._keep, name="owner", daemon=True)
+            self._thread = threading.Thread(
+                target=self._keep, args=(file,), name="owner", daemon=True
+            )
             self._thread.start()
 
     @property
@@ -50,71 +71,71 @@ class Claim:
         return self._lost.is_set()
 
     def beat(self, step: int | None = None, phase: str | None = None) -> None:
-        """Tells where the run is; costs nothing, the next beat writes it."""
+        """Tells where the run is. Costs nothing: the thread writes it at its next beat."""
         told = {"step": step, "phase": phase}
         self._me |= {k: v for k, v in told.items() if v is not None} | {"moved": time.time()}
 
     def check(self) -> None:
-        """Every process must ask.
+        """Ends a run that has lost its workdir. Every process must call.
 
         Raises:
           PassingError: another run has taken the workdir over: nothing may be written any more.
         """
-        if distributed.agree(self.is_lost):
+        if distributed.any_process(self.is_lost):
             raise PassingError(
-                "another run has taken this workdir over (this one was silent for too long): it goes on "
-                "there, this one stops."
+                "another run has taken this workdir over (this one was silent for too long): it "
+                "goes on there, this one stops."
             )
 
     def release(self, error: BaseException | None = None) -> None:
         """Gives the workdir back; the file says how the run ended.
 
         Args:
-          error: what ended it, if anything did.
+          error: what ended the run, if it did not come to its end.
         """
         if self._file is None or self._ended.is_set():
             return
         self._ended.set()
-        self._thread.join(2 * self.INTERVAL)  # longer only where the store does not answer
+        # The thread ends at once, unless the store does not answer: then the process need not wait.
+        self._thread.join(2 * self.INTERVAL)
         if not self.is_lost:
-            paths.within(2 * self.INTERVAL, lambda: self._leave(error))
+            file = self._file
+            paths.within(2 * self.INTERVAL, lambda: self._leave(file, error))
 
-    def _leave(self, error: BaseException | None):
-        if _look(self._file).get("owner") != self._me["owner"]:
+    def _leave(self, file: paths.Path, error: BaseException | None) -> None:
+        if _look(file).get("owner") != self._me["owner"]:
             return
         status = 0 if error is None else getattr(error, "status", 1)
         reason = "" if error is None else str(error) or type(error).__name__
         last = {"released": True, "status": status, "error": reason, "time": time.time()}
-        paths.write(self._file, json.dumps(self._me | last))
+        paths.write(file, json.dumps(self._me | last))
 
-    def _keep(self):
+    def _keep(self, file: paths.Path) -> None:
+        """The thread."""
         while not self._ended.wait(self.INTERVAL):
             try:
-                self._beat()
-                self._is_ill = False
-            except Exception as error:  # a beat left out is no harm, and the next may do better
-                if not self._is_ill:
-                    say(
-                        f"{self._file} cannot be written ({type(error).__name__}: {error}); trying on"
-                    )
-                self._is_ill = True
+                self._beat(file)
+                self._is_failing = False
+            except Exception as error:  # one beat less does no harm: others wait for two intervals
+                if not self._is_failing:
+                    say(f"{file} cannot be written ({type(error).__name__}: {error}); trying on")
+                self._is_failing = True
             if self.is_lost:
                 return
 
-    def _beat(self):
-        found = _look(self._file)
+    def _beat(self, file: paths.Path) -> None:
+        """Writes the file again, unless it is another run's by now."""
+        found = _look(file)
         self._me |= {"beat": self._me["beat"] + 1, "time": time.time()}
         text = json.dumps(self._me)
-        if not found:  # removed by somebody: ours, unless another was faster
-            if (
-                not paths.create(self._file, text)
-                and _look(self._file).get("owner") != self._me["owner"]
-            ):
+        if not found:
+            # Somebody has removed it. It is ours again, unless another run is faster.
+            if not paths.create(file, text) and _look(file).get("owner") != self._me["owner"]:
                 self._lost.set()
         elif found.get("owner", self._me["owner"]) != self._me["owner"]:
             self._lost.set()
         else:
-            paths.write(self._file, text)
+            paths.write(file, text)
 
 
 @contextlib.contextmanager
@@ -126,25 +147,28 @@ def claim(workdir: paths.Path) -> Iterator[Claim]:
       PassingError: another run has it.
     """
     prove_shared(workdir, "--workdir")
-    me = distributed.first(lambda: _take(workdir / FILE))
-    held = Claim(workdir / FILE if jax.process_index() == 0 else None, me)
+    me = distributed.once_per_run(lambda: _take(workdir / FILE))
+    owned = Claim(workdir / FILE if jax.process_index() == 0 else None, me)
     try:
-        yield held
+        yield owned
     except BaseException as error:
-        held.release(error)
+        owned.release(error)
         raise
-    held.release()
+    owned.release()
 
 
 def prove_shared(folder: paths.Path, field: str = "path") -> None:
-    """Every process writes in the folder, and reads there what process 0 wrote. All must ask.
+    """Makes sure that every process writes in the folder and reads there what process 0 wrote.
+
+    A path such as /tmp/run exists on each host, and is another folder on each. Every process must
+    call.
 
     Raises:
-      ConfigError: on all of them, as soon as one of them cannot.
+      ConfigError: on all processes, if one of them cannot.
     """
-    nonce = distributed.first(lambda: _leave_proof(folder, field))
+    nonce = distributed.once_per_run(lambda: _leave_proof(folder, field))
     proof = folder / f"{_PROOF}{nonce}"
-    trouble = ""
+    trouble = ""  # of this process: '', 'unshared', or what `paths.probe` says
     if jax.process_index():
         try:
             paths.probe(folder, field)
@@ -154,15 +178,16 @@ def prove_shared(folder: paths.Path, field: str = "path") -> None:
     found = distributed.gather([{"host": socket.gethostname(), "trouble": trouble}])
     if jax.process_index() == 0:
         paths.within(20.0, lambda: paths.remove(proof))
-    wrong = [f"{i} on {row['host']}" for i, row in enumerate(found) if row["trouble"] == "unshared"]
+    wrong = [f"{i} on {one['host']}" for i, one in enumerate(found) if one["trouble"] == "unshared"]
     if wrong:
         raise ConfigError(
-            f"{field} = {folder} is not shared: process {', '.join(wrong)} does not see what process 0 on "
-            f"{found[0]['host']} wrote there; give a folder that all hosts mount, or a bucket."
+            f"{field} = {folder} is not shared: process {', '.join(wrong)} does not see what "
+            f"process 0 on {found[0]['host']} wrote there; give a folder that all hosts mount, or "
+            "a bucket."
         )
-    for index, row in enumerate(found):
-        if row["trouble"]:
-            raise ConfigError(f"{row['trouble']} (process {index} on {row['host']})")
+    for index, one in enumerate(found):
+        if one["trouble"]:
+            raise ConfigError(f"{one['trouble']} (process {index} on {one['host']})")
 
 
 def _leave_proof(folder: paths.Path, field: str) -> str:
@@ -181,8 +206,8 @@ def _sees(proof: paths.Path) -> bool:
     return True
 
 
-def _take(file: paths.Path) -> dict:
-    """Makes the file ours; what it then says."""
+def _take(file: paths.Path) -> _Owner:
+    """Makes the file ours, or raises PassingError; returns what it then says."""
     now = time.time()
     me = {
         "owner": secrets.token_hex(8),
@@ -196,9 +221,11 @@ def _take(file: paths.Path) -> dict:
     }
     if paths.create(file, json.dumps(me)):
         return me
+    # There is an owner. If it is dead, several runs may find that out at the same time: each looks
+    # again before it removes the file, and only one of them can create the next one.
     first = _look(file)
     _refuse_living(file, first)
-    if (now_there := _look(file)).get("owner") != first.get("owner"):  # another start was faster
+    if (now_there := _look(file)).get("owner") != first.get("owner"):
         _refuse(file, now_there)
     paths.remove(file)
     if not paths.create(file, json.dumps(me)):
@@ -208,14 +235,15 @@ def _take(file: paths.Path) -> dict:
     return me
 
 
-def _refuse_living(file: paths.Path, first: dict) -> None:
-    """PassingError while the owner lives; returns when it is dead, or has gone meanwhile."""
+def _refuse_living(file: paths.Path, first: _Owner) -> None:
+    """Raises PassingError if the owner lives; returns if it is dead, or has gone meanwhile."""
     if not first or first.get("released"):
         return
     if first.get("machine") == _machine():
         if _lives(first):
             _refuse(file, first)
         return
+    # Longer than two intervals: one beat may be late, or may fail.
     wait = 2.2 * Claim.INTERVAL
     say(f"{file.parent} belongs to {_name(first)}: {wait:.0f} s to see whether it still runs")
     deadline = time.monotonic() + wait
@@ -228,14 +256,14 @@ def _refuse_living(file: paths.Path, first: dict) -> None:
             _refuse(file, seen)
 
 
-def _refuse(file: paths.Path, owner: dict) -> None:
+def _refuse(file: paths.Path, owner: _Owner) -> NoReturn:
     raise PassingError(
-        f"{file.parent} belongs to {_name(owner)}, which still runs: wait for its end, stop it, or use "
-        "another --workdir."
+        f"{file.parent} belongs to {_name(owner)}, which still runs: wait for its end, stop it, or "
+        "use another --workdir."
     )
 
 
-def _name(owner: dict) -> str:
+def _name(owner: _Owner) -> str:
     step = "" if owner.get("step") is None else f", at step {owner['step']}"
     return (
         f"the run on {owner.get('host', 'an unknown host')}, process {owner.get('pid', '?')}, "
@@ -243,8 +271,11 @@ def _name(owner: dict) -> str:
     )
 
 
-def _look(file: paths.Path) -> dict:
-    """The owner's file; {} where there is none. One that is being written names nobody yet."""
+def _look(file: paths.Path) -> _Owner:
+    """What the owner's file says; {} where there is none.
+
+    A file that is just being made (on a disk it is seen before its content) names no owner yet.
+    """
     try:
         found = json.loads(paths.read(file))
     except FileNotFoundError:
@@ -257,7 +288,8 @@ def _look(file: paths.Path) -> dict:
 # ---- Processes of this machine ----
 
 
-def _self() -> dict:
+def _self() -> _Owner:
+    """What tells this process from all others, on all machines."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -268,7 +300,7 @@ def _self() -> dict:
 
 
 def _machine() -> str:
-    """Where a process id means the same: this boot of this machine, in this container."""
+    """The name of what process ids count in: a boot of this machine, and a container on it."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -276,23 +308,28 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _lives(owner: dict) -> bool:
-    """Whether the owner's process, of this machine, is still there: not another with its id."""
+def _lives(owner: _Owner) -> bool:
+    """Whether the owner, a process of this machine, still runs."""
     try:
-        os.kill(owner["pid"], 0)
+        os.kill(owner["pid"], 0)  # signal 0 does nothing but ask
     except ProcessLookupError:
         return False
     except OSError:  # there, but another user's
         pass
+    # Ids are used again: a process that started at another moment is another one.
     return _process_started(owner["pid"]) == owner.get("process")
 
 
 def _process_started(pid: int) -> str | None:
-    """When a process started, in clock ticks; None where unknown, "ended" of one that only waits to
-    be buried."""
+    """When a process started, in clock ticks since the boot, as text.
+
+    "ended" for a zombie (it has ended, and its parent has not asked how); None where that cannot be
+    read.
+    """
     try:
         text = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
+    # The second field, the command's name in parentheses, may itself have spaces and parentheses.
     state, *fields = text.rpartition(")")[2].split()
     return "ended" if state in "ZX" else fields[18]

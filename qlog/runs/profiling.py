@@ -7,23 +7,24 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from qlog.storage import paths
-from qlog.storage.paths import Path
 from qlog.console import say
+from qlog.storage import paths
 
 
 @contextlib.contextmanager
-def profiled(step: int, steps: Sequence[int], workdir: Path) -> Iterator[None]:
-    """While inside, every process traces into WORKDIR/profile/step_N, if N = `step` is one of `steps`;
-    both count from 1, as the progress line does.
+def profiled(step: int, steps: Sequence[int], workdir: paths.Path) -> Iterator[None]:
+    """While inside, every process traces into WORKDIR/profile/step_N, for N = `step`.
 
-    A profiler writes local files only: for a bucket they are copied when the step is done.
+    Args:
+      step: the step that runs inside, counted from 1 as the progress line does.
+      steps: the steps to trace; in others nothing happens.
     """
     if step not in steps:
         yield
         return
     folder = workdir / "profile" / f"step_{step:06d}"
     with contextlib.ExitStack() as stack:
+        # The profiler writes local files only; for a bucket they are copied when the step is done.
         local = pathlib.Path(folder)
         if paths.is_remote(folder):
             local = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -32,5 +33,5 @@ def profiled(step: int, steps: Sequence[int], workdir: Path) -> Iterator[None]:
         if paths.is_remote(folder):
             for file in local.rglob("*"):
                 if file.is_file():
-                    paths.write(folder / file.relative_to(local).as_posix(), file.read_bytes())
+                    paths.copy(file, folder / file.relative_to(local).as_posix())
     say(f"step {step}: traced in {folder}")

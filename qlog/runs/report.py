@@ -1,19 +1,20 @@
-"""The report of a sweep: one table, and the escape curves."""
+"""The report of several runs: one table, and the escape curves."""
 
 import io
 import json
 from collections.abc import Sequence
+from typing import Any
 
-from qlog.storage import paths
-from qlog.console import say
+from qlog.console import markdown_table, say
 from qlog.runs.log import read_jsonl
+from qlog.storage import paths
 
 
 def write(workdir: paths.Path, names: Sequence[str]) -> None:
     """Writes report.md, report.json and escape.png of the runs workdir/NAME, and prints the table.
 
     The table has p@1, p@k, m@k, p@1 without a rationale, the final mean log P and the seconds of
-    every run that was evaluated.
+    each run that was evaluated.
     """
     rows = [row for row in (_row(workdir / name, name) for name in names) if row]
     table = markdown(rows)
@@ -24,23 +25,21 @@ def write(workdir: paths.Path, names: Sequence[str]) -> None:
     say(f"\n{table}\n\nreport.md, report.json and escape.png are in {workdir}")
 
 
-def markdown(rows: Sequence[dict]) -> str:
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of rows with equal keys."""
     if not rows:
         return "(no run was evaluated)"
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(value) for value in row.values()) + " |")
-    return "\n".join(lines)
+    return markdown_table([{key: _cell(value) for key, value in row.items()} for row in rows])
 
 
-def draw_escape(curves: dict[str, list[dict]], path: paths.Path) -> None:
+def draw_escape(curves: dict[str, list[dict[str, Any]]], path: paths.Path) -> None:
     """Two panels against the step: max_m c_m / M^q (the paper's Figure 3), and mean log P.
 
     Args:
-      curves: rows of metrics.jsonl by run; runs without log P (supervised stages) are left out.
+      curves: the lines of metrics.jsonl by run. Runs without log P (supervised ones) are left out.
+      path: the PNG file to write.
     """
-    import matplotlib
+    import matplotlib  # slow to import, and needed here only
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -50,7 +49,7 @@ def draw_escape(curves: dict[str, list[dict]], path: paths.Path) -> None:
         ("effective_reward", r"effective reward  $\max_m c_m / M^q$"),
         ("log_p", r"mean $\log P$"),
     )
-    for axis, (quantity, label) in zip(axes, panels):
+    for axis, (quantity, label) in zip(axes, panels, strict=True):
         for name, rows in curves.items():
             points = [
                 (row["step"], row[quantity])
@@ -58,7 +57,7 @@ def draw_escape(curves: dict[str, list[dict]], path: paths.Path) -> None:
                 if row["phase"] == "train" and "log_p" in row and quantity in row
             ]
             if points:
-                axis.plot(*zip(*points), label=name, linewidth=1.2)
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
@@ -69,10 +68,12 @@ def draw_escape(curves: dict[str, list[dict]], path: paths.Path) -> None:
     paths.write(path, picture.getvalue())
 
 
-def _row(folder: paths.Path, name: str) -> dict | None:
+def _row(folder: paths.Path, name: str) -> dict[str, Any] | None:
+    """A run's line of the table; None for a run that was not evaluated."""
     results = json.loads(paths.read(folder / "results.json"))["metrics"]
     if not results:
         return None
+    # The largest k that was evaluated is the number of samples per prompt.
     k = max(int(key[2:]) for key in results if key.startswith("m@") and key[2:].isdigit())
     row = {
         "run": name,
@@ -83,11 +84,11 @@ def _row(folder: paths.Path, name: str) -> dict | None:
     if "no_rationale/p@1" in results:
         row["p@1 without rationale"] = results["no_rationale/p@1"]
     row["mean log P"] = results["log_p"]
-    seconds = folder / "seconds.json"  # not there where a start was killed after its results
+    seconds = folder / "seconds.json"  # missing if the process was killed after results.json
     return row | {
         "seconds": round(json.loads(paths.read(seconds)), 1) if paths.exists(seconds) else "-"
     }
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,15 +1,16 @@
-"""What runs read beside their config, models, tokenizers and datasets, and where they find it.
+"""Where runs find what they read: models, tokenizers and datasets.
 
-QLOG_ASSETS names a folder, gs://BUCKET/... or s3://BUCKET/... that `python -m qlog.commands.stage` has filled:
+QLOG_ASSETS names a folder, gs://BUCKET/... or s3://BUCKET/..., filled by `qlog.commands.stage`:
 
     models/OWNER/NAME            a Hugging Face folder; config.json was written last
-    tokenizers/NAME              tokenizers that are no Hub id
+    tokenizers/NAME              tokenizers that are not on the Hub
     data/NAME-VERSION            a prepared dataset; ids.json was written last
 
 It is searched before any network is. What lies in a bucket is copied into the user's cache folder,
-since safetensors, tokenizers and array_record read local files: once per host, under a name that
-has a digest of the names, sizes and checksums there, so that a changed bucket is copied anew.
-Nothing here knows of other processes but by locks on files; `qlog.parallel.distributed.once_per_host` does.
+since safetensors, tokenizers and array_record read local files. The copy's name has a digest of the
+names, sizes and checksums in the bucket: a host copies once, and again when the bucket has changed.
+Several processes of a host share the copy by a lock on a file; a run calls these functions within
+`qlog.parallel.distributed.once_per_host`.
 """
 
 import base64
@@ -20,7 +21,6 @@ import fnmatch
 import hashlib
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 import time
@@ -28,37 +28,44 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import filelock
-import fsspec
 
-from qlog.errors import QLOG_ERRORS, ConfigError, PassingError
+from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, summary
 from qlog.storage import paths
 
 ENVIRONMENT = "QLOG_ASSETS"
+# Where stores say what an object's content is, the surest first.
 _CHECKSUMS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "LastModified", "updated")
 _SECONDS_BETWEEN_NEWS = 10.0
-_AT_ONCE = 8  # files
+_AT_ONCE = 8  # files copied at the same time
 
 
 class _Entry(NamedTuple):
+    """A file in a listing."""
+
     size: int  # bytes
     checksum: str  # '' where the store gives none
 
 
 def cache(name: str) -> pathlib.Path:
-    """A folder of qlog's in the user's cache folder (XDG_CACHE_HOME moves it); not made here."""
+    """qlog/`name` in the user's cache folder, which XDG_CACHE_HOME moves; it may not exist yet."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (pathlib.Path(home) / "qlog" / name).expanduser().absolute()
 
 
 def root() -> paths.Path | None:
-    """What QLOG_ASSETS names; None without it. ConfigError if it cannot be a folder."""
+    """What QLOG_ASSETS names; None without it.
+
+    Raises:
+      ConfigError: no such folder on this host, or a bucket that `paths.parse` refuses.
+    """
     spec = os.environ.get(ENVIRONMENT, "")
     if not spec:
         return None
     folder = paths.parse(spec, ENVIRONMENT)
     if not paths.is_remote(spec) and not folder.is_dir():
         raise ConfigError(
-            f"{ENVIRONMENT}={spec} is no folder on this host: mount or fill it (launch/stage), or unset it."
+            f"{ENVIRONMENT}={spec} is not a folder on this host: mount or fill it (launch/stage), "
+            "or unset it."
         )
     return folder
 
@@ -66,11 +73,14 @@ def root() -> paths.Path | None:
 def find(
     name: str, is_complete: Callable[[set[str]], bool], wanted: Callable[[str], bool] | None = None
 ) -> pathlib.Path | None:
-    """The local folder of ROOT/`name`, copied here from a bucket; None where it is not, or not whole.
+    """The local folder of QLOG_ASSETS/`name`, copied here if that is a bucket.
 
     Args:
-      is_complete: told the names of all files in the folder, relative to it.
-      wanted: which of them to copy; None: all.
+      is_complete: is given the names of all files in the folder, relative to it.
+      wanted: which of them to copy; all by default.
+
+    Returns:
+      The folder; None where QLOG_ASSETS is not set, or the folder is missing or not complete.
 
     Raises:
       ConfigError, PassingError: as `local`.
@@ -81,7 +91,8 @@ def find(
     found = _find(base / name, ENVIRONMENT, is_complete, wanted)
     if found is None:
         _say(
-            f"{base / name} is not there, or not whole: looking elsewhere (launch/stage brings it there)"
+            f"{base / name} is not there, or not whole: looking elsewhere (launch/stage brings it "
+            "there)"
         )
     return found
 
@@ -89,16 +100,16 @@ def find(
 def local(
     spec: str | os.PathLike, field: str, wanted: Callable[[str], bool] | None = None
 ) -> pathlib.Path:
-    """`spec` as a path on this host: itself if it is local (~ expanded, present or not), or else the
-    copy of the folder, or the one file, that a bucket holds there.
+    """`spec` as a path on this host: a local one as it is, or the copy of what a bucket has there.
 
     Args:
-      field: what named it, for messages.
-      wanted: which files of a bucket's folder to copy; None: all.
+      spec: a local path (~ is expanded; it need not exist), or a folder or a file in a bucket.
+      field: the flag or the config field that named it, for messages.
+      wanted: which files of a bucket's folder to copy; all by default.
 
     Raises:
-      ConfigError: the bucket holds nothing there, or does not let this user read it; no room here.
-      PassingError: the bucket cannot be reached.
+      ConfigError: the bucket holds nothing there, or this user may not read it; the disk is full.
+      PassingError: the bucket cannot be reached now.
     """
     path = paths.parse(spec, field)
     if not paths.is_remote(path):
@@ -106,13 +117,15 @@ def local(
     found = _find(path, field, bool, wanted)
     if found is None:
         raise ConfigError(
-            f"{field} = {os.fspath(spec)!r} holds no files: stage them (launch/stage), or mend the name."
+            f"{field} = {os.fspath(spec)!r} holds no files: stage them (launch/stage), or mend the "
+            "name."
         )
     return found
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether another host's rename is seen: NFS may answer a look from memory, not a listing."""
+    """Whether a folder is there, although another host has just made it."""
+    # NFS may answer the first question from memory, but not the second one.
     return path.is_dir() or path.name in os.listdir(path.parent)
 
 
@@ -120,7 +133,7 @@ def is_there(path: pathlib.Path) -> bool:
 def alone(target: pathlib.Path) -> Iterator[None]:
     """While inside, no other process on this file system is inside for the same target.
 
-    Leaves an empty file .NAME.lock beside the target.
+    Leaves an empty file .NAME.lock next to the target.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.lock"
@@ -131,10 +144,9 @@ def alone(target: pathlib.Path) -> Iterator[None]:
         except filelock.Timeout:
             _say(f"another process makes {target}; waiting for it")
             lock.acquire()
-    except (
-        NotImplementedError,
-        OSError,
-    ):  # no locks here, or another user's: two may do the same work
+    except (NotImplementedError, OSError):
+        # A file system without locks, or a lock of another user. Then two processes may do the same
+        # work at the same time; the renames at its end keep the result whole.
         yield
         return
     try:
@@ -144,16 +156,20 @@ def alone(target: pathlib.Path) -> Iterator[None]:
 
 
 def publish(source: pathlib.Path, target: paths.Path, names: list[str], last: str) -> int:
-    """Copies files of a local folder into a folder or bucket; returns how many had to be.
+    """Copies files of a local folder into a folder or bucket.
 
-    What is there with the same content stays. The file `last` is written last and, where anything
-    else changes, removed first: its presence says that the rest is there and belongs together.
+    What is there with the same content stays; other files there are removed. Where the file `last`
+    is, all the others are, and they belong together.
 
     Args:
-      names: files to copy, relative to `source`; `last` is one of them.
+      names: files to copy, relative to `source`.
+      last: one of them.
+
+    Returns:
+      How many files had to be copied.
 
     Raises:
-      ConfigError, PassingError: as `local`, of the target.
+      ConfigError, PassingError: as `local`, for the target.
     """
     with _faults(f"--to={target}"):
         there = _listing(target) or {}
@@ -163,6 +179,8 @@ def publish(source: pathlib.Path, target: paths.Path, names: list[str], last: st
         if not changed:
             return 0
         stale = [name for name in there if name not in names]
+        # `last` goes first and comes last: who reads meanwhile, or after this process was killed,
+        # sees that the folder is not complete.
         if last in there:
             (target / last).unlink()
         for name in stale:
@@ -171,26 +189,15 @@ def publish(source: pathlib.Path, target: paths.Path, names: list[str], last: st
         total = sum((source / name).stat().st_size for name in changed)
         news = _News(f"to {target}", total)
         with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-            for name, _ in zip(rest, pool.map(lambda n: put(source / n, target / n), rest)):
+            copies = pool.map(lambda name: paths.copy(source / name, target / name), rest)
+            for name, _ in zip(rest, copies, strict=True):
                 news.add((source / name).stat().st_size)
-        put(source / last, target / last)
+        paths.copy(source / last, target / last)
     return len(changed)
 
 
-def put(source: pathlib.Path, target: paths.Path) -> None:
-    """Copies one local file to a path, whole or not at all, in parts of bounded memory."""
-    if paths.is_remote(target):
-        system, where = _system(target)
-        paths.retried(lambda: system.put_file(str(source), where))
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f"{target.name}.tmp")
-    shutil.copyfile(source, fresh)
-    os.replace(fresh, target)
-
-
 def exists(folder: paths.Path, pattern: str) -> bool:
-    """Whether a folder, here or in a bucket, holds a file of that pattern; looked at afresh."""
+    """Whether a folder, here or in a bucket, now holds a file whose name matches `pattern`."""
     with _faults(str(folder)):
         return any(fnmatch.fnmatch(name, pattern) for name in _listing(folder) or {})
 
@@ -198,18 +205,12 @@ def exists(folder: paths.Path, pattern: str) -> bool:
 # ---- Buckets ----
 
 
-def _system(path: paths.Path):
-    """(file system, path in it); listings are always fresh, others write there too."""
-    protocol = str(path).partition("://")[0] if paths.is_remote(path) else "file"
-    options = {} if protocol == "file" else {"use_listings_cache": False}
-    system = fsspec.filesystem(protocol, **options)
-    return system, system._strip_protocol(str(path))
-
-
 def _listing(path: paths.Path) -> dict[str, _Entry] | None:
-    """{name relative to the path: entry} of all files below it; '' for the path itself as a file;
-    None where there is nothing."""
-    system, where = _system(path)
+    """All files below a path: {name relative to it: entry}; None where there is nothing.
+
+    If the path is a file, it is the one entry, with the name ''.
+    """
+    system, where = paths.file_system(path)
     try:
         found = paths.retried(lambda: system.find(where, detail=True))
     except FileNotFoundError:
@@ -217,13 +218,19 @@ def _listing(path: paths.Path) -> dict[str, _Entry] | None:
     entries = {}
     for name, info in found.items():
         if name.endswith("/"):
-            continue  # what consoles write as a folder
+            continue  # an empty object, by which web consoles show a folder
         checksum = next((str(info[key]) for key in _CHECKSUMS if info.get(key)), "")
         entries[name[len(where) :].lstrip("/")] = _Entry(int(info["size"]), checksum)
     return entries or None
 
 
-def _find(path, field, is_complete, wanted):
+def _find(
+    path: paths.Path,
+    field: str,
+    is_complete: Callable[[set[str]], bool],
+    wanted: Callable[[str], bool] | None,
+) -> pathlib.Path | None:
+    """The local folder or file of a path, as `find` and `local` want it."""
     if not paths.is_remote(path):
         folder = pathlib.Path(path)
         if not folder.is_dir():
@@ -239,7 +246,15 @@ def _find(path, field, is_complete, wanted):
 
 
 def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
-    """A bucket's files in the cache folder: complete or not there."""
+    """Copies files of a bucket into the cache folder, where they appear all at once.
+
+    Args:
+      listing: the files to copy, as of `_listing`.
+
+    Returns:
+      The folder of the copies; or the file, if the path is one.
+    """
+    # The listing has sizes and checksums: another content is another folder.
     digest = hashlib.sha256(f"{path}\n{sorted(listing.items())}".encode()).hexdigest()[:16]
     target = cache("assets") / f"{path.name}-{digest}"
     is_file = set(listing) == {""}
@@ -248,21 +263,21 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
         return result
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
+        tempfile.TemporaryFile(dir=target.parent).close()  # may this user write there?
     except OSError as error:
         raise ConfigError(
             f"the cache folder {target.parent} cannot be written ({error.strerror or error}): set "
             "XDG_CACHE_HOME to a local folder with room."
         ) from error
     with alone(target):
-        if is_there(target):
+        if is_there(target):  # another process made it while this one waited
             return result
-        system, where = _system(path)
+        system, where = paths.file_system(path)
         news = _News(f"from {path}", sum(entry.size for entry in listing.values()))
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
             fresh = pathlib.Path(temporary) / "files"
 
-            def fetch(name):
+            def fetch(name: str) -> int:
                 file = fresh / (name or path.name)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 remote = f"{where}/{name}" if name else where
@@ -278,7 +293,7 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
                     news.add(size)
             try:
                 fresh.rename(target)
-            except OSError:  # on a file system without locks another was first, with the same files
+            except OSError:  # without locks, another process was first, with the same files
                 if not is_there(target):
                     raise
     return result
@@ -290,7 +305,8 @@ def _is_same(source: pathlib.Path, target: paths.Path, entry: _Entry | None) -> 
         return False
     if not paths.is_remote(target):
         return _digest(source, "sha256") == _digest(pathlib.Path(target), "sha256")
-    md5 = _digest(source, "md5")  # as the stores have it: GCS in base64, S3 in hex, quoted
+    md5 = _digest(source, "md5")
+    # The stores keep it: Google in base64, S3 in hexadecimal digits and quotation marks.
     return entry.checksum.strip('"') in (md5.hex(), base64.b64encode(md5).decode())
 
 
@@ -303,17 +319,17 @@ def _digest(file: pathlib.Path, kind: str) -> bytes:
 
 @contextlib.contextmanager
 def _faults(where: str) -> Iterator[None]:
-    """Turns what the stores' clients raise, and full disks, into qlog's errors."""
+    """Turns what the clients of stores raise, and a full disk, into ConfigError or PassingError."""
     try:
         yield
     except QLOG_ERRORS:
         raise
     except Exception as error:  # each client has its own kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {summary(error)}"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
-                f"{where}: no room ({error.strerror}; {cache('assets')} is the cache): make room, or set "
-                "XDG_CACHE_HOME to a larger disk."
+                f"{where}: no room ({error.strerror}; {cache('assets')} is the cache): make room, "
+                "or set XDG_CACHE_HOME to a larger disk."
             ) from error
         if not paths.passes(error):
             message = (
@@ -324,7 +340,7 @@ def _faults(where: str) -> Iterator[None]:
 
 
 class _News:
-    """Lines on stderr about a long copy: one at its begin, then one every few seconds."""
+    """Lines on stderr about a long copy: one at its start, then one every few seconds."""
 
     def __init__(self, what: str, total: int):
         self._what, self._total, self._done, self._said = what, total, 0, time.monotonic()

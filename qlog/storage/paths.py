@@ -1,35 +1,42 @@
-"""One kind of path for everything that a run reads and writes: a folder here, or in a bucket.
+"""One kind of path for everything that a run reads and writes: on a disk, or in a bucket.
 
-A bucket has whole objects. Nothing here appends to one or renames one; `write` puts a file there
-at once, whole or not at all, on a disk and in a bucket alike. Nor does anything here answer from
-what a client remembers of a bucket: another host may have written since.
+A bucket has whole objects: they cannot be appended to, nor renamed. So `write` and `copy` make a
+file that is whole or not there, on a disk and in a bucket alike. And each question is asked of the
+bucket itself, not of what its client remembers: another host may have written since.
 """
 
+import contextlib
 import errno
 import importlib.util
 import logging
 import os
 import pathlib
 import secrets
+import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import fsspec
+import fsspec.config
 from etils import epath
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 
-Path = epath.Path  # pathlib's interface; gs:// and s3:// too
+Path = epath.Path  # the interface of pathlib, for gs:// and s3:// too
 
-_CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # module, qlog's extra
-# Of fsspec's file systems, which epath and Orbax make without arguments: listings are not remembered.
-_OPTIONS = {"use_listings_cache": False}
-_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries after a passing fault
+_CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: (module, qlog's extra)
+_OPTIONS = {"use_listings_cache": False}  # of fsspec's file systems: always ask the bucket
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries after a fault that passes
 _PATIENCE = 20.0  # seconds in which `probe` answers
 _T = TypeVar("_T")
 
 # ---- Which faults pass ----
+#
+# A fault passes if the same request may succeed later: the server was busy, the connection broke.
+# The clients (gcsfs, s3fs and the libraries below them) each raise kinds of their own, and none of
+# them has to be installed. So kinds are known by name here, not by import.
 
 _LASTING = (
     FileNotFoundError,
@@ -38,7 +45,7 @@ _LASTING = (
     IsADirectoryError,
     NotADirectoryError,
 )
-# Of other OSErrors; s3fs gives EINVAL, ENOSYS and EREMCHG (wrong region) to requests that are wrong.
+# Of other OSErrors. s3fs raises EINVAL, ENOSYS and EREMCHG (wrong region) for a wrong request.
 _LASTING_NUMBERS = {
     errno.EACCES,
     errno.EPERM,
@@ -49,7 +56,7 @@ _LASTING_NUMBERS = {
     errno.ENAMETOOLONG,
     getattr(errno, "EREMCHG", None),
 }
-# Exceptions of the clients that are no OSErrors, by package and name (or that of a base).
+# Exceptions of the clients that are not OSErrors: (package, name of the class or of a base).
 _PASSING = {
     ("aiohttp", "ClientError"),
     ("botocore", "ConnectionError"),
@@ -61,24 +68,29 @@ _PASSING = {
 
 
 def passes(error: BaseException) -> bool:
-    """Whether trying again may mend it: the server was busy or failed, the connection was cut or
-    silent. Not where something is missing, forbidden or asked wrongly."""
+    """Whether the same request may succeed later: a busy or failing server, a broken connection.
+
+    False where something is missing, forbidden or asked wrongly.
+    """
     code = getattr(error, "code", None)
-    if type(error).__name__ == "HttpError" and code is not None:  # of gcsfs; other OSErrors below
+    if type(error).__name__ == "HttpError" and code is not None:  # of gcsfs
+        # 408: timeout; 429: too many requests; 5xx: the server failed.
         return str(code) in ("408", "429") or str(code).startswith("5")
     kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
     if kinds & _PASSING or getattr(error, "retryable", False):  # of google.auth
         return True
     if not isinstance(error, OSError) or isinstance(error, _LASTING):
         return False
-    return error.errno not in _LASTING_NUMBERS and not str(error).startswith(
-        "Forbidden"
-    )  # gcsfs: 403
+    if str(error).startswith("Forbidden"):  # gcsfs's text of status 403, without an errno
+        return False
+    return error.errno not in _LASTING_NUMBERS
 
 
 def retried(function: Callable[[], _T]) -> _T:
-    """What `function` returns; a fault that may pass is tried again for half a minute, beside what
-    the client of a bucket tries itself."""
+    """What `function` returns; after a fault that passes it is called again, for half a minute.
+
+    The clients of buckets try again by themselves, too, within one call.
+    """
     for pause in (*_PAUSES, None):
         try:
             return function()
@@ -90,12 +102,15 @@ def retried(function: Callable[[], _T]) -> _T:
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell of a store or a disk that failed, where trying again later may help; '' of others."""
+    """One sentence about a store or a disk that failed and may work later; '' for other errors."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no room is left ({error}): make some; the same command goes on."
     if isinstance(error, Exception) and passes(error) and not isinstance(error, BrokenPipeError):
-        reason = " ".join(str(error).split())[:300]
-        return f"a store or a network failed ({type(error).__name__}: {reason}); the same command goes on."
+        reason = summary(error)
+        return (
+            f"a store or a network failed ({type(error).__name__}: {reason}); "
+            "the same command goes on."
+        )
     return ""
 
 
@@ -106,7 +121,7 @@ def parse(spec: str | os.PathLike, field: str = "path") -> Path:
     """`spec` as a path: a local one with ~ expanded, gs://BUCKET/... or s3://BUCKET/...
 
     Args:
-      field: what named it, for messages.
+      field: the flag or the config field that named it, for messages.
 
     Raises:
       ConfigError: another scheme, or a bucket whose client is not installed.
@@ -126,18 +141,33 @@ def parse(spec: str | os.PathLike, field: str = "path") -> Path:
     return Path(text)
 
 
+def _set_up_clients() -> None:
+    for name in ("gcsfs", "s3fs", "asyncio"):  # they log a traceback for each try
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # epath and Orbax make file systems of their own, without arguments: these are their defaults.
+    for protocol in ("gcs", "s3"):
+        fsspec.config.conf[protocol] = _OPTIONS | fsspec.config.conf.get(protocol, {})
+
+
+def file_system(path: Path) -> tuple[fsspec.AbstractFileSystem, str]:
+    """fsspec's file system for a path, and the path in it; for what epath has no method for."""
+    scheme = os.fspath(path).partition("://")[0] if is_remote(path) else "file"
+    system = fsspec.filesystem(scheme, **(_OPTIONS if scheme in _CLIENTS else {}))
+    return system, system._strip_protocol(os.fspath(path))
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether the path is in a bucket."""
     return "://" in os.fspath(path)
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file, or a folder with something in it, now."""
+    """Whether there is such a file now, or a folder (in a bucket: with something in it)."""
     return retried(path.exists)
 
 
 def names(folder: Path) -> list[str]:
-    """Names of what is in a folder now, sorted; none where there is no folder."""
+    """The names of what is in a folder now, sorted; [] where there is no folder."""
     try:
         return sorted(retried(lambda: [entry.name for entry in folder.iterdir()]))
     except (FileNotFoundError, NotADirectoryError):
@@ -153,34 +183,57 @@ def write(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all, over what was there; makes its folder."""
     data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
-        # In one request where it is small; an upload is seen when it is complete.
-        retried(lambda: _file_system(path).pipe_file(os.fspath(path), data))
+        # In one request where it is small. A bucket shows an upload when it is complete.
+        system, where = file_system(path)
+        retried(lambda: system.pipe_file(where, data))
         return
+    with _replacing(path) as fresh:
+        fresh.write_bytes(data)
+
+
+def copy(source: pathlib.Path, target: Path) -> None:
+    """Copies a local file, whole or not at all, as `write` does; in parts, so of any size."""
+    if is_remote(target):
+        system, where = file_system(target)
+        retried(lambda: system.put_file(str(source), where))
+        return
+    with _replacing(target) as fresh:
+        shutil.copyfile(source, fresh)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to. When the block ends without an error, the file takes `path`'s place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(
-        f".{path.name}.{secrets.token_hex(4)}.tmp"
-    )  # of two writers each its own
-    fresh.write_bytes(data)
-    os.replace(fresh, path)
+    # In the same folder, since only within a file system a rename is atomic. The name is random: of
+    # two processes that write the same file each has its own, and the last one wins.
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def create(path: Path, content: str | bytes) -> bool:
     """Writes a file that is not there; False, and nothing is written, where one is.
 
-    Of several that try at once one succeeds, on a disk and in a bucket. On a disk another may see
-    the file before its content.
+    If several processes try at once, one succeeds, on a disk and in a bucket. On a disk another
+    process may see the file before its content.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
         if is_remote(path):
-            # ifGenerationMatch=0 on Google's, If-None-Match: * on S3.
-            retried(lambda: _file_system(path).pipe_file(os.fspath(path), data, mode="create"))
+            # The store decides: by ifGenerationMatch=0 (Google) or If-None-Match: * (S3).
+            system, where = file_system(path)
+            retried(lambda: system.pipe_file(where, data, mode="create"))
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "xb") as file:
+            with open(path, "xb") as file:  # O_EXCL: the file system decides
                 file.write(data)
     except FileExistsError:
-        # A try that was cut off after it had arrived finds its own content.
+        # A request whose answer was lost is tried again, and finds its own content.
         return is_remote(path) and retried(path.read_bytes) == data
     return True
 
@@ -193,22 +246,22 @@ def remove(path: Path) -> None:
         pass
 
 
-# ---- Is it there, and ours? ----
+# ---- May this user write there? ----
 
 
 def probe(folder: Path, field: str = "path", patience: float = _PATIENCE) -> None:
     """Makes a folder, and writes, reads and removes a file in it.
 
     Args:
-      field: what named the folder, for messages.
-      patience: seconds after which no answer is one, whatever a client still tries.
+      field: the flag or the config field that named the folder, for messages.
+      patience: seconds until silence counts as a failure, whatever a client still tries.
 
     Raises:
-      ConfigError: in one sentence, what cannot be done there and the remedy.
+      ConfigError: what cannot be done there, and the remedy.
     """
     text, file = secrets.token_hex(8), folder / f".probe_{secrets.token_hex(8)}"
 
-    def work():
+    def work() -> None:
         if not is_remote(folder):
             folder.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
@@ -222,19 +275,21 @@ def probe(folder: Path, field: str = "path", patience: float = _PATIENCE) -> Non
     if not is_remote(folder):
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ConfigError(
-            f"{field} = {folder} cannot be written: {reason}; give a folder that this user may write."
+            f"{field} = {folder} cannot be written: {reason}; give a folder that this user may "
+            "write."
         ) from error
     raise ConfigError(f"{field} = {folder}: {_why(error, folder)}") from error
 
 
 def within(seconds: float, function: Callable[[], object]) -> Exception | None:
-    """What `function` raised, or None; TimeoutError when it has not returned after `seconds`.
+    """Calls `function` in a thread, and returns what it raised, or None.
 
-    It then goes on in its thread, which does not keep the process.
+    After `seconds` without an end that is a TimeoutError. The function still runs then, in a daemon
+    thread: the process can end without it.
     """
     outcome: list[Exception | None] = []
 
-    def work():
+    def work() -> None:
         try:
             function()
             outcome.append(None)
@@ -248,13 +303,14 @@ def within(seconds: float, function: Callable[[], object]) -> Exception | None:
 
 
 def _why(error: Exception, folder: Path) -> str:
+    """What is wrong with a bucket, and the remedy."""
     scheme, _, rest = os.fspath(folder).partition("://")
     bucket = f"{scheme}://{rest.partition('/')[0]}"
     login = {
         "gs": "`gcloud auth application-default login`, or a service account",
         "s3": "`aws configure`, or a role",
     }[scheme]
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = summary(error)
     if isinstance(error, FileNotFoundError):
         return f"there is no bucket {bucket}: make it, or correct the name."
     code = str(getattr(error, "code", ""))
@@ -268,19 +324,7 @@ def _why(error: Exception, folder: Path) -> str:
         )
     if "redential" in type(error).__name__ or "redential" in reason:
         return f"no credentials for {bucket} ({reason}): use {login}."
-    return f"{bucket} cannot be used ({type(error).__name__}: {reason}): try again, or look at the network."
-
-
-def _file_system(path: Path):
-    import fsspec  # comes with the clients
-
-    return fsspec.filesystem("gcs" if os.fspath(path).startswith("gs://") else "s3")
-
-
-def _set_up_clients() -> None:
-    import fsspec.config
-
-    for name in ("gcsfs", "s3fs", "asyncio"):  # their logs have a traceback for each try
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    for protocol in ("gcs", "s3"):
-        fsspec.config.conf[protocol] = _OPTIONS | fsspec.config.conf.get(protocol, {})
+    return (
+        f"{bucket} cannot be used ({type(error).__name__}: {reason}): try again, or look at the "
+        "network."
+    )

@@ -1,11 +1,16 @@
 """Compiling for a TPU that is not here; needs libtpu (the extra `tpu`), else skips."""
 
+import functools
+
 import jax
 import pytest
 import tiny
 
+from qlog import experiment
 from qlog.aot import compile_run, run_cost
-from qlog.aot.hlo_cost import Cost, Sweep
+from qlog.aot.compiler import CompiledProgram
+from qlog.aot.hlo_cost import Cost, DataLoop, SlicedArray
+from qlog.aot.programs import LongestStep
 from qlog.errors import ConfigError
 from qlog.parallel.chips import CHIPS
 
@@ -13,7 +18,7 @@ V5E = CHIPS["TPU v5 lite"]
 
 
 def test_what_does_not_fit_names_the_setting_to_change():
-    fits = compile_run.Phase(1.0, 1.0, 2.0, Cost(197e12), 2)
+    fits = CompiledProgram(1.0, 1.0, 2.0, Cost(197e12), 2)
     large = fits._replace(peak=20 * 2**30, cost=None)
     config = tiny.config()
     assert fits.seconds(V5E) == 2.0 and large.seconds(V5E) != large.seconds(V5E)
@@ -66,10 +71,16 @@ def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
         data={"max_prompt_tokens": 512},
         mesh={"data": 8},
     )
-    run = compile_run.without_data(config, jax.devices())
-    trips = compile_run._trips(run)
-    assert trips(Sweep((1, 1, 4, 1024, 8), 1024, 1)) == 1024  # decoding
-    assert trips(Sweep((1, 1, 512, 8), 512, 128)) == 4  # attention to a full prompt
-    assert trips(Sweep((1, 1, 4, 1024, 8), 1024, 128)) == 4.5  # to a rollout's own past
-    assert trips(Sweep((1, 1, 2 * 1152, 8), 2 * 1152, 128)) == 5  # two rollouts side by side
-    assert trips(Sweep((1, 4, 1152), 4, 2)) == 2  # the learner's chunks of rows
+    run = experiment.prepare_shapes(config, jax.devices())
+    longest = LongestStep.of(run)
+
+    def trips(scope, shape, length, size):
+        return longest.trips(DataLoop(scope, SlicedArray(shape, length, size)))
+
+    assert trips("decode_steps", (1, 1, 4, 1024, 8), 1024, 1) == 1024
+    assert trips("packed_rows", (1, 4, 1152), 4, 2) == 2  # microbatches of a group's rollouts
+    attention = functools.partial(trips, "attention_blocks")
+    assert attention((1, 1, 512, 8), 512, 128) == 4  # to a full prompt
+    assert attention((1, 1, 4, 1024, 8), 1024, 128) == 4.5  # to a rollout's own past
+    assert attention((1, 1, 2 * 1152, 8), 2 * 1152, 128) == 5  # two rollouts in one line
+    assert trips("", (1, 300), 300, 100) == 3  # a loop without a name: to the end of its array

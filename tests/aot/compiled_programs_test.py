@@ -1,7 +1,7 @@
 """What must not be in the programs that a TPU's compiler makes: needs libtpu, else skips.
 
-Sizes are chosen so that the sets of arrays can be told apart: activations are small beside one
-layer's caches, and caches beside the logits.
+Sizes are chosen so that the sets of arrays can be told apart: activations are small next to one
+layer's caches, and caches next to the logits.
 """
 
 import functools
@@ -10,8 +10,12 @@ import math
 import pytest
 import tiny
 
-from qlog.aot import compile_run
-from qlog.aot.hlo_cost import Module
+from qlog import experiment
+from qlog.aot.compiler import compile_lowered, topology_devices
+from qlog.aot.hlo import Module
+from qlog.aot.hlo_cost import all_slices, module_cost
+from qlog.aot.programs import step_programs
+from qlog.config import schema
 
 VOCAB, WIDTH, CHUNK = 8192, 64, 1024
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -44,10 +48,18 @@ MESHES = [{"data": 1, "fsdp": 2, "tensor": 2}, {"data": 4}, {"data": 1, "fsdp": 
 @functools.cache
 def _compiled(name, **mesh):
     """The experiment and one of its programs."""
+    run = experiment.prepare_shapes(_config(mesh), _devices())
+    return run, _module(run, name)
+
+
+def _devices():
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
-    run = compile_run.without_data(_config(mesh), compile_run.topology_devices("v5e:2x2"))
-    lowered = next(lowered for each, lowered, *_ in compile_run.programs(run) if each == name)
-    return run, Module(compile_run.compiled(lowered).as_text())
+    return topology_devices("v5e:2x2")
+
+
+def _module(run, name):
+    program = next(each for each in step_programs(run) if each.name == name)
+    return Module(compile_lowered(program.lowered).as_text())
 
 
 def _programs(*names, fast=()):
@@ -66,7 +78,7 @@ def _programs(*names, fast=()):
 
 
 def _sent(module, in_loops=False):
-    """(bytes, name) of every collective's largest array, those in loops alone if asked."""
+    """(bytes, name) of every collective's largest array, only those in loops if asked."""
     for each, depth in module.instructions():
         if each.opcode.removesuffix("-start") in _COLLECTIVES and depth >= in_loops:
             yield max(shape.bytes for shape in each.results), f"{each.name} {each.results}"
@@ -87,6 +99,31 @@ def test_no_cache_and_no_logits_are_sent_while_decoding(name, mesh):
     assert [x for x in found if x[0] >= min(logits, _cache_bytes(run)) / 4] == []
     if run.mesh.shape["tensor"] > 1:
         assert found, "heads are split: their results must be summed"
+
+
+def _scopes(module):
+    """Names of the loops whose end depends on data; kernels of attention count as such."""
+    scopes = set()
+
+    def note(loop):
+        scopes.add(loop.scope)
+        return all_slices(loop)
+
+    module_cost(module, note)
+    return scopes
+
+
+def test_decodings_loops_are_found_by_their_names():
+    """`LongestStep` counts by these names. It would take a nameless loop to its array's end."""
+    _, module = _compiled("decode", **MESHES[0])
+    assert _scopes(module) == {"decode_steps", "attention_blocks"}
+
+
+@pytest.mark.slow
+def test_the_learners_loop_is_found_by_its_name():
+    config = schema.merge(_config(MESHES[0]), {"train": {"rollouts_per_microbatch": 2}})
+    module = _module(experiment.prepare_shapes(config, _devices()), "gradient")
+    assert _scopes(module) == {"packed_rows", "attention_blocks"}
 
 
 @_programs("decode", "score", fast=["decode"])
@@ -123,7 +160,7 @@ def test_no_chip_computes_the_prompts_of_another(name, mesh):
     run, module = _compiled(name, **mesh)
     projections = 2 * WIDTH * (2 * 4 * 64 + 2 * 2 * 64 + 3 * 128)
     attention = 2 * 2 * 256 * 4 * 64
-    assert module.cost().flops <= 8 * 256 / 4 * (projections + attention) * 1.05
+    assert module_cost(module).flops <= 8 * 256 / 4 * (projections + attention) * 1.05
     prompts = 8 / (4 / run.mesh.shape["tensor"])
     activations = prompts * 256 * WIDTH * 2  # summed over the tensor axis
     table = VOCAB * WIDTH * 2  # the parameters are gathered; nothing else is as large

@@ -1,4 +1,4 @@
-"""Costs read off optimised HLO: against hand counts, on text, and on programs compiled for a TPU."""
+"""Costs read off optimized HLO, against counts by hand: on text, and on programs made for a TPU."""
 
 import functools
 
@@ -7,58 +7,30 @@ import jax.numpy as jnp
 import pytest
 import tiny
 from jax.experimental import pallas as pl
+from places import TESTDATA
 
 from qlog import models
-from qlog.aot import compile_run
-from qlog.aot.hlo_cost import Cost, Module
+from qlog.aot.compiler import compile_program, topology_devices
+from qlog.aot.hlo import Module
+from qlog.aot.hlo_cost import Cost, DataLoop, SlicedArray, module_cost
 from qlog.parallel import sharding
 from qlog.parallel.chips import CHIPS
 
-_LOOPS = """
-HloModule jit_f, is_scheduled=true
 
-%fused (p.0: bf16[64,32], p.1: bf16[32,48]) -> f32[64,48] {
-  %p.0 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
-  %p.1 = bf16[32,48]{1,0:T(8,128)(2,1)S(1)} parameter(1)
-  ROOT %dot = f32[64,48]{1,0:T(8,128)} dot(%p.0, %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-
-%body (arg: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
-  %arg = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[28,32,48]{2,1,0}) parameter(0)
-  %step = s32[]{:T(128)} get-tuple-element(%arg), index=0
-  %x = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
-  %all = bf16[28,32,48]{2,1,0:T(8,128)} get-tuple-element(%arg), index=2
-  %slice = bf16[1,32,48]{2,1,0:T(8,128)(2,1)S(1)} dynamic-slice(%all, %step), dynamic_slice_sizes={1,32,48}
-  %w = bf16[32,48]{1,0:T(8,128)(2,1)S(1)} bitcast(%slice)
-  %y = f32[64,48]{1,0:T(8,128)} fusion(%x, %w), kind=kOutput, calls=%fused
-  %sum = f32[64,48]{1,0:T(8,128)} all-reduce(%y), replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
-  ROOT %out = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[28,32,48]{2,1,0}) tuple(%step, %x, %all)
-}
-
-%condition (arg: (s32[], bf16[64,32])) -> pred[] {
-  %arg = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[28,32,48]{2,1,0}) parameter(0)
-  %limit = s32[]{:T(128)} constant(28)
-  %step = s32[]{:T(128)} get-tuple-element(%arg), index=0
-  ROOT %less = pred[]{:T(512)} compare(%step, %limit), direction=LT
-}
-
-ENTRY %main (x: bf16[64,32], w: bf16[28,32,48]) -> bf16[64,32] {
-  %x = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
-  %w = bf16[28,32,48]{2,1,0:T(8,128)} parameter(1)
-  %zero = s32[]{:T(128)} constant(FIRST)
-  %init = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[28,32,48]{2,1,0}) tuple(%zero, %x, %w)
-  %loop = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[28,32,48]{2,1,0}) while(%init), condition=%condition, body=%body NOTE
-  ROOT %out = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
-}
-"""
+def _module(name, **words):
+    """The module in testdata/hlo, with its words in capitals replaced."""
+    text = (TESTDATA / "hlo" / f"{name}.hlo").read_text()
+    for word, value in words.items():
+        text = text.replace(word, value)
+    return Module(text)
 
 
 @pytest.mark.parametrize(
     "first, note, trips",
-    [(0, "", 28), (3, "", 25), (0, ', backend_config={"known_trip_count":{"n":"7"}}', 7)],
+    [(0, "", 28), (3, "", 25), (0, 'backend_config={"known_trip_count":{"n":"7"}}', 7)],
 )
 def test_a_loop_counts_as_often_as_it_runs(first, note, trips):
-    cost = Module(_LOOPS.replace("FIRST", str(first)).replace(" NOTE", note)).cost()
+    cost = module_cost(_module("loop", FIRST=str(first), NOTE=note))
     assert cost.flops == trips * 2 * 64 * 32 * 48
     result = 64 * 48 * 4
     # A layer's weights are read into scratch memory and used there; x is read, y written, and the
@@ -69,13 +41,18 @@ def test_a_loop_counts_as_often_as_it_runs(first, note, trips):
 
 
 def test_a_loop_that_the_data_end_counts_as_often_as_one_says():
-    text = _LOOPS.replace("FIRST", "0").replace(" NOTE", "")
-    text = text.replace("ROOT %less", "%less").replace(
-        "direction=LT", "direction=LT\n  ROOT %both = pred[] and(%less, %less)"
-    )
+    """The loop ends by more than a counter; its name and the array that it slices tell the rest."""
+    module = _module("data_loop")
     once = 2 * 64 * 32 * 48
-    assert Module(text).cost().flops == 28 * once  # the weights, one layer at a time, to their end
-    assert Module(text).cost(lambda sweep: sweep.blocks / 2).flops == 14 * once
+    assert module_cost(module).flops == 28 * once  # the weights, one layer at a time, to their end
+    asked = []
+
+    def half(loop):
+        asked.append(loop)
+        return loop.array.num_slices / 2
+
+    assert module_cost(module, half).flops == 14 * once
+    assert asked == [DataLoop("layers", SlicedArray((28, 32, 48), 28, 1))]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +81,7 @@ def test_a_loop_that_the_data_end_counts_as_often_as_one_says():
     ],
 )
 def test_bytes_that_a_chip_sends(line, kind, sent):
-    text = f"ENTRY %main (x: bf16[64,128]) -> bf16[8,128] {{\n  %x = bf16[64,128]{{1,0}} parameter(0)\n  ROOT %y = {line}\n}}"
-    assert Module(text).cost().sent == {kind: sent}
+    assert module_cost(_module("collective", LINE=line)).sent == {kind: sent}
 
 
 @pytest.mark.parametrize("flops", [None, 12345])
@@ -139,13 +115,13 @@ def test_the_roofline_is_the_slowest_resource():
 @pytest.fixture(scope="module")
 def slice_():
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
-    return sharding.make_mesh(2, 1, 2, devices=compile_run.topology_devices("v5e:2x2"))
+    return sharding.make_mesh(2, 1, 2, devices=topology_devices("v5e:2x2"))
 
 
 def _compiled(function, slice_, *shapes, spec=()):
     place = jax.sharding.NamedSharding(slice_, jax.sharding.PartitionSpec(*spec))
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
-    return Module(jax.jit(function).lower(*arguments).compile().as_text()).cost()
+    return module_cost(Module(jax.jit(function).lower(*arguments).compile().as_text()))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +153,7 @@ def test_a_models_flops_are_those_counted_by_hand(slice_):
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
-        sharding.tree_shardings(slice_, shapes),
+        sharding.param_shardings(slice_, shapes),
     )
     rows = sharding.batch_sharding(slice_)
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32, sharding=rows)
@@ -185,27 +161,31 @@ def test_a_models_flops_are_those_counted_by_hand(slice_):
 
     @jax.jit
     def forward(params, tokens, lengths):
-        prefix = models.prefill(params, policy.config, tokens, lengths, dtype=policy.dtype)
-        return sharding.keep_prefix(policy.mesh, prefix)
+        prefix = models.prefill(
+            params, policy.config, tokens, lengths, models.Execution(policy.dtype)
+        )
+        return sharding.constrain_prefix(policy.mesh, prefix)
 
-    phase = compile_run.compile_phase(forward.lower(params, tokens, lengths))
+    program = compile_program(forward.lower(params, tokens, lengths))
     heads, kv, mlp = 4 * 64, 2 * 64, 256
     projections = 2 * 64 * 128 * (heads + 2 * kv + heads + 3 * mlp)
     attention = 2 * 2 * 64 * 64 * heads
     # The last layer's keys and values are wanted, what follows them is not; XLA may know it.
     per_chip = (projections + attention) / 2
-    assert 5 * per_chip < phase.cost.flops <= 6 * per_chip
-    assert phase.cost.sent.keys() == {"all-reduce"}  # of the heads' and the MLP's halves
-    assert phase.cost.bytes > 4 * sum(x.size for x in jax.tree.leaves(shapes["layers"])) / 2
+    assert 5 * per_chip < program.cost.flops <= 6 * per_chip
+    assert program.cost.sent.keys() == {"all-reduce"}  # of the heads' and the MLP's halves
+    assert program.cost.bytes > 4 * sum(x.size for x in jax.tree.leaves(shapes["layers"])) / 2
 
 
 def test_an_attention_kernel_counts_what_it_visits():
-    """Its estimate is for all queries with all of the keys, 1024 slots of which a quarter is seen."""
-    text = """ENTRY %main (q: bf16[1,2,64,128], k: bf16[1,2,1024,128]) -> bf16[1,2,64,128] {
-  %plan = s32[4]{0} parameter(0)
-  %q = bf16[1,2,64,128]{3,2,1,0} parameter(1)
-  %k = bf16[1,2,1024,128]{3,2,1,0} parameter(2)
-  ROOT %out = bf16[1,2,64,128]{3,2,1,0} custom-call(%plan, %q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention_forward"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"800","bytes_accessed":"400"}}}
-}"""
-    assert Module(text).cost() == Cost(800.0, 400.0, {})
-    assert Module(text).cost(lambda sweep: sweep.length / sweep.size / 4) == Cost(200.0, 100.0, {})
+    """Its estimate is for all queries with all keys: 1024 slots, of which a quarter is seen."""
+    module = _module("attention_kernel")
+    assert module_cost(module) == Cost(800.0, 400.0, {})
+    asked = []
+
+    def a_quarter(loop):
+        asked.append(loop)
+        return loop.array.num_slices / 4
+
+    assert module_cost(module, a_quarter) == Cost(200.0, 100.0, {})
+    assert asked == [DataLoop("attention_blocks", SlicedArray((1, 2, 1024, 128), 1024, 512))]

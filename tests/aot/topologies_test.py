@@ -1,4 +1,4 @@
-"""Meshes of the configs on TPU slices and GPU nodes that are not here: made right, or refused in a sentence."""
+"""Meshes of the configs on TPU slices and GPU nodes that are not here: made right, or refused."""
 
 import importlib.util
 import itertools
@@ -11,8 +11,9 @@ import tiny
 from places import ROOT
 
 from qlog import experiment
-from qlog.aot import compile_run
+from qlog.aot.compiler import topology_devices
 from qlog.config import schema
+from qlog.config.check import check_batches
 from qlog.errors import ConfigError
 from qlog.parallel import sharding
 
@@ -83,7 +84,7 @@ def check(config, devices):
     """The mesh of a config on the devices, or the sentence that refuses it."""
     try:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        experiment.check_batches(config, mesh)
+        check_batches(config, mesh)
     except ConfigError as error:
         assert "\n" not in str(error)
         return str(error)
@@ -100,7 +101,7 @@ def with_one_flag(config, refusal):
 
 @pytest.mark.parametrize("nodes, name", list(itertools.product((1, 2, 4, 8), NAMES)))
 def test_the_papers_configs_run_on_gpu_nodes(nodes, name):
-    """One process per GPU, as SLURM starts them: tensor groups span processes, and stay in a node."""
+    """One process per GPU, as SLURM starts them: tensor groups span processes, but not nodes."""
     config, devices = get_config(name), gpus(nodes)
     found = check(config, devices)
     if isinstance(found, str):
@@ -150,7 +151,7 @@ def test_every_mesh_on_real_topologies(topology):
     """As the TPU compiler describes them: one to four slices, tensor groups of 1 to 8."""
     pytest.importorskip("libtpu", reason="no TPU compiler: launch/install tpu")
     for slices in (1, 2, 4):
-        devices = compile_run.topology_devices(topology if slices == 1 else f"{slices}*{topology}")
+        devices = topology_devices(topology if slices == 1 else f"{slices}*{topology}")
         for tensor, name in itertools.product((1, 2, 4, 8), NAMES):
             config = get_config(name, mesh={"tensor": tensor}, train={"prompts_per_step": 512})
             mesh = check(config, devices)
@@ -178,7 +179,7 @@ def test_rows_of_the_readme(topology, name, model, tensor, prompts):
         changes |= {"model": model, "weights": model}
     if prompts:
         changes["train"] = {"prompts_per_step": prompts}
-    compile_run.without_data(get_config(name, **changes), compile_run.topology_devices(topology))
+    experiment.prepare_shapes(get_config(name, **changes), topology_devices(topology))
 
 
 def test_slices_of_one_mesh_and_those_that_differ():
@@ -197,7 +198,7 @@ def test_slices_of_one_mesh_and_those_that_differ():
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (1, 2, 4), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_rows_follow_from_the_mesh_whatever_axis_spans_processes(sizes, monkeypatch):
-    """Of 8 processes with a GPU each: together they answer for every row once, and hold what they need."""
+    """8 processes with a GPU each together answer for every row once, and hold what they need."""
     mesh = sharding.make_mesh(*sizes, devices=gpus(1))
     place = sharding.batch_sharding(mesh)
     held, owned = [], []
@@ -208,8 +209,8 @@ def test_rows_follow_from_the_mesh_whatever_axis_spans_processes(sizes, monkeypa
         monkeypatch.setattr(
             type(place), "addressable_devices_indices_map", lambda self, shape, mine=mine: mine
         )
-        held.append(sharding.held_rows(mesh, 16).tolist())
-        owned.append(sharding.owned_rows(mesh, 16).tolist())
+        held.append(sharding.local_prompts(mesh, 16).tolist())
+        owned.append(sharding.owned_prompts(mesh, 16).tolist())
     assert sorted(sum(owned, [])) == list(range(16))
     assert all(set(o) <= set(h) for o, h in zip(owned, held, strict=True))
     shards = sizes[0] * sizes[1]
@@ -220,4 +221,4 @@ def test_tiny_configs_keep_to_the_mesh_they_had():
     mesh = sharding.make_mesh(2, 2, 2)
     assert [d.id for d in mesh.devices.flat] == list(range(8))
     with pytest.raises(ConfigError, match="prompts_per_step = 4 is not a multiple of the 8 shards"):
-        experiment.check_batches(tiny.config(mesh={"data": 8}), sharding.make_mesh(8, 1, 1))
+        check_batches(tiny.config(mesh={"data": 8}), sharding.make_mesh(8, 1, 1))

@@ -11,9 +11,9 @@ from qlog.errors import ConfigError
 from qlog.parallel.chips import CHIPS
 
 
-def _row(chips, interconnect, seconds=10.0, fits=True):
+def _step(chips, interconnect, seconds=10.0, fits=True):
     phases = {"decode": 6.0, "gradient": seconds - 6.0}
-    return weak_scaling.Row(
+    return weak_scaling.SliceStep(
         f"v5e:{chips}",
         chips,
         2 * chips,
@@ -29,23 +29,23 @@ def _row(chips, interconnect, seconds=10.0, fits=True):
 
 def test_the_prompts_of_a_step_grow_with_the_chips():
     config = tiny.config(train={"prompts_per_microbatch": 2})
-    grown = weak_scaling.grown(config, 16)
+    grown = weak_scaling.with_times_prompts(config, 16)
     assert grown.train.prompts_per_step == 64 and grown.train.prompts_per_microbatch == 2
     assert config.train.prompts_per_step == 4
 
 
 def test_the_conclusion_names_where_communication_dominates():
-    text = weak_scaling.conclusion([_row(4, 2.0), _row(16, 9.0)])
+    text = weak_scaling.conclusion([_step(4, 2.0), _step(16, 9.0)])
     assert "0.25 on 4 chips, 1.12 on 16 chips" in text
     assert text.endswith("Communication dominates from 16 chips on.")
-    text = weak_scaling.conclusion([_row(4, 1.0), _row(16, 2.0)])
+    text = weak_scaling.conclusion([_step(4, 1.0), _step(16, 2.0)])
     assert "dominates nowhere in the table" in text and "0.25 times the tokens" in text
 
 
 def test_the_page_holds_the_table_and_what_does_not_fit():
-    rows = [_row(4, 2.0), _row(16, 3.0, seconds=20.0, fits=False)]
-    page = weak_scaling.markdown(
-        rows, CHIPS["TPU v5 lite"], {"command": "python -m x", "versions": "jax 1"}
+    steps = [_step(4, 2.0), _step(16, 3.0, seconds=20.0, fits=False)]
+    page = weak_scaling.page(
+        steps, CHIPS["TPU v5 lite"], {"command": "python -m x", "versions": "jax 1"}
     )
     assert "| 16 | v5e:16 | 32 | 20 | 6 | 14 | 8 | 4 | 3 | 100 | 0.50 |" in page
     assert "Does not fit in HBM: v5e:16." in page and "    python -m x" in page

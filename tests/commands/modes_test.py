@@ -11,7 +11,7 @@ import pytest
 import tiny
 from places import ROOT
 
-from qlog import models, train
+from qlog import models
 from qlog.commands import modes
 from qlog.config import schema
 from qlog.config.check import check_config
@@ -117,7 +117,7 @@ def trained(tmp_path_factory):
         train={"steps": 1, "prompts_per_step": 8},
         evaluation={"every": 1, "prompts_per_batch": 1, "without_rationale": True},
     )
-    train.run(config, root / "run")
+    tiny.run(config, root / "run")
     return config, root / "run", shape
 
 

@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+from data_fixtures import limits
 
 from qlog import data
 from qlog.data import pipeline
@@ -41,7 +42,7 @@ def formatter():
 
 @pytest.fixture(scope="module")
 def dataset(formatter):
-    return data.open_dataset(Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=8)
+    return data.open_dataset(Numbers(), formatter, limits(40, 8))
 
 
 def take(dataset, count, *, seed=3, prompts_per_step=4, **options):
@@ -114,12 +115,12 @@ def test_resuming_continues_the_same_steps(dataset, start):
     expected = [(step, batch) for step, batch in whole if step >= start]
     resumed = take(dataset, len(expected), start_step=start)
     assert [step for step, _ in resumed] == [step for step, _ in expected]
-    for (_, one), (_, other) in zip(resumed, expected):
+    for (_, one), (_, other) in zip(resumed, expected, strict=True):
         assert_equal(one, other)
 
 
 def test_a_dataset_smaller_than_a_batch_repeats(formatter):
-    small = data.open_dataset(Numbers(3), formatter, max_prompt_tokens=40, max_answer_tokens=8)
+    small = data.open_dataset(Numbers(3), formatter, limits(40, 8))
     order = ids(take(small, 2, prompts_per_step=6))
     assert [sorted(order[i : i + 3]) for i in range(0, 12, 3)] == [["id-0", "id-1", "id-2"]] * 4
 
@@ -129,7 +130,7 @@ def test_padded_lengths_are_few(dataset):
     assert {batch.gold.shape for _, batch in steps} == {(4, 8)}  # one for the whole dataset
     assert {batch.tokens.shape[1] for _, batch in steps} <= {16, 24, 32, 40}
     lengths = [pipeline.bucket(n, 5000) for n in range(1, 5001)]
-    assert all(length >= n for n, length in zip(range(1, 5001), lengths))
+    assert all(length >= n for n, length in zip(range(1, 5001), lengths, strict=True))
     assert sorted(set(lengths)) == [
         16,
         24,
@@ -153,9 +154,7 @@ def test_padded_lengths_are_few(dataset):
 
 
 def test_annotated_rationales_come_when_wanted(formatter):
-    dataset = data.open_dataset(
-        Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=8, max_rationale_tokens=6
-    )
+    dataset = data.open_dataset(Numbers(), formatter, limits(40, 8, 6))
     ((_, batch),) = take(dataset, 1, prompts_per_step=8)
     for row, example in enumerate(batch.examples):
         rationale = batch.rationale[row, : batch.rationale_lengths[row]].tolist()
@@ -167,14 +166,16 @@ def test_annotated_rationales_come_when_wanted(formatter):
 def test_evaluation_sees_every_example_once_in_order(dataset):
     batches = list(data.evaluation_batches(dataset, batch_size=10))
     assert [len(batch.examples) for batch in batches] == [10, 10, 10]
-    seen = [e.id for b in batches for e, real in zip(b.examples, b.is_prompt) if real]
+    seen = [e.id for b in batches for e, real in zip(b.examples, b.is_prompt, strict=True) if real]
     assert seen == [example.id for example in Numbers()]
     assert batches[-1].is_prompt.tolist() == [True] * 3 + [False] * 7
     np.testing.assert_array_equal(batches[-1].tokens[3:], batches[-1].tokens[[0] * 7])
     limited = list(data.evaluation_batches(dataset, batch_size=10, limit=11))
     assert sum(int(batch.is_prompt.sum()) for batch in limited) == 11
     rest = list(data.evaluation_batches(dataset, batch_size=10, start=10, limit=21))
-    assert [e.id for b in rest for e, real in zip(b.examples, b.is_prompt) if real] == seen[10:21]
+    assert [
+        e.id for b in rest for e, real in zip(b.examples, b.is_prompt, strict=True) if real
+    ] == seen[10:21]
 
 
 def test_empty_dataset(formatter):
@@ -182,45 +183,38 @@ def test_empty_dataset(formatter):
         data.open_dataset(
             [],
             formatter,
-            max_prompt_tokens=40,
-            max_answer_tokens=8,
+            limits(40, 8),
             name="config.data.name = numbers",
         )
 
 
 def test_overlong_examples_stop_the_run_or_are_dropped_and_counted(formatter):
-    limits = dict(max_prompt_tokens=12, max_answer_tokens=8)  # a prompt of n words has n + 1 tokens
+    short = limits(12, 8)  # a prompt of n words has n + 1 tokens
     with pytest.raises(
         ConfigError,
         match="data.max_prompt_tokens = 12 is too small for 12 of 23 "
         ".*the longest with 24 tokens: raise it to 24, or set config.data.overlong",
     ):
-        data.open_dataset(Numbers(), formatter, **limits)
+        data.open_dataset(Numbers(), formatter, short)
     with pytest.raises(ConfigError, match="config.rollout.answer_reserve = 1 is too small for 23"):
-        data.open_dataset(Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=1)
+        data.open_dataset(Numbers(), formatter, limits(40, 1))
     with pytest.raises(
         ConfigError,
         match="rollout.rationale_budget = 1 is too small for 7 of "
         "23 examples.*the longest with 2 tokens: raise it to 2",
     ):
-        data.open_dataset(
-            Numbers(), formatter, max_prompt_tokens=40, max_answer_tokens=8, max_rationale_tokens=2
-        )
-    kept = data.open_dataset(Numbers(), formatter, overlong="skip", **limits)
+        data.open_dataset(Numbers(), formatter, limits(40, 8, 2))
+    kept = data.open_dataset(Numbers(), formatter, short, overlong="skip")
     assert len(kept) == 11 and kept.skipped == {"config.data.max_prompt_tokens": 12}
     assert sorted(ids(take(kept, 11, prompts_per_step=1))) == sorted(f"id-{i}" for i in range(11))
     with pytest.raises(ConfigError, match="drops all 23 .*shortest need .*max_prompt_tokens = 2"):
-        data.open_dataset(
-            Numbers(), formatter, max_prompt_tokens=1, max_answer_tokens=8, overlong="skip"
-        )
+        data.open_dataset(Numbers(), formatter, limits(1, 8), overlong="skip")
     with pytest.raises(ConfigError, match="data.overlong = 'cut' is unknown: use one"):
-        data.open_dataset(Numbers(), formatter, overlong="cut", **limits)
+        data.open_dataset(Numbers(), formatter, short, overlong="cut")
 
 
 def test_overlong_example_met_later_stops_the_run_too(formatter):
-    dataset = data.open_dataset(
-        Numbers(), formatter, max_prompt_tokens=12, max_answer_tokens=8, measure=5
-    )
+    dataset = data.open_dataset(Numbers(), formatter, limits(12, 8), measure=5)
     with pytest.raises(ConfigError, match="data.max_prompt_tokens = 12 is too small for 1 of 1"):
         take(dataset, SIZE, prompts_per_step=1)
     assert dataset.widths.gold == 8  # the limit, since not every answer has been seen
@@ -228,8 +222,7 @@ def test_overlong_example_met_later_stops_the_run_too(formatter):
         data.open_dataset(
             Numbers(),
             formatter,
-            max_prompt_tokens=12,
-            max_answer_tokens=8,
+            limits(12, 8),
             measure=5,
             overlong="skip",
         )

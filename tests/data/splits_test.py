@@ -30,7 +30,7 @@ def drawn_ids(name: str, split: str, counts: dict[str, int], seed: int | None = 
     ids = made_up_ids(name, source, counts[source])
     if seed is not None:
         random.Random(seed).shuffle(ids)
-    return [ids[index] for index in splits.draw(name, split, ids, tuple(counts))]
+    return [ids[index] for index in splits.choose(name, split, ids, tuple(counts))]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -96,7 +96,7 @@ def test_what_cannot_be_drawn_is_named():
     with pytest.raises(ConfigError, match="the test split is drawn from the official test or dev"):
         splits.official_split("finqa", "test", ("train",))
     with pytest.raises(ConfigError, match="has 1 records, too few for validation and test"):
-        splits.draw("musique", "test", ["only"], ("train", "dev"))
+        splits.choose("musique", "test", ["only"], ("train", "dev"))
 
 
 def test_opened_splits_are_records_of_the_official_files(tmp_path):

@@ -1,5 +1,7 @@
 """The synthetic world: examples are right, reproducible, split apart, and within one vocabulary."""
 
+import itertools
+
 import pytest
 
 from qlog import data
@@ -31,7 +33,7 @@ def test_the_text_tells_walks_but_neither_asks_nor_answers():
         example = synthetic.open_examples("multihop_text", "train", WORLD)[i]
         follows, (named,) = _facts(example.source)
         walk = example.rationale.split()
-        assert all(follows[a] == b for a, b in zip(walk, walk[1:]))
+        assert all(follows[a] == b for a, b in itertools.pairwise(walk))
         assert example.answer.endswith(f"{walk[-1]} .")
         told.add(example.answer.replace(walk[-1], "kim"))
         assert not {"ask", "answer", "[", "]"} & set(example.source.split() + walk)

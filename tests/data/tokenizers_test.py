@@ -261,7 +261,7 @@ def test_tokens_with_another_use_cannot_surround_a_rationale(tmp_path):
             lambda spec: spec["added_tokens"][0].update(id=spec["added_tokens"][1]["id"]),
             "two of its",
         ),
-        (lambda spec: spec["model"].update(vocab={"a": "x"}), "ids that are no numbers"),
+        (lambda spec: spec["model"].update(vocab={"a": "x"}), "ids that are not numbers"),
         (
             lambda spec: spec["model"].update(type="Nope"),
             "not a tokenizer.json.*from the model's own",

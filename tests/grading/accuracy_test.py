@@ -249,7 +249,7 @@ def test_an_evaluation_of_real_size():
     assert summary["p@1"] == pytest.approx(right.mean())
     assert summary["p@16"] == pytest.approx(right.any(axis=1).mean())
     votes = []
-    for row, hits in zip(rows, right):
+    for row in rows:
         counts = {a: row["answers"].count(a) for a in row["answers"]}
         winner = max(row["answers"], key=counts.__getitem__)
         votes.append(winner == row["id"])

@@ -1,4 +1,4 @@
-"""The launch scripts at work: installing, supervising, several processes, stand-ins for clusters."""
+"""Launch scripts at work: installing, supervising, several processes, stand-ins for clusters."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_install_from_nothing_again_and_after_an_interruption(tmp_path):
 
 
 def environment(**changes):
-    """This process's, in which `python` is the interpreter of the tests and finds this clone's qlog."""
+    """This process's. `python` is the interpreter of the tests, and finds this clone's qlog."""
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **changes}
 
@@ -140,7 +140,7 @@ def test_supervise_forwards_sigterm_and_does_not_call_it_finished(tmp_path, grou
 
 @pytest.mark.parametrize("code, tries", [(0, 1), (2, 1), (3, 1), (130, 1), (7, 3), (75, 3), (1, 3)])
 def test_supervise_tries_again_what_may_pass(tmp_path, code, tries):
-    """Without a newer checkpoint it gives up: a crash then has a code that nobody tries again."""
+    """Without a newer checkpoint it gives up: a crash then has a code that is not tried again."""
     log = tmp_path / "log"
     call = [LAUNCH / "supervise", "--restarts=2", f"--log={log}", "--"]
     env = environment(**{"BASH_FUNC_sleep%%": "() { :; }"})  # No pause between the tries.
@@ -243,7 +243,7 @@ def test_run_status_tells_of_a_workdir_without_jax(tmp_path):
 
 
 def test_run_status_and_logs_in_a_bucket(tmp_path):
-    """Against an object store on loopback; on gs:// a checkpoint is whole when its last file is there."""
+    """In an object store on loopback. On gs://, the last file makes a checkpoint complete."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -429,9 +429,9 @@ def test_tpu_vm_keep_does_not_wait_for_ever_for_capacity(tpu):
 
 
 def test_tpu_vm_keep_starts_a_run_again_that_shows_no_sign_of_life(tpu):
-    (tpu.folder / "run_status").write_text(
-        '{"finished": false, "checkpoint": 3, "beat": {"step": 4, "phase": "decode", "moved": 5.0, "time": 5.0}}\n'
-    )
+    beat = {"step": 4, "phase": "decode", "moved": 5.0, "time": 5.0}
+    status = {"finished": False, "checkpoint": 3, "beat": beat}
+    (tpu.folder / "run_status").write_text(json.dumps(status) + "\n")
     write_program(
         tpu.folder / "program",
         """
@@ -560,7 +560,7 @@ def test_slurm_mounts_into_a_container_what_is_not_in_a_bucket(slurm):
 @pytest.mark.parametrize(
     "plan, code, requeued",
     [
-        ("", 0, True),  # SLURM's default preemption signals the steps alone
+        ("", 0, True),  # SLURM's default preemption signals the steps only
         ("finish", 0, False),
         ("exit 2", 2, False),
         ("exit 3", 3, False),
@@ -614,7 +614,8 @@ JAX_PROGRAM = """
 
     mine = jax.process_index()
     total = multihost_utils.process_allgather(jax.numpy.float32(10 + mine)).sum()
-    print(f"devices {jax.local_device_count()} of {jax.device_count()} sum {int(total)}", flush=True)
+    devices = f"{jax.local_device_count()} of {jax.device_count()}"
+    print(f"devices {devices} sum {int(total)}", flush=True)
     if sys.argv[1] == "die" and mine == 1:
         os._exit(5)
     if sys.argv[1] == "die":

@@ -106,7 +106,7 @@ def test_constraints_pin_every_requirement():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    assert set(extras) == {"test", "tpu", "cuda", "gcs", "s3", "parity"}
+    assert set(extras) == {"test", "lint", "tpu", "cuda", "gcs", "s3", "parity"}
     wanted = "\n".join([config["options"]["install_requires"], *extras.values()])
     names = {
         re.split(r"[\[<>=; ]", line)[0]
@@ -134,11 +134,12 @@ PRINTED = {
         "gcloud compute tpus queued-resources create n --node-id=n --zone=z "
         "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
     ],
-    "tpu_vm create --name=n --zone=z --type=v6e-16 --service-account=a@b --network=n --subnetwork=s "
-    "--internal-ips --labels=team=x --valid-until-duration=6h": [
-        "gcloud compute tpus queued-resources create n --node-id=n --zone=z --accelerator-type=v6e-16 "
-        "--runtime-version=v2-alpha-tpuv6e --internal-ips --service-account=a@b --network=n --subnetwork=s "
-        "--labels=team=x --valid-until-duration=6h"
+    "tpu_vm create --name=n --zone=z --type=v6e-16 --service-account=a@b --network=n "
+    "--subnetwork=s --internal-ips --labels=team=x --valid-until-duration=6h": [
+        "gcloud compute tpus queued-resources create n --node-id=n --zone=z "
+        "--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --internal-ips "
+        "--service-account=a@b --network=n --subnetwork=s --labels=team=x "
+        "--valid-until-duration=6h"
     ],
     "tpu_vm delete --name=n --zone=z --project=p": [
         "gcloud compute tpus queued-resources delete n --zone=z --project=p --force --quiet"
@@ -156,7 +157,9 @@ def test_dry_run_prints_the_commands(call):
 PROGRAM = ["python", "-m", "qlog.main", "--distributed=on", *FLAGS]
 SUPERVISE = ["launch/supervise", "--restarts=3", "--"]
 ON_CLOUD = {
-    "gcluster": "gcluster --cluster=c --location=l --image=I --type=ct6e-standard-4t --topology=4x4",
+    "gcluster": (
+        "gcluster --cluster=c --location=l --image=I --type=ct6e-standard-4t --topology=4x4"
+    ),
     "xpk": "xpk --cluster=c --zone=z --image=I --type=v6e-16",
 }
 
@@ -481,7 +484,8 @@ from xpk.parser.core import set_parser
 parser = argparse.ArgumentParser()
 set_parser(parser)
 options = parser.parse_args(sys.argv[1:])
-print(options.workload, options.tpu_type, options.max_restarts, options.termination_grace_period_seconds)
+grace = options.termination_grace_period_seconds
+print(options.workload, options.tpu_type, options.max_restarts, grace)
 print(options.command)
 """
 
@@ -528,7 +532,8 @@ def check(value, kind, where):
         assert type(value).__name__ == kind, f"{where}: {value!r} is no {kind}"
 
 checked = []
-check(yaml.safe_load(sys.stdin)["spec"]["replicatedJobs"][0]["template"], "V1JobTemplateSpec", "template")
+job = yaml.safe_load(sys.stdin)["spec"]["replicatedJobs"][0]
+check(job["template"], "V1JobTemplateSpec", "template")
 print(len(checked))
 """
 

@@ -1,4 +1,4 @@
-"""launch/sweep: tables of runs brought to their end through launchers that return at once, and here."""
+"""launch/sweep brings tables of runs to their end, here and through launchers that only submit."""
 
 import json
 import math
@@ -257,7 +257,7 @@ def test_finished_with_other_flags_is_refused(tmp_path):
 
 @pytest.mark.parametrize("how", ["local", "tpu_vm"])
 def test_a_run_that_is_live_here_is_waited_for(tmp_path, how):
-    """launch/tpu_vm keep is started again, which itself waits; any other run is left to its process."""
+    """launch/tpu_vm keep is started again, as it waits; any other run is left to its process."""
     stand_in = program(tmp_path)
     launcher = ["--", stand_in]
     if how == "tpu_vm":
@@ -390,7 +390,7 @@ def test_the_price_is_steps_and_evaluations_times_chips():
 
 
 def test_rooflines_are_those_of_the_readme_and_of_a_compilation():
-    """README's table and launch/tables/roofline.json say the same; a weak_scaling.json serves as well."""
+    """README's table and launch/tables/roofline.json agree; a weak_scaling.json serves as well."""
     rooflines = run_cost.read_rooflines(LAUNCH / "tables/roofline.json")
     ours = sorted((r["rows"][0]["topology"], r["rows"][0]["seconds"]) for r in rooflines)
     rows = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines()]

@@ -78,8 +78,7 @@ def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temper
 
     @jax.jit
     def separate(params):
-        positions = jnp.broadcast_to(jnp.arange(width), sequences.shape)
-        hidden, _ = models.apply(params, tiny.SHAPE, jnp.asarray(sequences), positions)
+        hidden = models.extend(params, tiny.SHAPE, jnp.asarray(sequences))
         logits = (hidden @ models.unembedding(params).T)[:, 0, :-1, : tiny.VALID_VOCAB]
         picked = [
             jnp.take_along_axis(jax.nn.log_softmax(logits / t), sequences[:, 0, 1:, None], -1)[

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from qlog import losses, train
+from qlog import losses
 from qlog.config import schema
 from qlog.losses.theory import exact, plots, study
 
@@ -25,17 +26,19 @@ def own_recipes(monkeypatch):
 
 def test_composition_examples(capsys):
     names = {}
-    for example in EXAMPLES[:2]:
+    for example in EXAMPLES[:3]:
         exec(example, names)
     assert np.all(np.isfinite(names["coefficients"].score))
     assert names["annealed"].init(names["scores"]).hyperparams["q"] == 1.0
     assert "effective_reward_max" in capsys.readouterr().out
+    weights = 3 * names["coefficients"].score + names["coefficients"].path
+    np.testing.assert_allclose(names["sums"].loss, 1.5 * np.sum(weights), rtol=1e-5)
 
 
 def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
     names = {}
-    exec(EXAMPLES[2], names)
-    scores = losses.zero_scores(1, 2)._replace(log_w=jnp.log(jnp.array([[0.1, 0.3]])))
+    exec(EXAMPLES[3], names)
+    scores = losses.Scores(log_w=jnp.log(jnp.array([[0.1, 0.3]])))
     transform = names["hard_garl"](0.5)
     got, _ = losses.coefficients(transform, scores, transform.init(scores))
     np.testing.assert_allclose(got.path, [[0, 0.3 / 0.2**0.5 / 2]], rtol=1e-5)
@@ -55,7 +58,7 @@ def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
         },
     }
     run = schema.merge(schema.merge(config, config.runs.hard), short)
-    train.run(run, tmp_path, jax.devices()[:1])
+    tiny.run(run, tmp_path, jax.devices()[:1])
     assert "hard_garl" in (tmp_path / "config.json").read_text()
     assert '"q": 0.75' in (tmp_path / "metrics.jsonl").read_text()
 
@@ -65,7 +68,7 @@ def test_the_table_has_every_recipe_and_the_page_every_shared_argument():
     assert sorted(rows) == sorted(losses.RECIPES)
     for name in losses.recipes.SCHEDULE | losses.recipes.EDITS:
         assert f"`{name}`" in PAGE, name
-    state = losses.build("garl").transform.init(losses.zero_scores(1, 2))
+    state = losses.build("garl").transform.init(losses.abstract_scores(1, 2))
     for name in losses.measurements(state):
         assert f"`{name}`" in PAGE, name
 
@@ -93,8 +96,8 @@ def test_the_study_of_control_trains():
     final = {}
     for name in ("fixed q = 0.0", "adaptive, pace 0.8"):
         transform = losses.build("garl", normalize=False, **study.methods(60)[name]).transform
-        run = jax.jit(lambda key: study.train(transform, key, 1.0, 0.0, 60, 16, -4.0))
-        right, wrong = run(jax.random.key(0))
+        run = jax.jit(study.train, static_argnames=("transform", "steps", "examples"))
+        right, wrong = run(transform, jax.random.key(0), 1.0, 0.0, 60, 16, -4.0)
         assert np.all(right + wrong <= 1.001)
         final[name] = right[-1]
     assert final["fixed q = 0.0"] < 0.5 < 0.9 < final["adaptive, pace 0.8"]

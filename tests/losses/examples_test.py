@@ -10,7 +10,10 @@ from qlog.losses.examples import pmap_trainer
 
 @pytest.mark.parametrize("name", ["garl", "paft"])
 def test_eight_devices_train_as_one(name):
-    """PAFT's draws included. The bits of a sum depend on its order, and Adam's first steps on bits."""
+    """PAFT's draws included.
+
+    The last bits of a sum depend on its order, and Adam's first steps depend on them.
+    """
     estimator = losses.build(name, q=0.75)
     many, history = pmap_trainer.train(estimator, 15)
     one, same = pmap_trainer.train(estimator, 15, jax.devices()[:1])

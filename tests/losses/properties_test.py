@@ -135,7 +135,7 @@ def test_padding_rollouts_changes_nothing_and_jit_is_eager():
 
 def test_tiny_weights_keep_their_signal():
     """log w of -800 and below: exact where float32 can hold the result."""
-    scores = losses.zero_scores(1, 3)._replace(log_w=jnp.array([[-800.0, -805.0, -900.0]]))
+    scores = losses.Scores(log_w=jnp.array([[-800.0, -805.0, -900.0]]))
     softmax = np.exp([0, -5, -100]) / np.sum(np.exp([0, -5, -100]))
     np.testing.assert_allclose(
         run(losses.garl(1.0), scores).path[0], softmax, rtol=1e-4, atol=1e-30
@@ -147,9 +147,7 @@ def test_tiny_weights_keep_their_signal():
 
 def test_leave_one_out_does_not_cancel():
     """One rollout of weight 1 above others of 1e-12: its baseline is their mean, not rounding."""
-    scores = losses.zero_scores(1, 4)._replace(
-        log_w=jnp.log(jnp.array([[1.0, 1e-12, 2e-12, 3e-12]]))
-    )
+    scores = losses.Scores(log_w=jnp.log(jnp.array([[1.0, 1e-12, 2e-12, 3e-12]])))
     got = run(losses.garl(0.5), scores)
     baseline = np.float64(got.path[0] - got.score[0]) * 4
     others = np.array([2e-12, (1 + 5e-12) / 3, (1 + 4e-12) / 3, (1 + 3e-12) / 3])

@@ -10,12 +10,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import trees
 from ml_collections import ConfigDict
 
 from qlog import losses
 
 LOG_W = jnp.log(jnp.array([[0.5, 0.1, 0.2], [1e-3, 2e-3, 1e-6]]))
-SCORES = losses.zero_scores(2, 3)._replace(log_w=LOG_W)
+SCORES = losses.Scores(log_w=LOG_W)
 
 
 def run(transform, scores, steps=1, key=None):
@@ -32,12 +33,16 @@ def test_every_recipe_builds_from_a_config_of_its_own_arguments():
         config = ConfigDict(losses.arguments(name))
         given = json.loads(config.to_json_best_effort())
         estimator = losses.build(name, num_rollouts=4, **given)
-        state = estimator.transform.init(losses.zero_scores(2, 4))
+        state = estimator.transform.init(losses.abstract_scores(2, 4))
         assert "no_signal" in losses.measurements(state)
 
 
 def test_what_an_estimator_needs_of_the_trainer():
-    needs = {name: losses.build(name)[2:] for name in losses.RECIPES}
+    fields = ("rationale", "answer", "reward", "reference", "min_rollouts")
+    needs = {
+        name: tuple(getattr(losses.build(name), field) for field in fields)
+        for name in losses.RECIPES
+    }
     gold = ("sampled", "gold", None, False)
     graded = ("sampled", "sampled", "exact_match", False)
     assert needs["garl"] == gold + (2,) and needs["paft"] == gold + (1,)
@@ -54,6 +59,8 @@ def test_what_an_estimator_needs_of_the_trainer():
     "name, given, message",
     [
         ("gral", {}, "no loss is called 'gral'; there are garl, grpo"),
+        ("gral", {}, r"trice \(did you mean 'garl'\?\)"),
+        ("garl", {"base_line": "none"}, r"max_tokens.* \(did you mean 'baseline'\?\)"),
         ("garl", {"clip_low": 0.2}, "garl: unknown argument clip_low; it reads q, baseline"),
         ("garl", {"q": 1.5}, r"garl: q must be in \[0, 1\], got 1.5"),
         ("garl", {"q": "high"}, r"garl: q must be a number in \[0, 1\], got 'high'"),
@@ -93,7 +100,7 @@ def test_errors_of_parts_and_scores():
     with pytest.raises(ValueError, match="amplify: argument q needs a default"):
         losses.Recipe(losses.amplify)
     with pytest.raises(ValueError, match="M, the rollouts per prompt, must be at least 2 .* got 1"):
-        losses.garl(0.5).init(losses.zero_scores(4, 1))
+        losses.garl(0.5).init(losses.abstract_scores(4, 1))
     with pytest.raises(TypeError, match="pass key="):
         losses.coefficients(losses.paft(0.5), SCORES, losses.paft(0.5).init(SCORES))
     with pytest.raises(ValueError, match=r"scores.log_w must have shape \[B, M\], got \(3,\)"):
@@ -191,7 +198,7 @@ def test_state_survives_a_checkpoint(tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     expected = losses.coefficients(transform, SCORES, state, key=key)
     got = losses.coefficients(transform, SCORES, restored, key=key)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    trees.assert_equal(got, expected)
 
 
 def test_where_groups_composes_by_a_mask_of_the_data():
@@ -203,7 +210,7 @@ def test_where_groups_composes_by_a_mask_of_the_data():
     garl, _ = run(losses.garl(0.75), SCORES)
     np.testing.assert_allclose(got.score[0], paft.score[0])
     np.testing.assert_allclose(got.score[1], garl.score[1], rtol=1e-6)
-    wrong = losses.where_groups(lambda s: s.valid, losses.garl(0.5), losses.garl(0.5))
+    wrong = losses.where_groups(lambda s: s.is_valid, losses.garl(0.5), losses.garl(0.5))
     with pytest.raises(ValueError, match=r"predicate must give bool \[B\] = \(2,\)"):
         losses.coefficients(wrong, SCORES, wrong.init(SCORES))
 
@@ -218,9 +225,7 @@ def test_named_chain_is_chain():
 
 def test_measurements_by_hand():
     log_w = jnp.log(jnp.array([[0.5, 0.1, 0.2], [0, 0, 0], [0.3, 0.3, 0.3], [9, 9, 9]]))
-    scores = losses.zero_scores(4, 3)._replace(
-        log_w=log_w, valid=jnp.ones((4, 3), bool).at[3].set(False)
-    )
+    scores = losses.Scores(log_w=log_w, valid=jnp.ones((4, 3), bool).at[3].set(False))
     result, state = run(losses.build("garl", q=0.5).transform, scores)
     got = {name: float(x) for name, x in losses.measurements(state).items()}
     p = 0.8 / 3
@@ -244,7 +249,7 @@ def test_measurements_by_hand():
 
 def test_groups_without_signal_of_a_graded_estimator():
     reward = jnp.array([[1, 1, 1], [0, 0, 0], [1, 0, 0]], jnp.float32)
-    scores = losses.zero_scores(3, 3)._replace(reward=reward)
+    scores = losses.Scores(reward=reward, num_tokens=jnp.ones((3, 3), jnp.int32))
     _, state = run(losses.build("grpo").transform, scores)
     np.testing.assert_allclose(losses.measurements(state)["no_signal"], 2 / 3, rtol=1e-6)
     np.testing.assert_allclose(losses.measurements(state)["p_hat"], 4 / 9, rtol=1e-6)

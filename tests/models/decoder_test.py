@@ -1,4 +1,4 @@
-"""The four uses of `models.apply` agree with a plain forward pass over separate sequences."""
+"""The four passes of the decoder agree with a plain forward pass over separate sequences."""
 
 import dataclasses
 import functools
@@ -29,8 +29,7 @@ def random_tokens():
 
 def separate(params, config, tokens, remat="none"):
     """The reference: [N, 1, T] right-padded sequences from position 0, no cache of any kind."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
-    return models.apply(params, config, tokens, positions, remat=remat)[0]
+    return models.extend(params, config, tokens, execution=models.Execution(remat=remat))
 
 
 def as_sequences(prompts, continuations, lengths):
@@ -63,8 +62,7 @@ def test_group_is_m_separate_sequences_in_values_and_gradients(config):
     @jax.value_and_grad
     def group(params):
         prefix = models.prefill(params, config, jnp.asarray(prompts), jnp.asarray(LENGTHS))
-        positions = jnp.broadcast_to(LENGTHS[:, None, None] + jnp.arange(R), (B, M, R))
-        hidden, _ = models.apply(params, config, rollouts, positions, prefix=prefix)
+        hidden = models.extend(params, config, rollouts, prefix=prefix)
         return (hidden * cotangent).sum()
 
     @jax.value_and_grad
@@ -98,7 +96,7 @@ def test_prompts_compute_of_the_last_layer_only_keys_and_values(monkeypatch, rem
     @functools.partial(jax.value_and_grad, has_aux=True)
     def prefill(params):
         arrays = jnp.asarray(prompts % tiny.VALID_VOCAB), jnp.asarray(LENGTHS)
-        prefix = models.prefill(params, tiny.SHAPE, *arrays, remat=remat)
+        prefix = models.prefill(params, tiny.SHAPE, *arrays, models.Execution(remat=remat))
         return (prefix.keys**2).sum() + (prefix.values**3).sum(), prefix
 
     (_, prefix), gradient = prefill(params)
@@ -118,32 +116,23 @@ def test_cached_decode_and_score_equal_the_full_forward(config):
 
     @jit
     def decode(suffix, slot, tokens):
-        positions = jnp.broadcast_to(LENGTHS[:, None, None] + slot, (B, M, 1))
-        return models.apply(
-            params, config, tokens, positions, prefix=prefix, suffix=suffix, slot=slot
-        )
+        return models.decode_step(params, config, tokens, prefix, suffix, slot)
 
     suffix, decoded = models.empty_suffix(config, B, M, R + 2, jnp.float32), []
     for slot in range(R):
-        hidden, suffix = decode(suffix, slot, rollouts[..., slot, None])
+        hidden, suffix = decode(suffix, slot, rollouts[..., slot])
         decoded.append(hidden)
     # Answers follow rationales of unequal lengths, the shortest of no token at all.
     kept = np.array([[R, 3, 1], [0, 5, 6]])
-    positions = (LENGTHS[:, None] + kept)[..., None] + np.arange(A)
-    scored, _ = jit(models.apply, static_argnums=1)(
-        params,
-        config,
-        answers,
-        positions,
-        prefix=prefix,
-        suffix=suffix._replace(lengths=jnp.asarray(kept)),
+    scored = jit(models.score_step, static_argnums=1)(
+        params, config, answers, prefix, suffix._replace(lengths=jnp.asarray(kept))
     )
 
     full = jit(separate, static_argnums=1)
     parts, sizes = [rollouts, answers], [np.full((B, M), R), np.zeros((B, M), int)]
     tokens, starts = as_sequences(prompts, parts, sizes)
     expected = continuation_of(full(params, config, tokens), starts - R, R)
-    np.testing.assert_allclose(jnp.concatenate(decoded, 2), expected, atol=1e-4)
+    np.testing.assert_allclose(jnp.stack(decoded, 2), expected, atol=1e-4)
     tokens, starts = as_sequences(prompts, parts, [kept, np.full((B, M), A)])
     expected = continuation_of(full(params, config, tokens), starts, A)
     np.testing.assert_allclose(scored, expected, atol=1e-4)
@@ -249,11 +238,14 @@ def test_bfloat16_activations_keep_float32_parameters_and_stay_close():
     config = CONFIGS["gemma3"]
     params = random_params(config)
     tokens = next(random_tokens())[:, None]
-    positions = np.broadcast_to(np.arange(P), tokens.shape)
-    forward = jit(models.apply, static_argnums=1, static_argnames="dtype")
-    hidden, (keys, _) = forward(params, config, tokens, positions, dtype=jnp.bfloat16)
-    assert hidden.dtype == keys.dtype == jnp.bfloat16
-    exact, _ = forward(params, config, tokens, positions, dtype=jnp.float32)
+    forward = jit(models.extend, static_argnums=1, static_argnames="execution")
+    in_bfloat16 = models.Execution(jnp.bfloat16)
+    hidden = forward(params, config, tokens, execution=in_bfloat16)
+    prefix = jax.eval_shape(
+        lambda: models.prefill(params, config, tokens[:, 0], jnp.asarray(LENGTHS), in_bfloat16)
+    )
+    assert hidden.dtype == prefix.keys.dtype == prefix.values.dtype == jnp.bfloat16
+    exact = forward(params, config, tokens)
     assert np.abs(hidden.astype(jnp.float32) - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
@@ -261,14 +253,11 @@ def test_casting_the_weights_before_changes_nothing():
     prompts, tree = tiny.prompts(), tiny.params()
     cast = models.decoding_weights(tree, jnp.bfloat16)
     assert cast["embed"].dtype == jnp.bfloat16 and cast["final_norm"].dtype == jnp.float32
-    prefix = models.prefill(tree, tiny.SHAPE, prompts.tokens, prompts.lengths, dtype=jnp.bfloat16)
+    execution = models.Execution(jnp.bfloat16)
+    prefix = models.prefill(tree, tiny.SHAPE, prompts.tokens, prompts.lengths, execution)
     suffix = models.empty_suffix(tiny.SHAPE, 3, 2, 4, jnp.bfloat16)
-    tokens = prompts.tokens[:, :2, None]
-    positions = jnp.broadcast_to(prompts.lengths[:, None, None], tokens.shape)
     before, after = (
-        models.apply(
-            t, tiny.SHAPE, tokens, positions, prefix=p, suffix=suffix, slot=0, dtype=jnp.bfloat16
-        )[0]
+        models.decode_step(t, tiny.SHAPE, prompts.tokens[:, :2], p, suffix, 0, execution)[0]
         for t, p in ((tree, prefix), (cast, models.unstack(prefix)))
     )
     np.testing.assert_array_equal(before, after)
@@ -279,9 +268,8 @@ def test_what_is_kept_is_not_multiplied_again():
 
     def products(remat):
         def total(tree):
-            return models.apply(tree, tiny.SHAPE, tokens, jnp.arange(4)[None, None], remat=remat)[
-                0
-            ].sum()
+            execution = models.Execution(remat=remat)
+            return models.extend(tree, tiny.SHAPE, tokens, execution=execution).sum()
 
         return jax.jit(jax.grad(total)).lower(tree).as_text().count("stablehlo.dot_general")
 

@@ -16,7 +16,9 @@ from qlog import models
 from qlog.errors import ConfigError, PassingError
 from qlog.models import huggingface
 
-forward = jit(models.apply, static_argnums=1)
+forward = jit(models.extend, static_argnums=1)
+prefill = jit(models.prefill, static_argnums=1)
+decode_step = jit(models.decode_step, static_argnums=1)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "gemma3"])
@@ -28,25 +30,20 @@ def test_logits_and_greedy_continuation_equal_those_of_transformers(family):
     expected = np.load(GOLDEN / family / "expected.npz")
     tokens, lengths = expected["tokens"], expected["lengths"]
     head = models.unembedding(params).T
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    hidden, (keys, values) = forward(params, config, tokens[:, None], positions[:, None])
+    hidden = forward(params, config, tokens[:, None])
     is_token = np.arange(tokens.shape[1]) < lengths[:, None]
     difference = np.where(is_token[..., None], hidden[:, 0] @ head - expected["logits"], 0)
     assert np.abs(difference).max() < 1e-4
 
-    # The same forward pass is a prefill; the prompt's last token is fed again as the first of the
-    # rollout, as the sampler does.
-    prefix = models.Prefix(keys.squeeze(3), values.squeeze(3), jnp.asarray(lengths - 1))
+    # The prompt's last token is fed as the first of the rollout, as the sampler does.
+    prefix = prefill(params, config, tokens, jnp.asarray(lengths - 1))
     steps = len(expected["greedy"])
     suffix = models.empty_suffix(config, 2, 1, steps, jnp.float32)
     last, continuation = tokens[np.arange(2), lengths - 1], []
     for slot in range(steps):
-        at = jnp.asarray(lengths - 1 + slot)[:, None, None]
-        last = jnp.asarray(last)[:, None, None]
-        hidden, suffix = forward(
-            params, config, last, at, prefix=prefix, suffix=suffix, slot=jnp.int32(slot)
-        )
-        last = (hidden[:, 0, 0] @ head).argmax(-1)
+        last = jnp.asarray(last)[:, None]
+        hidden, suffix = decode_step(params, config, last, prefix, suffix, jnp.int32(slot))
+        last = (hidden[:, 0] @ head).argmax(-1)
         continuation.append(int(last[0]))
     assert continuation == expected["greedy"].tolist()
 

@@ -28,7 +28,8 @@ SHAPES = {
         intermediate_size=80,
     ),
 }
-forward = jax.jit(models.apply, static_argnums=1, static_argnames=("dtype",))
+forward = jax.jit(models.extend, static_argnums=1, static_argnames=("execution",))
+decode_step = jax.jit(models.decode_step, static_argnums=1)
 
 
 def reference(family, seed=0, **changes):
@@ -50,8 +51,9 @@ def ours(model, folder, dtype=jnp.float32):
 
 
 def our_logits(params, config, tokens, start=0, dtype=jnp.float32):
-    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = forward(params, config, tokens[:, None], positions[:, None], dtype=dtype)
+    offsets = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    execution = models.Execution(jnp.dtype(dtype))
+    hidden = forward(params, config, tokens[:, None], offsets=offsets[:, None], execution=execution)
     return np.asarray((hidden[:, 0] @ models.unembedding(params).astype(dtype).T), np.float32)
 
 
@@ -157,22 +159,12 @@ def test_greedy_generations_are_identical(family, tmp_path):
         padded, attention_mask=mask, do_sample=False, max_new_tokens=steps, pad_token_id=0
     )[:, padded.shape[1] :]
 
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    _, (keys, values) = forward(params, config, tokens[:, None], positions[:, None])
-    prefix = models.Prefix(keys.squeeze(3), values.squeeze(3), jnp.asarray(lengths - 1))
+    prefix = models.prefill(params, config, tokens, jnp.asarray(lengths - 1))
     suffix = models.empty_suffix(config, len(tokens), 1, steps, jnp.float32)
     last, mine = jnp.asarray(tokens[np.arange(len(tokens)), lengths - 1]), []
     for slot in range(steps):
-        hidden, suffix = forward(
-            params,
-            config,
-            last[:, None, None],
-            jnp.asarray(lengths - 1 + slot)[:, None, None],
-            prefix=prefix,
-            suffix=suffix,
-            slot=jnp.int32(slot),
-        )
-        last = (hidden[:, 0, 0] @ models.unembedding(params).T).argmax(-1)
+        hidden, suffix = decode_step(params, config, last[:, None], prefix, suffix, jnp.int32(slot))
+        last = (hidden[:, 0] @ models.unembedding(params).T).argmax(-1)
         mine.append(last)
     np.testing.assert_array_equal(np.stack(mine, axis=1), theirs.numpy())
     assert len(np.unique(theirs)) > 5

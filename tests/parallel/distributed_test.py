@@ -13,7 +13,6 @@ import tiny
 import trees
 from places import ROOT, TESTS
 
-from qlog import train
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -39,8 +38,8 @@ def get_config(steps=2):
 
 
 _LOCAL = (sys.executable, str(ROOT / "launch/local"), "--processes=2")
-# Processes, devices of each, the mesh. In the second every tensor group spans two processes, and so does
-# fsdp: processes hold the same prompts, or share one's parameters.
+# Processes, devices of each, the mesh. In the second layout each tensor group spans two processes,
+# and so does fsdp: processes have the same prompts, and parts of the same parameters.
 LAYOUTS = {
     "two of four": (2, 4, {"data": 4, "fsdp": 2, "tensor": 1}),
     "four of one": (4, 1, {"data": 1, "fsdp": 2, "tensor": 2}),
@@ -86,7 +85,7 @@ def one(layout, tmp_path_factory):
     """The workdir of one process with the same mesh."""
     workdir = tmp_path_factory.mktemp("one")
     processes, devices, mesh = LAYOUTS[layout]
-    train.run(
+    tiny.run(
         schema.merge(get_config(), {"mesh": mesh}), workdir, jax.devices()[: processes * devices]
     )
     return workdir
@@ -136,7 +135,7 @@ def test_one_process_reads_and_continues_the_checkpoint_of_several(several, one)
     abstract = prepare(get_config()).abstract_params()
     ours, theirs = (checkpoints.load_params(d, abstract) for d in (workdir, one))
     trees.assert_close(ours, theirs, **CLOSE)
-    train.run(schema.merge(get_config(3), {"evaluation": {"every": 0}}), workdir)
+    tiny.run(schema.merge(get_config(3), {"evaluation": {"every": 0}}), workdir)
     rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["phase"] == "train"]
     assert [row["step"] for row in rows] == [0, 1, 2]
 

@@ -10,9 +10,9 @@ from qlog.parallel import process
 
 _PROGRAM = """
 import jax
-from qlog import runtime
+from qlog.parallel import process
 
-runtime.set_up()
+process.set_up()
 print(jax.jit(lambda x: 3 * x)(14))
 """
 
@@ -35,9 +35,9 @@ def test_a_restart_compiles_nothing_not_even_what_is_quick(tmp_path):
 _FLAG = "--xla_backend_optimization_level=0"
 _SETTINGS = """
 import jax
-from qlog import runtime
+from qlog.parallel import process
 
-runtime.set_up()
+process.set_up()
 print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
 """
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import trees
 
-from qlog import models, train
+from qlog import models
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -36,7 +36,7 @@ def _config(**mesh):
 
 def _one_step(folder, devices=None, **mesh):
     config = _config(**mesh)
-    train.run(config, folder, devices)
+    tiny.run(config, folder, devices)
     abstract = prepare(config, devices).abstract_params()
     row = read_jsonl(folder / "metrics.jsonl")[0]
     return read_jsonl(folder / "rollouts.jsonl"), row, checkpoints.load_params(folder, abstract)
@@ -56,7 +56,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(one_device, mesh, tmp_path):
     samples, metrics, params = one_device
     sharded_samples, sharded_metrics, sharded_params = _one_step(tmp_path, **mesh)
     assert len(samples) == len(sharded_samples) == 8 * 4
-    for a, b in zip(samples, sharded_samples):
+    for a, b in zip(samples, sharded_samples, strict=True):
         assert (a["id"], a["rationale"], a["answer"]) == (b["id"], b["rationale"], b["answer"])
         np.testing.assert_allclose(b["log_w"], a["log_w"], **CLOSE)
     assert {"loss", "log_p", "reward", "grad_norm", "mismatch"} <= set(metrics)
@@ -99,7 +99,7 @@ def test_caches_are_split_over_prompts_and_heads_from_the_start():
     keys = sampler.rollout_keys(jax.random.key(0), uids, 4)
     settings = sampler.Sampling(4, 4, closing=(3,), eos=(2,), pad=0)
     params = models.init(policy.config, jax.random.key(0))
-    pool = sampler.start(
+    pool = sampler.initial_pool(
         policy, sampler.prefill(params, policy, prompts, lengths), prompts, lengths, keys, settings
     )
     for cache in jax.tree.leaves((pool.suffix.layers, pool.prefix.keys)):

@@ -1,7 +1,5 @@
-"""Runs whose workdir is in a bucket, against object stores on loopback: equal to those on a disk."""
+"""Runs with a workdir in a bucket (object stores on loopback): equal to runs on a disk."""
 
-import trees
-from places import ROOT, TESTS
 import json
 import os
 import signal
@@ -10,9 +8,10 @@ import sys
 
 import buckets
 import jax
-import numpy as np
 import pytest
 import tiny
+import trees
+from places import ROOT, TESTS
 
 from qlog.config import schema
 from qlog.experiment import prepare
@@ -70,7 +69,10 @@ def _run(command, environment, status=0):
 
 _KILLED = """
 import os, signal, sys, time
-from qlog import command_line, main, paths, telemetry
+from qlog import main
+from qlog.commands import entry
+from qlog.runs import log
+from qlog.storage import paths
 workdir = paths.parse(sys.argv[-1].partition("=")[2])
 
 def progress(self, step, text):
@@ -79,14 +81,15 @@ def progress(self, step, text):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 
-telemetry.RunLog.progress = progress
-command_line.run(main.main, main._CONFIG)
+log.RunLog.progress = progress
+entry.run(main.main, main._CONFIG)
 """
 _UNSHARED = """
 import os, sys
-from qlog import command_line, main
+from qlog import main
+from qlog.commands import entry
 sys.argv[-1] += os.environ["JAX_PROCESS_ID"]
-command_line.run(main.main, main._CONFIG)
+entry.run(main.main, main._CONFIG)
 """
 
 

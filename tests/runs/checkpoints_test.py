@@ -7,7 +7,6 @@ import jax
 import pytest
 import tiny
 
-from qlog import train
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -57,7 +56,7 @@ def test_a_finished_run_may_leave_the_best_parameters_only(tmp_path):
         evaluation={"every": 2},
         checkpoint={"every": 1, "finished": "best_params"},
     )
-    outcome = train.run(config, tmp_path, ONE)
+    outcome = tiny.run(config, tmp_path, ONE)
     scores = json.loads((tmp_path / "scores.json").read_text())
     (step,) = steps(tmp_path)
     assert scores[str(step)]["value"] == max(score["value"] for score in scores.values())
@@ -65,18 +64,18 @@ def test_a_finished_run_may_leave_the_best_parameters_only(tmp_path):
     assert not (tmp_path / "checkpoints" / str(step) / "training").exists()
     abstract = prepare(config, ONE, train=False).abstract_params()
     checkpoints.load_params(tmp_path, abstract)
-    assert train.run(config, tmp_path, ONE).metrics == outcome.metrics
+    assert tiny.run(config, tmp_path, ONE).metrics == outcome.metrics
     with pytest.raises(ConfigError, match="begin another with --config.init_from="):
-        train.run(schema.merge(config, {"train": {"steps": 5}}), tmp_path, ONE)
+        tiny.run(schema.merge(config, {"train": {"steps": 5}}), tmp_path, ONE)
 
 
 def test_minutes_save_between_steps(tmp_path):
     config = tiny.config(train={"steps": 3}, checkpoint={"every": 100, "minutes": 1e-6, "keep": 9})
-    train.run(config, tmp_path, ONE)
+    tiny.run(config, tmp_path, ONE)
     assert steps(tmp_path) == [1, 2, 3]
 
 
 def test_chosen_steps_are_traced(tmp_path):
-    train.run(tiny.config(train={"steps": 2}, profile={"steps": (2,)}), tmp_path, ONE)
+    tiny.run(tiny.config(train={"steps": 2}, profile={"steps": (2,)}), tmp_path, ONE)
     assert [folder.name for folder in (tmp_path / "profile").iterdir()] == ["step_000002"]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

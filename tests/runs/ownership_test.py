@@ -1,6 +1,5 @@
 """One owner of a workdir at a time, among real processes, on a disk and in a bucket."""
 
-from places import ROOT
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import time
 
 import buckets
 import pytest
+from places import ROOT
 
 from qlog.commands import run_status
 from qlog.errors import PassingError, TrainingError
@@ -18,7 +18,8 @@ from qlog.storage import paths
 
 _OWNER = """
 import sys, time
-from qlog import ownership, paths
+from qlog.runs import ownership
+from qlog.storage import paths
 ownership.Claim.INTERVAL = 0.1
 with ownership.claim(paths.parse(sys.argv[1])) as claim:
     claim.beat(step=7, phase="train")

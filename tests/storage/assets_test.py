@@ -1,5 +1,8 @@
-"""What runs read, from folders and from buckets (emulators of GCS and S3 on loopback): found before any
-network is asked, copied once, staged by one command that a whole run then starts from."""
+"""What runs read, from folders and from buckets (emulators of GCS and S3 on loopback).
+
+It is found before any network is asked, copied once, and staged by one command, from which a whole
+run then starts.
+"""
 
 import dataclasses
 import json
@@ -120,7 +123,7 @@ def test_a_bucket_is_copied_once_and_again_when_it_changes(place, tmp_path):
 def test_what_is_missing_or_out_of_reach_is_a_sentence(place, monkeypatch):
     if not paths.is_remote(place):
         monkeypatch.setenv("QLOG_ASSETS", str(place))
-        with pytest.raises(ConfigError, match="QLOG_ASSETS=.* is no folder on this host"):
+        with pytest.raises(ConfigError, match="QLOG_ASSETS=.* is not a folder on this host"):
             assets.find("models/a/b", bool)
         return
     with pytest.raises(ConfigError, match="config.weights = '.*' holds no files"):
@@ -150,7 +153,10 @@ def test_runs_side_by_side_on_one_host_copy_once(google, tmp_path):
         os.environ | google | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     )
     where = f"gs://bucket/{tmp_path.name}"
-    fill = f"from qlog.storage import paths; p = paths.parse('{where}'); paths.write(p / 'a', b'x' * 4_000_000)"
+    fill = (
+        f"from qlog.storage import paths; p = paths.parse('{where}'); "
+        "paths.write(p / 'a', b'x' * 4_000_000)"
+    )
     run([sys.executable, "-c", fill], environment)
     program = f"from qlog.storage import assets; print(assets.local('{where}', 'x'))"
     both = [
@@ -180,7 +186,7 @@ def test_a_hub_id_is_found_in_the_assets_first(place, monkeypatch):
     for name in sorted(files, key=lambda name: name == "config.json"):
         with pytest.raises(PassingError, match="launch/stage --model=owner/name"):
             huggingface.resolve("owner/name")  # half of it is nothing
-        assets.put(GOLDEN / "qwen3" / name, target / name)
+        paths.copy(GOLDEN / "qwen3" / name, target / name)
     folder = huggingface.resolve("owner/name")
     assert load_file(next(folder.glob("*.safetensors")))
     with pytest.raises(PassingError):
@@ -221,7 +227,7 @@ def test_the_digest_is_of_the_weights_however_they_lie(tmp_path):
 
 def test_raw_and_prepared_data_may_be_in_a_bucket(place, monkeypatch):
     for file in (TESTDATA / "hotpotqa").iterdir():
-        assets.put(file, place / "raw/hotpotqa" / file.name)
+        paths.copy(file, place / "raw/hotpotqa" / file.name)
     prepared = builders.prepare("hotpotqa", manual_dir=str(place / "raw"))
     target = place / "data" / builders.staged_name("hotpotqa")
     assets.publish(prepared, target, stage.files(prepared), "ids.json")
@@ -367,7 +373,7 @@ def test_what_has_no_name_of_its_own_is_told_as_flags(alone, tmp_path, capsys):
         (["--model=a/b"], "--to is needed"),
         (["--to=x"], "give a --config, a --model"),
         (["--to=ftp://b", "--model=a/b"], "gs://BUCKET"),
-        (["--to=x", "--model=./b"], "--model=./b is no Hub id"),
+        (["--to=x", "--model=./b"], "--model=./b is not a Hub id"),
     ],
 )
 def test_mistakes_of_stage_are_sentences(flags, message, tmp_path):

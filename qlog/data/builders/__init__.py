@@ -1,8 +1,7 @@
 """FinQA, HotPotQA and MuSiQue through TensorFlow Datasets, without TensorFlow.
 
-`prepare` makes or finds a dataset, `open_prepared` opens it, `open_records` does both. TFDS itself can
-read what it prepares, too:
-`tfds.builder_from_directory(folder).as_data_source("train")`.
+`prepare` makes or finds a dataset, `open_prepared` opens it, `open_records` does both. TFDS, too,
+can read what is prepared here: `tfds.builder_from_directory(folder).as_data_source("train")`.
 """
 
 import contextlib
@@ -19,29 +18,35 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlog.data import fields
 from qlog.data.builders import raw
 from qlog.errors import ConfigError, PassingError
 from qlog.storage import assets, paths
 
 NAMES = ("finqa", "hotpotqa", "musique")
-_IDS = "ids.json"  # beside what TFDS writes: {official split: [id]}
+_IDS = "ids.json"  # next to what TFDS writes: {official split: [id]}
 
 
 class Records(Sequence[dict[str, Any]]):
     """Random access to a prepared split: record i is record i of the official raw file.
 
-    Records are plain dicts with the official field names, str and lists; each call reads from disk.
-    Safe to share between threads; pickles by file name.
+    Records are plain dicts with the official field names, str and lists. Each access reads from
+    disk. Threads may share the object; it is pickled by file name.
+
+    Args:
+      source: what TFDS reads, record by record.
+      kinds: how each field is stored, `RecordBuilder.FIELDS`.
+      ids: the ids of the records, in their order.
 
     Attributes:
-        ids: the records' ids, known without reading the records.
+      ids: the records' ids, known without reading the records.
     """
 
     def __init__(
-        self, source: Sequence[Mapping[str, Any]], fields: Mapping[str, str], ids: Sequence[str]
+        self, source: Sequence[Mapping[str, Any]], kinds: Mapping[str, str], ids: Sequence[str]
     ):
         self._source = source
-        self._fields = fields
+        self._kinds = kinds
         self.ids = ids
 
     def __len__(self) -> int:
@@ -53,9 +58,9 @@ class Records(Sequence[dict[str, Any]]):
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        from qlog.data.builders import base
+        from qlog.data.builders import base  # it imports TFDS, which takes seconds
 
-        return base.decode(self._source[index % len(self)], self._fields)
+        return base.decode(self._source[index % len(self)], self._kinds)
 
 
 def open_records(
@@ -68,25 +73,25 @@ def open_records(
     """Opens an official split, preparing the dataset first where that has not been done.
 
     Args:
-        name: "finqa", "hotpotqa" or "musique".
-        split: "train", "dev", for FinQA also "test": the official files. The paper's splits, drawn
-            from these, are opened by `qlog.data.splits.open_split`.
-        manual_dir, data_dir: as in `prepare`. Of a manual download only the splits whose files are
-            there can be opened.
+      name: "finqa", "hotpotqa" or "musique".
+      split: "train", "dev", for FinQA also "test": the official files. The paper's splits, drawn
+        from these, are opened by `qlog.data.splits.open_split`.
+      manual_dir, data_dir: as in `prepare`. Of a manual download only the splits whose files are
+        there can be opened.
 
     Raises:
-        ConfigError: unknown split, and as `prepare`.
-        PassingError: as `prepare`.
+      ConfigError: unknown split, and as `prepare`.
+      PassingError: as `prepare`.
     """
     builder = _builder_class(name)
     if split not in builder.FILES:
         raise ConfigError(
-            f"config.data.name = {name!r} has no labelled official split {split!r}: use one of "
+            f"{fields.NAME} = {name!r} has no labelled official split {split!r}: use one of "
             f"{', '.join(builder.FILES)}."
         )
     if manual_dir and split not in official_splits(name, manual_dir):
         raise ConfigError(
-            f"config.data.manual_dir = {str(manual_dir)!r} has no {builder.FILES[split].name}, the "
+            f"{fields.MANUAL_DIR} = {str(manual_dir)!r} has no {builder.FILES[split].name}, the "
             f"{split} split of {name}: put the file there."
         )
     return open_prepared(name, split, prepare(name, manual_dir=manual_dir, data_dir=data_dir))
@@ -100,35 +105,34 @@ def prepare(
 ) -> pathlib.Path:
     """The local folder of a prepared dataset, for `open_prepared`; prepares it where there is none.
 
-    Without manual_dir, looks into data_dir, then into QLOG_ASSETS (qlog.storage.assets), and only then
-    downloads. Preparing writes array_record files once, into a folder that appears only when it is
-    complete; of processes that ask at the same time one does it and the others wait. The folder's name
-    has the builder's version and a digest of the raw files' content, so that changed files are prepared
-    anew. Several processes of one run: within `distributed.once_per_host`.
+    Without manual_dir it looks into data_dir, then into QLOG_ASSETS (qlog.storage.assets), and then
+    downloads. Preparing writes array_record files once, into a folder that appears when it is
+    complete. Its name has the builder's version and a digest of the raw files, so changed files are
+    prepared anew. If several processes ask at the same time, one prepares and the others wait; a
+    run calls this within `distributed.once_per_host`.
 
     Args:
-        name: "finqa", "hotpotqa" or "musique".
-        manual_dir: folder with the official raw files, here or in a bucket; None or "" downloads them,
-            and checks their digests and sizes.
-        data_dir: where to prepare; None or "" means qlog/datasets in the user's cache folder. In a
-            bucket: the prepared datasets that `launch/stage` put there, read alone.
+      name: "finqa", "hotpotqa" or "musique".
+      manual_dir: folder with the official raw files, here or in a bucket; None or "" downloads
+        them, and checks their digests and sizes.
+      data_dir: where to prepare; None or "" is qlog/datasets in the user's cache folder. A bucket
+        is only read: it has the prepared datasets that `launch/stage` put there.
 
     Raises:
-        ConfigError: unknown name, missing or damaged files, or a data_dir that cannot be written.
-        PassingError: the files cannot be downloaded now.
+      ConfigError: unknown name, missing or damaged files, or a data_dir that cannot be written.
+      PassingError: the files cannot be downloaded now.
     """
     builder = _builder_class(name)
     if data_dir and paths.is_remote(data_dir):
         if manual_dir:
             raise ConfigError(
-                f"config.data.data_dir = {str(data_dir)!r} is remote and read alone: name a local "
-                "folder beside config.data.manual_dir, or leave one of the two empty."
+                f"{fields.DATA_DIR} = {str(data_dir)!r} is remote and only read: name a local "
+                f"folder next to {fields.MANUAL_DIR}, or leave one of the two empty."
             )
-        folder = assets.local(
-            f"{str(data_dir).rstrip('/')}/{staged_name(name)}", "config.data.data_dir"
-        )
+        folder = assets.local(f"{str(data_dir).rstrip('/')}/{staged_name(name)}", fields.DATA_DIR)
         return _whole(folder)
     found = raw.find(_local(manual_dir, builder), builder.FILES, name) if manual_dir else {}
+    # ---- Is it there already? ----
     root = _root(data_dir)
     key = raw.fingerprint(found) if found else "official"
     folder = root / f"{name}-{builder.VERSION}-{key}"
@@ -140,14 +144,16 @@ def prepare(
         staged = assets.find(f"data/{staged_name(name)}", lambda names: _IDS in names)
         if staged is not None:
             return staged
+    # ---- Prepare it ----
     _make(root)
     with assets.alone(folder):
         if not assets.is_there(folder):
             _prepare(builder, folder, found)
+    # The folder's name has the digest from before: it must be true of what was read.
     if found and raw.fingerprint(found) != key:
         shutil.rmtree(folder)
         raise ConfigError(
-            f"config.data.manual_dir = {str(manual_dir)!r}: files of {name} changed while they "
+            f"{fields.MANUAL_DIR} = {str(manual_dir)!r}: files of {name} changed while they "
             "were read: start again when they are complete."
         )
     return folder
@@ -157,7 +163,7 @@ def open_prepared(name: str, split: str, folder: pathlib.Path) -> Records:
     """Opens an official split of what `prepare` returned.
 
     Raises:
-        ConfigError: damaged files, or the split is not there.
+      ConfigError: damaged files, or the split is not there.
     """
     builder = _builder_class(name)
     source, ids = _read(folder, folder / name / str(builder.VERSION), split)
@@ -165,12 +171,16 @@ def open_prepared(name: str, split: str, folder: pathlib.Path) -> Records:
 
 
 def prepared_splits(folder: pathlib.Path) -> tuple[str, ...]:
-    """The official splits in what `prepare` returned; ConfigError where it is damaged."""
+    """The official splits in what `prepare` returned.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
     return tuple(_ids(folder))
 
 
 def staged_name(name: str) -> str:
-    """The folder of a dataset's one prepared copy among staged assets: 'hotpotqa-1.0.0'."""
+    """The name of a dataset's folder among staged assets: 'hotpotqa-1.0.0'."""
     return f"{name}-{_builder_class(name).VERSION}"
 
 
@@ -178,7 +188,7 @@ def official_splits(name: str, manual_dir: str | os.PathLike | None = None) -> t
     """The official splits that `open_records` can open: of a manual download, those present.
 
     Raises:
-        ConfigError: unknown name, or a manual_dir without any of the files.
+      ConfigError: unknown name, or a manual_dir without any of the files.
     """
     builder = _builder_class(name)
     if not manual_dir:
@@ -189,7 +199,7 @@ def official_splits(name: str, manual_dir: str | os.PathLike | None = None) -> t
 def _builder_class(name: str):
     if name not in NAMES:
         raise ConfigError(
-            f"config.data.name = {name!r} has no builder: use one of {', '.join(NAMES)}."
+            f"{fields.NAME} = {name!r} has no builder: use one of {', '.join(NAMES)}."
         )
     return importlib.import_module(f"qlog.data.builders.{name}.{name}_dataset_builder").Builder
 
@@ -197,7 +207,7 @@ def _builder_class(name: str):
 def _local(manual_dir: str | os.PathLike, builder) -> pathlib.Path:
     names = {file.name for file in builder.FILES.values()}
     return assets.local(
-        manual_dir, "config.data.manual_dir", lambda name: pathlib.PurePath(name).name in names
+        manual_dir, fields.MANUAL_DIR, lambda name: pathlib.PurePath(name).name in names
     )
 
 
@@ -215,19 +225,21 @@ def _make(root: pathlib.Path) -> None:
 
 def _whole(folder: pathlib.Path) -> pathlib.Path:
     if not (folder / _IDS).is_file():
-        raise ConfigError(f"{folder} is no prepared dataset, it holds no {_IDS}: stage it again.")
+        raise ConfigError(
+            f"{folder} is not a prepared dataset, it holds no {_IDS}: stage it again."
+        )
     return folder
 
 
 def _unwritable(root: pathlib.Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"config.data.data_dir = {str(root)!r} cannot be written ({error.strerror or error}): set "
-        "config.data.data_dir to a local folder with room for the dataset."
+        f"{fields.DATA_DIR} = {str(root)!r} cannot be written ({error.strerror or error}): set "
+        f"{fields.DATA_DIR} to a local folder with room for the dataset."
     )
 
 
 def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Path]) -> None:
-    """Builds into a temporary folder beside `folder` and renames it: complete or not there."""
+    """Builds into a temporary folder next to `folder` and renames it: complete or not there."""
     import tensorflow_datasets as tfds
 
     if not paths:
@@ -258,15 +270,15 @@ def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Pa
 def _failed(builder_class, root: pathlib.Path, error: Exception) -> Exception:
     import requests
 
-    # requests' errors are OSErrors, too.
-    is_disk = isinstance(error, OSError) and not isinstance(
-        error, (requests.RequestException, ConnectionError, TimeoutError)
-    )
-    return _unwritable(root, error) if is_disk else _unreachable(builder_class, error)
+    # The errors of requests and of sockets are OSErrors, too; the rest of them are the disk's.
+    network = (requests.RequestException, ConnectionError, TimeoutError)
+    if isinstance(error, OSError) and not isinstance(error, network):
+        return _unwritable(root, error)
+    return _unreachable(builder_class, error)
 
 
 def _check_reachable(builder_class) -> None:
-    """Fails within seconds where TFDS would retry for long."""
+    """Raises within seconds where TFDS would try again for minutes."""
     import requests
 
     for url in {file.url for file in builder_class.FILES.values()}:
@@ -278,20 +290,20 @@ def _check_reachable(builder_class) -> None:
 
 
 def _unreachable(builder_class, error: Exception) -> ConfigError | PassingError:
-    """A refusal is a ConfigError; what may pass, a PassingError: no answer, or a server's own fault."""
+    """A ConfigError if the server refuses; a PassingError if it is silent, or fails itself."""
     files = builder_class.FILES.values()
     urls = " and ".join(dict.fromkeys(file.url for file in files))
     names = " and ".join(file.name for file in files)
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is None:  # TFDS has it in the text alone
+    if status is None:  # TFDS writes it into the text only
         seen = re.search(r"HTTP code: (\d+)", str(error))
         status = int(seen[1]) if seen else None
     kind = ConfigError if status in (400, 401, 403, 404, 405, 410) else PassingError
     return kind(
-        f"config.data.name = {builder_class.name!r} cannot be downloaded "
+        f"{fields.NAME} = {builder_class.name!r} cannot be downloaded "
         f"({type(error).__name__}{f', status {status}' if status else ''}): run launch/stage where "
         f"there is a network, or download {urls} there, put {names}, "
-        "unpacked, into a folder, and set config.data.manual_dir to it."
+        f"unpacked, into a folder, and set {fields.MANUAL_DIR} to it."
     )
 
 
@@ -302,10 +314,11 @@ def _read(
 
     try:
         ids = _ids(folder)[split]
-        source = tfds.builder_from_directory(prepared).as_data_source(split=split)
+        builder: Any = tfds.builder_from_directory(prepared)  # its decorators hide the signature
+        source = builder.as_data_source(split=split)
         if len(source) != len(ids):
             raise ValueError(f"{len(source)} examples but {len(ids)} ids")
-        source[len(source) - 1]  # opens the files
+        source[len(source) - 1]  # opens the files: damage shows now, and not in the middle of a run
     except ConfigError:
         raise
     except Exception as error:  # TFDS and array_record raise many kinds
@@ -322,6 +335,6 @@ def _ids(folder: pathlib.Path) -> dict[str, list[str]]:
 
 def _damaged(folder: pathlib.Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"config.data.data_dir: the dataset prepared in {folder} is damaged ({error}): delete "
+        f"{fields.DATA_DIR}: the dataset prepared in {folder} is damaged ({error}): delete "
         "that folder, and it will be prepared again."
     )

@@ -1,4 +1,4 @@
-"""What the three TFDS builders share: raw files in, array_record out, no TensorFlow."""
+"""What the three TFDS builders share: raw files in, array_record files out, without TensorFlow."""
 
 import json
 import pathlib
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from qlog.data import fields
 from qlog.data.builders import raw
 from qlog.errors import ConfigError
 
@@ -32,9 +33,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     A subclass in its own package `<name>/<name>_dataset_builder.py` sets:
 
     Attributes:
-        FILES: the raw file of each official split.
-        FIELDS: how each field is stored; "qa/question" is `record["qa"]["question"]`.
-        KEY: the field with the record's unique id.
+      FILES: the raw file of each official split.
+      FIELDS: how each field is stored; "qa/question" is `record["qa"]["question"]`.
+      KEY: the field with the record's unique id.
 
     After `download_and_prepare`, `ids` has the ids of each split in the order of the examples.
     """
@@ -61,9 +62,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             manual_dir = dl_manager.manual_dir
         except AssertionError:  # TFDS's way of saying that there is none, or an empty one
             urls = {split: file.url for split, file in self.FILES.items()}
+            downloads: Any = dl_manager.download(urls)  # a path for each URL, in the same structure
             return {
                 split: self._official_examples(split, pathlib.Path(path))
-                for split, path in dl_manager.download(urls).items()
+                for split, path in downloads.items()
             }
         paths = raw.find(manual_dir, self.FILES, self.name)
         return {split: self._generate_examples(split, path) for split, path in paths.items()}
@@ -79,7 +81,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise ConfigError(
                 f"{path} holds {len(self.ids[split])} records of {file.name}, but the official "
                 f"file has {file.size}: delete it to download it again, or set "
-                "config.data.manual_dir."
+                f"{fields.MANUAL_DIR}."
             )
 
     def _generate_examples(
@@ -104,18 +106,22 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield record_id, example
 
 
-def encode(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+def encode(record: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
     """A raw record -> the nested dict that TFDS writes.
 
+    Args:
+      kinds: `RecordBuilder.FIELDS`.
+
     Raises:
-        TypeError: a field is missing or has another type than `fields` says, or is no text that
-            UTF-8 can hold (half of a surrogate pair, which JSON can spell).
+      TypeError: a field is missing, has another type than `kinds` says, or is a text that UTF-8
+        cannot hold (half of a surrogate pair, which JSON can spell).
     """
+    # What is not taken out of `rest` goes into OTHER. Parents are copied, as they lose fields.
     rest = {k: dict(v) if isinstance(v, dict) else v for k, v in record.items()}
     example = {}
-    for path, kind in fields.items():
+    for path, kind in kinds.items():
         *parents, leaf = path.split("/")
-        place = rest
+        place: Any = rest
         for parent in parents:
             place = place.get(parent) if isinstance(place, dict) else None
         if not isinstance(place, dict) or leaf not in place:
@@ -137,19 +143,20 @@ def _check_text(path: str, text: Any, kind: str) -> None:
     if kind == FLAG:
         return
     if not isinstance(text, str):
-        raise TypeError(f"the field {path!r} holds {text!r}, which is no text")
+        raise TypeError(f"the field {path!r} holds {text!r}, which is not text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TypeError(f"the field {path!r} holds half a character ({error.reason})") from error
 
 
-def decode(example: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """What TFDS reads, bytes and arrays, -> the raw record: official names, str, lists, dicts."""
+def decode(example: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """What TFDS reads (bytes and arrays) -> the raw record: official names, str, lists, dicts."""
     record = json.loads(example[OTHER])
-    for path, kind in fields.items():
+    for path, kind in kinds.items():
         *parents, leaf = path.split("/")
-        place, value = record, example
+        place: Any = record
+        value: Any = example
         for parent in parents:
             place, value = place[parent], value[parent]
         place[leaf] = _PLAIN[kind](value[leaf])

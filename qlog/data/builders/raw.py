@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qlog.data import fields
 from qlog.errors import ConfigError, PassingError
 
 
@@ -18,11 +19,11 @@ class RawFile:
     """One official raw file with the labelled records of one split.
 
     Attributes:
-        name: its official file name; `.json` holds a list of records, `.jsonl` one record per line.
-        url: the file itself, or the zip archive that has it as `member`.
-        size: number of records in the official file.
-        sha256, git_blob: digest of what the URL serves, as published ("" where there is none).
-        member: path inside the zip archive at the URL.
+      name: its official file name; `.json` holds a list of records, `.jsonl` one record per line.
+      url: the file itself, or the zip archive that has it as `member`.
+      size: number of records in the official file.
+      sha256, git_blob: digest of what the URL serves, as published ("" where there is none).
+      member: path inside the zip archive at the URL.
     """
 
     name: str
@@ -42,13 +43,13 @@ def find(
     archives and repositories put them ("data", "dataset").
 
     Raises:
-        ConfigError: no such folder, or none of the files in it.
+      ConfigError: no such folder, or none of the files in it.
     """
     folder = pathlib.Path(manual_dir).expanduser()
     names = [file.name for file in files.values()]
     if not folder.is_dir():
         raise ConfigError(
-            f"config.data.manual_dir = {str(manual_dir)!r} is not a folder: put {', '.join(names)} "
+            f"{fields.MANUAL_DIR} = {str(manual_dir)!r} is not a folder: put {', '.join(names)} "
             f"of {dataset} into it."
         )
     for place in (folder, folder / dataset, folder / "dataset", folder / "data"):
@@ -57,8 +58,8 @@ def find(
         if found:
             return found
     raise ConfigError(
-        f"config.data.manual_dir = {str(manual_dir)!r} holds none of {dataset}'s files "
-        f"{', '.join(names)}: put them there, or leave config.data.manual_dir empty to download."
+        f"{fields.MANUAL_DIR} = {str(manual_dir)!r} holds none of {dataset}'s files "
+        f"{', '.join(names)}: put them there, or leave {fields.MANUAL_DIR} empty to download."
     )
 
 
@@ -79,8 +80,8 @@ def verify(file: RawFile, path: pathlib.Path) -> None:
     """Checks a download against its published digest.
 
     Raises:
-        ConfigError: another digest, as of a truncated or an intercepted download.
-        PassingError: a page in the file's place, as servers send whose quota is used up.
+      ConfigError: another digest, as of a truncated or an intercepted download.
+      PassingError: a page in the file's place, as servers send whose quota is used up.
     """
     if file.sha256:
         expected, actual = file.sha256, _sha256(path)
@@ -93,15 +94,15 @@ def verify(file: RawFile, path: pathlib.Path) -> None:
     if actual != expected:
         with path.open("rb") as opened:
             is_page = opened.read(512).lstrip().lower().startswith((b"<!doctype html", b"<html"))
-        path.unlink()  # a cached download would fail for ever
+        path.unlink()  # or TFDS would take the same file at the next try
         if is_page:
             raise PassingError(
-                f"{file.url} served a page instead of the file, as when too many people ask: wait, or "
-                f"set config.data.manual_dir to a folder with {file.name}."
+                f"{file.url} served a page instead of the file, as when too many people ask: "
+                f"wait, or set {fields.MANUAL_DIR} to a folder with {file.name}."
             )
         raise ConfigError(
             f"{file.url} served another file than the official one (digest {actual}, not "
-            f"{expected}): try again, or set config.data.manual_dir to a folder with {file.name}."
+            f"{expected}): try again, or set {fields.MANUAL_DIR} to a folder with {file.name}."
         )
 
 
@@ -109,26 +110,27 @@ def read(path: pathlib.Path, member: str = "") -> Iterator[dict[str, Any]]:
     """The records of a raw file (of a member of it, if it is a zip archive), in their order.
 
     Raises:
-        ConfigError: not UTF-8, not JSON, not records, or no record at all.
+      ConfigError: not UTF-8, not JSON, not records, or no record at all.
     """
     name = f"{path}:{member}" if member else str(path)
     lines_of = {".json": _array, ".jsonl": _lines}[pathlib.PurePath(member or path).suffix]
-    count = 0
+    records_read = 0
     try:
         with _open(path, member) as file:
             for record in lines_of(file):
                 if not isinstance(record, dict):
                     raise ConfigError(
-                        f"{name}: record {count} is not a JSON object but {type(record).__name__}."
+                        f"{name}: record {records_read} is not a JSON object but "
+                        f"{type(record).__name__}."
                     )
                 yield record
-                count += 1
+                records_read += 1
     except (UnicodeDecodeError, json.JSONDecodeError, zipfile.BadZipFile, KeyError) as error:
         raise ConfigError(
-            f"{name} cannot be read after record {count} ({type(error).__name__}: {error}): it is "
-            "damaged or was not downloaded whole; download it again."
+            f"{name} cannot be read after record {records_read} ({type(error).__name__}: {error}): "
+            "it is damaged or was not downloaded whole; download it again."
         ) from error
-    if not count:
+    if not records_read:
         raise ConfigError(f"{name} holds no records: download it again.")
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from qlog.losses import tsallis
-from qlog.losses.types import check_count, check_number
+from qlog.losses.checks import check_integer, check_number
 
 _PANELS = 256
 
@@ -33,7 +34,7 @@ def sigmoid_escape_time(log_p0: ArrayLike, log_p1: ArrayLike, q: ArrayLike) -> j
     log_p0, log_p1, q = jnp.broadcast_arrays(
         *(jnp.asarray(x, jnp.float32) for x in (log_p0, log_p1, q))
     )
-    if not isinstance(log_p0, jax.core.Tracer) and bool(jnp.any(log_p0 > log_p1)):
+    if not isinstance(log_p0, Tracer) and bool(jnp.any(log_p0 > log_p1)):
         raise ValueError(f"log_p0 must be at most log_p1 = {log_p1}, got {log_p0}")
     nodes, weights = (jnp.asarray(x, jnp.float32) for x in np.polynomial.legendre.leggauss(4))
     # In logit x of u: du = u (1-u) dx, so the integrand is u^(q-1) / (1-u), smooth at both ends.
@@ -66,8 +67,8 @@ def escort(log_alpha: ArrayLike, q: ArrayLike) -> jax.Array:
 def dispersion(log_p: ArrayLike, q: ArrayLike) -> dict[str, jax.Array]:
     """The price of unequal P over examples [N] (Prop B.1): J_Q >= -log_q(mean P).
 
-    Returns 'j_q', 'bound' = -log_q(mean P), 'excess' = their difference, and 'second_order', its
-    expansion q/2 Pbar^(-q-1) Var(P). Equality at q = 0.
+    Returns float32 scalars by name: 'j_q', 'bound' = -log_q(mean P), 'excess' = their difference,
+    and 'second_order', the expansion of the excess, q/2 Pbar^(-q-1) Var(P). Equality at q = 0.
     """
     log_p = jnp.asarray(log_p, jnp.float32)
     if log_p.ndim != 1:
@@ -75,7 +76,7 @@ def dispersion(log_p: ArrayLike, q: ArrayLike) -> dict[str, jax.Array]:
     log_mean = jax.nn.logsumexp(log_p) - jnp.log(log_p.size)
     j_q, bound = tsallis.j_q(log_p, q), tsallis.loss(log_mean, q)
     relative = jnp.mean(jnp.square(jnp.expm1(log_p - log_mean)))
-    second_order = q / 2 * jnp.exp((1 - q) * log_mean) * relative
+    second_order = jnp.asarray(q / 2 * jnp.exp((1 - q) * log_mean) * relative)
     return dict(j_q=j_q, bound=bound, excess=j_q - bound, second_order=second_order)
 
 
@@ -90,7 +91,7 @@ def noise_rate(eta: ArrayLike, noise: ArrayLike, q: ArrayLike) -> jax.Array:
     eta = jnp.asarray(eta, jnp.float32)
     wrong = tsallis.amplification(jnp.log(eta), q)
     right = tsallis.amplification(jnp.log1p(-eta), q)
-    return noise * wrong - (1 - noise) * right
+    return jnp.asarray(noise * wrong - (1 - noise) * right)
 
 
 def noise_fitting_time(eta: ArrayLike, noise: ArrayLike, q: ArrayLike) -> jax.Array:
@@ -117,10 +118,15 @@ def gradient_flow(
 ) -> tuple[jax.Array, jax.Array]:
     """Integrates d theta/dt = -grad loss(theta) by Runge-Kutta 4: (times [T+1], thetas [T+1, ...]).
 
-    `step` is the distance that theta moves in one step, not a time, since plateaus last for 1/p0;
-    `max_dt` limits the time of a step near a point of rest.
+    Args:
+      loss: of theta, a scalar.
+      start: theta at time 0.
+      num_steps: T.
+      step: the distance that theta moves in one step. It is not a time, since plateaus last for
+        a time of 1/p0.
+      max_dt: limits the time of a step near a point of rest.
     """
-    check_count("num_steps", num_steps)
+    check_integer("num_steps", num_steps)
     check_number("step", step, 1e-6, 10)
     start = jnp.asarray(start, jnp.float32)
     velocity = lambda theta: -jax.grad(loss)(theta)
@@ -147,7 +153,7 @@ def noise_flow(noise: float, q: float, eta0: float, num_steps: int) -> tuple[jax
     From eta0 above the equilibrium it decays: at q = 0 contamination never grows.
     """
     check_number("eta0", eta0, 1e-20, 1 - 1e-6)
-    check_count("num_steps", num_steps)
+    check_integer("num_steps", num_steps)
 
     def advance(carry, _):
         time, eta = carry

@@ -3,7 +3,8 @@
 Z rationales with probabilities softmax(logits), and p(y* | z) = sigmoid(answer_logits_z). The
 gradient of every loss of the family is automatic differentiation of the exact marginal, and an
 estimator's mean and variance are sums over all multisets of M rationales: no sampling error. Used
-by tests, plots and `qlog.losses.theory.study`; for Z and M of which C(M + Z - 1, M) groups are still few.
+by tests, plots and `qlog.losses.theory.study`. There are C(M + Z - 1, M) such groups, so Z and M
+must be small.
 """
 
 import itertools
@@ -11,25 +12,25 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qlog.losses import compose, tsallis
-from qlog.losses.types import Coefficients, LossTransform, Scores, check_count
+from qlog.losses.checks import check_integer
+from qlog.losses.types import Coefficients, LossTransform, Scores
 
 
 class LatentModel(NamedTuple):
-    """Float32 parameters: `logits` [Z] of rationales, `answer_logits` [Z] of the gold answer."""
+    """Parameters of the model."""
 
-    logits: jax.Array
-    answer_logits: jax.Array
+    logits: jax.Array  # [Z] float32, of the rationales
+    answer_logits: jax.Array  # [Z] float32, of the gold answer after each rationale
 
 
 class Moments(NamedTuple):
-    """Exact mean [2Z] and covariance [2Z, 2Z] (float64) of a gradient estimate of one group."""
+    """Of the gradient estimate from one group, exact."""
 
-    mean: np.ndarray
-    covariance: np.ndarray
+    mean: np.ndarray  # [2Z] float64
+    covariance: np.ndarray  # [2Z, 2Z] float64
 
 
 def log_probs(model: LatentModel) -> tuple[jax.Array, jax.Array]:
@@ -53,30 +54,31 @@ def exact_gradient(model: LatentModel, q: float) -> np.ndarray:
 
 
 @jax.jit
-def _loss_gradient(model, q):
+def _loss_gradient(model: LatentModel, q: float) -> LatentModel:
     return jax.grad(lambda model: tsallis.loss(log_p(model), q))(model)
 
 
 def jacobians(model: LatentModel) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of log p(z) and of log p(y*|z), each [Z, 2Z]: row z is that of rationale z."""
-    rows = _jacobians(model)
-    return tuple(np.concatenate([np.asarray(x, np.float64) for x in row], 1) for row in rows)
+    prior, answer = (
+        np.concatenate([np.asarray(x, np.float64) for x in both], 1) for both in _jacobians(model)
+    )
+    return prior, answer
 
 
 _jacobians = jax.jit(jax.jacobian(log_probs))
 
 
 def scores_of(model: LatentModel, rationales: np.ndarray) -> Scores:
-    """Scores of groups of sampled rationales, int [B, M]; rewards are zero."""
-    log_w = log_probs(model)[1][rationales]
-    ones = jnp.ones(log_w.shape, jnp.int32)
-    return Scores(log_w, jnp.zeros_like(log_w), ones.astype(bool), ones)
+    """Scores of groups of sampled rationales, int [B, M]: log w only."""
+    return Scores(log_w=log_probs(model)[1][rationales])
 
 
 def gradient_estimates(
     model: LatentModel, rationales: np.ndarray, coefficients: Coefficients
 ) -> np.ndarray:
     """[B, 2Z] float64 gradient of the surrogate -sum_m (score log p(z_m) + path log p(y*|z_m))."""
+    # A rollout's gradient depends on its rationale z only: add up the coefficients of each z first.
     prior, answer = jacobians(model)
     size = prior.shape[0]
     score, path = (np.asarray(x, np.float64) for x in (coefficients.score, coefficients.path))
@@ -90,11 +92,12 @@ def gradient_estimates(
 
 def all_groups(model: LatentModel, num_rollouts: int) -> tuple[np.ndarray, np.ndarray]:
     """Every multiset of M rationales, int [N, M], and its probability [N] (float64)."""
-    check_count("num_rollouts", num_rollouts)
+    check_integer("num_rollouts", num_rollouts)
     size = len(model.logits)
     groups = np.array(
         list(itertools.combinations_with_replacement(range(size), num_rollouts)), np.int32
     )
+    # A multiset of counts k_z has probability M! prod_z prior_z^k_z / k_z!, computed in logs.
     counts = np.stack([np.sum(groups == z, 1) for z in range(size)], 1)
     log_factorial = np.array([math.lgamma(k + 1) for k in range(num_rollouts + 1)])
     log_prior = np.asarray(log_probs(model)[0], np.float64)
@@ -105,6 +108,7 @@ def all_groups(model: LatentModel, num_rollouts: int) -> tuple[np.ndarray, np.nd
 
 def moments(model: LatentModel, transform: LossTransform, num_rollouts: int) -> Moments:
     """Exact mean and covariance of the estimate by a `transform` that draws nothing itself."""
+    # All groups are one batch, so the estimator itself is run once, in float32; sums are float64.
     groups, probability = all_groups(model, num_rollouts)
     scores = scores_of(model, groups)
     result, _ = compose.coefficients(transform, scores, transform.init(scores))

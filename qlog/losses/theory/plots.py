@@ -1,7 +1,7 @@
 """Draws the theory of the family: `python -m qlog.losses.theory.plots --out=DIR`.
 
 Four figures, PNG: escape time against p0, escort distributions, contamination by noise against
-time, and the bias of GARL against M, each from the functions of `theory` and `exact`.
+time, and the bias of GARL against M, each from the functions of `closed_forms` and `exact`.
 """
 
 import argparse
@@ -9,26 +9,23 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
+from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 from qlog.losses import aliases
-from qlog.losses.theory import (
-    closed_forms,
-    exact,  # noqa: E402
-)
+from qlog.losses.theory import closed_forms, exact
+
+pyplot.switch_backend("Agg")  # files only: needs no display
 
 QS = (0.0, 0.25, 0.5, 0.75, 1.0)
 COLOURS = pyplot.colormaps["viridis"](np.linspace(0, 0.9, len(QS)))
 
 
-def escape_time(axes) -> None:
+def escape_time(axes: Axes) -> None:
     """Time to reach p = 1/2 on the sigmoid model (eq 15), and its order (Theorems 5.1, 5.2)."""
     log_p0 = np.linspace(np.log(1e-8), np.log(0.1), 60)
-    for q, colour in zip(QS, COLOURS):
+    for q, colour in zip(QS, COLOURS, strict=True):
         exact_time = closed_forms.sigmoid_escape_time(log_p0, np.log(0.5), q)
         axes.loglog(np.exp(log_p0), exact_time, color=colour, label=f"q = {q}")
         axes.loglog(np.exp(log_p0), closed_forms.escape_time_order(log_p0, q), ":", color=colour)
@@ -37,11 +34,11 @@ def escape_time(axes) -> None:
     axes.legend()
 
 
-def escorts(axes) -> None:
+def escorts(axes: Axes) -> None:
     """The distribution that minimises J_Q over labels of frequencies alpha (Theorem 3.1)."""
     alpha = np.array([0.35, 0.25, 0.2, 0.12, 0.08])
     place = np.arange(len(alpha))
-    for i, (q, colour) in enumerate(zip(QS, COLOURS)):
+    for i, (q, colour) in enumerate(zip(QS, COLOURS, strict=True)):
         theta = closed_forms.escort(np.log(alpha), q)
         axes.bar(place + 0.16 * (i - 2), theta, 0.16, color=colour, label=f"q = {q}")
     axes.set(xlabel="label", ylabel="probability at the minimum")
@@ -50,11 +47,12 @@ def escorts(axes) -> None:
     axes.legend()
 
 
-def contamination(axes) -> None:
+def contamination(axes: Axes) -> None:
     """Probability of a wrong label against time, 20% of labels wrong (Prop C.2)."""
     noise, start = 0.2, 1e-6
-    for q, colour in zip(QS[1:], COLOURS[1:]):
+    for q, colour in zip(QS[1:], COLOURS[1:], strict=True):
         times, etas = closed_forms.noise_flow(noise, q, start, 3000)
+        # The flow begins at `start`: add the time from 0 to it.
         times = times + closed_forms.noise_fitting_time(start, noise, q)
         axes.loglog(times, etas, color=colour, label=f"q = {q}")
         early = etas < 0.1 * closed_forms.noise_equilibrium(noise, q)
@@ -65,11 +63,11 @@ def contamination(axes) -> None:
     axes.legend()
 
 
-def bias(axes) -> None:
+def bias(axes: Axes) -> None:
     """Relative bias of plug-in GARL, exact, and to first order in 1/M (Theorem 6.1)."""
     model = exact.LatentModel(jnp.array([0.0, 1.0, -0.5]), jnp.array([-3.0, -1.0, 1.0]))
     rollouts = np.array([2, 8, 32])  # the exact bias: every M compiles anew
-    for q, colour in zip(QS[1:], COLOURS[1:]):
+    for q, colour in zip(QS[1:], COLOURS[1:], strict=True):
         gradient = exact.exact_gradient(model, q)
         size = np.linalg.norm(gradient)
         means = [exact.moments(model, aliases.garl(q), m).mean for m in rollouts.tolist()]
@@ -84,7 +82,7 @@ def bias(axes) -> None:
     axes.legend()
 
 
-FIGURES: dict[str, Callable] = {
+FIGURES: dict[str, Callable[[Axes], None]] = {
     "escape_time": escape_time,
     "escort": escorts,
     "noise_fitting": contamination,
@@ -92,7 +90,7 @@ FIGURES: dict[str, Callable] = {
 }
 
 
-def draw(folder: str | pathlib.Path) -> list[pathlib.Path]:
+def save_figures(folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Writes the four figures into `folder`, which is created; returns their paths."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,9 +105,10 @@ def draw(folder: str | pathlib.Path) -> list[pathlib.Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command: draws into --out and prints the files' paths."""
+    parser = argparse.ArgumentParser(description="Draws the theory of the family of losses.")
     parser.add_argument("--out", required=True, help="folder for the figures")
-    for path in draw(parser.parse_args(argv).out):
+    for path in save_figures(parser.parse_args(argv).out):
         print(path)
 
 

@@ -1,17 +1,20 @@
-"""Measures the parts that go beyond the paper, against the paper's: `python -m qlog.losses.theory.study`.
+"""Measures the parts that go beyond the paper, against the paper's.
 
-Prints tables. Bias: plain and jackknifed GARL at equal rollouts, exactly, on models whose groups
-can all be enumerated. Control of q: `adaptive_q` against fixed q and schedules, on a population of
-tabular examples trained with noisy labels, each method at its best learning rate of the given ones.
+`python -m qlog.losses.theory.study` prints two kinds of tables. Bias: GARL with and without the
+jackknife at equal M, exact, on models whose groups can all be enumerated. Control of q:
+`adaptive_q` against fixed q and schedules, on tabular examples trained with noisy labels, each
+method at the best of the given learning rates.
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from qlog import losses
 from qlog.losses.theory import exact
@@ -54,13 +57,10 @@ def bias_table(num_rollouts: Sequence[int] = (8, 32), prompts: int = 64) -> list
 
 
 class Population(NamedTuple):
-    """Tabular examples: logits of Z rationales [E, Z], and of A answers after each [E, Z, A].
+    """E tabular examples of Z rationales and A answers. Answer 0 is right, 1 is the wrong label."""
 
-    Answer 0 is right; answer 1 is what a wrong label says.
-    """
-
-    rationale: jax.Array
-    answer: jax.Array
+    rationale: jax.Array  # [E, Z] float32, logits
+    answer: jax.Array  # [E, Z, A] float32, logits after each rationale
 
 
 RATIONALES, ANSWERS, ROLLOUTS = 8, 8, 32
@@ -84,11 +84,24 @@ def answer_probabilities(population: Population) -> jax.Array:
     return jnp.einsum("ez,eza->ea", prior, jax.nn.softmax(population.answer))
 
 
-def train(transform, key, learning_rate, noise, steps: int, examples: int, coldest: float):
-    """Stochastic gradient descent; (mean p(right) [steps], mean p(wrong label) [steps])."""
+def train(
+    transform: losses.LossTransform,
+    key: jax.Array,
+    learning_rate: ArrayLike,
+    noise: ArrayLike,
+    steps: int,
+    examples: int,
+    coldest: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Stochastic gradient descent; (mean p(right) [steps], mean p(wrong label) [steps]).
+
+    Args:
+      noise: share of the labels that are wrong, drawn anew at each step.
+      coldest: log10 of the smallest probability of a right answer at first.
+    """
     start, key = jax.random.split(key)
     population = initial_population(start, examples, coldest)
-    state = transform.init(losses.zero_scores(examples, ROLLOUTS))
+    state = transform.init(losses.abstract_scores(examples, ROLLOUTS))
 
     def step(carry, index):
         population, state = carry
@@ -103,7 +116,7 @@ def train(transform, key, learning_rate, noise, steps: int, examples: int, colde
             )
             return log_z, jnp.take_along_axis(of_label[..., 0], z, 1)
 
-        scores = losses.zero_scores(examples, ROLLOUTS)._replace(log_w=log_probs(population)[1])
+        scores = losses.Scores(log_w=log_probs(population)[1])
         found, state = losses.coefficients(transform, scores, state, key=draw_key)
 
         def surrogate(population):
@@ -112,6 +125,7 @@ def train(transform, key, learning_rate, noise, steps: int, examples: int, colde
 
         slope = jax.grad(surrogate)(population)
         population = jax.tree.map(lambda x, g: x - learning_rate * g, population, slope)
+        # Progress is measured exactly, not on the samples that were trained on.
         p = answer_probabilities(population)
         return (population, state), (jnp.mean(p[:, 0]), jnp.mean(p[:, 1]))
 
@@ -148,13 +162,18 @@ def control_tables(
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     for name, arguments in methods(steps).items():
         transform = losses.build("garl", normalize=False, **arguments).transform
-        one = lambda key, rate, noise: train(transform, key, rate, noise, steps, examples, coldest)
-        over_rates = jax.vmap(jax.vmap(one, (0, None, None)), (None, 0, None))
+        one = functools.partial(train, transform, steps=steps, examples=examples, coldest=coldest)
+        over_seeds = jax.vmap(one, (0, None, None))
+        over_rates = jax.vmap(over_seeds, (None, 0, None))
         runs = jax.jit(jax.vmap(over_rates, (None, None, 0)))
         results = runs(keys, jnp.array(learning_rates), jnp.array(noises))
-        for noise, right, wrong in zip(noises, *(np.asarray(x, np.float64) for x in results)):
+        # [noises, rates, seeds, steps] each.
+        right_p, wrong_p = (np.asarray(x, np.float64) for x in results)
+        for noise, right, wrong in zip(noises, right_p, wrong_p, strict=True):
+            # Every method at its best rate, chosen by the final p, mean over seeds.
             best = int(np.argmax(right[:, :, -1].mean(1)))
             reached = right[best] >= 0.5
+            # inf for a run that never gets there; the median copes with it, a mean would not.
             first = np.where(reached.any(1), reached.argmax(1) + 1, np.inf)
             final = right[best, :, -1]
             tables[noise].append(
@@ -179,7 +198,10 @@ def show(rows: list[dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command: prints the tables."""
+    parser = argparse.ArgumentParser(
+        description="Measures the parts that go beyond the paper, against the paper's."
+    )
     parser.add_argument(
         "--seeds", type=int, default=8, help="runs of every method, seeds 0, 1, ..."
     )

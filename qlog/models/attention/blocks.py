@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-ATTENTION = "attention"  # the name under which rematerialisation may keep results
+from qlog.models.attention.segment import ATTENTION, Segment
+
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
 
 
@@ -32,21 +33,6 @@ class Blocks(NamedTuple):
 
 
 BLOCKS = Blocks(512, 256, 128)  # for CPUs, whose caches hold them; TPUs decode in them, too
-
-
-class Segment(NamedTuple):
-    """Keys and values that the queries may see.
-
-    keys, values: [B, K, T, C]. start, stop: int32 [B or 1, N], each row's visible slots.
-    runs: rows and slots lie in so many runs of equal length, rollouts side by side, and rows see
-      slots of their own run alone.
-    """
-
-    keys: Array
-    values: Array
-    start: Array
-    stop: Array
-    runs: int = 1
 
 
 class _Partial(NamedTuple):
@@ -213,6 +199,7 @@ def _backward(queries, cotangent, log_total, shift, caches, visible, seen, cache
     return total, query_grads
 
 
+@jax.named_scope("attention_blocks")  # qlog.aot finds the loop by this name
 def _visit(first, last, visit, state, is_single):
     """`visit` of every visible block; a single one is visited in any case, without a loop, whose end
     GPUs would have to tell the host before it goes on."""

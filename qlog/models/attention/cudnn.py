@@ -18,7 +18,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from qlog.models.attention import blocks
-from qlog.models.attention.blocks import ATTENTION, Blocks, Segment
+from qlog.models.attention.blocks import Blocks
+from qlog.models.attention.segment import ATTENTION, Segment
 
 # A block is half a dozen GPU kernels, each of which takes microseconds to start, and after each block
 # the device tells the host whether there is another: few and large ones, and one for most prompts.

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-from qlog.models.attention.blocks import ATTENTION, Segment
+from qlog.models.attention.segment import ATTENTION, Segment
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
 # Of a block of queries, and of a block of keys: large, since every block of queries reads its keys

@@ -42,8 +42,9 @@ def test_escape_rate_is_the_flow_of_p():
     """Equation 6 on the sigmoid model, s = 1 - p: dp/dt = (dp/dtheta)(-d loss/d theta)."""
     theta = jnp.float32(-3.0)
     p = jax.nn.sigmoid(theta)
+    loss = lambda x, q: losses.j_q(jax.nn.log_sigmoid(x), q)
     for q in QS:
-        slope = jax.grad(lambda x: losses.j_q(jax.nn.log_sigmoid(x), q))(theta)
+        slope = jax.grad(loss)(theta, q)
         rate = closed_forms.escape_rate(jnp.log(p), q, 1 - p)
         np.testing.assert_allclose(-slope * p * (1 - p), rate, rtol=1e-5)
 
@@ -62,13 +63,13 @@ def test_escort_minimises_the_loss():
     """Theorem 3.1: no better point among many near ones; alpha itself at q = 1, the mode at 0."""
     alpha = np.array([0.5, 0.3, 0.2])
     rng = np.random.default_rng(0)
+    loss = lambda x, q: np.asarray(-losses.log_q(np.log(x), q) @ alpha)
     for q in (0.25, 0.5, 1.0):
         theta = np.asarray(closed_forms.escort(np.log(alpha), q), np.float64)
         np.testing.assert_allclose(theta, alpha ** (1 / q) / np.sum(alpha ** (1 / q)), rtol=1e-5)
-        loss = lambda x: -losses.log_q(np.log(x), q) @ alpha
         near = np.exp(np.log(theta) + 0.3 * rng.normal(size=(200, 3)))
         near /= near.sum(1, keepdims=True)
-        assert np.all(np.asarray(loss(near)) >= loss(theta) - 1e-6)
+        assert np.all(loss(near, q) >= loss(theta, q) - 1e-6)
     np.testing.assert_array_equal(closed_forms.escort(np.log(alpha), 0.0), [1, 0, 0])
     np.testing.assert_array_equal(closed_forms.escort(jnp.zeros(4), 0.0), [0.25] * 4)
 
@@ -116,11 +117,10 @@ def test_noise_is_never_fitted_at_q_0():
 
 
 def test_noise_rate_is_the_gradient_of_the_mixed_loss():
+    right, wrong = lambda eta: jnp.log1p(-eta), jnp.log
+    loss = lambda eta, q: -0.9 * losses.log_q(right(eta), q) - 0.1 * losses.log_q(wrong(eta), q)
     for q in QS:
-        loss = lambda eta: (
-            -0.9 * losses.log_q(jnp.log1p(-eta), q) - 0.1 * losses.log_q(jnp.log(eta), q)
-        )
-        slope = jax.grad(loss)(jnp.float32(0.05))
+        slope = jax.grad(loss)(jnp.float32(0.05), q)
         np.testing.assert_allclose(closed_forms.noise_rate(0.05, 0.1, q), -slope, rtol=1e-4)
 
 

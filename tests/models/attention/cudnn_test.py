@@ -115,7 +115,7 @@ def gradient_of(policy, size, mesh=None):
     batch = work.make_batch(policy, size)
     params = tiny.params()
     if mesh is not None:
-        params = jax.device_put(params, sharding.tree_shardings(mesh, params))
+        params = jax.device_put(params, sharding.param_shardings(mesh, params))
     coefficients = losses.Coefficients(*[jnp.asarray(batch.advantages)] * 4)
     keywords = {
         "objective": Objective(losses.linear()),

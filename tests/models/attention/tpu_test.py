@@ -15,7 +15,7 @@ from attention_fixtures import (
 )
 from jax import jit
 
-from qlog.aot import compile_run
+from qlog.aot.compiler import topology_devices
 from qlog.models.attention import blocks, tpu
 from qlog.parallel import sharding
 
@@ -77,7 +77,7 @@ def test_shards_give_what_one_device_gives(heads):
 
 def compiled(topology, sizes, attend=tpu.attend, mesh_sizes=(-1, 1, 1)):
     """Forward and backward for a TPU slice, from shapes (B, K, N, (T, ...), C, dtype)."""
-    mesh = sharding.make_mesh(*mesh_sizes, devices=compile_run.topology_devices(topology))
+    mesh = sharding.make_mesh(*mesh_sizes, devices=topology_devices(topology))
     batch, heads, rows, slots, size, dtype = sizes
 
     def shape(*dims, dtype=dtype):

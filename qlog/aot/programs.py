@@ -1,0 +1,269 @@
+"""The programs of a training step, lowered from shapes: no weights, no data, no devices.
+
+A step at its longest: full prompts, every budget spent. The arguments of each program are
+`jax.ShapeDtypeStruct`s with the shardings that the programs before it give their results, so that
+what is compiled is what training compiles.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlog import losses, step
+from qlog.aot.compiler import compile_lowered
+from qlog.aot.hlo_cost import DataLoop, all_slices
+from qlog.experiment import Experiment
+from qlog.learner import gradient
+from qlog.learner.optimizer import apply_update
+from qlog.learner.types import LearnerBatch, Objective
+from qlog.parallel import sharding
+from qlog.records import Golds, Prompts, Trajectories
+from qlog.rollouts import sampler
+
+_FEW_TOKENS = (
+    16  # of prompts and rationales, in programs that are compiled for their shardings only
+)
+
+
+class LoweredProgram(NamedTuple):
+    """A program of a training step, ready to be compiled."""
+
+    name: str  # cast, prefill, decode, score, evaluate, gradient or update
+    lowered: jax.stages.Lowered
+    runs: int  # per training step; 0 of what evaluation runs between steps
+    resident: float  # bytes of HBM per chip that other programs' arrays take while it runs
+
+
+class LongestStep(NamedTuple):
+    """How often the loops whose end depends on data run, in a step at its longest.
+
+    Such loops have names in the programs, `jax.named_scope`s:
+
+    | scope | where | an iteration is |
+    |---|---|---|
+    | decode_steps | rollouts/sampler.py | a token of every rollout, until all are done |
+    | packed_rows | learner/gradient.py | a microbatch of packed rollouts, until none is left |
+    | attention_blocks | models/attention/blocks.py | a block of keys that some query sees |
+
+    The TPU kernels of attention count as `attention_blocks`. Every other loop has a constant number
+    of iterations, which stands in the program.
+    """
+
+    prompt_tokens: int  # P, slots of a prompt
+    decode_steps: int  # tokens that a rollout samples at most
+    rollout_tokens: int  # slots of a rollout and its gold answer in the learner
+    microbatches_of_rollouts: int  # per group of M rollouts
+
+    @classmethod
+    def of(cls, run: Experiment) -> "LongestStep":
+        return cls(
+            prompt_tokens=run.config.data.max_prompt_tokens,
+            decode_steps=run.sampling.max_length,
+            rollout_tokens=(run.sampling.max_rationale_length + run.config.rollout.answer_reserve),
+            microbatches_of_rollouts=run.rollouts_per_prompt // run.microbatch.packs,
+        )
+
+    def trips(self, loop: DataLoop) -> float:
+        """Iterations of one loop, as `hlo_cost.module_cost` takes it."""
+        if loop.scope == "decode_steps":
+            return self.decode_steps
+        if loop.scope == "packed_rows":
+            return self.microbatches_of_rollouts
+        if loop.scope == "attention_blocks":
+            return self._key_blocks(loop)
+        return all_slices(loop)
+
+    def _key_blocks(self, loop: DataLoop) -> float:
+        """Blocks of keys that a block of queries visits, on average.
+
+        | keys | shape on one chip | blocks |
+        |---|---|---|
+        | of prompts | [B, K, P, C] | all, as prompts are full |
+        | of rollouts while decoding | [B, K, M, R, C] | half: a token sees those before it |
+        | of packed rollouts | [B, K, w R, C] | half of one rollout's, however many w lie in line |
+        """
+        array = loop.array
+        if len(array.shape) == 4 and array.length == self.prompt_tokens:
+            return array.num_slices
+        # On average over n blocks of queries, (1 + 2 + ... + n) / n = (n + 1) / 2.
+        return (min(array.length, self.rollout_tokens) / array.size + 1) / 2
+
+
+def step_programs(run: Experiment) -> Iterator[LoweredProgram]:
+    """The programs of a step in the order in which they first run."""
+    yield from _rollout_programs(run)
+    yield from _learner_programs(run)
+
+
+# ---- Rollouts ----
+
+
+class _Wave(NamedTuple):
+    """Shapes of what a wave of B prompts with M rollouts each is decoded from and into."""
+
+    prompts: jax.ShapeDtypeStruct  # int32 [B, P]
+    lengths: jax.ShapeDtypeStruct  # int32 [B]
+    pool: sampler.Pool  # that decoding starts with
+    results: Any  # (Rollouts, log w) that finished rollouts are written to
+
+
+def _rollout_programs(run: Experiment) -> Iterator[LoweredProgram]:
+    """A wave's sampling and scoring, and evaluation's decoding for its memory only."""
+    config, policy = run.config, run.policy
+    wave_prompts = run.prompts_at_once(config.rollout.prompts_per_wave)
+    wave_prompts = wave_prompts or config.train.prompts_per_step
+    waves = config.train.prompts_per_step // wave_prompts
+    params = run.abstract_params()
+    weights = _results(sampler.decoding_weights, (params, policy), (params, policy))
+
+    # ---- What lies in HBM: the optimizer's state all the time, the parameters while their copy in
+    # the activations' dtype decodes.
+    opt_state = _bytes_per_chip(run.abstract_state().opt_state)
+    training_state = opt_state + _bytes_per_chip(params)
+
+    # What is an argument of a program is in its own memory report, and not counted here again.
+    wave = _wave(run, run.sampling, wave_prompts, run.rollouts_per_prompt)
+    golds = Golds(_by_prompt(run, wave_prompts)(config.rollout.answer_reserve), wave.lengths)
+    yield LoweredProgram("cast", sampler.decoding_weights.lower(params, policy), 1, opt_state)
+    yield LoweredProgram(
+        "prefill",
+        sampler.prefill.lower(params, policy, wave.prompts, wave.lengths),
+        waves,
+        opt_state + _bytes_per_chip(weights),
+    )
+    yield LoweredProgram(
+        "decode",
+        _lower_decode(run, weights, wave, run.sampling),
+        waves,
+        training_state + _bytes_per_chip(wave.results),
+    )
+    yield LoweredProgram(
+        "score",
+        sampler.score_and_store.lower(weights, policy, wave.pool, wave.results, golds),
+        waves,
+        training_state,
+    )
+    # Evaluation runs between steps and takes no time of one. It has to fit all the same.
+    if config.evaluation.every:
+        evaluation, sampling = config.evaluation, run.evaluation_sampling
+        prompts = run.prompts_at_once(evaluation.prompts_per_batch)
+        wave = _wave(run, sampling, prompts, evaluation.rollouts_per_prompt)
+        yield LoweredProgram(
+            "evaluate",
+            _lower_decode(run, weights, wave, sampling),
+            0,
+            training_state + _bytes_per_chip(wave.results),
+        )
+
+
+def _lower_decode(
+    run: Experiment, weights: Any, wave: _Wave, sampling: sampler.Sampling
+) -> jax.stages.Lowered:
+    until = jax.ShapeDtypeStruct((), jnp.int32)
+    flags = sharding.per_device_shape(run.mesh, bool)
+    return sampler.decode.lower(weights, run.policy, wave.pool, sampling, until, flags)
+
+
+def _wave(run: Experiment, sampling: sampler.Sampling, prompts: int, rollouts: int) -> _Wave:
+    policy, by_prompt, params = run.policy, _by_prompt(run, prompts), run.abstract_params()
+    tokens, lengths = by_prompt(run.config.data.max_prompt_tokens), by_prompt()
+    keys = by_prompt(rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    # Compile at 16 tokens to learn the output shardings, then reuse them for the full shapes: XLA
+    # chooses them by axes, not by sizes, and small programs compile in seconds.
+    short_tokens = by_prompt(_FEW_TOKENS)
+    short_sampling = dataclasses.replace(sampling, rationale_budget=_FEW_TOKENS)
+    short_prefill = (params, policy, short_tokens, lengths)
+    prefix = _results(sampler.prefill, (params, policy, tokens, lengths), short_prefill)
+    short_prefix = _results(sampler.prefill, short_prefill, short_prefill)
+    pool = _results(
+        sampler.initial_pool,
+        (policy, prefix, tokens, lengths, keys, sampling),
+        (policy, short_prefix, short_tokens, lengths, keys, short_sampling),
+    )
+    results = _results(
+        sampler.empty_results,
+        (policy, sampling, prompts, rollouts),
+        (policy, short_sampling, prompts, rollouts),
+    )
+    return _Wave(tokens, lengths, pool, results)
+
+
+# ---- The learner ----
+
+
+def _learner_programs(run: Experiment) -> Iterator[LoweredProgram]:
+    """The gradient of a microbatch, and the update."""
+    config, estimator = run.config, run.estimator
+    updates, rollouts = config.train.updates_per_batch, run.rollouts_per_prompt
+    prompts_per_update = config.train.prompts_per_step // updates
+    by_prompt = _by_prompt(run, prompts_per_update)
+    longest = step.trajectory_length(
+        run, run.sampling.max_rationale_length, config.rollout.answer_reserve
+    )
+    tokens = by_prompt(rollouts, longest)  # [B, M, R], as all that is per token
+    mask = by_prompt(rollouts, longest, dtype=bool)
+    log_probs = by_prompt(rollouts, longest, dtype=jnp.float32)
+    per_rollout = by_prompt(rollouts, dtype=jnp.float32)
+    params, state = run.abstract_params(), run.abstract_state()
+    # The records that `step` hands to the learner, all rollouts at the length of the longest.
+    batch = LearnerBatch(
+        Prompts(by_prompt(config.data.max_prompt_tokens), by_prompt(), by_prompt(dtype=bool)),
+        Trajectories(tokens, mask, mask, log_probs, mask, by_prompt(rollouts)),
+        losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields)),
+        log_probs if estimator.reference else None,
+    )
+    begun = (params, run.policy, batch)
+    grads, *packing = _results(gradient.begin, begun, begun)
+    lowered = gradient.add_microbatches.lower(
+        grads,
+        *begun,
+        *packing,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        objective=Objective(estimator.surrogate, run.sampling.temperature),
+        microbatch=run.microbatch,
+    )
+    # One program per microbatch of prompts. Packed rollouts of a microbatch are a loop inside it.
+    runs = updates * (prompts_per_update // run.microbatch.prompts)
+    yield LoweredProgram("gradient", lowered, runs, _bytes_per_chip(state.opt_state))
+    update = apply_update.lower(
+        state, state.loss_state, params, optimizer=run.optimizer, mesh=run.mesh
+    )
+    yield LoweredProgram("update", update, updates, 0.0)
+
+
+# ---- Shapes ----
+
+
+def _by_prompt(run: Experiment, prompts: int) -> Callable[..., jax.ShapeDtypeStruct]:
+    """Makes shapes [B, *rest] of arrays that are split over the mesh by prompts."""
+
+    def shape(*rest: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            (prompts, *rest), dtype, sharding=sharding.batch_sharding(run.mesh)
+        )
+
+    return shape
+
+
+def _results(function: Any, arguments: tuple, small_arguments: tuple) -> Any:
+    """Shapes of what jitted `function` returns for `arguments`, with shardings.
+
+    The shardings are those that the compiler gives the results for `small_arguments`.
+    """
+    shardings = compile_lowered(function.lower(*small_arguments)).output_shardings
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        function.eval_shape(*arguments),
+        shardings,
+    )
+
+
+def _bytes_per_chip(tree: Any) -> float:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,32 @@
+"""What all kernels of attention agree on: how visible keys and values are described."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+
+ATTENTION = "attention"  # `checkpoint_name` of the kernels' results, for rematerialisation
+
+
+class Segment(NamedTuple):
+    """Keys and values that the queries may see, and which of them each query row sees.
+
+    Every mask is an interval of slots, [start, stop). Causality, padding, sliding windows, several
+    rollouts packed into one row and the rollouts of a group next to each other all have this form.
+
+    N query rows are rollouts, tokens and the query heads of a key/value head, flattened in this
+    order.
+    """
+
+    keys: Array  # [B, K, T, C]: prompts, key/value heads, slots, head size
+    values: Array  # [B, K, T, C]
+    start: Array | np.ndarray  # int32 [B or 1, N], the first slot that a query row sees
+    stop: Array | np.ndarray  # int32 [B or 1, N], the slot after the last one that it sees
+    # Query rows and slots each consist of this many runs of equal length, one per rollout, and a
+    # row sees only slots of its own run. 1: any row may see any slot.
+    runs: int = 1
+
+
+Attend = Callable[[Array, list[Segment]], Array]
+AttendStep = Callable[[Array, Segment, Segment], Array]
