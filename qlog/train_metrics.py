@@ -1,4 +1,4 @@
-"""What a run tells about itself: a step's metrics, its progress line, its rollouts, the first table."""
+"""What a run tells about itself: metrics of a step, progress line, rollouts, first table."""
 
 import pathlib
 from typing import Any
@@ -96,7 +96,7 @@ def _speeds(
 def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
     """FLOPs that a step needs, by phase (`models.flops`): gold answers count with training."""
     shape, flops = experiment.policy.config, models.flops
-    # int [B], [B, M], [B, M], [B]. `models.flops` takes arrays of lengths: here each sequence has its own.
+    # int [B], [B, M], [B, M], [B]: `models.flops` takes arrays of lengths.
     prompts, rollouts, rationales, gold = sharding.gather_to_host(
         experiment.mesh,
         (
@@ -120,7 +120,7 @@ def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    """GiB of device memory, of the fullest device of the first process; {} where none is reported."""
+    """GiB on the fullest device of this process; {} where the backend reports none."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
     return {
@@ -154,7 +154,7 @@ def progress(values: dict[str, float]) -> str:
 def rollout_rows(
     experiment: Experiment, groups: Groups, batch: data.PromptBatch
 ) -> list[dict[str, Any]]:
-    """Rollouts of the batch's first prompts as text, for rollouts.jsonl. Every process must call."""
+    """Lines of rollouts.jsonl: rollouts of the batch's first prompts. Every process must call."""
     num_prompts = min(experiment.config.train.rollouts_prompts, len(batch.examples))
     if experiment.estimator.rationale == "annotated" or not num_prompts:
         return []

@@ -3,7 +3,7 @@
 Shapes: B prompts of an update, M rollouts per prompt, R tokens of a trajectory.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Microbatch(NamedTuple):
         prompts = train.prompts_per_microbatch * sharding.num_batch_shards(mesh)
         return cls(
             prompts=prompts or train.prompts_per_step // train.updates_per_batch,
-            packs=train.rollouts_per_microbatch or rollout.rollouts_per_prompt,
+            packs=train.rollouts_per_microbatch or config.rollout.rollouts_per_prompt,
         )
 
 
