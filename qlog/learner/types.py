@@ -41,8 +41,7 @@ class Microbatch(NamedTuple):
     @classmethod
     def of(cls, config: ConfigDict, mesh: Mesh) -> "Microbatch":
         """What `config.train` asks for, where 0 is all; its prompts are those of one shard."""
-        train: Any = config.train  # the fields of a ConfigDict have no static types
-        rollout: Any = config.rollout
+        train = config.train
         prompts = train.prompts_per_microbatch * sharding.num_batch_shards(mesh)
         return cls(
             prompts=prompts or train.prompts_per_step // train.updates_per_batch,
