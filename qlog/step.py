@@ -226,6 +226,8 @@ def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
 def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch) -> np.ndarray:
     """Exact match of the sampled answers: float32 [B, M], 0 for prompts of other processes."""
     mesh, num_prompts = experiment.mesh, len(batch.examples)
+    formatter, grader = experiment.formatter, experiment.grader
+    assert formatter and grader, "an experiment of shapes has no rollouts"
     # Each process grades the prompts that its devices hold. `local` has them only, so a prompt has
     # an index there and another one, `b`, in the batch.
     local = sharding.local_batch(mesh, rollouts)
@@ -233,6 +235,6 @@ def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch
     for index, b in enumerate(sharding.local_prompts(mesh, num_prompts)):
         example = batch.examples[b]
         golds = (example.answer, *example.aliases)
-        for m, (_, answer) in enumerate(rollout_texts(experiment.formatter, local, index)):
-            reward[b, m] = experiment.grader(answer, golds)
+        for m, (_, answer) in enumerate(rollout_texts(formatter, local, index)):
+            reward[b, m] = grader(answer, golds)
     return reward

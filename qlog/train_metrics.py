@@ -158,6 +158,8 @@ def rollout_rows(
     num_prompts = min(experiment.config.train.rollouts_prompts, len(batch.examples))
     if experiment.estimator.rationale == "annotated" or not num_prompts:
         return []
+    formatter = experiment.formatter
+    assert formatter, "an experiment of shapes has no rollouts"
     sampled = (groups.rollouts, groups.log_w, groups.reward)
     rollouts, log_w, reward = sharding.gather_to_host(
         experiment.mesh, jax.tree.map(lambda x: x[:num_prompts], sampled)
@@ -165,12 +167,12 @@ def rollout_rows(
     lines = []
     for b in range(num_prompts):
         prompt = batch.tokens[b, : batch.lengths[b]].tolist()
-        texts = rollout_texts(experiment.formatter, rollouts, b)
+        texts = rollout_texts(formatter, rollouts, b)
         for m, (rationale, answer) in enumerate(texts):
             lines.append(
                 {
                     "id": batch.examples[b].id,
-                    "prompt": experiment.formatter.tokenizer.decode(prompt, show_control=True),
+                    "prompt": formatter.tokenizer.decode(prompt, show_control=True),
                     "rollout": m,
                     "rationale": rationale,
                     "answer": answer,
@@ -207,8 +209,10 @@ def describe(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> 
         f"{config.model}: {shape.num_layers} layers, width {shape.width}, "
         f"vocabulary {shape.vocab_size:,}, {config.dtype}"
     )
-    dataset = [f"{config.data.name}, {config.data.style}, {len(experiment.train_data):,} prompts"]
-    dataset += [f"{n} skipped over {field}" for field, n in experiment.train_data.skipped.items()]
+    train_data = experiment.train_data
+    assert train_data is not None, "describe is for runs that train"
+    dataset = [f"{config.data.name}, {config.data.style}, {len(train_data):,} prompts"]
+    dataset += [f"{n} skipped over {field}" for field, n in train_data.skipped.items()]
     budgets = (
         f"prompt {config.data.max_prompt_tokens}, rationale {rollout.rationale_budget}, "
         f"answer {rollout.answer_reserve} tokens"
