@@ -2,49 +2,52 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from qlog import models
 from qlog.models import DecoderConfig, attention
 from qlog.parallel import sharding
 
 
+_CHUNK_BYTES = 1 << 24  # of float32 logits that exist at a time, on a device
+_FEWEST_TOKENS = 256  # of a chunk: with fewer, matrix products would get thin
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What compiled programs need to know of a model; hashable, so jit-static.
+    """What compiled programs need to know of a model; hashable, so jit-static."""
 
-    Attributes:
-      config: the decoder's shape.
-      valid_vocab: rows of the vocabulary that the tokenizer knows; the padding rows after them
-        get probability 0, in sampling and in scoring alike.
-      dtype: of activations and KV caches. Parameters, log-probabilities and losses are float32.
-      remat: none | dots | attention | full: what of a layer the backward pass finds kept
-        (`models.REMAT`), and what it computes again.
-      mesh: over which caches are held split by prompts and heads; None leaves it to the compiler.
-      attention: blocks (plain JAX, any backend), tpu (Pallas kernels) or cudnn (CUDA GPUs; in
-        float32 blocks, too, of a GPU's size).
-    """
-
-    config: DecoderConfig
+    config: DecoderConfig  # the decoder's shape
+    # Rows of the vocabulary that the tokenizer knows. The padding rows after them get probability
+    # 0, in sampling and in scoring alike.
     valid_vocab: int
-    dtype: Any = jnp.float32
-    remat: str = "none"
+    # Of activations and of keys and values. Parameters, log-probabilities and losses are float32.
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"  # a key of models.REMAT: what the backward pass computes again
+    # Over which activations and caches are split, by prompts and heads; None leaves it to the
+    # compiler.
     mesh: Mesh | None = None
-    attention: str = "blocks"
+    attention: str = "blocks"  # the kernels: a name that `models.attention.kernels` takes
 
     @property
     def execution(self) -> models.Execution:
         """How the functions of `models` run for this policy."""
         return _execution(self)
 
-    def gathered(self, params: models.Params) -> models.Params:
-        """Parameters whose tables lie whole on every device, but for the tensor axis.
+    @property
+    def logits_chunk(self) -> int:
+        """Tokens whose logits exist at a time, on all devices together: `head.token_log_probs`."""
+        fitting = max(_FEWEST_TOKENS, _CHUNK_BYTES // (4 * self.config.vocab_size))
+        return fitting * (sharding.num_batch_shards(self.mesh) if self.mesh else 1)
 
-        Looked up in a table that is split over fsdp, activations would be split over their width,
-        and logits be partial sums.
+    def gathered(self, params: models.Params) -> models.Params:
+        """The parameters with their tables whole on every device, but for the tensor axis.
+
+        Otherwise a table is split over fsdp: activations that are looked up in it would be split
+        over their width, and logits would be partial sums.
         """
         tables = {k: params[k] for k in ("embed", "unembed") if k in params}
         return params | sharding.constrain_gathered_params(self.mesh, tables)
@@ -60,15 +63,3 @@ def _execution(policy: Policy) -> models.Execution:
         constrain=functools.partial(sharding.constrain_activations, policy.mesh),
         remat=policy.remat,
     )
-
-
-_CHUNK_BYTES = 1 << 24  # float32 logits that exist at a time, on a device
-
-
-_FEWEST = 256  # but no fewer tokens than this: matrix products would get thin
-
-
-def logits_chunk(policy: Policy) -> int:
-    """Tokens per chunk on all devices together."""
-    fitting = max(_FEWEST, _CHUNK_BYTES // (4 * policy.config.vocab_size))
-    return fitting * (sharding.num_batch_shards(policy.mesh) if policy.mesh else 1)

@@ -58,7 +58,10 @@ def arrays(pattern, heads=2, size=4, dtype=np.float32):
 
 def value_and_gradients(attend, pattern, queries, cotangent, caches):
     def run(queries, caches):
-        return attend(queries, [blocks.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern)])
+        return attend(
+            queries,
+            [blocks.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern, strict=True)],
+        )
 
     def both(queries, caches):
         out, back = jax.vjp(run, queries, caches)

@@ -7,29 +7,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlog import models
-from qlog.models.config import TRAITS
+from qlog.models.families import FAMILIES
 
 # These programs are compiled once and run once, so the compiler's own time is what counts.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 _TINY = dict(
     vocab_size=40, num_layers=3, width=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=24
 )
+
+
+def tiny(family, **fields):
+    return models.DecoderConfig(family=family, **_TINY, **FAMILIES[family].traits, **fields)
+
+
 CONFIGS = {
-    "qwen3": models.DecoderConfig(**_TINY, **TRAITS["qwen3"]),
-    # Unequal layers: windows of 4 and 6 beside full attention, two RoPEs, one of them scaled.
-    "gemma3": models.DecoderConfig(
-        **_TINY,
-        **TRAITS["gemma3"],
+    "qwen3": tiny("qwen3"),
+    # Unequal layers: windows of 4 and 6 next to full attention, two RoPEs, one of them scaled.
+    "gemma3": tiny(
+        "gemma3",
         layer_windows=(4, 0, 6),
         local_rope_theta=1e4,
         rope_scaling=models.RopeScaling(2.0),
         query_pre_attn_scalar=20.0,
     ),
     # Equal layers with a window, which keep it static.
-    "windowed": models.DecoderConfig(**_TINY, **TRAITS["qwen2"], layer_windows=(5,)),
-    "untied": models.DecoderConfig(
-        **_TINY,
-        **TRAITS["llama"],
+    "windowed": tiny("qwen2", layer_windows=(5,)),
+    "untied": tiny(
+        "llama",
         tied_embeddings=False,
         rope_scaling=models.RopeScaling(4.0, 16),
     ),

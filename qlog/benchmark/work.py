@@ -21,7 +21,7 @@ from qlog.learner.types import LearnerBatch, Microbatch, Objective, UpdateMetric
 from qlog.models import flops, head
 from qlog.models.flops import Need
 from qlog.parallel import process, sharding
-from qlog.policy import Policy, logits_chunk
+from qlog.policy import Policy
 from qlog.records import Golds, Prompts, TrainState, Trajectories
 from qlog.rollouts import sampler, scoring
 
@@ -308,7 +308,7 @@ def _head_gradient(
 
     def total(hidden: jax.Array, table: jax.Array) -> jax.Array:
         return head.token_log_probs(
-            hidden, table, tokens, valid_vocab=policy.valid_vocab, chunk=logits_chunk(policy)
+            hidden, table, tokens, valid_vocab=policy.valid_vocab, chunk=policy.logits_chunk
         ).sum()
 
     return jax.grad(total, (0, 1))(hidden, models.unembedding(policy.gathered(params)))

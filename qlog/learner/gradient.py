@@ -24,7 +24,7 @@ from qlog.learner.packing import Packing, pack_rollouts
 from qlog.learner.types import LearnerBatch, Microbatch, Objective, SamplerMismatch, StepSums
 from qlog.models import head
 from qlog.parallel import sharding
-from qlog.policy import Policy, logits_chunk
+from qlog.policy import Policy
 from qlog.records import Prompts, Trajectories
 
 _FLOPS_PER_PROGRAM = 2e11  # per device: about a second of a CPU
@@ -342,7 +342,7 @@ def log_probs(
         tokens,
         valid_vocab=policy.valid_vocab,
         temperature=temperatures,
-        chunk=logits_chunk(policy),
+        chunk=policy.logits_chunk,
     )
     return packing.to_rollouts(packed)
 

@@ -1,7 +1,8 @@
 """The decoder, its presets, and weights in and out (`models.huggingface`)."""
 
 from qlog.models import flops, huggingface
-from qlog.models.config import PRESETS, DecoderConfig, RopeScaling
+from qlog.models.config import PRESETS, DecoderConfig
+from qlog.models.config_json import from_hf_config, to_hf_config
 from qlog.models.decoder import (
     Params,
     Prefix,
@@ -19,7 +20,7 @@ from qlog.models.decoder import (
     whole_tiles,
 )
 from qlog.models.execution import REMAT, Execution
-from qlog.models.families import from_hf_config
+from qlog.models.rope import RopeScaling
 
 __all__ = [
     "PRESETS",
@@ -41,6 +42,7 @@ __all__ = [
     "prefill",
     "score_step",
     "shapes",
+    "to_hf_config",
     "unembedding",
     "unstack",
     "whole_tiles",

@@ -1,11 +1,21 @@
-"""One decoder for all families (Qwen, Llama, Gemma) behind one pure function.
+"""One decoder for all families (Qwen, Llama, Gemma), as pure functions.
 
-Flax Linen holds the layer's parameters and arithmetic; everything else is plain JAX: the stack is
-a `lax.scan` over stacked layer parameters, the KV caches are explicit pytrees. What differs between
+There are four passes over it, and they share layers and parameters:
+  - `extend`: rows of tokens over a prefix, differentiable; training, and the plain forward pass;
+  - `prefill`: keys and values of prompts;
+  - `decode_step`: one token of every rollout;
+  - `score_step`: a few tokens after every rollout.
+
+Flax Linen holds a layer's parameters and arithmetic. Everything else is plain JAX: the stack is a
+`lax.scan` over stacked layer parameters, and caches are explicit pytrees. What differs between
 families is a field of DecoderConfig; what differs between layers is their sliding window.
+
+Axes: B prompts, M rollouts or rows of each, R tokens, P slots of a prompt, S slots of a rollout,
+D width, K key/value heads, G query heads per key/value head, C head size, L layers, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.typing import DTypeLike
 
 from qlog.models.attention import Segment
 from qlog.models.config import DecoderConfig
@@ -20,36 +31,37 @@ from qlog.models.dense import dot_general
 from qlog.models.execution import PLAIN, REMAT, Execution
 from qlog.models.rope import Rotation, rotate, rotation
 
-Params = Any
-# Up to so many layers the stack is laid out flat: a loop stacks and copies what it keeps.
+Params = Any  # nested dicts as `init` makes them, of arrays, shapes or shardings
+KeysAndValues = tuple[Array, Array]
+
+# A stack of at most so many layers is laid out flat: a loop would stack and copy what it keeps.
 _UNROLLED_LAYERS = 4
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 _NO_WINDOW = 1 << 30  # longer than any context
-KeysAndValues = tuple[Array, Array]
+_TILE = 128  # slots, a TPU's lanes
 
 
 class Prefix(NamedTuple):
-    """The prompt's keys and values, one copy per prompt.
+    """Keys and values of B prompts, one copy for all rollouts of a prompt.
 
-    keys, values: [L, B, K, P, C], or a tuple of L arrays [B, K, P, C] (`unstack`); lengths: int32
-    [B], the slots that hold tokens. Slot p holds the token at position p.
+    Slot p holds the token at position p.
     """
 
-    keys: Array | tuple[Array, ...]
-    values: Array | tuple[Array, ...]
-    lengths: Array
+    keys: Array | tuple[Array, ...]  # [L, B, K, P, C], or after `unstack` L arrays [B, K, P, C]
+    values: Array | tuple[Array, ...]  # like keys
+    lengths: Array  # int32 [B], the slots that hold tokens
 
 
 class Suffix(NamedTuple):
-    """The rollouts' own keys and values: per layer a pair of [B, K, M, S, C].
+    """The rollouts' own keys and values.
 
-    Layers are separate buffers, so that the decode loop updates each in place. Slot s holds the
-    token at position prefix.lengths + s.
-    lengths: int32, scalar or [B, M]: the slots that may be seen.
+    Slot s holds the token at position prefix.lengths + s.
     """
 
-    layers: tuple[tuple[Array, Array], ...]
-    lengths: Array
+    # For each layer keys and values, [B, K, M, S, C]. Layers are separate buffers, so that the
+    # decode loop updates each in place.
+    layers: tuple[KeysAndValues, ...]
+    lengths: Array  # int32, scalar or [B, M]: the slots that `score_step` may see
 
 
 class RMSNorm(nn.Module):
@@ -59,7 +71,7 @@ class RMSNorm(nn.Module):
     offset: bool = False
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         initializer = nn.initializers.zeros if self.offset else nn.initializers.ones
         scale = self.param("scale", initializer, (x.shape[-1],)).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
@@ -70,13 +82,14 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One pre-norm decoder layer: attention, then a gated MLP.
 
-    What the queries see is the caller's: `heads`, then any attention of them, then `finish`.
+    It comes in two halves, `heads` and `finish`. The caller runs attention in between, and so
+    decides what the queries see.
     """
 
     config: DecoderConfig
-    dtype: Any = jnp.float32  # of the activations
+    dtype: DTypeLike = jnp.float32  # of the activations
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.config
         norm = functools.partial(RMSNorm, cfg.norm_eps, cfg.norm_offset)
         dense = functools.partial(
@@ -96,12 +109,12 @@ class Block(nn.Module):
         if cfg.post_norms:
             self.post_attention_norm, self.post_mlp_norm = norm(), norm()
 
-    def __call__(self, x, turn):
-        """`finish` of the queries themselves: all parameters are used once, to initialise them."""
+    def __call__(self, x: Array, turn: Rotation) -> Array:
+        """Only for `init`: uses every parameter once, with queries in place of attention."""
         return self.finish(x, self.heads(x, turn)[0])
 
-    def heads(self, x, turn):
-        """x: [B, M, R, D] -> queries [B, M, R, K, G, C], scaled, keys and values [B, M, R, K, C]."""
+    def heads(self, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
+        """x [B, M, R, D] -> queries [B, M, R, K, G, C], scaled; keys and values [B, M, R, K, C]."""
         cfg = self.config
         normed = self.attention_norm(x)
         queries, keys, values = (
@@ -114,8 +127,8 @@ class Block(nn.Module):
         queries = queries.reshape(*x.shape[:-1], cfg.num_kv_heads, -1, cfg.head_dim)
         return queries, rotate(keys, turn), values
 
-    def finish(self, x, mixed):
-        """x [B, M, R, D] and what attention gave it [B, M, R, K, G, C] -> [B, M, R, D]."""
+    def finish(self, x: Array, mixed: Array) -> Array:
+        """x [B, M, R, D] and attention's result [B, M, R, K, G, C] -> the layer's [B, M, R, D]."""
         cfg = self.config
         mixed = self.o_proj(mixed.reshape(*x.shape[:-1], -1))
         x = x + (self.post_attention_norm(mixed) if cfg.post_norms else mixed)
@@ -125,9 +138,9 @@ class Block(nn.Module):
         return x + (self.post_mlp_norm(mixed) if cfg.post_norms else mixed)
 
 
-def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
+def init(config: DecoderConfig, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Random parameters: {"embed" [V, D], "layers" (leaves stacked [L, ...]), "final_norm" [D]},
-    and "unembed" [V, D] when the embeddings are not tied.
+    and "unembed" [V, D] if the embeddings are not tied.
 
     Logits start with a deviation of 1, and the layers' outputs are scaled down with the depth, so
     that at first the residual stream carries the tokens themselves.
@@ -136,7 +149,7 @@ def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     x = jnp.zeros((1, 1, 1, config.width), dtype)
     turn = rotation(jnp.zeros((1, 1, 1), jnp.int32), config.head_dim, config.rope_theta)
 
-    def init_layer(layer_key):
+    def init_layer(layer_key: Array) -> Params:
         return Block(config, dtype).init(layer_key, x, turn)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
@@ -151,17 +164,17 @@ def init(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def shapes(config: DecoderConfig, dtype=jnp.float32) -> Params:
-    """What `init` would give, as jax.ShapeDtypeStruct: to decide shardings by."""
+def shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Params:
+    """The shapes of what `init` returns, as jax.ShapeDtypeStruct: to decide shardings by."""
     return jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
 
 
 def unembedding(params: Params) -> Array:
-    """The output head's table [V, D]: the embedding itself when tied."""
+    """The output head's table [V, D]: the embedding itself if tied."""
     return params.get("unembed", params["embed"])
 
 
-def decoding_weights(params: Params, dtype) -> Params:
+def decoding_weights(params: Params, dtype: DTypeLike) -> Params:
     """Matrices and tables in `dtype`, norms as they are, the layers as a tuple instead of stacked.
 
     A loop of `decode_step` then casts and slices them once, and not at every step.
@@ -180,11 +193,16 @@ def unstack(prefix: Prefix) -> Prefix:
     return prefix._replace(keys=_unstacked(prefix.keys), values=_unstacked(prefix.values))
 
 
-def _unstacked(tree) -> tuple:
+def _unstacked(tree: Any) -> tuple[Any, ...]:
+    """A tree of arrays [L, ...] as a tuple of L trees; a tuple is unstacked already."""
     if isinstance(tree, tuple):
         return tree
-    count = jax.tree.leaves(tree)[0].shape[0]
-    return tuple(jax.tree.map(lambda leaf: leaf[index], tree) for index in range(count))
+    num_layers = jax.tree.leaves(tree)[0].shape[0]
+    return tuple(_layer_of(tree, layer) for layer in range(num_layers))
+
+
+def _layer_of(tree: Any, layer: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[layer], tree)
 
 
 def extend(
@@ -223,19 +241,19 @@ def extend(
     positions = jnp.broadcast_to(positions, tokens.shape)
     rotations = _rotations(config, positions)
 
-    def layer(x: Array, inputs) -> tuple[Array, None]:
-        weights, cache, window = inputs
+    def layer(x: Array, inputs: _LayerInputs) -> tuple[Array, None]:
+        weights, cache, window, _ = inputs
         window = config.windows[0] if window is None else window
         queries, new = _heads(config, execution, weights, x, rotations.of(window))
         visible = _Visible(positions, window, config.num_groups)
         segments = [visible.new_tokens(new, first)]
-        if prefix is not None:
+        if prefix is not None and cache is not None:
             segments.insert(0, visible.prefix(_cast(cache, execution.dtype), prefix.lengths))
         mixed = _attend(execution, queries, segments)
         return execution.constrain(_finish(config, execution, weights, x, mixed)), None
 
-    caches = None if prefix is None else (prefix.keys, prefix.values)
-    inputs = (params["layers"], caches, _windows_to_scan(config))
+    cache: Any = None if prefix is None else (prefix.keys, prefix.values)  # [L, B, K, P, C] each
+    inputs = _LayerInputs(params["layers"], cache, _windows_to_scan(config), None)
     hidden, _ = _scan(layer, _embed(params, config, tokens, execution), inputs, config, execution)
     return _final_norm(params, config, hidden)
 
@@ -260,8 +278,8 @@ def prefill(
     tokens = tokens[:, None]  # a prompt is a group of one row, [B, 1, P]
     rotations = _rotations(config, positions)
 
-    def layer(x: Array, inputs) -> tuple[Array, KeysAndValues]:
-        weights, window, is_last = inputs
+    def layer(x: Array, inputs: _LayerInputs) -> tuple[Array, KeysAndValues]:
+        weights, _, window, is_last = inputs
         window = config.windows[0] if window is None else window
         queries, new = _heads(config, execution, weights, x, rotations.of(window))
 
@@ -277,7 +295,7 @@ def prefill(
         return jax.lax.cond(is_last, lambda: x, output), new
 
     is_last = jnp.arange(config.num_layers) == config.num_layers - 1
-    inputs = (params["layers"], _windows_to_scan(config), is_last)
+    inputs = _LayerInputs(params["layers"], None, _windows_to_scan(config), is_last)
     hidden = _embed(params, config, tokens, execution)
     _, (keys, values) = _scan(layer, hidden, inputs, config, execution)  # [L, B, K, 1, P, C]
     return Prefix(keys.squeeze(3), values.squeeze(3), lengths)
@@ -314,7 +332,8 @@ def decode_step(
     for weights, cache, own, window in _layers(params, config, prefix, suffix):
         queries, new = _heads(config, execution, weights, hidden, rotations.of(window))
         # Written first, so that the token sees itself in its slot.
-        own = tuple(write(old, x.astype(old.dtype)) for old, x in zip(own, new, strict=True))
+        keys, values = own
+        own = write(keys, new[0].astype(keys.dtype)), write(values, new[1].astype(values.dtype))
         layers.append(own)
         # One row of positions serves all rollouts: they are in step.
         start = _Visible(positions, window, config.num_groups).start[:, 0]  # [B, 1]
@@ -322,7 +341,7 @@ def decode_step(
         mixed = execution.attend_step(
             queries[:, :, 0].transpose(0, 2, 1, 3, 4),  # [B, K, M, G, C]
             Segment(*_cast(cache, execution.dtype), start, base),
-            Segment(*own, jnp.maximum(start - base, 0), jnp.reshape(slot + 1, (1, 1))),
+            Segment(*own, jnp.maximum(start - base, 0), stop=jnp.reshape(slot + 1, (1, 1))),
         )
         mixed = mixed.transpose(0, 2, 1, 3, 4)[:, :, None]  # [B, M, 1, K, G, C]
         hidden = _finish(config, execution, weights, hidden, mixed)
@@ -368,7 +387,16 @@ def score_step(
     return _final_norm(params, config, hidden)
 
 
-# ---- The parts that the four share ----
+# ---- The parts that the four passes share ----
+
+
+class _LayerInputs(NamedTuple):
+    """What a scan over the layers takes: every array with a leading axis L, or None."""
+
+    weights: Params
+    cache: KeysAndValues | None  # of the prefix
+    window: Array | None  # int32; None: all layers are equal, and config.windows[0] is static
+    is_last: Array | None  # bool
 
 
 def _embed(params: Params, config: DecoderConfig, tokens: Array, execution: Execution) -> Array:
@@ -385,7 +413,8 @@ def _heads(
 ) -> tuple[Array, KeysAndValues]:
     """Queries [B, M, R, K, G, C], and new keys and values as caches hold them, [B, K, M, R, C]."""
     block = Block(config, execution.dtype)
-    queries, keys, values = block.apply({"params": weights}, x, turn, method="heads")
+    heads: Any = block.apply({"params": weights}, x, turn, method="heads")
+    queries, keys, values = heads
     return queries, (_by_head(keys), _by_head(values))
 
 
@@ -393,7 +422,9 @@ def _finish(
     config: DecoderConfig, execution: Execution, weights: Params, x: Array, mixed: Array
 ) -> Array:
     """`Block.finish` with one layer's weights."""
-    return Block(config, execution.dtype).apply({"params": weights}, x, mixed, method="finish")
+    block = Block(config, execution.dtype)
+    finished: Any = block.apply({"params": weights}, x, mixed, method="finish")
+    return finished
 
 
 def _attend(execution: Execution, queries: Array, segments: list[Segment]) -> Array:
@@ -402,16 +433,26 @@ def _attend(execution: Execution, queries: Array, segments: list[Segment]) -> Ar
 
 
 def _final_norm(params: Params, config: DecoderConfig, hidden: Array) -> Array:
-    scale = {"params": {"scale": params["final_norm"]}}
-    return RMSNorm(config.norm_eps, config.norm_offset).apply(scale, hidden)
+    norm = RMSNorm(config.norm_eps, config.norm_offset)
+    normalised: Any = norm.apply({"params": {"scale": params["final_norm"]}}, hidden)
+    return normalised
 
 
 def _windows_to_scan(config: DecoderConfig) -> Array | None:
-    """int32 [L], or None for equal layers: their window stays static, a plain layer's masks free."""
+    """int32 [L], or None for equal layers, whose window stays a number known at compile time.
+
+    Without windows, masks are then causal as far as kernels can tell, and cost nothing.
+    """
     return None if len(set(config.windows)) == 1 else jnp.array(config.windows)
 
 
-def _scan(layer, hidden: Array, inputs, config: DecoderConfig, execution: Execution):
+def _scan(
+    layer: Callable[[Array, _LayerInputs], tuple[Array, Any]],
+    hidden: Array,
+    inputs: _LayerInputs,
+    config: DecoderConfig,
+    execution: Execution,
+) -> tuple[Array, Any]:
     """jax.lax.scan of a layer over the stacked layers, rematerialised as `execution` says."""
     if execution.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[execution.remat])
@@ -419,7 +460,9 @@ def _scan(layer, hidden: Array, inputs, config: DecoderConfig, execution: Execut
     return jax.lax.scan(layer, hidden, inputs, unroll=unroll)
 
 
-def _layers(params: Params, config: DecoderConfig, prefix: Prefix, suffix: Suffix):
+def _layers(
+    params: Params, config: DecoderConfig, prefix: Prefix, suffix: Suffix
+) -> Iterator[tuple[Params, KeysAndValues, KeysAndValues, int]]:
     """Yields each layer's weights, keys and values of the prefix and of the suffix, and window.
 
     The loop over it is unrolled, unlike `_scan`: every layer then updates its suffix in place,
@@ -432,7 +475,9 @@ def _layers(params: Params, config: DecoderConfig, prefix: Prefix, suffix: Suffi
         yield weights, (keys, values), own, window
 
 
-def empty_suffix(config: DecoderConfig, batch: int, rollouts: int, slots: int, dtype) -> Suffix:
+def empty_suffix(
+    config: DecoderConfig, batch: int, rollouts: int, slots: int, dtype: DTypeLike
+) -> Suffix:
     """A suffix with room for `slots` tokens in each of `batch` x `rollouts` rollouts."""
     shape = (batch, config.num_kv_heads, rollouts, slots, config.head_dim)
     layers = tuple(
@@ -441,7 +486,7 @@ def empty_suffix(config: DecoderConfig, batch: int, rollouts: int, slots: int, d
     return Suffix(layers, jnp.zeros((), jnp.int32))
 
 
-def _cast(cache: KeysAndValues, dtype) -> KeysAndValues:
+def _cast(cache: KeysAndValues, dtype: DTypeLike) -> KeysAndValues:
     keys, values = cache
     return keys.astype(dtype), values.astype(dtype)
 
@@ -490,7 +535,8 @@ class _Visible:
 
     def prefix(self, cache: KeysAndValues, lengths: Array) -> Segment:
         """cache: [B, K, P, C] each; lengths: int32 [B], the slots that hold tokens."""
-        return Segment(*cache, self._per_row(self.start), self._per_row(lengths[:, None, None]))
+        start, stop = self._per_row(self.start), self._per_row(lengths[:, None, None])
+        return Segment(*cache, start, stop)
 
     def suffix(self, own: KeysAndValues, base: Array, lengths: Array) -> Segment:
         """own: [B, K, M, S, C] each; base: int32 [B], the position of slot 0; lengths: int32
@@ -499,8 +545,8 @@ class _Visible:
         # All rollouts' slots form one axis, M * S, where rollout m's begin at m * S.
         offset = slots * jnp.arange(rollouts)[:, None]
         start = jnp.maximum(self.start - base[:, None, None], 0)
-        ends = self._per_row(offset + start), self._per_row(offset + lengths[..., None])
-        return Segment(*map(_flat, own), *ends, runs=rollouts)
+        start, stop = self._per_row(offset + start), self._per_row(offset + lengths[..., None])
+        return Segment(_flat(own[0]), _flat(own[1]), start, stop, runs=rollouts)
 
     def new_tokens(self, new: KeysAndValues, first: Array | None = None) -> Segment:
         """new: [B, K, M, R, C] each; first: int32 [B, M, R], the first token of its row that each
@@ -512,8 +558,8 @@ class _Visible:
         tokens = xp.arange(length, dtype=xp.int32)
         offset = length * xp.arange(rollouts, dtype=xp.int32)[:, None]
         start = xp.maximum(tokens - self._back, 0 if first is None else first)
-        ends = self._per_row(offset + start, xp), self._per_row(offset + tokens + 1, xp)
-        return Segment(*map(_flat, new), *ends, runs=rollouts)
+        start, stop = self._per_row(offset + start, xp), self._per_row(offset + tokens + 1, xp)
+        return Segment(_flat(new[0]), _flat(new[1]), start, stop, runs=rollouts)
 
     def _per_row(self, x, xp=jnp):
         """[M, R] or [B, M, R], or less by broadcasting -> one number per query row, [1 or B, N]."""
@@ -539,22 +585,17 @@ class _Rotations(NamedTuple):
 
 
 def _rotations(config: DecoderConfig, positions: Array) -> _Rotations:
-    angles = functools.partial(rotation, positions, config.head_dim)
-    has_local = config.local_rope_theta is not None and any(config.windows)
-    return _Rotations(
-        angles(config.rope_theta, config.rope_scaling),
-        angles(config.local_rope_theta) if has_local else None,
-    )
-
-
-_TILE = 128
+    everywhere = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    if config.local_rope_theta is None or not any(config.windows):
+        return _Rotations(everywhere, None)
+    return _Rotations(everywhere, rotation(positions, config.head_dim, config.local_rope_theta))
 
 
 def whole_tiles(length: int) -> int:
-    """`length` tokens rounded up to a multiple of 128; up to 128, to a multiple of 16.
+    """`length` slots rounded up to a multiple of 128; up to 128, to a multiple of 16.
 
-    Else a TPU lays caches out in a way that the decode loop cannot update in place, copies them all
-    at its beginning and end, and spends minutes on compiling shifts of everything else.
+    Otherwise a TPU lays caches out in a way that the decode loop cannot update in place: it copies
+    all of them before and after the loop, and compiling shifts of everything else takes minutes.
     """
     tile = _TILE if length > _TILE else 16
     return -(-length // tile) * tile

@@ -1,12 +1,12 @@
-"""How a decoder is executed: choices that change speed and memory, and no result but by rounding."""
+"""How a decoder is executed: what changes speed, memory and rounding, and nothing else."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from qlog.models.attention import ATTENTION, Attend, AttendStep, blocks
 
@@ -41,7 +41,9 @@ class Execution:
     `functools.partial` made anew equals no other one.
     """
 
-    dtype: Any = jnp.float32  # of activations and of keys and values; parameters are cast to it
+    dtype: DTypeLike = (
+        jnp.float32
+    )  # of activations and of keys and values; parameters are cast to it
     attend: Attend = blocks.attend  # `models.attention.kernels` has others, with the same results
     attend_step: AttendStep = blocks.attend_step
     # Applied to hidden states [B, M, R, D] after the embedding and after each layer of a pass that

@@ -1,6 +1,6 @@
-"""How much arithmetic and traffic work needs, whatever a program executes for it.
+"""How much arithmetic and memory traffic work needs, whatever a program executes for it.
 
-Counts and lengths may be numbers or arrays of them, for work of uneven lengths.
+Numbers of rollouts and lengths may be arrays, for work of uneven lengths.
 """
 
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from qlog.models.config import DecoderConfig
 
 
 class Need(NamedTuple):
-    """FLOPs and bytes of the work when M rollouts share their prompt, logits where they are used.
+    """What work takes if M rollouts share their prompt and logits are computed where they are used.
 
-    Prompts count as whole forward passes, as is usual, though of their last layer only keys and
-    values are needed.
+    Prompts count as whole forward passes, as is usual, though only keys and values are needed of
+    their last layer.
     """
 
     flops: float
-    bytes: float = 0.0
+    bytes: float = 0.0  # read from memory
 
 
 def prefill_need(config: DecoderConfig, prompts: int, length: int) -> Need:
@@ -24,17 +24,20 @@ def prefill_need(config: DecoderConfig, prompts: int, length: int) -> Need:
     return Need(prompts * (2 * _body(config) * length + _attention(config, 0, length)))
 
 
-def continuation_need(config: DecoderConfig, count: int, start: int, length: int) -> Need:
-    """`count` continuations of `length` tokens after `start` others, with logits."""
+def continuation_need(config: DecoderConfig, rollouts: int, start: int, length: int) -> Need:
+    """Continuations of `length` tokens after `start` others, with logits."""
     weights = _body(config) + _head(config)
-    return Need(count * (2 * weights * length + _attention(config, start, start + length)))
+    return Need(rollouts * (2 * weights * length + _attention(config, start, start + length)))
 
 
 def decode_need(
     config: DecoderConfig, prompts: int, rollouts: int, start: int, length: int, itemsize: int
 ) -> Need:
-    """As `continuation_need`; each step reads the weights, each group's prompt and each rollout's
-    own keys and values once."""
+    """All M rollouts of each prompt, decoded step by step.
+
+    Every step reads the weights once, and once the keys and values of each group's prompt and of
+    each rollout, whose numbers take `itemsize` bytes.
+    """
     flops = continuation_need(config, prompts * rollouts, start, length).flops
     per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     slots = prompts * start * length + prompts * rollouts * length * (length + 1) / 2

@@ -31,34 +31,45 @@ def token_log_probs(
       float32 [B, ...], each at most 0.
     """
     shape = targets.shape
-    rows = shape[0] if len(shape) > 1 else 1
-    by_row = lambda x: x.reshape(rows, targets.size // rows, *x.shape[len(shape) :])
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape)
-    inputs = tuple(map(by_row, (hidden, targets, temperature)))
+    # Prompts, the first axis, stay outside the loop over chunks: on a mesh they are split, and a
+    # loop over a split axis would have every device compute the logits of all.
+    prompts = shape[0] if len(shape) > 1 else 1
+    tokens = targets.size // prompts  # of each prompt
 
-    def one_chunk(inputs):
+    def by_prompt(x: Array) -> Array:
+        return x.reshape(prompts, tokens, *x.shape[len(shape) :])
+
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), shape)
+    inputs = by_prompt(hidden), by_prompt(targets), by_prompt(temperature)
+
+    def one_chunk(inputs: tuple[Array, Array, Array]) -> Array:
+        """float32 [B, T], of a chunk of T tokens of each prompt."""
         states, wanted, scale = (x.reshape(-1, *x.shape[2:]) for x in inputs)
-        # Cast inside the chunk: so the chunks' gradients of the table add up in its own precision.
+        # Cast inside the chunk: so the chunks' gradients of the table add up in its precision.
         logits = masked_logits(states, table.astype(states.dtype), valid_vocab) / scale[:, None]
         # A masked sum, not a gather: the gather's backward pass is a scatter, row by row on CPUs.
         is_wanted = jnp.arange(table.shape[0]) == wanted[:, None]
         picked = jnp.where(is_wanted, logits, 0.0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
         return picked.reshape(inputs[1].shape)
 
-    # Rows stay outside the loop: on a mesh they are split, and looping over what is split would
-    # have every device compute everybody's logits.
-    count, most = targets.size // rows, max(1, chunk // rows)
-    if count <= most:
+    largest = max(1, chunk // prompts)  # tokens of each prompt
+    if tokens <= largest:
         return one_chunk(inputs).reshape(shape)
-    size = -(-count // -(-count // most))  # chunks of one size, the last one nearly full, too
+    # As few chunks as possible, and all of one size, so that the last one is nearly full, too.
+    size = _ceil_div(tokens, _ceil_div(tokens, largest))
 
-    def split(x):
-        padding = [(0, 0), (0, -count % size)] + [(0, 0)] * (x.ndim - 2)
+    def split(x: Array) -> Array:
+        """[B, tokens, ...] -> [chunks, B, size, ...], padded with copies of the last token."""
+        padding = [(0, 0), (0, -tokens % size)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, padding, mode="edge")
-        return jnp.moveaxis(x.reshape(rows, -1, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(prompts, -1, size, *x.shape[2:]), 1, 0)
 
     chunks = jax.lax.map(jax.checkpoint(one_chunk), jax.tree.map(split, inputs))
-    return jnp.moveaxis(chunks, 0, 1).reshape(rows, -1)[:, :count].reshape(shape)
+    return jnp.moveaxis(chunks, 0, 1).reshape(prompts, -1)[:, :tokens].reshape(shape)
+
+
+def _ceil_div(x: int, divisor: int) -> int:
+    return -(-x // divisor)
 
 
 def masked_logits(hidden: Array, table: Array, valid_vocab: int) -> Array:

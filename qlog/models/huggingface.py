@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import huggingface_hub
@@ -16,13 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qlog.errors import ConfigError, PassingError, summary
-from qlog.models import families
 from qlog.models.config import DecoderConfig
+from qlog.models.config_json import from_hf_config, to_hf_config
 from qlog.models.decoder import Params, shapes
+from qlog.models.families import FAMILIES
 from qlog.storage import assets, paths
 
 _TOKENIZER_FILES = (
@@ -40,8 +43,18 @@ _TOKENIZER_FILES = (
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WHOLE = "model.safetensors"
-_SAMPLE = 16 << 10  # bytes
+_SAMPLE = 16 << 10  # bytes that `digest` reads at each place of a tensor
 _INDEX = "model.safetensors.index.json"
+# Tensors that some files carry and the decoder does not need: RoPE tables, the part for images.
+_IGNORED = re.compile(r"rotary_emb\.|vision_tower\.|multi_modal_projector\.")
+# Files of models with images put the decoder one level down; older and newer spelling.
+_OUTER_NAMES = (
+    (re.compile(r"^language_model\.model\.|^model\.language_model\."), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+)
+# {tensor's name as in a text-only file: (open safetensors file, its name in there)}
+Tensors = dict[str, tuple[Any, str]]
+Index = tuple[slice, ...]  # of a part of an array
 _IS_IT_THE_MODEL = (
     "is config.model (with config.architecture) the model of these weights, and were all of their "
     "*.safetensors downloaded?"
@@ -51,19 +64,20 @@ _IS_IT_THE_MODEL = (
 def resolve(
     spec: str | os.PathLike, *, weights: bool = True, field: str = "config.model"
 ) -> pathlib.Path:
-    """The local folder for `spec`: a folder here or in a bucket, or a Hub id 'owner/name' or
-    'owner/name@revision'.
+    """The local folder of a model.
 
-    A Hub id is looked for in QLOG_ASSETS first (qlog.storage.assets), then in the Hub, which downloads it on
-    first use into the cache of huggingface_hub (set HF_HOME to move it); an interrupted download goes
-    on where it stopped. Several processes: within `distributed.once_per_host`.
+    A Hub id is looked for in QLOG_ASSETS first (see qlog.storage.assets). Then it is downloaded
+    from the Hub, on first use, into the cache of huggingface_hub (set HF_HOME to move it). An
+    interrupted download is continued. Where there are several processes, call this within
+    `distributed.once_per_host`.
 
     Args:
-      weights: False does without *.safetensors, where only the shape or the tokenizer is wanted.
-      field: what named it, for messages.
+      spec: a folder here or in a bucket, or a Hub id 'owner/name' or 'owner/name@revision'.
+      weights: False leaves out *.safetensors, where only the shape or the tokenizer is needed.
+      field: the setting that named the model, for messages.
 
     Raises:
-      ConfigError: the folder is no model, or the Hub does not have or give it.
+      ConfigError: the folder holds no model, or the Hub does not have it or refuses it.
       PassingError: a bucket or the Hub cannot be reached now.
     """
     wanted = functools.partial(is_wanted, weights=weights)
@@ -83,7 +97,7 @@ def resolve(
 
 
 def is_hub_id(spec: str | os.PathLike) -> bool:
-    """Whether it has the form 'owner/name' and no folder here has that name."""
+    """Whether `spec` has the form 'owner/name' and there is no local folder of that name."""
     text = os.fspath(spec)
     name = text.partition("@")[0]
     return (
@@ -118,16 +132,17 @@ def _from_hub(spec: str, weights: bool) -> pathlib.Path:
         reason = f"{type(error).__name__}: {summary(error)}"
         command = f"{name} --revision {revision}" if revision else name
         message = (
-            f"{name!r} is no folder here, and the Hugging Face Hub does not give it ({reason}): where "
-            f"there is a network, run `launch/stage --model={spec} --to=FOLDER` and set "
-            f"{assets.ENVIRONMENT}=FOLDER (or gs://BUCKET/...) where every host of this run can read it; or "
-            f"run `hf download {command} --local-dir FOLDER` and give FOLDER instead of {name!r}."
+            f"{name!r} is no folder here, and the Hugging Face Hub does not give it ({reason}): "
+            f"where there is a network, run `launch/stage --model={spec} --to=FOLDER` and set "
+            f"{assets.ENVIRONMENT}=FOLDER (or gs://BUCKET/...) where every host of this run can "
+            f"read it; or run `hf download {command} --local-dir FOLDER` and give FOLDER instead "
+            f"of {name!r}."
         )
         raise (PassingError if _passes(error) else ConfigError)(message) from error
 
 
 def _passes(error: BaseException | None) -> bool:
-    """Whether asking the Hub again later may help: no answer, or an answer that says so."""
+    """Whether asking the Hub again later may help: it did not answer, or its answer says so."""
     while error is not None:
         if isinstance(error, huggingface_hub.errors.OfflineModeIsEnabled | ValueError):
             return False
@@ -144,19 +159,23 @@ def _passes(error: BaseException | None) -> bool:
 
 def read_config(folder: str | os.PathLike) -> DecoderConfig:
     """The DecoderConfig of a model's folder; ConfigError if qlog's decoder cannot express it."""
-    return families.from_hf_config(_read_json(pathlib.Path(folder) / "config.json"))
+    return from_hf_config(_read_json(pathlib.Path(folder) / "config.json"))
 
 
 def load(
-    folder: str | os.PathLike, config: DecoderConfig, *, dtype=jnp.float32, shardings: Any = None
+    folder: str | os.PathLike,
+    config: DecoderConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    shardings: Any = None,
 ) -> Params:
     """Parameters from a folder of safetensors, in one file or in many.
 
-    Every device's part is read from the file by itself, so a host holds at most its own part of
-    one stacked parameter at a time, and never two copies of it.
+    The part of a parameter that a device holds is read from the file alone, so a host never holds
+    more than its part of one stacked parameter, and never two copies of it.
 
     Args:
-      folder: as `resolve` gives it.
+      folder: from `resolve`.
       config: must describe the same model, as `read_config(folder)` does.
       dtype: of the parameters, whatever the files have.
       shardings: a tree like params, of jax.sharding.Sharding; None: the first local device.
@@ -187,15 +206,16 @@ def export(
     *,
     tokenizer_files: Iterable[str | os.PathLike] = (),
     generation: Mapping[str, Any] | None = None,
-    dtype=None,
+    dtype: DTypeLike | None = None,
     max_file_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a folder that transformers and vLLM load. All processes must call this.
 
     Args:
-      params: as `init` or `load` gives them, on any mesh.
-      folder: created; in a bucket too (each file is made here, then uploaded). Must not hold
-        safetensors yet.
+      params: from `init`, `load` or training, on any mesh.
+      config: the decoder's shape.
+      folder: created if it does not exist; in a bucket too (each file is made here, then
+        uploaded). It must not hold safetensors yet.
       tokenizer_files: copied along, see `tokenizer_files`; a generation_config.json among them
         also supplies config.json's token ids.
       generation: fields that override or supply generation_config.json's, such as eos_token_id.
@@ -207,7 +227,7 @@ def export(
     """
     folder = paths.parse(folder, "the folder to export to")
     is_writer = jax.process_index() == 0
-    fields = families.to_hf_config(config)
+    fields = to_hf_config(config)
     carried = {pathlib.Path(file).name: pathlib.Path(file) for file in tokenizer_files}
     # Process 0 looks, or a late process would see the files of this very export.
     found, reason = _look(folder) if is_writer else (_EMPTY, "")
@@ -236,8 +256,7 @@ def export(
 
 
 def tokenizer_files(folder: str | os.PathLike) -> list[pathlib.Path]:
-    """The files of a model's folder that an export carries along: tokenizer, template, generation
-    settings."""
+    """The files of a model's folder that `export` copies: tokenizer, template, generation."""
     candidates = (pathlib.Path(folder) / name for name in _TOKENIZER_FILES)
     return [file for file in candidates if file.is_file()]
 
@@ -245,9 +264,9 @@ def tokenizer_files(folder: str | os.PathLike) -> list[pathlib.Path]:
 def digest(folder: str | os.PathLike, config: DecoderConfig) -> str:
     """16 hexadecimal digits of the weights in a folder, however they are spread over files.
 
-    Of the names, types and shapes of all tensors, and of the first, middle and last 16 KiB of each:
-    other weights of the same model (trained further, another seed) differ there, a change of single
-    numbers elsewhere is not seen. Reads 48 KiB per tensor: seconds, whatever the size.
+    It covers the names, types and shapes of all tensors, and the first, middle and last 16 KiB of
+    each. Other weights of the same model (trained further, from another seed) differ there; a
+    change of single numbers elsewhere is not seen. It takes seconds, whatever the size.
 
     Raises:
       ConfigError: no safetensors, or damaged ones.
@@ -261,7 +280,7 @@ def digest(folder: str | os.PathLike, config: DecoderConfig) -> str:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
                 for key, entry in header.items():
-                    name = None if key == "__metadata__" else families.canonical_name(key, config)
+                    name = None if key == "__metadata__" else _canonical_name(key, config)
                     if name is None:
                         continue
                     start, end = (8 + size + offset for offset in entry["data_offsets"])
@@ -273,17 +292,33 @@ def digest(folder: str | os.PathLike, config: DecoderConfig) -> str:
     return hashlib.sha256(json.dumps(sorted(parts.items())).encode()).hexdigest()[:16]
 
 
-def _leaf_name(path) -> str:
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    """The keys of a leaf of params, such as 'layers/q_proj/kernel'."""
     return "/".join(entry.key for entry in path)
+
+
+def _canonical_name(tensor: str, config: DecoderConfig) -> str | None:
+    """A tensor's name as in a text-only file; None if the decoder has no use for it."""
+    for pattern, replacement in _OUTER_NAMES:
+        tensor = pattern.sub(replacement, tensor)
+    if _IGNORED.search(tensor) or (config.tied_embeddings and tensor == "lm_head.weight"):
+        return None
+    return tensor
 
 
 def _tensors_of(config: DecoderConfig, leaf: str) -> list[str]:
     """The tensors that make up a leaf: one, or one per layer."""
-    name = families.tensor_name(config, leaf)
+    tensors = FAMILIES[config.family].tensors
+    if leaf not in tensors:
+        raise ConfigError(
+            f"DecoderConfig: models of family {config.family!r} have no tensor for {leaf!r}; "
+            "is config.architecture right?"
+        )
+    name = tensors[leaf]
     return [name.format(i) for i in range(config.num_layers)] if "{}" in name else [name]
 
 
-def _expected_shapes(config, leaves):
+def _expected_shapes(config: DecoderConfig, leaves: Params) -> dict[str, tuple[int, ...]]:
     """{tensor: its shape in the file}: stacked leaves split up, kernels transposed."""
     expected = {}
     for path, leaf in jax.tree.leaves_with_path(leaves):
@@ -295,7 +330,7 @@ def _expected_shapes(config, leaves):
 
 
 def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors of a model's folder, all of them there."""
+    """The safetensors of a model's folder; ConfigError if one is missing."""
     index = folder / _INDEX
     if (folder / _WHOLE).is_file():  # before an index, as transformers has it
         names = [_WHOLE]
@@ -313,31 +348,35 @@ def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in names]
 
 
-def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack):
+def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, framework="np"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}): download it again.") from error
 
 
-def _open_tensors(folder, config, stack):
+def _open_tensors(
+    folder: pathlib.Path, config: DecoderConfig, stack: contextlib.ExitStack
+) -> Tensors:
     """{canonical tensor name: (open file, name in it)} over all files of the folder."""
-    tensors = {}
+    tensors: Tensors = {}
     for path in _tensor_files(folder):
         file = _open_safetensors(path, stack)
         for key in file.keys():
-            canonical = families.canonical_name(key, config)
+            canonical = _canonical_name(key, config)
             if canonical in tensors:
                 raise ConfigError(
-                    f"{folder} holds the tensor {canonical!r} twice, the second time in {path.name}: "
-                    "keep the safetensors of one model alone."
+                    f"{folder} holds the tensor {canonical!r} twice, the second time in "
+                    f"{path.name}: keep the safetensors of one model only."
                 )
             if canonical is not None:
                 tensors[canonical] = (file, key)
     return tensors
 
 
-def _check_tensors(folder, tensors, expected):
+def _check_tensors(
+    folder: pathlib.Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]
+) -> None:
     """Raises for the first thing that is wrong, before any tensor is read."""
     missing = [name for name in expected if name not in tensors]
     surplus = [name for name in tensors if name not in expected]
@@ -345,6 +384,7 @@ def _check_tensors(folder, tensors, expected):
         names = missing or surplus
         what = "lacks" if missing else "holds, beyond what the config describes,"
         hint = _IS_IT_THE_MODEL
+        # The one tensor whose presence a field decides that files get wrong.
         if names == ["lm_head.weight"]:
             hint = "does its config.json have the right tie_word_embeddings?"
         raise ConfigError(f"{folder} {what} {len(names)} tensors, first {names[0]!r}: {hint}")
@@ -362,30 +402,35 @@ def _check_tensors(folder, tensors, expected):
             )
 
 
-def _read(tensors, config, leaf_name, leaf, index):
-    """The part `index` (a tuple of slices) of a leaf, as a host array."""
-    bounds = [range(*part.indices(size)) for part, size in zip(index, leaf.shape)]
+def _read(
+    tensors: Tensors,
+    config: DecoderConfig,
+    leaf_name: str,
+    leaf: jax.ShapeDtypeStruct,
+    index: Index,
+) -> np.ndarray:
+    """The part `index` of a leaf, as a host array."""
+    bounds = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
     out = np.empty([len(bound) for bound in bounds], leaf.dtype)
     names = _tensors_of(config, leaf_name)
-    stacked = leaf_name.startswith("layers/")
-    rows = [slice(b.start, b.stop) for b in (bounds[1:] if stacked else bounds)]
-    transposed = leaf_name.endswith("/kernel")
-    for i, layer in enumerate(bounds[0] if stacked else [0]):
+    # A stacked leaf [L, ...] is one tensor per layer. A kernel [I, O] is stored transposed, [O, I].
+    is_stacked = leaf_name.startswith("layers/")
+    is_transposed = leaf_name.endswith("/kernel")
+    part_of_tensor = [slice(b.start, b.stop) for b in (bounds[1:] if is_stacked else bounds)]
+    if is_transposed:
+        part_of_tensor.reverse()
+    for i, layer in enumerate(bounds[0] if is_stacked else [0]):
         file, key = tensors[names[layer]]
-        part = file.get_slice(key)[tuple(rows[::-1] if transposed else rows)]
-        part = part.T if transposed else part
-        if stacked:
-            out[i] = part
-        else:
-            out[...] = part
+        part = file.get_slice(key)[tuple(part_of_tensor)]  # reads these bytes only
+        out[i if is_stacked else ...] = part.T if is_transposed else part
     return out
 
 
-def _once_per_index(read):
+def _once_per_index(read: Callable[[Index], np.ndarray]) -> Callable[[Index], np.ndarray]:
     """Devices that hold the same part share one reading of it."""
-    parts = {}
+    parts: dict[Any, np.ndarray] = {}
 
-    def cached(index):
+    def cached(index: Index) -> np.ndarray:
         key = tuple((part.start, part.stop) for part in index)
         if key not in parts:
             parts[key] = read(index)
@@ -394,10 +439,17 @@ def _once_per_index(read):
     return cached
 
 
-def _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer):
+def _write_tensors(
+    params: Params,
+    config: DecoderConfig,
+    folder: paths.Path,
+    dtype: np.dtype,
+    max_file_bytes: int,
+    is_writer: bool,
+) -> None:
     """model.safetensors, or numbered files and their index; one file's worth on the host."""
-    files, size = [[]], 0
-    total = 0
+    # Which tensors go into which file: in the order of the leaves, a new file once one is full.
+    files, size, total = [[]], 0, 0
     for path, leaf in jax.tree.leaves_with_path(params):
         name = _leaf_name(path)
         tensors = _tensors_of(config, name)
@@ -409,6 +461,7 @@ def _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer):
             files[-1].append((tensor, name, leaf, layer))
             size += each
             total += each
+    # All processes gather each tensor, one after another; only the writer keeps it.
     weight_map = {}
     for number, entries in enumerate(files, 1):
         file = _WHOLE
@@ -427,7 +480,10 @@ def _write_tensors(params, config, folder, dtype, max_file_bytes, is_writer):
 
 
 def _write_safetensors(tensors: dict[str, np.ndarray], target: paths.Path) -> None:
-    """Through a file beside the target, or, for a bucket, on this host's disk: it needs a local one."""
+    """Writes a new file next to the target and moves it there; for a bucket, uploads it.
+
+    safetensors can only write local files, so a bucket's are made on this host's disk first.
+    """
     remote = paths.is_remote(target)
     with tempfile.TemporaryDirectory(
         prefix=".export-", dir=None if remote else target.parent
@@ -443,11 +499,11 @@ def _write_safetensors(tensors: dict[str, np.ndarray], target: paths.Path) -> No
             os.replace(fresh, target)
 
 
-_EMPTY, _TAKEN, _UNSEEN = range(3)
+_EMPTY, _TAKEN, _UNSEEN = range(3)  # what a look into the folder to export to may find
 
 
 def _look(folder: paths.Path) -> tuple[int, str]:
-    """Whether a folder has safetensors, and why that cannot be told."""
+    """Whether a folder holds safetensors: one of the three states, and why it is not known."""
     try:
         return (_TAKEN if assets.exists(folder, "*.safetensors") else _EMPTY), ""
     except (ConfigError, PassingError) as error:
@@ -455,13 +511,13 @@ def _look(folder: paths.Path) -> tuple[int, str]:
 
 
 def _of_first(number: int) -> int:
-    """Process 0's number, on every process."""
+    """The number that process 0 has, on every process."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.array(number)))
 
 
-def _to_host(array) -> np.ndarray:
+def _to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole of a global array, whichever processes hold it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)

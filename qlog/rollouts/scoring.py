@@ -8,7 +8,7 @@ from jax import Array
 
 from qlog import models
 from qlog.models import head
-from qlog.policy import Policy, logits_chunk
+from qlog.policy import Policy
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -63,7 +63,7 @@ def score_answers(
         models.unembedding(params),
         gold_m,
         valid_vocab=policy.valid_vocab,
-        chunk=logits_chunk(policy),
+        chunk=policy.logits_chunk,
     )
     is_gold = jnp.arange(gold.shape[-1]) < gold_lengths[:, None, None]
     return jnp.where(is_gold, log_probs, 0.0).sum(-1)

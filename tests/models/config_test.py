@@ -9,7 +9,6 @@ import pytest
 
 from qlog import models
 from qlog.errors import ConfigError
-from qlog.models import families
 
 # Parameter counts as the models' pages give them.
 PUBLISHED = {
@@ -100,7 +99,7 @@ def test_config_json_decides_and_agrees_with_the_presets():
     assert models.from_hf_config(GEMMA) == models.PRESETS["gemma3_27b"]
     assert models.from_hf_config(QWEN) == models.PRESETS["qwen2p5_0p5b"]
     for config in models.PRESETS.values():
-        assert models.from_hf_config(families.to_hf_config(config)) == config
+        assert models.from_hf_config(models.to_hf_config(config)) == config
 
 
 def test_layers_with_windows_by_threshold_and_by_name():
@@ -109,7 +108,7 @@ def test_layers_with_windows_by_threshold_and_by_name():
     assert late.windows == (0, 8, 8, 8)
     kinds = ["sliding_attention", "full_attention"] * 2
     assert models.from_hf_config(sliding | {"layer_types": kinds}).layer_windows == (8, 0)
-    assert models.from_hf_config(families.to_hf_config(late)) == late
+    assert models.from_hf_config(models.to_hf_config(late)) == late
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_what_config_json_cannot_express_is_not_exported():
     for change in (dict(layer_windows=(4, 6)), dict(qk_norm=False), dict(activation="gelu_tanh")):
         config = dataclasses.replace(models.PRESETS["qwen3_0p6b"], **change)
         with pytest.raises(ConfigError, match=f"DecoderConfig.{next(iter(change))} .* 'qwen3'"):
-            families.to_hf_config(config)
+            models.to_hf_config(config)
 
 
 @pytest.mark.parametrize(

@@ -162,9 +162,9 @@ def dense_attention(queries, segments):
 
 
 @pytest.mark.parametrize("sizes", [(40, (70, 30)), (24, (24,))], ids=str)
-def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(sizes, monkeypatch):
+def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(sizes):
     """Rows and slots that fill no block, intervals of all kinds, one segment partly unseen."""
-    monkeypatch.setattr(blocks, "BLOCKS", blocks.Blocks(16, 32, 32))
+    attend = functools.partial(blocks.attend, blocks=blocks.Blocks(16, 32, 32))
     count, slots = sizes
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -186,13 +186,12 @@ def test_attention_in_blocks_equals_the_plain_formula_in_value_and_gradient(size
     run = lambda attend: jit(jax.value_and_grad(functools.partial(loss, attend), (0, 1)))(
         queries, caches
     )
-    trees.assert_close(run(blocks.attend), run(dense_attention), rtol=2e-5, atol=2e-5)
+    trees.assert_close(run(attend), run(dense_attention), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", [6, 20], ids=["several runs a block", "a run fills blocks"])
-def test_runs_side_by_side_change_nothing(length, monkeypatch):
+def test_runs_side_by_side_change_nothing(length):
     """Five runs over a shared prefix, slots of their own before, and their own tokens."""
-    monkeypatch.setattr(blocks, "BLOCKS", blocks.Blocks(16, 4, 4))
     runs, heads, batch = 5, 2, 2
     count, rng = runs * length, np.random.default_rng(0)
     normal = lambda slots: jnp.asarray(rng.normal(size=(batch, heads, slots, 4)), jnp.float32)
@@ -212,7 +211,7 @@ def test_runs_side_by_side_change_nothing(length, monkeypatch):
                 blocks.Segment(*cache, *map(jnp.int32, ends), 1 if i == 0 else runs)
                 for i, (cache, ends) in enumerate(zip(caches, intervals))
             ]
-            return blocks.attend(queries, segments)
+            return blocks.attend(queries, segments, blocks.Blocks(16, 4, 4))
 
         value, back = jax.vjp(out, queries, caches)
         return value, back(cotangent)

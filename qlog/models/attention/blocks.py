@@ -3,11 +3,9 @@
 Axes: B prompts, K key/value heads, N query rows (rollouts, tokens and the query heads of a
 key/value head, flattened in this order), T key slots, C head size.
 
-Every mask is an interval: a query row sees the slots `start <= slot < stop` of a segment. Causality,
-padding, sliding windows, rollouts packed into one row and the rollouts of a group side by side are
-all of this form, and blocks of keys that no row of a block sees are never visited. So the shared
-prefix is one matrix product of all rollouts' queries with one copy of the keys, and private keys
-cost what is visible of them.
+Every mask is an interval of slots (see `Segment`), and blocks of keys that no row of a block sees
+are never visited. The shared prefix is one matrix product of all rollouts' queries with one copy of
+the keys. Private keys cost what is visible of them.
 """
 
 import functools
@@ -15,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -24,26 +23,25 @@ _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rathe
 
 
 class Blocks(NamedTuple):
-    """Sizes of blocks: query rows, key slots, and private key slots in a decode step, where few are
-    visible at first."""
+    """Sizes of blocks."""
 
-    rows: int
-    slots: int
-    step_slots: int
+    rows: int  # query rows
+    slots: int  # key slots
+    step_slots: int  # private key slots in a decode step, of which few are visible at first
 
 
-BLOCKS = Blocks(512, 256, 128)  # for CPUs, whose caches hold them; TPUs decode in them, too
+CPU_BLOCKS = Blocks(512, 256, 128)  # whose caches hold them; TPUs decode in these blocks, too
 
 
 class _Partial(NamedTuple):
-    """A softmax under way, float32: largest score and sum of weights [..., N], mix [..., N, C]."""
+    """A softmax under way, float32. All weights are relative to the largest score so far."""
 
-    top: Array
-    total: Array
-    mix: Array
+    top: Array  # [..., N], the largest score
+    total: Array  # [..., N], the sum of weights
+    mix: Array  # [..., N, C], the weighted sum of values
 
 
-def attend(queries: Array, segments: list[Segment], blocks: Blocks | None = None) -> Array:
+def attend(queries: Array, segments: list[Segment], blocks: Blocks = CPU_BLOCKS) -> Array:
     """Softmax attention over all segments together; differentiable in queries, keys and values.
 
     The backward pass recomputes the scores block by block (Dao et al., arXiv 2205.14135).
@@ -51,30 +49,32 @@ def attend(queries: Array, segments: list[Segment], blocks: Blocks | None = None
     Args:
       queries: [B, K, N, C], already scaled.
       segments: what they may see; every row must see a slot, or its result means nothing.
-      blocks: None is `BLOCKS`.
+      blocks: sizes of blocks.
 
     Returns:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
-    blocks, count = blocks or BLOCKS, queries.shape[2]
-    run = count // max(segment.runs for segment in segments)
-    # Runs shorter than a block are visited several at a time, each with its own slots alone.
-    is_short = run < count and run <= blocks.rows
-    rows = run * min(count // run, blocks.rows // run) if is_short else min(blocks.rows, count)
-    padding = -count % rows
-    caches, visible = [], []
+    num_rows = queries.shape[2]
+    run = num_rows // max([segment.runs for segment in segments])  # rows of a run
+    # Runs shorter than a block are visited several at a time, each with only its own slots.
+    is_short = run < num_rows and run <= blocks.rows
+    if is_short:
+        rows = run * min(num_rows // run, blocks.rows // run)
+    else:
+        rows = min(blocks.rows, num_rows)
+    padding = -num_rows % rows  # padded rows have the interval [0, 0): they see nothing
+    caches = []
     for segment in segments:
-        cache = segment.keys, segment.values
-        ends = tuple(_pad(x[:, None], padding) for x in (segment.start, segment.stop))
+        start, stop = _pad(segment.start[:, None], padding), _pad(segment.stop[:, None], padding)
+        cache = _Cache(segment.keys, segment.values, start, stop)
         if is_short and segment.runs > 1:
-            cache, ends = _by_run(cache, ends, segment.runs, run)
+            cache = _by_run(cache, segment.runs, run)
         caches.append(cache)
-        visible.append(ends)
-    return _attend(_pad(queries, padding), caches, visible, rows, blocks.slots)[:, :, :count]
+    return _attend(_pad(queries, padding), caches, rows, blocks.slots)[:, :, :num_rows]
 
 
 def attend_step(
-    queries: Array, prefix: Segment, suffix: Segment, blocks: Blocks | None = None
+    queries: Array, prefix: Segment, suffix: Segment, blocks: Blocks = CPU_BLOCKS
 ) -> Array:
     """One query token of each rollout over a shared prefix and its own suffix; no gradient.
 
@@ -82,140 +82,229 @@ def attend_step(
       queries: [B, K, M, G, C], already scaled; G query heads per key/value head.
       prefix: keys [B, K, P, C], start and stop [B, 1].
       suffix: keys [B, K, M, S, C], start [B or 1, M or 1], stop alike.
-      blocks: None is `BLOCKS`.
+      blocks: sizes of blocks.
 
     Returns:
       [B, K, M, G, C].
     """
-    blocks = blocks or BLOCKS
 
-    def run(rows, segment, axes, slots):
-        start, stop = (jnp.expand_dims(x, axes) for x in (segment.start, segment.stop))
+    def run(rows: Array, segment: Segment, axes: int | tuple[int, ...], slots: int) -> _Partial:
         size = min(slots, segment.keys.shape[-2])
-        seen = segment.start.min() // size, -(-segment.stop.max() // size)
-        return _forward(rows, [(segment.keys, segment.values)], [(start, stop)], [seen], slots)
+        part = _RowBlock(
+            start=jnp.expand_dims(segment.start, axes),
+            stop=jnp.expand_dims(segment.stop, axes),
+            first=segment.start.min() // size,
+            last=_ceil_div(segment.stop.max(), size),
+        )
+        return _forward(_nothing_seen(rows), rows, segment.keys, segment.values, part, slots)
 
+    # Private keys: a batched product of G rows with each rollout's slots.
     own = run(queries, suffix, (1, 3), blocks.step_slots)
+    # Shared keys: one product of all M * G rows with the one copy of the prompt's slots.
     rows = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
     shared = run(rows, prefix, 1, blocks.slots)
     shared = jax.tree.map(lambda x, like: x.reshape(like.shape), shared, own)
     return _finish(_merge(own, shared), queries.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(queries, caches, visible, rows, slots):
-    return _attend_forward(queries, caches, visible, rows, slots)[0]
+class _Cache(NamedTuple):
+    """A segment as blocks of rows visit it.
+
+    Shared by all rows: keys and values [B, K, T, C], intervals [B or 1, 1, N].
+    Private to runs: keys and values [B, K, runs, T, C], where T slots belong to each run, and
+    intervals [B or 1, 1, runs, rows of a run] in the slots of the run.
+    """
+
+    keys: Array
+    values: Array
+    start: Array
+    stop: Array
+
+    @property
+    def is_private(self) -> bool:
+        return self.keys.ndim > 4
 
 
-def _attend_forward(queries, caches, visible, rows, slots):
-    shared, private = _shared_and_private(caches, queries, rows)
+class _RowBlock(NamedTuple):
+    """What one block of query rows sees of one cache; or, stacked in front, what all blocks see.
 
+    first, last: of the blocks of slots that some row sees, the first one and the one after the
+      last, int32 scalars. Others are not visited.
+    """
+
+    start: Array  # int32 [B or 1, 1, rows], or [B or 1, 1, runs of the block, rows of a run]
+    stop: Array
+    first: Array
+    last: Array
+
+
+# The derivative is written out: JAX would keep every block's scores for the backward pass.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _attend(queries: Array, caches: list[_Cache], rows: int, slots: int) -> Array:
+    return _attend_forward(queries, caches, rows, slots)[0]
+
+
+def _attend_forward(queries: Array, caches: list[_Cache], rows: int, slots: int):
     def block(inputs):
-        block_queries, block_visible, seen, its_own = inputs
-        state = _forward(block_queries, _either(shared, its_own), block_visible, seen, slots)
+        block_queries, parts, private = inputs
+        state = _nothing_seen(block_queries)
+        for i, (cache, part) in enumerate(zip(caches, parts, strict=True)):
+            keys, values = private.get(i, (cache.keys, cache.values))
+            state = _forward(state, block_queries, keys, values, part, slots)
         return _finish(state, queries.dtype), state.top + jnp.log(_positive(state.total))
 
+    num_blocks = queries.shape[2] // rows
     inputs = (
-        _split(queries, rows),
-        *_visible_blocks(caches, visible, queries, rows, slots),
-        private,
+        _split(queries, num_blocks),
+        _row_blocks(caches, num_blocks, slots),
+        _private_caches(caches, num_blocks),
     )
     out, log_total = (checkpoint_name(_join(x), ATTENTION) for x in jax.lax.map(block, inputs))
-    return out, (queries, caches, visible, out, log_total)
+    return out, (queries, caches, out, log_total)
 
 
-def _attend_backward(rows, slots, residuals, cotangent):
-    queries, caches, visible, out, log_total = residuals
+def _attend_backward(rows: int, slots: int, residuals, cotangent: Array):
+    queries, caches, out, log_total = residuals
+    # The softmax's gradient subtracts sum_t weight_t * weight_grad_t from every weight_grad; this
+    # sum is the product of the output with its cotangent, a number per row.
     shift = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    shared, private = _shared_and_private(caches, queries, rows)
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.mT.shape, jnp.float32), tree)
+    num_blocks = queries.shape[2] // rows
+
+    def zeros(keys_and_values):  # [..., T, C] -> [..., C, T], see `_backward`
+        return jax.tree.map(lambda x: jnp.zeros(x.mT.shape, jnp.float32), keys_and_values)
 
     def block(shared_grads, inputs):
-        *arrays, block_visible, seen, its_own = inputs
-        grads = _either(shared_grads, zeros(its_own))
-        found = _backward(*arrays, _either(shared, its_own), block_visible, seen, grads, slots)
-        grads, query_grads = found
-        return _where(grads, shared), (query_grads, _where(grads, its_own))
+        row_arrays, parts, private = inputs
+        grads = shared_grads | zeros(private)
+        query_grads = jnp.zeros(row_arrays.queries.shape, jnp.float32)
+        for i, (cache, part) in enumerate(zip(caches, parts, strict=True)):
+            keys, values = private.get(i, (cache.keys, cache.values))
+            query_grads, grads[i] = _backward(
+                query_grads, grads[i], row_arrays, keys, values, part, slots
+            )
+        # Gradients of shared caches add up over the blocks of rows; each private run belongs to
+        # one block of rows, so its gradient is complete.
+        shared_grads = {i: grads[i] for i in shared_grads}
+        return shared_grads, (query_grads, {i: grads[i] for i in private})
 
-    split = [_split(x, rows) for x in (queries, cotangent, log_total, shift)]
-    inputs = (*split, *_visible_blocks(caches, visible, queries, rows, slots), private)
-    shared_grads, (query_grads, own_grads) = jax.lax.scan(block, zeros(shared), inputs)
-    cache_grads = _either(shared_grads, jax.tree.map(_join, own_grads))
-    cache_grads = jax.tree.map(lambda grad, x: grad.mT.astype(x.dtype), cache_grads, caches)
-    return _join(query_grads).astype(queries.dtype), cache_grads, None
+    inputs = (
+        _Rows(*(_split(x, num_blocks) for x in (queries, cotangent, log_total, shift))),
+        _row_blocks(caches, num_blocks, slots),
+        _private_caches(caches, num_blocks),
+    )
+    shared = {i: (c.keys, c.values) for i, c in enumerate(caches) if not c.is_private}
+    shared_grads, (query_grads, private_grads) = jax.lax.scan(block, zeros(shared), inputs)
+    grads = shared_grads | jax.tree.map(_join, private_grads)
+    cache_grads = []
+    for i, cache in enumerate(caches):
+        keys_grad, values_grad = (
+            grad.mT.astype(x.dtype)
+            for grad, x in zip(grads[i], (cache.keys, cache.values), strict=True)
+        )
+        # None: intervals are integers and have no gradient.
+        cache_grads.append(
+            cache._replace(keys=keys_grad, values=values_grad, start=None, stop=None)
+        )
+    return _join(query_grads).astype(queries.dtype), cache_grads
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(queries, caches, visible, seen, slots) -> _Partial:
-    """The softmax of one block of queries [..., N, C] over the visible blocks of every cache."""
+class _Rows(NamedTuple):
+    """What the backward pass needs of query rows."""
+
+    queries: Array  # [..., N, C]
+    cotangent: Array  # [..., N, C]
+    log_total: Array  # float32 [..., N], log of the softmax's denominator
+    shift: Array  # float32 [..., N]
+
+
+def _forward(
+    state: _Partial, queries: Array, keys: Array, values: Array, part: _RowBlock, slots: int
+) -> _Partial:
+    """`state` after one block of queries [..., N, C] has seen its part of a cache."""
     lead = queries.shape[:-1]
-    state = _Partial(jnp.full(lead, _MASKED), jnp.zeros(lead), jnp.zeros(queries.shape))
-    for (keys, values), interval, (first, last) in zip(caches, visible, seen):
-        rows, *state = (_beside(keys, x, lead) for x in (queries, *state))
+    # Private keys have an axis of runs that the rows get, too: [B, K, N] -> [B, K, runs, N / runs].
+    rows = _like_keys(queries, keys, lead)
+    state = _Partial(*(_like_keys(x, keys, lead) for x in state))
 
-        def visit(index, state, rows=rows, keys=keys, values=values, interval=interval):
-            scores = _scores(rows, keys, interval, index, slots)
-            top = jnp.maximum(state.top, scores.max(-1))
-            weights = jnp.exp(scores - top[..., None])
-            own = _Partial(top, weights.sum(-1), _matmul(weights, _block(values, index, slots)))
-            return _merge(state, own, top)
+    def visit(index, state: _Partial) -> _Partial:
+        scores = _scores(rows, keys, part, index, slots)
+        top = jnp.maximum(state.top, scores.max(-1))
+        weights = jnp.exp(scores - top[..., None])
+        own = _Partial(top, weights.sum(-1), _matmul(weights, _block(values, index, slots)))
+        return _merge(state, own, top)
 
-        state = _visit(first, last, visit, _Partial(*state), keys.shape[-2] <= slots)
-        state = _Partial(*(x.reshape(*lead, *x.shape[keys.ndim - 1 :]) for x in state))
-    return state
+    state = _visit(visit, state, part, is_single=keys.shape[-2] <= slots)
+    return _Partial(*(x.reshape(*lead, *x.shape[keys.ndim - 1 :]) for x in state))
 
 
-def _backward(queries, cotangent, log_total, shift, caches, visible, seen, cache_grads, slots):
-    """Gradients of one block of queries; those of keys and values, [..., C, T], are added to
-    `cache_grads`: so both factors of their matrix products lie as CPUs want them, twice as fast."""
-    lead = queries.shape[:-1]
-    query_grads, total = jnp.zeros(queries.shape, jnp.float32), []
-    for cache, interval, (first, last), grads in zip(caches, visible, seen, cache_grads):
-        query_grads, *arrays = (
-            _beside(cache[0], x, lead) for x in (query_grads, queries, cotangent, log_total, shift)
+def _backward(
+    query_grads: Array,
+    cache_grads: tuple[Array, Array],
+    rows: _Rows,
+    keys: Array,
+    values: Array,
+    part: _RowBlock,
+    slots: int,
+) -> tuple[Array, tuple[Array, Array]]:
+    """The gradients of queries, keys and values with those of one block of rows over a cache added.
+
+    Gradients of keys and values are [..., C, T]: so both factors of their matrix products lie as
+    CPUs want them, which makes the products twice as fast.
+    """
+    lead = rows.queries.shape[:-1]
+    grads_shape = query_grads.shape
+    query_grads = _like_keys(query_grads, keys, lead)
+    queries, cotangent, log_total, shift = (_like_keys(x, keys, lead) for x in rows)
+    queries_by_column, cotangent_by_column = queries.mT, cotangent.mT
+
+    def visit(index, carry):
+        query_grads, keys_grads, values_grads = carry
+        keys_block, values_block = (_block(x, index, slots) for x in (keys, values))
+        scores = _scores(queries, keys, part, index, slots)
+        weights = jnp.exp(scores - log_total[..., None])
+        weight_grads = jnp.einsum(
+            "...nc,...tc->...nt", cotangent, values_block, preferred_element_type=jnp.float32
         )
-        columns = [x.mT for x in arrays[:2]]
+        score_grads = (weights * (weight_grads - shift[..., None])).astype(queries.dtype)
+        keys_part = _matmul(queries_by_column, score_grads)
+        values_part = _matmul(cotangent_by_column, weights.astype(queries.dtype))
+        return (
+            query_grads + _matmul(score_grads, keys_block),
+            _add_block(keys_grads, keys_part, index),
+            _add_block(values_grads, values_part, index),
+        )
 
-        def visit(index, carry, arrays=arrays, columns=columns, cache=cache, interval=interval):
-            query_grads, *grads = carry
-            rows, cotangent, log_total, shift = arrays
-            keys, values = (_block(x, index, slots) for x in cache)
-            scores = _scores(rows, cache[0], interval, index, slots)
-            weights = jnp.exp(scores - log_total[..., None])
-            weight_grads = jnp.einsum(
-                "...nc,...tc->...nt", cotangent, values, preferred_element_type=jnp.float32
-            )
-            score_grads = (weights * (weight_grads - shift[..., None])).astype(rows.dtype)
-            parts = map(_matmul, columns, (score_grads, weights.astype(rows.dtype)))
-            grads = (_add_block(grad, part, index) for grad, part in zip(grads, parts))
-            return query_grads + _matmul(score_grads, keys), *grads
-
-        carry = query_grads, *grads
-        query_grads, *grads = _visit(first, last, visit, carry, cache[0].shape[-2] <= slots)
-        query_grads = query_grads.reshape(queries.shape)
-        total.append(tuple(grads))
-    return total, query_grads
+    carry = query_grads, *cache_grads
+    query_grads, keys_grads, values_grads = _visit(
+        visit, carry, part, is_single=keys.shape[-2] <= slots
+    )
+    return query_grads.reshape(grads_shape), (keys_grads, values_grads)
 
 
 @jax.named_scope("attention_blocks")  # qlog.aot finds the loop by this name
-def _visit(first, last, visit, state, is_single):
-    """`visit` of every visible block; a single one is visited in any case, without a loop, whose end
-    GPUs would have to tell the host before it goes on."""
-    return visit(0, state) if is_single else jax.lax.fori_loop(first, last, visit, state)
+def _visit(visit, state, part: _RowBlock, is_single: bool):
+    """state -> visit(index, state) over the visible blocks of slots.
+
+    A cache of a single block is visited in any case, without a loop: a GPU would have to tell the
+    host the loop's end before it goes on.
+    """
+    if is_single:
+        return visit(0, state)
+    return jax.lax.fori_loop(part.first, part.last, visit, state)
 
 
-def _scores(queries, keys, interval, index, slots) -> Array:
+def _scores(queries: Array, keys: Array, part: _RowBlock, index, slots: int) -> Array:
     """[..., N, slots of block `index`], masked where the interval does not reach."""
-    start, stop = interval
     block = _block(keys, index, slots)
     scores = jnp.einsum("...nc,...tc->...nt", queries, block, preferred_element_type=jnp.float32)
-    size, count = block.shape[-2], keys.shape[-2]
-    numbers = jnp.minimum(index * size, count - size) + jnp.arange(size)
+    size, num_slots = block.shape[-2], keys.shape[-2]
+    numbers = jnp.minimum(index * size, num_slots - size) + jnp.arange(size)
     # The last block may overlap the one before it: what that one saw is not seen twice.
-    start = jnp.maximum(start, index * size)
-    is_visible = (start[..., None] <= numbers) & (numbers < stop[..., None])
+    start = jnp.maximum(part.start, index * size)
+    is_visible = (start[..., None] <= numbers) & (numbers < part.stop[..., None])
     return jnp.where(is_visible, scores, _MASKED)
 
 
@@ -261,64 +350,82 @@ def _positive(total: Array) -> Array:
     return jnp.maximum(total, 1e-30)
 
 
-def _split(x: Array, rows: int) -> Array:
-    """[B, K, N, ...] -> [N / rows, B, K, rows, ...]."""
-    x = x.reshape(*x.shape[:2], -1, rows, *x.shape[3:])
+def _nothing_seen(queries: Array) -> _Partial:
+    """The softmax of queries [..., N, C] before the first block of keys."""
+    lead = queries.shape[:-1]
+    return _Partial(jnp.full(lead, _MASKED), jnp.zeros(lead), jnp.zeros(queries.shape))
+
+
+def _ceil_div(x, divisor: int):
+    return -(-x // divisor)
+
+
+def _split(x: Array, num_blocks: int) -> Array:
+    """[B, K, N, ...] -> [blocks, B, K, N / blocks, ...]."""
+    x = x.reshape(*x.shape[:2], num_blocks, x.shape[2] // num_blocks, *x.shape[3:])
     return jnp.moveaxis(x, 2, 0)
 
 
 def _join(x: Array) -> Array:
+    """The inverse of `_split`."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _by_run(cache, ends, runs: int, run: int):
-    """Keys and values [B, K, runs * T, C] -> [B, K, runs, T, C], with empty runs for padded rows; and
-    intervals [B or 1, 1, N] in them -> [B or 1, 1, runs, run], in the slots of each row's own run."""
-    padded = ends[0].shape[2] // run
-    cache = [x.reshape(*x.shape[:2], runs, -1, x.shape[3]) for x in cache]
-    before = cache[0].shape[3] * (jnp.arange(padded * run) // run)
-    ends = (jnp.maximum(x - before, 0).reshape(len(x), 1, padded, run) for x in ends)
-    return tuple(_pad(x, padded - runs) for x in cache), tuple(ends)
+def _by_run(cache: _Cache, runs: int, run: int) -> _Cache:
+    """A shared cache of `runs` runs, each of `run` rows, as a private one.
+
+    Rows may have been padded to whole blocks; empty runs are added for the padded ones.
+    """
+    padded_runs = cache.start.shape[2] // run
+
+    def keys_by_run(x: Array) -> Array:
+        x = x.reshape(
+            *x.shape[:2], runs, -1, x.shape[3]
+        )  # [B, K, runs * T, C] -> [B, K, runs, T, C]
+        return _pad(x, padded_runs - runs)
+
+    keys, values = keys_by_run(cache.keys), keys_by_run(cache.values)
+    # Slots were numbered over all runs, and are now numbered within the row's own run. An interval
+    # cannot begin before its run, but a padded row's does: hence the maximum.
+    before = keys.shape[3] * (jnp.arange(padded_runs * run) // run)
+
+    def by_run(x: Array) -> Array:
+        return jnp.maximum(x - before, 0).reshape(len(x), 1, padded_runs, run)
+
+    return _Cache(keys, values, by_run(cache.start), by_run(cache.stop))
 
 
-def _pad(x: Array, size: int) -> Array:
+def _pad(x: Array | np.ndarray, size: int) -> Array:
     """Zeros behind axis 2."""
     return jnp.pad(x, [(0, size if axis == 2 else 0) for axis in range(x.ndim)])
 
 
-def _beside(keys: Array, x: Array, lead: tuple[int, ...]) -> Array:
+def _like_keys(x: Array, keys: Array, lead: tuple[int, ...]) -> Array:
     """x [*lead, ...] with the leading axes of keys [..., T, C], then rows."""
     return x.reshape(*keys.shape[:-2], -1, *x.shape[len(lead) :])
 
 
-def _shared_and_private(caches, queries: Array, rows: int):
-    """Caches that all rows may see, and those in runs [blocks of rows, B, K, runs of a block, T, C];
-    two lists, each with None in the other's places."""
-    blocks = queries.shape[2] // rows
-    split = lambda x: _split(x, x.shape[2] // blocks)
-    shared = [None if keys.ndim > 4 else (keys, values) for keys, values in caches]
-    return shared, [tuple(map(split, c)) if c[0].ndim > 4 else None for c in caches]
+def _private_caches(caches: list[_Cache], num_blocks: int) -> dict[int, tuple[Array, Array]]:
+    """{number of a private cache: its keys and values, [blocks, B, K, runs of a block, T, C]}.
+
+    Private caches are handed to each block of rows in parts. Shared ones must not be: a scan over
+    them would copy them for every block.
+    """
+    return {
+        i: (_split(cache.keys, num_blocks), _split(cache.values, num_blocks))
+        for i, cache in enumerate(caches)
+        if cache.is_private
+    }
 
 
-def _either(shared, private):
-    return [private if mine is None else mine for mine, private in zip(shared, private)]
-
-
-def _where(values, there):
-    return [None if one is None else value for value, one in zip(values, there)]
-
-
-def _visible_blocks(caches, visible, queries: Array, rows: int, slots: int):
-    """Every block of rows: its intervals, and of every cache the first block of slots that one of
-    its rows sees, and the one after the last, int32 [N / rows] each."""
-    count = queries.shape[2] // rows
-    intervals, found = [], []
-    for (keys, _), ends in zip(caches, visible):
-        intervals.append(tuple(_split(x, x.shape[2] // count) for x in ends))
-        start, stop = (x.reshape(count, -1) for x in intervals[-1])
-        size = min(slots, keys.shape[-2])
-        first = start.min(1) // size
-        last = -(-stop.max(1) // size)
-        found.append((first, jnp.maximum(first, last)))
-    return intervals, found
+def _row_blocks(caches: list[_Cache], num_blocks: int, slots: int) -> list[_RowBlock]:
+    """For each cache what the blocks of rows see of it, [blocks, ...]."""
+    parts = []
+    for cache in caches:
+        start, stop = _split(cache.start, num_blocks), _split(cache.stop, num_blocks)
+        size = min(slots, cache.keys.shape[-2])
+        first = start.reshape(num_blocks, -1).min(1) // size
+        last = _ceil_div(stop.reshape(num_blocks, -1).max(1), size)
+        parts.append(_RowBlock(start, stop, first, jnp.maximum(first, last)))
+    return parts

@@ -1,15 +1,20 @@
-"""The attention of `attention.attend` on CUDA GPUs: cuDNN's kernels, where there is one.
+"""Attention on CUDA GPUs: cuDNN's fused kernels where there is one, else blocks of a GPU's size.
 
-cuDNN serves training and the prompts of sampling. Prompts are its causal attention. Rollouts are its
-attention with a mask: each packed row beside a copy of its prompt's keys, so that prefix and suffix
-are one softmax. (Two, merged, would need their log-sum-exps, which `jax.nn.dot_product_attention`
-rounds to 16 bits and has no gradient through.) Scores are not stored; what a layer holds for it of T
-tokens over S slots is the mask, 2 T S bytes a row, one for all heads, in JAX up to 0.10 as much again
-for a gradient of it that nobody reads, and the copies. Fewer rows in a microbatch take less.
+cuDNN serves training and the prompts of sampling. A prompt is causal attention. Rollouts are
+attention with a mask: each row of packed rollouts has its own keys next to a copy of its prompt's
+keys, so that prefix and suffix are one softmax. (Two softmaxes would have to be merged by their
+log-sum-exps, which `jax.nn.dot_product_attention` rounds to 16 bits and cannot differentiate.)
 
-Everything else stays in blocks: float32, decoding, prompts under sliding windows, and gold answers
-on the rollouts' caches, whose queries are too few to copy keys for.
+Scores are never stored. A layer stores the mask instead: 2 T S bytes for each packed row of T
+tokens over S slots, shared by all heads. JAX up to version 0.10 stores as much again, for a
+gradient of the mask that nothing reads. The copies of the prompt's keys and values come on top. All
+of it shrinks with the number of packed rows in a microbatch.
+
+Blocks serve everything else: float32, decoding, prompts under sliding windows, and gold answers
+scored on the rollouts' caches, whose queries are too few to be worth copies of the keys.
 """
+
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +26,20 @@ from qlog.models.attention import blocks
 from qlog.models.attention.blocks import Blocks
 from qlog.models.attention.segment import ATTENTION, Segment
 
-# A block is half a dozen GPU kernels, each of which takes microseconds to start, and after each block
-# the device tells the host whether there is another: few and large ones, and one for most prompts.
-# Not measured on a GPU.
-_BLOCKS = Blocks(512, 2048, 1024)
+# Few and large: a block is half a dozen GPU kernels, each of which takes microseconds to start, and
+# after each block the device tells the host whether there is another one. 2048 slots are a single
+# block for most prompts. Not measured on a GPU.
+_BLOCKS = Blocks(rows=512, slots=2048, step_slots=1024)
 _LARGEST_HEAD = 128  # of cuDNN on every GPU that it serves
 _FEWEST_TOKENS = 128  # of a rollout, to be worth a copy of its prompt's keys
 _TILE = 64  # tokens and slots come in multiples of it: before 9.5, cuDNN's masks take no others
 
 
-def attend(queries: Array, segments: list[Segment], implementation: str = "cudnn") -> Array:
+def attend(
+    queries: Array,
+    segments: list[Segment],
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Array:
     """Softmax attention over all segments together; differentiable in queries, keys and values.
 
     Args:
@@ -45,30 +54,34 @@ def attend(queries: Array, segments: list[Segment], implementation: str = "cudnn
     """
     is_causal = _is_causal(queries, segments)
     is_served = is_causal or _are_rollouts(queries, segments)
-    if not is_served or implementation == "cudnn" and not _fits(queries):
+    if not is_served or (implementation == "cudnn" and not _fits(queries)):
         return blocks.attend(queries, segments, _BLOCKS)
     return _attend_by_run(queries, segments, implementation, is_causal)
 
 
 def attend_step(queries: Array, prefix: Segment, suffix: Segment) -> Array:
-    """`attention.attend_step` in blocks of a GPU's size."""
+    """`blocks.attend_step` in blocks of a GPU's size."""
     return blocks.attend_step(queries, prefix, suffix, _BLOCKS)
 
 
 def _is_causal(queries: Array, segments: list[Segment]) -> bool:
     """Whether the rows are known to be the tokens of one sequence, each seeing all up to itself."""
     keys, _, start, stop, _ = segments[0]
-    rows, slots = queries.shape[2], keys.shape[2]
-    if len(segments) > 1 or rows % slots or not isinstance(start, np.ndarray):
+    num_rows, slots = queries.shape[2], keys.shape[2]
+    if len(segments) > 1 or num_rows % slots:
         return False
-    return bool(np.all(start == 0) and np.all(stop == np.arange(rows) // (rows // slots) + 1))
+    if not (isinstance(start, np.ndarray) and isinstance(stop, np.ndarray)):
+        return False  # traced: known only when the program runs
+    groups = num_rows // slots  # query heads of a token, next to each other
+    return bool(np.all(start == 0) and np.all(stop == np.arange(num_rows) // groups + 1))
 
 
 def _are_rollouts(queries: Array, segments: list[Segment]) -> bool:
-    """Whether the last segment is the queries' own tokens, and the ones before are nobody's own.
+    """Whether the last segment holds the queries' own tokens, and all others are shared.
 
-    Without one before, on a mesh, JAX would not split the mask as it splits the queries: intervals
-    of the own tokens alone may be the same for all prompts."""
+    At least one shared segment is needed. On a mesh JAX splits the mask as it splits the queries
+    only if the mask differs between prompts, and intervals of own tokens may be the same for all.
+    """
     *shared, own = segments
     slots = own.keys.shape[2]
     is_own = queries.shape[2] % slots == 0 and slots // own.runs >= _FEWEST_TOKENS
@@ -76,62 +89,87 @@ def _are_rollouts(queries: Array, segments: list[Segment]) -> bool:
 
 
 def _fits(queries: Array) -> bool:
-    """Whether cuDNN has a kernel for these numbers."""
+    """Whether cuDNN has a kernel for this dtype and head size."""
     size = queries.shape[-1]
     return queries.dtype in (jnp.bfloat16, jnp.float16) and size % 8 == 0 and size <= _LARGEST_HEAD
 
 
-def _attend_by_run(queries, segments, implementation, is_causal):
-    """The runs of the last segment, T tokens with G query heads each, are the batch: [B * runs, T,
-    K * G, C] over what all see and their own, [B * runs, S, K, C]."""
+class _Grid(NamedTuple):
+    """The axes of query rows by run, in the order of `attend`'s rows."""
+
+    batch: int  # B
+    heads: int  # K, key/value heads
+    runs: int
+    tokens: int  # T of each run
+    groups: int  # G, query heads per key/value head
+    size: int  # C
+
+
+def _attend_by_run(
+    queries: Array,
+    segments: list[Segment],
+    implementation: Literal["cudnn", "xla"],
+    is_causal: bool,
+) -> Array:
+    """cuDNN's batch axis is the runs of the last segment, [B * runs]: each run has T tokens of
+    K * G query heads, over S slots, those that all runs see and its own."""
     *shared, own = segments
     batch, heads, slots, size = own.keys.shape
-    runs, tokens = own.runs, slots // own.runs
-    grid = batch, heads, runs, tokens, queries.shape[2] // slots, size  # [B, K, runs, T, G, C]
+    grid = _Grid(
+        batch, heads, own.runs, slots // own.runs, groups=queries.shape[2] // slots, size=size
+    )
+    # [B, K, N, C] -> [B, K, runs, T, G, C] -> [B, runs, T, K, G, C]
     rows = queries.reshape(grid).transpose(0, 2, 3, 1, 4, 5)
 
-    def beside(copied, its_own):
-        copied = (jnp.broadcast_to(x[:, :, None], (*grid[:3], *x.shape[2:])) for x in copied)
-        parts = [*copied, its_own.reshape(*grid[:4], size)]
+    def next_to_own(shared_parts: list[Array], own_part: Array) -> Array:
+        """Keys or values, [B * runs, S, K, C]: copies of the shared ones, then the run's own."""
+        copies = [
+            jnp.broadcast_to(x[:, :, None], (batch, heads, grid.runs, *x.shape[2:]))
+            for x in shared_parts
+        ]
+        parts = [*copies, own_part.reshape(batch, heads, grid.runs, grid.tokens, size)]
         parts = [x.astype(queries.dtype).transpose(0, 2, 3, 1, 4) for x in parts]
-        return _whole_tiles(_by_run(jnp.concatenate(parts, 2)), 1)
+        return _whole_tiles(_runs_as_batch(jnp.concatenate(parts, 2)), 1)
 
+    mask = None if is_causal else _whole_tiles(_whole_tiles(_mask(segments, grid), 2), 3)
     mixed = jax.nn.dot_product_attention(
-        _whole_tiles(_by_run(rows).reshape(batch * runs, tokens, -1, size), 1),
-        beside([segment.keys for segment in shared], own.keys),
-        beside([segment.values for segment in shared], own.values),
-        mask=None if is_causal else _whole_tiles(_whole_tiles(_mask(segments, grid), 2), 3),
-        scale=1.0,
+        # [B * runs, T, K * G, C]
+        _whole_tiles(_runs_as_batch(rows).reshape(batch * grid.runs, grid.tokens, -1, size), 1),
+        next_to_own([segment.keys for segment in shared], own.keys),
+        next_to_own([segment.values for segment in shared], own.values),
+        mask=mask,
+        scale=1.0,  # queries are scaled already
         is_causal=is_causal,
         implementation=implementation,
-    )[:, :tokens]
+    )[:, : grid.tokens]
+    # Back to [B, runs, T, K, G, C], and to the order of rows.
     mixed = mixed.reshape(rows.shape).transpose(0, 3, 1, 2, 4, 5).reshape(queries.shape)
     return checkpoint_name(mixed, ATTENTION)
 
 
-def _mask(segments: list[Segment], grid) -> Array:
-    """bool [B * runs, 1, T, S]: what the tokens of each run see of all segments, side by side."""
-    batch, _, runs, tokens, groups, _ = grid
+def _mask(segments: list[Segment], grid: _Grid) -> Array:
+    """bool [B * runs, 1, T, S]: what each run's tokens see of all segments, one after another."""
     parts = []
     for segment in segments:
-        count = segment.keys.shape[2] // segment.runs
-        first = count * jnp.arange(segment.runs)[:, None]  # slot of each run
-        numbers = (first + jnp.arange(count))[:, None]  # [runs or 1, 1, S]
+        num_slots = segment.keys.shape[2] // segment.runs  # of a run, or all of a shared segment
+        first = num_slots * jnp.arange(segment.runs)[:, None]  # slot of each run
+        numbers = (first + jnp.arange(num_slots))[:, None]  # [runs or 1, 1, S]
+        # The query heads of a token see the same, so the first of them speaks for all.
         start, stop = (
-            jnp.asarray(x).reshape(-1, runs, tokens, groups)[..., :1]
+            jnp.asarray(x).reshape(-1, grid.runs, grid.tokens, grid.groups)[..., :1]
             for x in (segment.start, segment.stop)
         )
         sees = (start <= numbers) & (numbers < stop)
-        parts.append(jnp.broadcast_to(sees, (batch, runs, tokens, count)))
-    return _by_run(jnp.concatenate(parts, 3))[:, None]
+        parts.append(jnp.broadcast_to(sees, (grid.batch, grid.runs, grid.tokens, num_slots)))
+    return _runs_as_batch(jnp.concatenate(parts, 3))[:, None]
 
 
-def _by_run(x: Array) -> Array:
+def _runs_as_batch(x: Array) -> Array:
     """[B, runs, ...] -> [B * runs, ...]."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def _whole_tiles(x: Array, axis: int) -> Array:
-    """Zeros behind the axis up to whole tiles: slots that nobody sees, tokens that nobody asks for."""
+    """Zeros behind the axis, up to whole tiles: slots that no token sees, tokens to be cut off."""
     padding = -x.shape[axis] % _TILE
     return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])

@@ -16,6 +16,7 @@ and past the end of a shorter range the index maps stay on its last block, which
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,35 +30,66 @@ from jax.sharding import Mesh, PartitionSpec
 from qlog.models.attention.segment import ATTENTION, Segment
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
-# Of a block of queries, and of a block of keys: large, since every block of queries reads its keys
-# from HBM anew, but the backward pass holds four such float32 blocks in 16 MiB of VMEM.
-_ROWS, _SLOTS = 1024, 512
-_LANES = 128  # blocks are multiples of it
+
+
+class Blocks(NamedTuple):
+    """The largest blocks of query rows and of key slots; multiples of a chip's 128 lanes."""
+
+    rows: int
+    slots: int
+
+
+# Large, since every block of query rows reads its keys from HBM anew; but the backward pass holds
+# four float32 arrays of [slots, rows] in 16 MiB of VMEM.
+_BLOCKS = Blocks(1024, 512)
+_LANES = 128
 
 
 class _Plan(NamedTuple):
-    """The blocks of a segment that are visible; both tables are read from scalar memory.
+    """Which blocks of a segment are visible; both tables are read from scalar memory."""
 
-    slots: int32 [4, B, row blocks]. Blocks of slots [0] <= block < [1] are seen by some row of the
-      block of rows, and blocks [2] <= block < [3] by all its rows in full: they need no mask.
-    rows: int32 [2, B, slot blocks]. Only blocks of rows [0] <= block < [1] see the block of slots.
-    """
-
+    # int32 [4, B, row blocks]. Blocks of slots [0] <= block < [1] are seen by some row of the block
+    # of rows, and blocks [2] <= block < [3] by all its rows in full: they need no mask.
     slots: Array
+    # int32 [2, B, slot blocks]. Only blocks of rows [0] <= block < [1] see the block of slots.
     rows: Array
 
 
-class _Blocks(NamedTuple):
+class _Sizes(NamedTuple):
     """Sizes of a segment's blocks, and how many of them there are."""
 
     rows: int
     slots: int
-    row_count: int
-    slot_count: int
+    num_row_blocks: int
+    num_slot_blocks: int
+
+
+class _Problem(NamedTuple):
+    """One segment for the kernels, padded to whole blocks, and how it is cut up."""
+
+    keys: Array  # [B, K, T, C]
+    values: Array  # [B, K, T, C]
+    start: Array  # int32 [B or 1, 1, N]
+    stop: Array  # int32 [B or 1, 1, N]
+    plan: _Plan
+    sizes: _Sizes
+
+
+class _Rows(NamedTuple):
+    """What the backward pass needs of query rows, padded to whole blocks."""
+
+    queries: Array  # [B, K, N, C]
+    cotangent: Array  # [B, K, N, C]
+    log_total: Array  # float32 [B, K, 1, N], log of the softmax's denominator
+    shift: Array  # float32 [B, K, 1, N], sum over C of output x cotangent
 
 
 def attend(
-    queries: Array, segments: list[Segment], mesh: Mesh | None = None, interpret: bool = False
+    queries: Array,
+    segments: list[Segment],
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+    blocks: Blocks = _BLOCKS,
 ) -> Array:
     """Softmax attention over all segments together; differentiable in queries, keys and values.
 
@@ -68,35 +100,45 @@ def attend(
       mesh: with axes "data", "fsdp" and "tensor": B is split over the first two and K over the
         last, where they divide. None: a single device, or inside a shard_map already.
       interpret: run the kernels as plain JAX on any backend, slowly, for tests.
+      blocks: the largest blocks.
 
     Returns:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
     caches = [tuple(x.astype(queries.dtype) for x in (s.keys, s.values)) for s in segments]
     visible = [(segment.start, segment.stop) for segment in segments]
-    return _attend(queries, caches, visible, mesh, interpret)
+    return _attend(queries, caches, visible, _Options(mesh, interpret, blocks))
+
+
+class _Options(NamedTuple):
+    """What the kernels know at compile time."""
+
+    mesh: Mesh | None
+    interpret: bool
+    blocks: Blocks
 
 
 # The shards are inside the derivative rule: of a replicated axis every device then computes the
 # whole gradient, where the transpose of shard_map would add up shares of it.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(queries, caches, visible, mesh, interpret):
-    return _attend_forward(queries, caches, visible, mesh, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(queries: Array, caches, visible, options: _Options) -> Array:
+    return _attend_forward(queries, caches, visible, options)[0]
 
 
-def _attend_forward(queries, caches, visible, mesh, interpret):
-    run = functools.partial(_forward, interpret=interpret)
+def _attend_forward(queries: Array, caches, visible, options: _Options):
+    run = functools.partial(_forward, options=options)
     like = (queries, jax.ShapeDtypeStruct(queries.shape[:-1], jnp.float32))
-    results = _by_shard(mesh, run, like, queries, caches, visible)
+    results = _by_shard(options.mesh, run, like, queries, caches, visible)
     out, log_total = (checkpoint_name(x, ATTENTION) for x in results)
     return out, (queries, caches, visible, out, log_total)
 
 
-def _attend_backward(mesh, interpret, residuals, cotangent):
+def _attend_backward(options: _Options, residuals, cotangent: Array):
     queries, caches, visible, out, log_total = residuals
-    run = functools.partial(_backward, interpret=interpret)
+    run = functools.partial(_backward, options=options)
     arrays = (queries, caches, visible, out, log_total, cotangent)
-    return *_by_shard(mesh, run, (queries, caches), *arrays), None
+    # None: intervals are integers and have no gradient.
+    return *_by_shard(options.mesh, run, (queries, caches), *arrays), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -117,107 +159,189 @@ def _spec(mesh: Mesh, x) -> PartitionSpec:
     axes = (("data", "fsdp"), ("tensor",)) if x.ndim > 2 else (("data", "fsdp"),)
     fits = [
         names if length % math.prod(mesh.shape[name] for name in names) == 0 else None
-        for names, length in zip(axes, x.shape)
+        for names, length in zip(axes, x.shape[: len(axes)], strict=True)
     ]
     return PartitionSpec(*fits)
 
 
-def _forward(queries, caches, visible, *, interpret):
+def _forward(queries: Array, caches, visible, *, options: _Options) -> tuple[Array, Array]:
     """-> [B, K, N, C] and the log of the softmax's denominator, float32 [B, K, N]."""
-    count = queries.shape[2]
-    rows = _block_size(count, _ROWS)
-    queries, dtype = _pad(queries, rows), queries.dtype
+    num_rows, dtype = queries.shape[2], queries.dtype
+    rows = _block_size(num_rows, options.blocks.rows)
+    queries = _pad(queries, rows)
     # Parts of a sum stay in float32 until they are added up.
     part_dtype = dtype if len(caches) == 1 else jnp.float32
     parts = []
-    for cache, interval in zip(caches, visible):
-        setting = _setting(rows, *cache, *interval, queries)
-        parts.append(_forward_call(queries, *setting, part_dtype, interpret))
+    for cache, interval in zip(caches, visible, strict=True):
+        problem = _problem(queries, cache, interval, rows, options.blocks.slots)
+        parts.append(_run(_FORWARD, (queries,), problem, part_dtype, options.interpret))
     out, log_total = parts[0]
     if len(parts) > 1:
-        log_totals = jnp.stack([its_total for _, its_total in parts])
+        # Each part is a softmax over its own segment. Its share of the whole softmax is its
+        # denominator over the sum of all denominators.
+        log_totals = jnp.stack([part_log_total for _, part_log_total in parts])
         log_total = jax.nn.logsumexp(log_totals, 0)
         shares = jnp.exp(log_totals - log_total)
-        out = sum(_column(share) * part for share, (part, _) in zip(shares, parts)).astype(dtype)
-    return out[:, :, :count], log_total[:, :, 0, :count]
+        weighted = [_column(share) * part for share, (part, _) in zip(shares, parts, strict=True)]
+        out = sum(weighted[1:], weighted[0]).astype(dtype)
+    return out[:, :, :num_rows], log_total[:, :, 0, :num_rows]
 
 
-def _backward(queries, caches, visible, out, log_total, cotangent, *, interpret):
+def _backward(
+    queries: Array,
+    caches,
+    visible,
+    out: Array,
+    log_total: Array,
+    cotangent: Array,
+    *,
+    options: _Options,
+):
     """Gradients of queries and of every segment's keys and values, in their dtypes."""
-    count, dtype = queries.shape[2], queries.dtype
+    num_rows, dtype = queries.shape[2], queries.dtype
     shift = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    rows = _block_size(count, _ROWS)
-    queries, cotangent = _pad(queries, rows), _pad(cotangent, rows)
-    log_total, shift = (_pad(x[:, :, None], rows, 3) for x in (log_total, shift))
+    rows = _block_size(num_rows, options.blocks.rows)
+    inputs = _Rows(
+        _pad(queries, rows),
+        _pad(cotangent, rows),
+        _pad(log_total[:, :, None], rows, 3),
+        _pad(shift[:, :, None], rows, 3),
+    )
     part_dtype = dtype if len(caches) == 1 else jnp.float32
     query_grads, cache_grads = [], []
-    for cache, interval in zip(caches, visible):
-        setting = _setting(rows, *cache, *interval, queries)
-        inputs = (queries, cotangent, log_total, shift, *setting)
-        query_grads.append(_queries_call(*inputs, part_dtype, interpret))
-        grads = _cache_call(*inputs, interpret)
+    for cache, interval in zip(caches, visible, strict=True):
+        problem = _problem(inputs.queries, cache, interval, rows, options.blocks.slots)
+        (query_grad,) = _run(_QUERIES, inputs, problem, part_dtype, options.interpret)
+        query_grads.append(query_grad)
+        grads = _run(_CACHE, inputs, problem, part_dtype, options.interpret)
         cache_grads.append(tuple(grad[:, :, : cache[0].shape[2]] for grad in grads))
-    return sum(query_grads).astype(dtype)[:, :, :count], cache_grads
+    total = sum(query_grads[1:], query_grads[0])
+    return total.astype(dtype)[:, :, :num_rows], cache_grads
 
 
-def _setting(rows, keys, values, start, stop, queries):
-    """A segment padded to whole blocks: keys, values, start and stop [B or 1, 1, N], plan, sizes."""
-    slots = _block_size(keys.shape[2], _SLOTS)
-    stop = jnp.minimum(stop, keys.shape[2])
+def _problem(
+    queries: Array,
+    cache: tuple[Array, Array],
+    interval: tuple[Array, Array],
+    rows: int,
+    most_slots: int,
+) -> _Problem:
+    """A segment for padded queries, which are cut into blocks of `rows`."""
+    (keys, values), (start, stop) = cache, interval
+    slots = _block_size(keys.shape[2], most_slots)
+    stop = jnp.minimum(stop, keys.shape[2])  # padded slots are seen by no row
     keys, values = _pad(keys, slots), _pad(values, slots)
     start, stop = (_pad(x[:, None], rows) for x in (start, stop))
-    sizes = _Blocks(rows, slots, queries.shape[2] // rows, keys.shape[2] // slots)
-    return keys, values, start, stop, _plan(start, stop, queries.shape[0], sizes), sizes
+    sizes = _Sizes(rows, slots, queries.shape[2] // rows, keys.shape[2] // slots)
+    plan = _plan(start, stop, queries.shape[0], sizes)
+    return _Problem(keys, values, start, stop, plan, sizes)
 
 
-def _plan(start, stop, batch, sizes) -> _Plan:
+def _plan(start: Array, stop: Array, batch: int, sizes: _Sizes) -> _Plan:
+    # [B or 1, row blocks, rows of a block]
     start, stop = jnp.broadcast_arrays(
-        *(x.reshape(-1, sizes.row_count, sizes.rows) for x in (start, stop))
+        *(x.reshape(-1, sizes.num_row_blocks, sizes.rows) for x in (start, stop))
     )
-    last_slot = sizes.slots * sizes.slot_count - 1
+    # Blocks of slots by block of rows: rows that see nothing must not widen the range.
+    last_slot = sizes.slots * sizes.num_slot_blocks - 1
     sees = start < stop
     first = jnp.where(sees, start, last_slot).min(-1) // sizes.slots
     last = jnp.maximum(pl.cdiv(jnp.where(sees, stop, 0).max(-1), sizes.slots), first)
     whole = pl.cdiv(start.max(-1), sizes.slots), stop.min(-1) // sizes.slots
-    blocks = jnp.arange(sizes.slot_count)
+    # Blocks of rows by block of slots: the same relation, transposed.
+    blocks = jnp.arange(sizes.num_slot_blocks)
     seen = (first[..., None] <= blocks) & (blocks < last[..., None])  # [B, row blocks, slot blocks]
     first_row = jnp.argmax(seen, 1)
-    last_row = jnp.where(seen.any(1), sizes.row_count - jnp.argmax(seen[:, ::-1], 1), first_row)
+    after_last_row = sizes.num_row_blocks - jnp.argmax(seen[:, ::-1], 1)
+    last_row = jnp.where(seen.any(1), after_last_row, first_row)
     tables = jnp.stack([first, last, *whole]), jnp.stack([first_row, last_row])
     return _Plan(
         *(jnp.broadcast_to(x, (x.shape[0], batch, x.shape[2])).astype(jnp.int32) for x in tables)
     )
 
 
-def _forward_call(queries, keys, values, start, stop, plan, sizes, dtype, interpret):
-    batch, heads, count, size = queries.shape
-    row, slot, ends = _specs(sizes, size, start.shape[0], by_rows=True)
-    line = _line_spec(sizes, by_rows=True)
+# ---- The three kernels ----
+#
+# Each has the grid (B, K, blocks, steps). Its results belong to the blocks of the third axis, rows
+# or slots. The last axis walks through the blocks of the other kind that are visible from there;
+# results are accumulated in VMEM scratch and written at the last step.
+
+
+class _Kernel(NamedTuple):
+    """One of the three kernels. Arrays and accumulators are named by what they belong to.
+
+    "row": [B, K, N, C], in scratch a block's transpose [C, rows]; "line": float32 [B, K, 1, N], in
+    scratch [1, rows]; "slot": [B, K, T, C], in scratch [slots, C].
+    """
+
+    # Takes references to the plan's tables, the inputs, keys, values, start, stop, the results and
+    # the scratch, in this order.
+    body: Callable[..., None]
+    name: str  # by which profiles and qlog.aot know it
+    # Whether results belong to blocks of rows, and steps walk through blocks of slots; or the other
+    # way round.
+    by_rows: bool
+    inputs: tuple[str, ...]
+    results: tuple[str, ...]
+    scratch: tuple[str, ...]
+    num_products: int  # matrix products per pair of blocks
+
+
+def _run(
+    kernel: _Kernel,
+    inputs: tuple[Array, ...],
+    problem: _Problem,
+    dtype: jnp.dtype,
+    interpret: bool,
+) -> list[Array]:
+    """The kernel's results over one segment; those that belong to rows in `dtype`."""
+    queries, sizes, plan = inputs[0], problem.sizes, problem.plan
+    batch, heads, num_rows, size = queries.shape
+    specs, ends = _specs(sizes, size, problem.start.shape[0], kernel.by_rows)
+    if kernel.by_rows:
+        num_blocks, tables = sizes.num_row_blocks, (plan.slots,)
+    else:
+        num_blocks, tables = sizes.num_slot_blocks, (plan.rows, plan.slots)
+    shapes = {
+        "row": jax.ShapeDtypeStruct(queries.shape, dtype),
+        "line": jax.ShapeDtypeStruct((batch, heads, 1, num_rows), jnp.float32),
+        "slot": jax.ShapeDtypeStruct(problem.keys.shape, problem.keys.dtype),
+    }
+    scratch = {
+        "row": pltpu.VMEM((size, sizes.rows), jnp.float32),
+        "line": pltpu.VMEM((1, sizes.rows), jnp.float32),
+        "slot": pltpu.VMEM((sizes.slots, size), jnp.float32),
+    }
     return pl.pallas_call(
-        functools.partial(_forward_kernel, sizes=sizes),
+        functools.partial(kernel.body, sizes=sizes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(batch, heads, sizes.row_count, _steps(plan.slots)),
-            in_specs=[row, slot, slot, ends, ends],
-            out_specs=[row, line],
-            scratch_shapes=[_vmem(1, sizes.rows), _vmem(1, sizes.rows), _vmem(size, sizes.rows)],
+            num_scalar_prefetch=len(tables),
+            grid=(batch, heads, num_blocks, _num_steps(tables[0])),
+            in_specs=[
+                *(specs[kind] for kind in kernel.inputs),
+                specs["slot"],
+                specs["slot"],
+                ends,
+                ends,
+            ],
+            out_specs=[specs[kind] for kind in kernel.results],
+            scratch_shapes=[scratch[kind] for kind in kernel.scratch],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, count), jnp.float32),
-        ],
-        compiler_params=_params(),
-        cost_estimate=_cost(queries, sizes, products=2),
+        out_shape=[shapes[kind] for kind in kernel.results],
+        # Accumulators live through the steps of the last axis, so only these keep their order.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=_cost(queries, sizes, kernel),
         interpret=interpret,
-        name="attention_forward",
-    )(plan.slots, queries, keys, values, start, stop)
+        name=kernel.name,
+    )(*tables, *inputs, problem.keys, problem.values, problem.start, problem.stop)
 
 
 def _forward_kernel(
     plan, queries, keys, values, start, stop, out, log_total, top, total, mix, *, sizes
 ):
     """One block of rows over the blocks of slots that it sees, the grid's last axis."""
-
     step, is_last = pl.program_id(3), pl.program_id(3) == pl.num_programs(3) - 1
 
     @pl.when(step == 0)
@@ -227,9 +351,12 @@ def _forward_kernel(
         mix[...] = jnp.zeros_like(mix)
 
     def visit(mask):
+        # Transposed: [slots, rows]. Rows lie along lanes, so a maximum over slots needs no
+        # exchange between lanes.
         scores = mask(_dot(keys[...], queries[...], 1, 1), _MASKED)
         new_top = jnp.maximum(top[...], scores.max(0, keepdims=True))
         weights = jnp.exp(scores - new_top)
+        # What was added up relative to the old largest score, relative to the new one.
         factor = jnp.exp(top[...] - new_top)
         total[...] = total[...] * factor + weights.sum(0, keepdims=True)
         mix[...] = mix[...] * factor + _dot(values[...], weights.astype(values.dtype), 0, 0)
@@ -246,34 +373,10 @@ def _forward_kernel(
         log_total[...] = top[...] + jnp.log(positive)
 
 
-def _queries_call(
-    queries, cotangent, log_total, shift, keys, values, start, stop, plan, sizes, dtype, interpret
-):
-    batch, heads, _, size = queries.shape
-    row, slot, ends = _specs(sizes, size, start.shape[0], by_rows=True)
-    line = _line_spec(sizes, by_rows=True)
-    return pl.pallas_call(
-        functools.partial(_queries_kernel, sizes=sizes),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(batch, heads, sizes.row_count, _steps(plan.slots)),
-            in_specs=[row, row, line, line, slot, slot, ends, ends],
-            out_specs=row,
-            scratch_shapes=[_vmem(size, sizes.rows)],
-        ),
-        out_shape=jax.ShapeDtypeStruct(queries.shape, dtype),
-        compiler_params=_params(),
-        cost_estimate=_cost(queries, sizes, products=3),
-        interpret=interpret,
-        name="attention_queries_gradient",
-    )(plan.slots, queries, cotangent, log_total, shift, keys, values, start, stop)
-
-
 def _queries_kernel(
     plan, queries, cotangent, log_total, shift, keys, values, start, stop, out, total, *, sizes
 ):
     """The gradient of one block of rows, over the blocks of slots that it sees."""
-
     step, is_last = pl.program_id(3), pl.program_id(3) == pl.num_programs(3) - 1
 
     @pl.when(step == 0)
@@ -291,29 +394,6 @@ def _queries_kernel(
     @pl.when(is_last)
     def _():
         out[...] = total[...].T.astype(out.dtype)
-
-
-def _cache_call(
-    queries, cotangent, log_total, shift, keys, values, start, stop, plan, sizes, interpret
-):
-    batch, heads, _, size = queries.shape
-    row, slot, ends = _specs(sizes, size, start.shape[0], by_rows=False)
-    line = _line_spec(sizes, by_rows=False)
-    return pl.pallas_call(
-        functools.partial(_cache_kernel, sizes=sizes),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, heads, sizes.slot_count, _steps(plan.rows)),
-            in_specs=[row, row, line, line, slot, slot, ends, ends],
-            out_specs=[slot, slot],
-            scratch_shapes=[_vmem(sizes.slots, size)] * 2,
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)],
-        compiler_params=_params(),
-        cost_estimate=_cost(queries, sizes, products=4),
-        interpret=interpret,
-        name="attention_cache_gradient",
-    )(plan.rows, plan.slots, queries, cotangent, log_total, shift, keys, values, start, stop)
 
 
 def _cache_kernel(
@@ -335,7 +415,6 @@ def _cache_kernel(
     sizes,
 ):
     """Gradients of one block of slots, over the blocks of rows that see it."""
-
     step, is_last = pl.program_id(3), pl.program_id(3) == pl.num_programs(3) - 1
 
     @pl.when(step == 0)
@@ -351,7 +430,8 @@ def _cache_kernel(
     batch, block = pl.program_id(0), pl.program_id(2)
     row_block = rows_plan[0, batch, block] + step
 
-    @pl.when(row_block < rows_plan[1, batch, block])  # beyond, `plan` may have no such row block
+    # Steps past the end of this block's range: `plan` may have no such block of rows.
+    @pl.when(row_block < rows_plan[1, batch, block])
     def _():
         _visit(visit, plan, (batch, row_block, block), start, stop, sizes)
 
@@ -361,6 +441,35 @@ def _cache_kernel(
         values_out[...] = values_total[...].astype(values_out.dtype)
 
 
+_FORWARD = _Kernel(
+    _forward_kernel,
+    "attention_forward",
+    by_rows=True,
+    inputs=("row",),
+    results=("row", "line"),
+    scratch=("line", "line", "row"),
+    num_products=2,
+)
+_QUERIES = _Kernel(
+    _queries_kernel,
+    "attention_queries_gradient",
+    by_rows=True,
+    inputs=("row", "row", "line", "line"),
+    results=("row",),
+    scratch=("row",),
+    num_products=3,
+)
+_CACHE = _Kernel(
+    _cache_kernel,
+    "attention_cache_gradient",
+    by_rows=False,
+    inputs=("row", "row", "line", "line"),
+    results=("slot", "slot"),
+    scratch=("slot", "slot"),
+    num_products=4,
+)
+
+
 def _recompute(queries, cotangent, log_total, shift, keys, values, mask):
     """Softmax weights and the scores' gradients of a block: float32 [slots, rows] each."""
     weights = mask(jnp.exp(_dot(keys[...], queries[...], 1, 1) - log_total[...]), 0.0)
@@ -368,7 +477,7 @@ def _recompute(queries, cotangent, log_total, shift, keys, values, mask):
     return weights, weights * (weight_grads - shift[...])
 
 
-def _visit(visit, plan, where, start, stop, sizes):
+def _visit(visit, plan, where, start, stop, sizes: _Sizes) -> None:
     """visit(mask) if the block of rows sees the block of slots; mask(scores, value) hides the rest.
 
     where: (prompt, block of rows, block of slots).
@@ -382,15 +491,22 @@ def _visit(visit, plan, where, start, stop, sizes):
         numbers = block * sizes.slots + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         return jnp.where((start[...] <= numbers) & (numbers < stop[...]), scores, value)
 
+    # Most visible blocks are seen in full, and comparing slots costs more than the exponential.
     pl.when(is_seen & is_whole)(lambda: visit(lambda scores, value: scores))
     pl.when(is_seen & ~is_whole)(lambda: visit(mask))
 
 
-def _specs(sizes: _Blocks, size: int, visible_batch: int, by_rows: bool):
-    """Blocks of [B, K, N, C], [B, K, T, C] and [B or 1, 1, N] for a grid (B, K, blocks, steps)."""
+def _specs(
+    sizes: _Sizes, size: int, visible_batch: int, by_rows: bool
+) -> tuple[dict[str, pl.BlockSpec], pl.BlockSpec]:
+    """For a grid (B, K, blocks, steps): the blocks of each kind of array (see `_Kernel`), and those
+    of start and stop, [B or 1, 1, N]."""
 
     def row(b, k, block, step, plan, *_):
         return b, k, _row_block(by_rows, b, block, step, plan), 0
+
+    def line(b, k, block, step, plan, *_):
+        return b, k, 0, _row_block(by_rows, b, block, step, plan)
 
     def slot(b, k, block, step, plan, *_):
         return b, k, _at(plan, b, block, step) if by_rows else block, 0
@@ -398,20 +514,13 @@ def _specs(sizes: _Blocks, size: int, visible_batch: int, by_rows: bool):
     def ends(b, k, block, step, plan, *_):
         return b if visible_batch > 1 else 0, 0, _row_block(by_rows, b, block, step, plan)
 
-    return (
-        pl.BlockSpec((None, None, sizes.rows, size), row),
-        pl.BlockSpec((None, None, sizes.slots, size), slot),
-        pl.BlockSpec((None, 1, sizes.rows), ends),
-    )
-
-
-def _line_spec(sizes: _Blocks, by_rows: bool):
-    """Blocks of [B, K, 1, N]."""
-
-    def line(b, k, block, step, plan, *_):
-        return b, k, 0, _row_block(by_rows, b, block, step, plan)
-
-    return pl.BlockSpec((None, None, 1, sizes.rows), line)
+    # None: an axis that a block has one index of, and the kernel does not see.
+    specs = {
+        "row": pl.BlockSpec((None, None, sizes.rows, size), row),
+        "line": pl.BlockSpec((None, None, 1, sizes.rows), line),
+        "slot": pl.BlockSpec((None, None, sizes.slots, size), slot),
+    }
+    return specs, pl.BlockSpec((None, 1, sizes.rows), ends)
 
 
 def _row_block(by_rows, b, block, step, plan):
@@ -424,32 +533,25 @@ def _at(plan, b, block, step):
     return jnp.minimum(first + step, jnp.maximum(last - 1, first))
 
 
-def _steps(plan: Array) -> Array:
+def _num_steps(plan: Array) -> Array:
     """Length of the longest range; at least 1, so that every block of results is written."""
     return jnp.maximum((plan[1] - plan[0]).max(), 1)
 
 
-def _params():
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-    )
+def _cost(queries: Array, sizes: _Sizes, kernel: _Kernel) -> pl.CostEstimate:
+    """For the compiler's schedule: matrix products of all rows with all slots.
 
-
-def _cost(queries, sizes: _Blocks, products: int) -> pl.CostEstimate:
-    """For the compiler's schedule: `products` matrix products of all rows with all slots. What is
-    visible is not known here, so this is the most that it can be."""
-    batch, heads, count, size = queries.shape
-    pairs = batch * heads * count * sizes.slots * sizes.slot_count
-    reads = 2 * pairs // (sizes.rows if products < 4 else sizes.slots)  # of rows of C numbers
+    What is visible is not known here, so this is the most that it can be.
+    """
+    batch, heads, num_rows, size = queries.shape
+    pairs = batch * heads * num_rows * sizes.slots * sizes.num_slot_blocks
+    # Every block of results reads all blocks of the other kind anew.
+    reads = 2 * pairs // (sizes.rows if kernel.by_rows else sizes.slots)  # of C numbers each
     return pl.CostEstimate(
-        flops=2 * products * pairs * size,
+        flops=2 * kernel.num_products * pairs * size,
         transcendentals=pairs,
         bytes_accessed=reads * size * queries.dtype.itemsize,
     )
-
-
-def _vmem(*shape):
-    return pltpu.VMEM(shape, jnp.float32)
 
 
 def _dot(one, other, one_axis: int, other_axis: int) -> Array:
@@ -458,8 +560,8 @@ def _dot(one, other, one_axis: int, other_axis: int) -> Array:
     return jax.lax.dot_general(one, other, dimensions, preferred_element_type=jnp.float32)
 
 
-def _block_size(count: int, largest: int) -> int:
-    return min(largest, _LANES * pl.cdiv(count, _LANES))
+def _block_size(length: int, largest: int) -> int:
+    return min(largest, _LANES * pl.cdiv(length, _LANES))
 
 
 def _pad(x: Array, size: int, axis: int = 2) -> Array:

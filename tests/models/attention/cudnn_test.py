@@ -63,7 +63,7 @@ def test_equals_the_blockwise_attention_in_value_and_gradients(name):
 
 
 def segments_of(pattern, caches):
-    return [blocks.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern)]
+    return [blocks.Segment(*c, *ends[1:]) for c, ends in zip(caches, pattern, strict=True)]
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -22,14 +22,7 @@ from qlog.parallel import sharding
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(request, monkeypatch):
-    if "tpu" not in request.node.name.split("[")[0].split("_"):
-        monkeypatch.setattr(tpu, "_ROWS", 8)
-        monkeypatch.setattr(tpu, "_SLOTS", 16)
-
-
-interpreted = functools.partial(tpu.attend, interpret=True)
+interpreted = functools.partial(tpu.attend, interpret=True, blocks=tpu.Blocks(8, 16))
 
 
 @pytest.mark.parametrize("name", patterns())
@@ -85,7 +78,9 @@ def compiled(topology, sizes, attend=tpu.attend, mesh_sizes=(-1, 1, 1)):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
     def both(queries, caches, intervals, cotangent):
-        segments = lambda caches: [blocks.Segment(*c, *i) for c, i in zip(caches, intervals)]
+        segments = lambda caches: [
+            blocks.Segment(*c, *i) for c, i in zip(caches, intervals, strict=True)
+        ]
         run = lambda queries, caches: attend(queries, segments(caches), mesh)
         out, back = jax.vjp(run, queries, caches)
         return out, back(cotangent)

@@ -1,0 +1,192 @@
+"""Hugging Face's config.json in and out: what all families have in common."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from qlog.errors import ConfigError
+from qlog.models.config import DecoderConfig
+from qlog.models.families import FAMILIES, Family
+from qlog.models.families.family import Fields, is_positive
+
+# DecoderConfig field -> field of config.json.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+    "max_positions": "max_position_embeddings",
+}
+# Fields that change the arithmetic in ways the decoder does not know: the values it can take.
+_ONLY = {
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "use_bidirectional_attention": (None, False),
+    "partial_rotary_factor": (None, 1.0),
+    "quantization_config": (None,),
+}
+
+
+class _Type(NamedTuple):
+    """What a field must be wherever it stands; files written by hand hold anything."""
+
+    names: tuple[str, ...]
+    is_right: Callable[[Any], bool]
+    description: str
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_TYPES = (
+    _Type(
+        tuple(n for n in _FIELDS.values() if n not in ("rms_norm_eps", "tie_word_embeddings")),
+        lambda value: _is_whole(value) and value > 0,
+        "a whole number above 0",
+    ),
+    _Type(
+        ("sliding_window", "max_window_layers", "sliding_window_pattern"),
+        _is_whole,
+        "a whole number",
+    ),
+    _Type(("rms_norm_eps", "query_pre_attn_scalar"), is_positive, "a number above 0"),
+    _Type(
+        ("tie_word_embeddings", "use_sliding_window"),
+        lambda value: type(value) is bool,
+        "true or false",
+    ),
+    _Type(
+        ("rope_parameters", "rope_scaling"),
+        lambda value: isinstance(value, Mapping),
+        "an object",
+    ),
+    _Type(("architectures", "layer_types"), lambda value: isinstance(value, list), "a list"),
+)
+
+
+def from_hf_config(fields: Fields) -> DecoderConfig:
+    """The DecoderConfig that a Hugging Face config.json describes.
+
+    Raises:
+      ConfigError: architectures and options that the decoder cannot express.
+    """
+    fields = _text_part(fields)
+    family = _family_of(fields)
+    _check_types(fields)
+    for name in fields.get("architectures") or ():
+        if name != family.architecture:
+            raise ConfigError(
+                f"config.json: architecture {name!r} is not supported; of model_type "
+                f"{family.model_type!r} qlog reads {family.architecture}."
+            )
+    fields = _with_defaults(fields, family)
+    _check_supported(fields, family)
+    renamed = {ours: fields[theirs] for ours, theirs in _FIELDS.items()}
+    return DecoderConfig(**renamed, family=family.name, **family.traits, **family.read(fields))
+
+
+def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of a decoder, in the spelling that old and new readers both know.
+
+    Raises:
+      ConfigError: the family's config.json cannot express the decoder (say, a field that
+        `config.architecture` changed).
+    """
+    family = FAMILIES[config.family]
+    fields: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+    }
+    fields |= {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    fields["rope_theta"] = config.rope_theta
+    scaling = config.rope_scaling
+    if scaling and scaling.original_length is None:
+        fields["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling:
+        fields["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_frequency,
+            "high_freq_factor": scaling.high_frequency,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    fields |= family.write(vars(config), config.windows)
+    # Reading it again shows what was lost, whatever it is.
+    understood = from_hf_config(fields)
+    for field in dataclasses.fields(config):
+        ours, read = getattr(config, field.name), getattr(understood, field.name)
+        # Different cycles may spell the same windows.
+        is_same = field.name == "layer_windows" and config.windows == understood.windows
+        if ours != read and not is_same:
+            raise ConfigError(
+                f"DecoderConfig.{field.name} = {ours!r} cannot be written for family "
+                f"{config.family!r}: its config.json would mean {read!r}."
+            )
+    return fields
+
+
+def _text_part(fields: Fields) -> Fields:
+    """The fields of the decoder: of a checkpoint with images, those of its text_config."""
+    for family in FAMILIES.values():
+        if family.text_part_of is None or fields.get("model_type") != family.text_part_of:
+            continue
+        text = fields.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ConfigError(f"config.json: text_config = {text!r} must be an object.")
+        outer = ("tie_word_embeddings", "quantization_config")
+        outer_fields = {name: fields[name] for name in outer if name in fields}
+        return {"model_type": family.model_type, **text, **outer_fields}
+    return fields
+
+
+def _family_of(fields: Fields) -> Family:
+    model_type = fields.get("model_type")
+    for family in FAMILIES.values():
+        if family.model_type == model_type:
+            return family
+    model_types = ", ".join(family.model_type for family in FAMILIES.values())
+    with_images = ", ".join(f.text_part_of for f in FAMILIES.values() if f.text_part_of)
+    raise ConfigError(
+        f"config.json: model_type {model_type!r} is not supported; qlog's decoder covers "
+        f"{model_types} and the text part of {with_images}."
+    )
+
+
+def _with_defaults(fields: Fields, family: Family) -> dict[str, Any]:
+    """All fields that reading needs; ConfigError for one that has no default."""
+    found = {**family.defaults, **{k: v for k, v in fields.items() if v is not None}}
+    if "num_attention_heads" in found:
+        found.setdefault("num_key_value_heads", found["num_attention_heads"])
+        if "hidden_size" in found:
+            found.setdefault("head_dim", found["hidden_size"] // found["num_attention_heads"])
+    missing = [name for name in _FIELDS.values() if name not in found]
+    if missing:
+        raise ConfigError(f"config.json: field {missing[0]!r} is missing.")
+    return found
+
+
+def _check_types(fields: Fields) -> None:
+    for kind in _TYPES:
+        for name in kind.names:
+            value = fields.get(name)
+            if value is not None and not kind.is_right(value):
+                raise ConfigError(f"config.json: {name} = {value!r} must be {kind.description}.")
+
+
+def _check_supported(fields: Fields, family: Family) -> None:
+    allowed = (None, family.activation)
+    only = _ONLY | {"hidden_act": allowed, "hidden_activation": allowed}
+    for name, values in only.items():
+        if fields.get(name) not in values:
+            raise ConfigError(
+                f"config.json: {name} = {fields[name]!r} is not supported for {family.name}; "
+                f"qlog's decoder knows {values[-1]!r}."
+            )

@@ -1,0 +1,16 @@
+"""The families of models that qlog reads and writes, one file each."""
+
+from qlog.models.families.family import Family
+from qlog.models.families.gemma import GEMMA3
+from qlog.models.families.llama import LLAMA
+from qlog.models.families.qwen import QWEN2, QWEN3
+
+__all__ = ["FAMILIES", "Family"]
+
+# DecoderConfig.family -> the family. A new one is one file, and one line here.
+FAMILIES: dict[str, Family] = {
+    QWEN3.name: QWEN3,
+    QWEN2.name: QWEN2,
+    LLAMA.name: LLAMA,
+    GEMMA3.name: GEMMA3,
+}
