@@ -11,7 +11,6 @@ from qlog import models
 from qlog.models import DecoderConfig, attention
 from qlog.parallel import sharding
 
-
 _CHUNK_BYTES = 1 << 24  # of float32 logits that exist at a time, on a device
 _FEWEST_TOKENS = 256  # of a chunk: with fewer, matrix products would get thin
 
