@@ -122,6 +122,7 @@ class Experiment:
           ConfigError: the files hold another model.
         """
         abstract = self.abstract_params()
+        # Each way puts every parameter where it belongs at once: no device ever holds all of them.
         if self.config.init_from:
             return checkpoints.load_params(self.config.init_from, abstract, "config.init_from")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -177,12 +178,12 @@ def prepare(
       evaluate: whether evaluation_data is; None: if the config evaluates, or nothing is trained.
 
     Raises:
-      ConfigError: whatever is wrong, in one sentence with the field, the value and the remedy.
+      ConfigError: something is wrong; one sentence with the field, the value and the remedy.
       PassingError: weights, tokenizer or data cannot be fetched now, or hosts read different ones.
     """
     check_config(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    if train:
+    if train:  # evaluation pads its last batch, so that any number of prompts will do
         check_batches(config, mesh)
     # ---- The model: named before data are read, which takes longer ----
     if config.init_from:
@@ -212,7 +213,7 @@ def prepare(
         evaluation_data=open_split(config.evaluation.split) if evaluate else None,
         weights=weights,
     )
-    if jax.process_count() > 1:
+    if jax.process_count() > 1:  # each host has fetched for itself
         _check_hosts(identity(experiment))
     return experiment
 
@@ -229,6 +230,7 @@ def prepare_shapes(config: ConfigDict, devices: Sequence[jax.Device] | None = No
     Raises:
       ConfigError: as `prepare`, of what can be checked without files.
     """
+    # Qwen/Qwen3-0.6B -> qwen3_0p6b: most configs name the repository, for its weights.
     preset = config.model.rpartition("/")[2].lower().replace("-", "_").replace(".", "p")
     if preset in models.PRESETS:
         config = schema.merge(config, {"model": preset, "weights": "random"})
@@ -304,6 +306,7 @@ def attention_kernels(config: ConfigDict, mesh: Mesh) -> str:
     Raises:
       ConfigError: kernels of another kind of device.
     """
+    # The mesh's devices, not JAX's: --mode=compile has a mesh of devices that are elsewhere.
     device = mesh.devices.flat[0]
     kernels = {"tpu": "tpu", "gpu": "cudnn"}.get(device.platform, "blocks")
     if kernels == "cudnn" and not _has_cudnn_attention(device):
@@ -337,6 +340,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
           whole. Synthetic tasks have none: the config says all.
     """
     weights = experiment.weights
+    # By content, not by name: the same files may be read from another folder when a run resumes.
     found = {
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
@@ -347,6 +351,8 @@ def identity(experiment: Experiment) -> dict[str, Any]:
 
 
 def _digest(records: Sequence[dict]) -> str:
+    # All ids tell records that were added, left out or moved. A few whole records tell an edited
+    # release, and spare reading gigabytes at every start.
     num_read = min(len(records), _RECORDS_DIGESTED)
     sample = [records[i * len(records) // num_read] for i in range(num_read)]
     text = json.dumps([list(records.ids), sample], sort_keys=True)
@@ -379,7 +385,7 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _check_hosts(mine: dict[str, Any]) -> None:
-    """Every process has read its own host's files: PassingError unless all have read the same."""
+    """Raises PassingError unless all processes, each with its host's files, have read the same."""
     everyone = distributed.gather([mine])
     for index, other in enumerate(everyone):
         for part in mine:
@@ -452,8 +458,9 @@ def tokenizer_path(config: ConfigDict) -> pathlib.Path:
       ConfigError: config.tokenizer.path is empty, and neither weights nor model brings one.
       PassingError: the Hub or a bucket cannot be reached.
     """
+    # `field` is what messages blame: the field that the user has set.
     field, path = "config.tokenizer.path", config.tokenizer.path
-    if not path:
+    if not path:  # the one next to the weights or, of random weights, to the model's config
         field = "config.weights" if config.weights != "random" else "config.model"
         path = config.weights if config.weights != "random" else config.model
         if path in models.PRESETS:

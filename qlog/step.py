@@ -1,11 +1,13 @@
-"""One step: rollouts of a batch of prompts and their scores (`collect`), then coefficients, gradient
-and update (`learn`)."""
+"""One step: `collect` samples and scores rollouts of a batch of prompts, `learn` updates from them.
+
+`train.py` calls the two in turn. What travels between them are `records.Groups`.
+"""
 
 import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +41,8 @@ class StepResult(NamedTuple):
 class Stopwatch:
     """Seconds of a step by phase.
 
-    JAX returns before the devices are done. So a phase waits for its results, with the function that
-    `with watch(phase) as ready` hands it; else its seconds would count for the next phase.
+    JAX returns before the devices are done. So a phase waits for its results with the function
+    that `with watch(phase) as ready` gives it. Else its seconds would count for the next phase.
 
     Attributes:
       seconds: by name of the phase, in the order of their beginnings.
@@ -164,8 +166,8 @@ def learn(
                 batch,
                 objective,
                 experiment.microbatch,
-                # A signal before the first update gives the step up. After it nothing can be given
-                # up, since the update has taken the buffers of `state`: the step goes on to its end.
+                # A signal before the first update gives the step up. Later the step goes on to its
+                # end: the update has taken the buffers of `state`, and nothing can be given up.
                 before_each=interrupts and (interrupts.beat if index else interrupts.check),
             )
             state, update = apply_update(
@@ -180,7 +182,13 @@ def learn(
 
 
 @functools.partial(jax.jit, static_argnames=("estimator",))
-def _coefficients(estimator: losses.Estimator, groups: Groups, trajectories, loss_state, key):
+def _coefficients(
+    estimator: losses.Estimator,
+    groups: Groups,
+    trajectories: Trajectories,
+    loss_state: Any,
+    key: Array,
+) -> tuple[losses.Coefficients, Any]:
     # What was not measured is left out, so that a part that reads it is an error and not a zero.
     scores = losses.Scores(
         log_w=groups.log_w if estimator.rationale == "sampled" else None,
@@ -218,6 +226,8 @@ def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
 def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch) -> np.ndarray:
     """Exact match of the sampled answers: float32 [B, M], 0 for prompts of other processes."""
     mesh, num_prompts = experiment.mesh, len(batch.examples)
+    formatter, grader = experiment.formatter, experiment.grader
+    assert formatter and grader, "an experiment of shapes has no rollouts"
     # Each process grades the prompts that its devices hold. `local` has them only, so a prompt has
     # an index there and another one, `b`, in the batch.
     local = sharding.local_batch(mesh, rollouts)
@@ -225,6 +235,6 @@ def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch
     for index, b in enumerate(sharding.local_prompts(mesh, num_prompts)):
         example = batch.examples[b]
         golds = (example.answer, *example.aliases)
-        for m, (_, answer) in enumerate(rollout_texts(experiment.formatter, local, index)):
-            reward[b, m] = experiment.grader(answer, golds)
+        for m, (_, answer) in enumerate(rollout_texts(formatter, local, index)):
+            reward[b, m] = grader(answer, golds)
     return reward

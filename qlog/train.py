@@ -139,6 +139,7 @@ def run(
                     )
                     training.state, training.step = result.state, step + 1
                     training.log_step(batch, groups, result, watch)
+                    del groups, result  # or they would lie in memory next to the next step's
                 limit = config.watchdog
                 stop.step_done(time.monotonic() - started, limit.steps, limit.seconds)
                 if training.save_is_due():

@@ -1,4 +1,4 @@
-"""What a run tells about itself: a step's metrics, its progress line, its rollouts, the first table."""
+"""What a run tells about itself: metrics of a step, progress line, rollouts, first table."""
 
 import pathlib
 from typing import Any
@@ -96,7 +96,7 @@ def _speeds(
 def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
     """FLOPs that a step needs, by phase (`models.flops`): gold answers count with training."""
     shape, flops = experiment.policy.config, models.flops
-    # int [B], [B, M], [B, M], [B]. `models.flops` takes arrays of lengths: here each sequence has its own.
+    # int [B], [B, M], [B, M], [B]: `models.flops` takes arrays of lengths.
     prompts, rollouts, rationales, gold = sharding.gather_to_host(
         experiment.mesh,
         (
@@ -120,7 +120,7 @@ def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    """GiB of device memory, of the fullest device of the first process; {} where none is reported."""
+    """GiB on the fullest device of this process; {} where the backend reports none."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
     return {
@@ -154,10 +154,12 @@ def progress(values: dict[str, float]) -> str:
 def rollout_rows(
     experiment: Experiment, groups: Groups, batch: data.PromptBatch
 ) -> list[dict[str, Any]]:
-    """Rollouts of the batch's first prompts as text, for rollouts.jsonl. Every process must call."""
+    """Lines of rollouts.jsonl: rollouts of the batch's first prompts. Every process must call."""
     num_prompts = min(experiment.config.train.rollouts_prompts, len(batch.examples))
     if experiment.estimator.rationale == "annotated" or not num_prompts:
         return []
+    formatter = experiment.formatter
+    assert formatter, "an experiment of shapes has no rollouts"
     sampled = (groups.rollouts, groups.log_w, groups.reward)
     rollouts, log_w, reward = sharding.gather_to_host(
         experiment.mesh, jax.tree.map(lambda x: x[:num_prompts], sampled)
@@ -165,12 +167,12 @@ def rollout_rows(
     lines = []
     for b in range(num_prompts):
         prompt = batch.tokens[b, : batch.lengths[b]].tolist()
-        texts = rollout_texts(experiment.formatter, rollouts, b)
+        texts = rollout_texts(formatter, rollouts, b)
         for m, (rationale, answer) in enumerate(texts):
             lines.append(
                 {
                     "id": batch.examples[b].id,
-                    "prompt": experiment.formatter.tokenizer.decode(prompt, show_control=True),
+                    "prompt": formatter.tokenizer.decode(prompt, show_control=True),
                     "rollout": m,
                     "rationale": rationale,
                     "answer": answer,
@@ -207,8 +209,10 @@ def describe(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> 
         f"{config.model}: {shape.num_layers} layers, width {shape.width}, "
         f"vocabulary {shape.vocab_size:,}, {config.dtype}"
     )
-    dataset = [f"{config.data.name}, {config.data.style}, {len(experiment.train_data):,} prompts"]
-    dataset += [f"{n} skipped over {field}" for field, n in experiment.train_data.skipped.items()]
+    train_data = experiment.train_data
+    assert train_data is not None, "describe is for runs that train"
+    dataset = [f"{config.data.name}, {config.data.style}, {len(train_data):,} prompts"]
+    dataset += [f"{n} skipped over {field}" for field, n in train_data.skipped.items()]
     budgets = (
         f"prompt {config.data.max_prompt_tokens}, rationale {rollout.rationale_budget}, "
         f"answer {rollout.answer_reserve} tokens"

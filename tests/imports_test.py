@@ -1,4 +1,4 @@
-"""Imports run downwards only, and each package keeps to what it may know (no module is run here)."""
+"""Imports lead downwards, and each room keeps to what it may know (no module is run here)."""
 
 import ast
 import pathlib

@@ -1,8 +1,11 @@
-"""A run that gets signals at chosen points, as a program: preempted.py WORKDIR POINT NTH SIGNALS [STEPS].
+"""A run that gets signals at chosen points, as a program.
+
+    preempted.py WORKDIR POINT NTH SIGNALS [STEPS]
 
 POINT is where the NTH time (from 1) a signal comes: decode, gradient, evaluation, save, compile,
-weights (before the first step), finished, pruning, scoring (no signal: it is killed), stall (no signal: it stands still), or never.
-MODE in the environment is qlog.main's --mode. SIGNALS are names, sent one after the other.
+weights (before the first step), finished, pruning; or scoring (no signal: it is killed), stall (no
+signal: it stands still), never. SIGNALS are names, sent one after the other. MODE in the
+environment is qlog.main's --mode.
 """
 
 import hashlib

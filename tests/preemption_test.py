@@ -1,4 +1,4 @@
-"""Signals in every phase of a run, on real processes: noticed at once, nothing lost, nothing twice."""
+"""Signals in every phase of a run, on real processes: noticed at once, nothing lost or doubled."""
 
 import json
 import os

@@ -26,7 +26,8 @@ from gcp_storage_emulator.server import create_server
 from ml_collections import config_flags
 from places import ROOT
 
-DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", "qlog/losses/README.md"]
+PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("README.md"))]
+DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", *PAGES]
 CLOUD = ("gcloud", "kubectl", "sbatch", "scontrol", "gcluster", "xpk", "docker", "sky")
 PROGRAMS = {*CLOUD, "python", "python3", "pip", "uv", "source", "squeue", "scancel", "srun", "hf"}
 
@@ -185,6 +186,10 @@ def check_module(words):
 def check(command):
     """Fails where the command names a script, flag, module, config or variant that is not there."""
     words = [w for w in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+    if "&&" in words:  # one command after another
+        where = words.index("&&")
+        check(shlex.join(words[:where]))
+        return check(shlex.join(words[where + 1 :]))
     program, rest = words[0], words[1:]
     if program.startswith("launch/"):
         assert os.access(ROOT / program, os.X_OK), f"{program}: no such script"

@@ -1,4 +1,4 @@
-"""Comparing trees of arrays: the same structure, and leaf by leaf the same shape, dtype and values."""
+"""Comparing trees of arrays: one structure, and leaf by leaf one shape, dtype and values."""
 
 import jax
 import numpy as np

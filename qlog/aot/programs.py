@@ -60,12 +60,11 @@ class LongestStep(NamedTuple):
 
     @classmethod
     def of(cls, run: Experiment) -> "LongestStep":
-        train, rollouts = run.config.train, run.rollouts_per_prompt
         return cls(
             prompt_tokens=run.config.data.max_prompt_tokens,
             decode_steps=run.sampling.max_length,
             rollout_tokens=(run.sampling.max_rationale_length + run.config.rollout.answer_reserve),
-            microbatches_of_rollouts=rollouts // (train.rollouts_per_microbatch or rollouts),
+            microbatches_of_rollouts=run.rollouts_per_prompt // run.microbatch.packs,
         )
 
     def trips(self, loop: DataLoop) -> float:

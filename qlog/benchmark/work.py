@@ -275,10 +275,10 @@ class Trainer:
         return grads
 
     def _update(self, grads: models.Params) -> UpdateMetrics:
-        self._state, norms = apply_update(
+        self._state, update = apply_update(
             self._state, (), grads, optimizer=self._optimizer, mesh=self._policy.mesh
         )
-        return norms
+        return update
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))

@@ -54,13 +54,14 @@ def checks(config: ConfigDict | None, workdir: str) -> Iterator[Check]:
     """Runs every check in turn; a failure never stops the ones after it.
 
     Args:
-      config: of the run that is planned; None checks the machine alone.
+      config: of the run that is planned; None checks only the machine.
       workdir: folder or bucket of the run, made if it is not there.
     """
     yield _check("versions", _versions)
     if config is not None:
         yield _check("config", lambda: _config(config))
     yield _check("devices", _devices)
+    # Without a config, any mesh that takes all devices.
     sizes = dict(config.mesh) if config is not None else {"data": -1, "fsdp": 1, "tensor": 1}
     yield _check("mesh", lambda: _show_mesh(sharding.make_mesh(**sizes)))
     yield _check("all-reduce", _all_reduce)
@@ -99,7 +100,7 @@ def _check(name: str, function: Callable[[], str]) -> Check:
         return Check(name, True, function())
     except ConfigError as error:
         return Check(name, False, str(error))
-    except Exception as error:  # whatever a driver, a file system or a bucket's client raises
+    except Exception as error:  # drivers, file systems, buckets' clients: each its own kind
         return Check(name, False, f"{type(error).__name__}: {summary(error)}")
 
 
@@ -135,7 +136,7 @@ def _config(config: ConfigDict) -> str:
 def _devices() -> str:
     devices = jax.devices()
     kind, backend = devices[0].device_kind, jax.default_backend()
-    process.refuse_fallback()
+    process.refuse_fallback()  # raises if JAX does not use an accelerator that is plugged in
     memory = (devices[0].memory_stats() or {}) if backend != "cpu" else {}
     size = f", {memory['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in memory else ""
     return (
@@ -151,7 +152,7 @@ def _show_mesh(mesh: Mesh) -> str:
 def _all_reduce() -> str:
     """All devices sum one array together, in time and right."""
     seconds: list[float] = []
-    # In a thread of its own: a collective that lacks a peer waits forever.
+    # In another thread: a collective that lacks a peer never returns.
     error = paths.within(_PATIENCE, lambda: seconds.append(_time_all_reduce()))
     if isinstance(error, TimeoutError):
         raise ConfigError(
@@ -219,6 +220,7 @@ def _free_disk(config: ConfigDict | None, workdir: str) -> str:
         kept = config.checkpoint.keep + 2
         needed = kept * _BYTES_PER_PARAMETER * parameters
         why = f"{kept} checkpoints of {parameters / 1e9:.2f}e9 parameters"
+    # The workdir may not exist yet: the disk is that of the first folder above it that does.
     place = pathlib.Path(folder).absolute()
     while not place.exists():
         place = place.parent
@@ -250,14 +252,15 @@ def _weights(config: ConfigDict) -> str:
 
 def _tokenizer(config: ConfigDict) -> str:
     """It loads, and the model has a row for each of its tokens."""
-    # On one device: the mesh has a check of its own.
-    alone = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
-    run = experiment.prepare(alone, jax.local_devices()[:1], train=False, evaluate=False)
+    # On one device: the mesh is checked above.
+    config = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
+    run = experiment.prepare(config, jax.local_devices()[:1], train=False, evaluate=False)
     return f"{run.policy.valid_vocab} tokens, for {run.policy.config.vocab_size} rows of the model"
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
+    # Not the global flags: other commands of the same process have flags of the same names.
     own = flags.FlagValues()
     wanted = config_flags.DEFINE_config_file(
         "config",

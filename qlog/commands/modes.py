@@ -42,7 +42,7 @@ def run(
       topology: read by compile: one slice, or several with commas to compare.
 
     Raises:
-      ConfigError: flags that do not go together, and whatever is wrong with the config.
+      ConfigError: flags that do not go together, or something is wrong with the config.
       TrainingError, PassingError, Stop: as `train.run` and `evaluation.evaluate` do.
     """
     workdir = paths.parse(workdir, "--workdir")
@@ -103,6 +103,7 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
     params, source, step = _load(experiment, path)
+    # The settings of answers may differ from those of training's rollouts, so they are shown.
     split, sampling = config.evaluation.split, experiment.evaluation_sampling
     say(
         f"answers: temperature {sampling.temperature}, top_k {sampling.top_k}, "
@@ -150,6 +151,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     if tokenizer.path:  # None of a synthetic task's, which `save` writes
         copied = models.huggingface.tokenizer_files(tokenizer.path.parent)
     distributed.once_per_run(lambda: str(tokenizer.save(folder)))
+    # Other libraries take the ids at which to stop from the model's config.
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     if tokenizer.bos_id is not None:
         ids["bos_token_id"] = tokenizer.bos_id

@@ -74,7 +74,7 @@ def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:
     children = {}
     for name, changes in config.runs.items():
         child = schema.merge(config, {**changes, "runs": {}})
-        if child.init_from in children:
+        if child.init_from in children:  # an earlier entry: dicts keep their order
             child.init_from = str(workdir / child.init_from)
         children[name] = child
     return children

@@ -55,7 +55,7 @@ def marked(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Text of the ids with every control token in ⟦ ⟧."""
     text, plain = "", []
     names = {id_: name for name, id_ in tokenizer.control.items()}
-    for id_ in ids:
+    for id_ in ids:  # runs of plain tokens are decoded together: a character may take several
         if id_ not in names:
             plain.append(id_)
             continue

@@ -133,14 +133,14 @@ def stage(wanted: Iterable[Asset], to: str, say: Callable[[str], object] = print
       say: is told each line.
 
     Raises:
-      ConfigError, PassingError: whatever fetching and copying raise.
+      ConfigError, PassingError: as fetching and copying do.
     """
     wanted = list(wanted)
     if not wanted:
         say("nothing to stage: the config reads no files")
         return
     target, flags_ = paths.parse(to, "--to"), []
-    if not paths.is_remote(target):
+    if not paths.is_remote(target):  # runs may start in another folder than this command
         target = paths.Path(os.path.abspath(target))
     paths.probe(target, "--to")  # before gigabytes are fetched
     for asset in wanted:
@@ -173,6 +173,8 @@ def _model(field: str, spec: str, weights: bool) -> Asset:
     """
     what = spec if field.startswith("--") else f"config.{field}"
     label = f"{field}={spec}" if field.startswith("--") else f"{what} = {spec!r}"
+    # A Hub id is a folder's name in the assets, too. A path is not: its last part is, and runs
+    # have to be told by a flag.
     local = not models.huggingface.is_hub_id(spec)
     return Asset(
         label,

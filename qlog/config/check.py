@@ -111,6 +111,7 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
             f"--config.train.prompts_per_step={wanted}, or a larger mesh.tensor, or run several "
             "seeds side by side on fewer chips each."
         )
+    # What divides the step's prompts may still not divide those of a shard.
     per_shard = prompts // shards
     for field, size, whole in (
         # A microbatch is a part of one update's slice, a wave of all prompts of the step.
@@ -139,6 +140,7 @@ def check_same_run(before: Mapping[str, Any], config: ConfigDict) -> None:
     # Through JSON as `before` was: tuples are lists, functions their names.
     new = schema.fields(json.loads(schema.to_json(config)))
     old = schema.fields(before)
+    # A field that is only in one of the two comes from another version of the schema: None.
     for field in sorted(set(old) | set(new)):
         section = field.partition(".")[0]
         if field in may_change or section in may_change:
@@ -161,12 +163,13 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     try:
         if callable(name):
             built = name(**section)
-            if not isinstance(built, losses.Estimator):
+            if not isinstance(built, losses.Estimator):  # else it fails deep inside a step
                 raise TypeError(f"{name.__name__} must return a losses.Estimator, got {built!r}")
             return built
         built = losses.build(name, num_rollouts=config.rollout.rollouts_per_prompt, **section)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
+    # Annotated rationales: M copies of the same one would only cost time.
     if built.rationale == "annotated" and config.rollout.rollouts_per_prompt != 1:
         raise ConfigError(
             f"config.rollout.rollouts_per_prompt = {config.rollout.rollouts_per_prompt}: the loss "
@@ -195,7 +198,7 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         wanted, value = type(known[key]), config[key]
         if wanted is float and type(value) is int:
             continue
-        if type(value) is not wanted:  # not isinstance: True is no number of steps
+        if type(value) is not wanted:  # isinstance would take True for an int
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
 
 

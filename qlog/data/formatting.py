@@ -99,7 +99,7 @@ class Formatter:
       tokenizer: vocabulary and control tokens.
       task: gives the description that the warm style opens with.
       style: 'warm', the description, the answer format and the source in the chat template with
-        thinking on; or 'cold', the linearised source alone, so that the gold answer is very
+        thinking on; or 'cold', the source only, so that the gold answer is very
         unlikely at first.
       closing_text: text that is forced in front of the thinking-end token when a rationale has
         used up its budget; none by default.

@@ -82,7 +82,7 @@ def official_split(name: str, split: str, available: Sequence[str]) -> str:
     if source is not None:
         return source
     raise ConfigError(
-        f"{fields.NAME} = {name!r}: the {split} split is drawn from the official "
+        f"{fields.NAME} = {name!r}: the {split} split comes from the official "
         f"{' or '.join(_SOURCES[split])} file, but {fields.MANUAL_DIR} has only "
         f"{', '.join(available)}: add the file."
     )

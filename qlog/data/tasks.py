@@ -115,7 +115,7 @@ def open_examples(
 
     Args:
       name: a key of TASKS.
-      split: 'train', 'validation' or 'test'; `qlog.data.splits` says how they are drawn.
+      split: 'train', 'validation' or 'test'; `qlog.data.splits` says how they are chosen.
       manual_dir, data_dir, prepared: as in `qlog.data.splits.open_split`.
 
     Raises:

@@ -3,7 +3,8 @@
 A grader is a function (answer, golds) -> float in [0, 1]. `answer` is the text after the
 thinking-end token, `golds` one gold string or several (the answer and its aliases; the best
 counts). Text that is no answer scores 0 with every grader: empty or blank text, more than
-`MAX_CHARS` characters, and text with control tags such as `</think>` or `<|im_end|>`.
+`MAX_CHARS` characters, and text with control tags such as `</think>` or `<|im_end|>`. Only
+`finqa_numeric` takes something else than gold strings: FinQA's executed answer.
 
 | grader                 | use                | rule                                               |
 |------------------------|--------------------|----------------------------------------------------|

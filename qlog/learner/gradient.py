@@ -206,8 +206,8 @@ def _add_prompts(
     #     dL/dparams  =  sum over packs of (dL/dparams with C fixed)        pull-back of the tokens
     #                    + (sum over packs of dL/dC) * dC/dparams           pull-back of the prompts
     #
-    # The prompts' forward pass keeps what their pull-back needs. Then the packs come, some at a time,
-    # and add to both sums. Last, one pull-back takes the sum of dL/dC back through the prompts.
+    # The prompts' forward pass keeps what their pull-back needs. Then come the packs, some at a
+    # time, and add to both sums. Last, one pull-back takes the sum of dL/dC through the prompts.
     #
     # All of them add in place. `jax.new_ref` turns an array into a Ref, a buffer that the program
     # changes where it lies; `jax.freeze` turns it back into an array. A pull-back given Refs by
@@ -320,8 +320,8 @@ def log_probs(
     params = policy.gathered(params)
     prefix, last = context
     tokens = packing.to_packs(trajectories.tokens)  # [b, w, R]
-    # The input in a slot is the token in front of it. A rollout's first token has in front of it not
-    # its neighbour in the pack, but the prompt's last token. Positions go on from the prompt's.
+    # The input in a slot is the token in front of it. A rollout's first token has in front of it
+    # not its neighbour in the pack, but the prompt's last token, whose position comes next.
     before = jnp.pad(tokens, ((0, 0), (0, 0), (1, 0)))[..., :-1]
     inputs = jnp.where(packing.token == 0, last[:, None, None], before)
     hidden = models.extend(

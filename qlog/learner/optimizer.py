@@ -20,10 +20,9 @@ def build(config: ConfigDict) -> optax.GradientTransformation:
 
     Equal settings give the same object: jit takes it as static and would compile anew for another.
     """
-    section: Any = config.optimizer  # the fields of a ConfigDict have no static types
-    train: Any = config.train
+    section = config.optimizer
     return _build(
-        num_updates=train.steps * train.updates_per_batch,
+        num_updates=config.train.steps * config.train.updates_per_batch,
         learning_rate=section.learning_rate,
         warmup_steps=section.warmup_steps,
         schedule=section.schedule,
@@ -93,6 +92,5 @@ def apply_update(
         skipped_updates=optax.tree.get(opt_state, "total_notfinite"),
         skipped_in_a_row=optax.tree.get(opt_state, "notfinite_count"),
     )
-    return sharding.constrain_params(
-        mesh, TrainState(state.step, params, opt_state, loss_state)
-    ), metrics
+    state = TrainState(state.step, params, opt_state, loss_state)
+    return sharding.constrain_params(mesh, state), metrics

@@ -50,7 +50,7 @@ class Packing(NamedTuple):
         )
 
     def to_packs(self, x: Array) -> Array:
-        """[B, M, R] by rollout and token -> [B, W, R] by pack and slot. Empty slots hold anything."""
+        """[B, M, R] by rollout and token -> [B, W, R] by pack and slot, anything if empty."""
         num_prompts, num_rollouts, length = x.shape
         # One gather from [B, M * R]. Number M, of an empty slot, is read as some other rollout.
         rollout = jnp.minimum(self.rollout, num_rollouts - 1)
@@ -109,14 +109,14 @@ def pack_rollouts(lengths: Array, is_needed: Array, length: int) -> Packing:
     row, offset = (jnp.take_along_axis(x.T, back, axis=1) for x in placed)
 
     # ---- What is in each slot: [B, W, R].
-    # The number of a rollout, from 1 on, where it begins; 0 elsewhere. Rollouts left out aim at pack
-    # M, which does not exist, and mode="drop" drops them.
+    # The number of a rollout, from 1 on, where it begins; 0 elsewhere. Rollouts left out aim at
+    # pack M, which does not exist, and mode="drop" drops them.
     prompt, m = jnp.indices((num_prompts, num_rollouts))
     grid = jnp.zeros((num_prompts, num_rollouts, length), jnp.int32)
     at = (prompt, jnp.where(row < 0, num_rollouts, row), offset)
     begins = grid.at[at].set(m + 1, mode="drop")
-    # A slot belongs to the last rollout that begins at it or in front of it: a running maximum of the
-    # beginnings. The empty slots behind the last rollout begin there as if they were one more.
+    # A slot belongs to the last rollout that begins at it or in front of it: a running maximum of
+    # the beginnings. The empty slots behind the last rollout count as one more rollout.
     slot = jnp.arange(length)
     is_begin = (begins > 0) | (slot == filled[..., None])
     start = jax.lax.cummax(jnp.where(is_begin, slot, 0), axis=2)

@@ -1,8 +1,8 @@
 """What the gradient is taken on: rollouts, followed by the answer that the estimator asks for.
 
-sampled      z_1 ... z_n </think> y_1 ... y_k <eos>                 the rollout as it is
-gold         z_1 ... z_n </think> y*_1 ... y*_a <eos>               its rationale, then the gold answer
-annotated    z*_1 ... z*_n </think> y*_1 ... y*_a <eos>             no rollout: both come with the data
+sampled      z_1 ... z_n </think> y_1 ... y_k <eos>           the rollout as it is
+gold         z_1 ... z_n </think> y*_1 ... y*_a <eos>         its rationale, then the gold answer
+annotated    z*_1 ... z*_n </think> y*_1 ... y*_a <eos>       both come with the data
 """
 
 import functools
@@ -29,8 +29,8 @@ def with_gold_answer(
     num_prompts, num_rollouts = rollouts.lengths.shape
     slots = jnp.arange(length)
     ends = rollouts.rationale_lengths[..., None]  # [B, M, 1], where the answer begins
-    # Slot r holds token r - end of the answer; inside the rationale, and behind the answer, the index
-    # is held within the answer, and the masks leave the slot out.
+    # Slot r holds token r - end of the answer. Inside the rationale, and behind the answer, the
+    # index is clipped to the answer, and no mask has the slot.
     index = jnp.clip(slots - ends, 0, gold.shape[1] - 1)  # [B, M, R]
     answers = jnp.broadcast_to(gold[:, None], (num_prompts, num_rollouts, gold.shape[1]))
     answer = jnp.take_along_axis(answers, index, -1)  # [B, M, R]

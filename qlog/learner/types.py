@@ -3,7 +3,7 @@
 Shapes: B prompts of an update, M rollouts per prompt, R tokens of a trajectory.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +41,11 @@ class Microbatch(NamedTuple):
     @classmethod
     def of(cls, config: ConfigDict, mesh: Mesh) -> "Microbatch":
         """What `config.train` asks for, where 0 is all; its prompts are those of one shard."""
-        train: Any = config.train  # the fields of a ConfigDict have no static types
-        rollout: Any = config.rollout
+        train = config.train
         prompts = train.prompts_per_microbatch * sharding.num_batch_shards(mesh)
         return cls(
             prompts=prompts or train.prompts_per_step // train.updates_per_batch,
-            packs=train.rollouts_per_microbatch or rollout.rollouts_per_prompt,
+            packs=train.rollouts_per_microbatch or config.rollout.rollouts_per_prompt,
         )
 
 

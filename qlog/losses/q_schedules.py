@@ -75,7 +75,7 @@ def adaptive_q(
     high: float = 1.0,
     decay: float = 0.9,
 ) -> LossTransform:
-    """`factory(q)` with q chosen at every step from the batch's own estimates of P.
+    """`factory(q)` with q chosen at every step from the batch's estimates of P.
 
     q is the mean over groups of `q_for_pace`, averaged over steps with `decay` (debiased) and kept
     within [low, high]: high while P is tiny, low once P exceeds `pace`. It reads `scores.log_w`

@@ -12,7 +12,7 @@ and told to all (`once_per_run`), or by all together (`any_process`), never by e
 | `any_process`   | every process gives a bool         | every process: is any true?      |
 | `gather`        | every process gives a list         | every process: all lists, joined |
 | `broadcast`     | process 0 gives a value            | every process                    |
-| `set_key`       | one process, whenever it likes     | whoever asks `get_key`           |
+| `set_key`       | one process, at any time           | each process that calls `get_key`|
 """
 
 import contextlib
@@ -50,8 +50,8 @@ def processes(choice: str) -> Iterator[None]:
     while other processes run is printed and ends this process at once.
 
     Args:
-      choice: 'on' connects to the others, or fails; 'off' stays alone; 'auto' is 'on' where the
-        environment names several processes. Cloud TPU VMs name none there: use 'on'.
+      choice: 'on' connects to the others, or fails; 'off' runs without them; 'auto' is 'on' where
+        the environment names several processes. Cloud TPU VMs name none there: use 'on'.
 
     Raises:
       ConfigError: the processes were named but could not be connected.

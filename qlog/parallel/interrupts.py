@@ -198,7 +198,7 @@ class Interrupts:
             numbers = _read(wake)
             if 0 in numbers:  # from `listening`, at its end
                 return
-            # Nothing that goes wrong here may end the thread: nobody would hear the next signal.
+            # Nothing that goes wrong here may end the thread: the next signal would not be heard.
             with contextlib.suppress(Exception):
                 self._hear(numbers)
                 self._hear_others()
@@ -268,7 +268,7 @@ class Interrupts:
                 print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
 
     def _stalled(self, seconds: float) -> None:
-        """Shows where each thread is, for whoever looks for the cause, and ends the process."""
+        """Shows where each thread is, to find the cause, and ends the process."""
         print(
             f"qlog: nothing has happened for {seconds:,.0f} s; the stacks of all threads follow, "
             f"then this process ends with status {PassingError.status}",

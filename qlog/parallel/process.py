@@ -34,8 +34,8 @@ def set_up() -> None:
     Raises:
       ConfigError: a bucket that `qlog.storage.paths` cannot use.
     """
-    # Programs in the cache are code: whoever can write there runs theirs as the user of each later
-    # run. So a folder that others may write to is used only where somebody has named it.
+    # Programs in the cache are code: a user who can write there can run anything as the user of a
+    # later run. So a folder that others may write to is used only if the environment names it.
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
         folder = str(assets.cache("xla"))

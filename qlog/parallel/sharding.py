@@ -17,6 +17,7 @@ The functions, by what they do:
 | inside jit  | `constrain_*`: `jax.lax.with_sharding_constraint` by kind of array;                |
 |             | `shard_map_batch`: a function of each device's own part                            |
 | outside     | `put_*`: host -> devices; `local_batch`, `gather_to_host`: devices -> host         |
+| both        | `every_nth`, `split`, `join`: parts of a batch with as many prompts of each device |
 | on the host | `local_prompts`, `owned_prompts`: which prompts of a batch belong to this process  |
 
 A mesh of None is one device: then arrays are left as they are.
@@ -368,9 +369,9 @@ def owned_prompts(mesh: Mesh, batch: int) -> np.ndarray:
 
 # ---- Parts of a batch: waves, updates and microbatches take some of its prompts at a time ----
 #
-# Part i of n has the prompts i, i + n, i + 2n, ... A device holds neighbouring prompts, so each part
-# has as many prompts from every device, where they lie already: no device waits, nothing moves.
-# The first B / n prompts would all lie on the first devices.
+# Part i of n has the prompts i, i + n, i + 2n, ... A device holds consecutive prompts, so each part
+# has as many prompts of every device: no device waits, and nothing moves between them. The first
+# B / n prompts would all lie on the first devices.
 
 
 def _by_stride(x: jax.Array, num_parts: int) -> jax.Array:
@@ -390,6 +391,6 @@ def split(tree: _Tree, num_parts: int) -> _Tree:
 
 
 def join(parts: _Tree) -> _Tree:
-    """The way back of `split`: [n, B / n, ...] -> [B, ...], prompts in their old order."""
+    """The inverse of `split`: [num_parts, B / num_parts, ...] -> [B, ...]."""
     join_one = lambda x: jax.numpy.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
     return jax.tree.map(join_one, parts)

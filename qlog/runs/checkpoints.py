@@ -48,6 +48,8 @@ class Checkpoints:
         self._folder = paths.parse(workdir)
         scores = distributed.once_per_run(lambda: _read_scores(self._folder))
         self.scores: Scores = {int(step): score for step, score in scores.items()}
+        # Kept is what either policy wants. Orbax asks them after each save, and by then `_Best` may
+        # know the score of an older checkpoint: it reads the dict that `score` writes to.
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             place(self._folder, "--workdir") / "checkpoints",
@@ -79,6 +81,7 @@ class Checkpoints:
         """
         if self.latest_step is not None and self.latest_step >= step:
             return
+        # Two items of one checkpoint, in two folders (see above).
         parts = {"params": state.params, "training": state._replace(params=None)._asdict()}
         self._checkpointer.save_checkpointables_async(
             step, parts, custom_metadata={"config": json.loads(config), "identity": identity or {}}
@@ -142,6 +145,8 @@ class Checkpoints:
             return
         self.wait()
         steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        # Orbax deletes whole steps, and every process must call it. One item of a step is a folder,
+        # which process 0 removes.
         best = _best(steps, self.scores)
         for step in steps:
             if step != best:

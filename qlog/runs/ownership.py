@@ -146,6 +146,7 @@ def claim(workdir: paths.Path) -> Iterator[Claim]:
       ConfigError: the workdir cannot be written, or the processes do not all see the same one.
       PassingError: another run has it.
     """
+    # First the folder, then the owner: if it is not shared, each host could have an owner.
     prove_shared(workdir, "--workdir")
     me = distributed.once_per_run(lambda: _take(workdir / FILE))
     owned = Claim(workdir / FILE if jax.process_index() == 0 else None, me)
@@ -166,6 +167,7 @@ def prove_shared(folder: paths.Path, field: str = "path") -> None:
     Raises:
       ConfigError: on all processes, if one of them cannot.
     """
+    # Process 0 leaves a file under a new random name; the others look for it.
     nonce = distributed.once_per_run(lambda: _leave_proof(folder, field))
     proof = folder / f"{_PROOF}{nonce}"
     trouble = ""  # of this process: '', 'unshared', or what `paths.probe` says
@@ -175,6 +177,7 @@ def prove_shared(folder: paths.Path, field: str = "path") -> None:
             trouble = "" if _sees(proof) else "unshared"
         except ConfigError as error:
             trouble = str(error)
+    # Each tells all what it saw: so all of them raise, and none goes on into a collective.
     found = distributed.gather([{"host": socket.gethostname(), "trouble": trouble}])
     if jax.process_index() == 0:
         paths.within(20.0, lambda: paths.remove(proof))
@@ -239,6 +242,7 @@ def _refuse_living(file: paths.Path, first: _Owner) -> None:
     """Raises PassingError if the owner lives; returns if it is dead, or has gone meanwhile."""
     if not first or first.get("released"):
         return
+    # On this machine the process itself can be looked up, at once.
     if first.get("machine") == _machine():
         if _lives(first):
             _refuse(file, first)

@@ -41,7 +41,7 @@ def draw_escape(curves: dict[str, list[dict[str, Any]]], path: paths.Path) -> No
     """
     import matplotlib  # slow to import, and needed here only
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws into memory: hosts have no display
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
@@ -51,6 +51,7 @@ def draw_escape(curves: dict[str, list[dict[str, Any]]], path: paths.Path) -> No
     )
     for axis, (quantity, label) in zip(axes, panels, strict=True):
         for name, rows in curves.items():
+            # Evaluations have their own lines in the same file.
             points = [
                 (row["step"], row[quantity])
                 for row in rows

@@ -60,6 +60,7 @@ class Uploads:
 
     def flush(self) -> bool:
         """Uploads all there is. Waits for it, but not for long; returns whether it was done."""
+        # Flushes are counted, so that each caller waits for an upload that began after its call.
         with self._lock:
             self._num_asked += 1
             wanted = self._num_asked
@@ -127,6 +128,7 @@ class Uploads:
             with self._lock:
                 if len(lines) == length and self._new.get(path) is lines:
                     del self._new[path]
+        # TensorBoard's file only grows, so a new size is a new content.
         if self._followed and not self._is_lost():
             self._followed.flush()
             for file in self._followed.folder.iterdir():

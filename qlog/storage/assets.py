@@ -117,8 +117,8 @@ def local(
     found = _find(path, field, bool, wanted)
     if found is None:
         raise ConfigError(
-            f"{field} = {os.fspath(spec)!r} holds no files: stage them (launch/stage), or mend the "
-            "name."
+            f"{field} = {os.fspath(spec)!r} holds no files: stage them (launch/stage), or correct "
+            "the name."
         )
     return found
 
@@ -130,7 +130,7 @@ def is_there(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def alone(target: pathlib.Path) -> Iterator[None]:
+def locked(target: pathlib.Path) -> Iterator[None]:
     """While inside, no other process on this file system is inside for the same target.
 
     Leaves an empty file .NAME.lock next to the target.
@@ -254,7 +254,8 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
     Returns:
       The folder of the copies; or the file, if the path is one.
     """
-    # The listing has sizes and checksums: another content is another folder.
+    # The listing has sizes and checksums: another content is another folder, and a run that still
+    # reads the old one is not disturbed.
     digest = hashlib.sha256(f"{path}\n{sorted(listing.items())}".encode()).hexdigest()[:16]
     target = cache("assets") / f"{path.name}-{digest}"
     is_file = set(listing) == {""}
@@ -269,7 +270,7 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
             f"the cache folder {target.parent} cannot be written ({error.strerror or error}): set "
             "XDG_CACHE_HOME to a local folder with room."
         ) from error
-    with alone(target):
+    with locked(target):
         if is_there(target):  # another process made it while this one waited
             return result
         system, where = paths.file_system(path)
@@ -291,7 +292,7 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
             with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
                 for size in pool.map(fetch, listing):
                     news.add(size)
-            try:
+            try:  # a rename is atomic: who sees the folder sees all of it
                 fresh.rename(target)
             except OSError:  # without locks, another process was first, with the same files
                 if not is_there(target):
@@ -333,7 +334,7 @@ def _faults(where: str) -> Iterator[None]:
             ) from error
         if not paths.passes(error):
             message = (
-                f"{where} cannot be used ({reason}): mend the name, or give this user the right."
+                f"{where} cannot be used ({reason}): correct the name, or give this user the right."
             )
             raise ConfigError(message) from error
         raise PassingError(f"{where} cannot be reached now ({reason}).") from error

@@ -6,6 +6,7 @@ layer's caches, and caches next to the logits.
 
 import functools
 import math
+from typing import NamedTuple
 
 import pytest
 import tiny
@@ -77,11 +78,19 @@ def _programs(*names, fast=()):
     )
 
 
+class Sent(NamedTuple):
+    """A collective."""
+
+    bytes: float  # of its largest array
+    what: str  # its name and arrays, for a failing test's message
+
+
 def _sent(module, in_loops=False):
-    """(bytes, name) of every collective's largest array, only those in loops if asked."""
+    """Every collective, only those in loops if asked."""
     for each, depth in module.instructions():
         if each.opcode.removesuffix("-start") in _COLLECTIVES and depth >= in_loops:
-            yield max(shape.bytes for shape in each.results), f"{each.name} {each.results}"
+            largest = max(shape.bytes for shape in each.results)
+            yield Sent(largest, f"{each.name} {each.results}")
 
 
 def _cache_bytes(run):
@@ -96,7 +105,7 @@ def test_no_cache_and_no_logits_are_sent_while_decoding(name, mesh):
     rows = run.config.train.prompts_per_step * run.rollouts_per_prompt / 4
     logits = rows * VOCAB * 4
     found = list(_sent(module, in_loops=True))
-    assert [x for x in found if x[0] >= min(logits, _cache_bytes(run)) / 4] == []
+    assert [x for x in found if x.bytes >= min(logits, _cache_bytes(run)) / 4] == []
     if run.mesh.shape["tensor"] > 1:
         assert found, "heads are split: their results must be summed"
 
@@ -130,7 +139,7 @@ def test_the_learners_loop_is_found_by_its_name():
 def test_caches_stay_where_they_are(name, mesh):
     """Neither sent nor copied: a copy would double the memory."""
     run, module = _compiled(name, **mesh)
-    assert [x for x in _sent(module) if x[0] >= _cache_bytes(run) / 4] == []
+    assert [x for x in _sent(module) if x.bytes >= _cache_bytes(run) / 4] == []
     copies = [
         each
         for each, _ in module.instructions()
@@ -151,7 +160,7 @@ def test_logits_of_a_chunk_of_tokens_are_the_most_that_exists(name, mesh):
             if {VOCAB, local} & set(shape.dimensions):
                 assert math.prod(shape.dimensions) <= max(CHUNK, WIDTH) * VOCAB, each
     assert tokens < CHUNK  # of the gold answers; the gradient has 32 times as many
-    assert [x for x in _sent(module) if x[0] >= CHUNK * local * 4] == []
+    assert [x for x in _sent(module) if x.bytes >= CHUNK * local * 4] == []
 
 
 @_programs("prefill")
@@ -164,4 +173,4 @@ def test_no_chip_computes_the_prompts_of_another(name, mesh):
     prompts = 8 / (4 / run.mesh.shape["tensor"])
     activations = prompts * 256 * WIDTH * 2  # summed over the tensor axis
     table = VOCAB * WIDTH * 2  # the parameters are gathered; nothing else is as large
-    assert [x for x in _sent(module) if x[0] > activations and x[0] != table] == []
+    assert [x for x in _sent(module) if x.bytes > activations and x.bytes != table] == []

@@ -1,4 +1,4 @@
-"""The checks before a run, on eight virtual devices: what they find, and what they say of a fault."""
+"""The checks before a run, on eight virtual devices: what they find, and how they name a fault."""
 
 import os
 import subprocess

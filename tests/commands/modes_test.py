@@ -1,4 +1,4 @@
-"""What the commands do beside training: real configs, Hugging Face folders in and out, saved samples."""
+"""The modes besides training: real configs, Hugging Face folders in and out, saved samples."""
 
 import importlib.util
 import json
@@ -171,7 +171,7 @@ def test_what_is_exported_is_what_the_config_names(trained, tmp_path):
     of_another_run = exported({"init_from": str(workdir)}, tmp_path / "another")
     original = pathlib.Path(config.weights) / "model.safetensors"
     assert weights == original.read_bytes() != of_another_run
-    # A synthetic task's vocabulary exists in memory alone; it is written out.
+    # A synthetic task's vocabulary exists only in memory; it is written out.
     task = tiny.config(init_from="", model=str(workdir / "export"), architecture={})
     task.weights = str(pathlib.Path(config.weights))
     modes.run(

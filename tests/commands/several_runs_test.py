@@ -1,4 +1,4 @@
-"""A sweep of dependent runs and its report; evaluation's numbers from its own samples."""
+"""Several runs that depend on each other, their report; numbers computed again from samples."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_finished_runs_are_not_run_again(swept):
     (workdir / "c_paft" / "seconds.json").unlink()  # killed at the very end: taken up again
     several_runs.run(config, workdir, ONE)
     assert (workdir / "b_garl" / "metrics.jsonl").stat().st_mtime_ns == before
-    assert (workdir / "report.md").exists()  # its seconds are nobody's guess
+    assert (workdir / "report.md").exists()  # it needs no seconds
 
 
 def test_a_wrong_run_stops_the_sweep_before_the_first_one(tmp_path):

@@ -14,7 +14,7 @@ def test_every_field_may_change_in_a_resumed_run_or_must_stay():
     fields = schema.fields(schema.default())
     sections = {field.partition(".")[0] for field in fields}
     for name in schema.MAY_CHANGE | schema.MUST_STAY:
-        assert name in fields or name in sections, f"{name} is no field or section"
+        assert name in fields or name in sections, f"{name} is neither field nor section"
     for field in fields:
         named = [
             table
@@ -22,7 +22,7 @@ def test_every_field_may_change_in_a_resumed_run_or_must_stay():
             for name in (field, field.partition(".")[0])
             if name in table
         ]
-        # "seed" is its own section.
+        # A field at the top level, such as seed, is found by both names.
         assert len({id(table) for table in named}) == 1, (
             f"{field}: in one of the two, in config/schema.py"
         )

@@ -93,7 +93,7 @@ def test_what_cannot_be_drawn_is_named():
         splits.official_split("squad", "train", ("train",))
     with pytest.raises(ConfigError, match="split 'dev' is unknown: use one of train, validation"):
         splits.official_split("finqa", "dev", ("train", "dev"))
-    with pytest.raises(ConfigError, match="the test split is drawn from the official test or dev"):
+    with pytest.raises(ConfigError, match="the test split comes from the official test or dev"):
         splits.official_split("finqa", "test", ("train",))
     with pytest.raises(ConfigError, match="has 1 records, too few for validation and test"):
         splits.choose("musique", "test", ["only"], ("train", "dev"))

@@ -397,6 +397,17 @@ def test_finqa_numeric(answer, target, gold, score):
     assert finqa_numeric(answer, target, gold=gold) == score
 
 
+# ---- By name ----
+
+
+def test_rewards_are_graders_by_name():
+    assert graders.by_name("exact_match") is exact_match
+    with pytest.raises(
+        ValueError, match="reward = 'exact' is not a grader: use one of exact_match"
+    ):
+        graders.by_name("exact")
+
+
 # ---- Counting failures ----
 
 

@@ -86,7 +86,9 @@ def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temper
             ]
             for t in (temperature, 1.0)
         ]
-        return -sum((w * mask[:, 1:] * p).sum() for w, mask, p in zip(weights, masks, picked))
+        return -sum(
+            (w * mask[:, 1:] * p).sum() for w, mask, p in zip(weights, masks, picked, strict=True)
+        )
 
     loss, wanted = jax.value_and_grad(separate)(params)
     got, sums = _gradient(batch, (B, M), temperature=temperature)
@@ -209,7 +211,7 @@ def test_a_non_finite_gradient_is_skipped_and_counted():
 
 
 def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
-    """Temporaries of a program with microbatches are less than the gradients: these add up in place."""
+    """Temporaries of a program are less than the gradients, which add up in place."""
     shape = dataclasses.replace(tiny.SHAPE, num_layers=6, width=256, mlp_width=1024)
     policy = dataclasses.replace(tiny.POLICY, config=shape, remat="full")
     _, prompts, trajectories, coefficients = batch

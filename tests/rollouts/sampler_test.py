@@ -1,4 +1,4 @@
-"""Rollouts: caches against plain forward passes, budgets, keys, and how tokens are chosen."""
+"""Rollouts: caches against plain forward passes, budgets, keys, a pool that shrinks."""
 
 import dataclasses
 
@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from qlog.models import head
 from qlog.records import Golds
-from qlog.rollouts import pool, sampler
-from qlog.rollouts.token_choice import choose_token
+from qlog.rollouts import sampler
 
 END, EOS, PAD = 3, (1, 2), 0
 SAMPLING = sampler.Sampling(
@@ -149,72 +147,6 @@ def test_a_shrinking_pool_gives_the_same_rollouts_and_compiles_once(drawn, compi
     assert compilations() == before
 
 
-def _lane_steps(lengths, slots, prompt_slots, num_shards=1):
-    """Lanes times steps that the sampler's loop executes on rollouts [B, M] of given lengths."""
-    num_prompts, num_rollouts = lengths.shape
-    sizes = pool.levels(num_prompts // num_shards, num_rollouts, slots, prompt_slots)
-    schedule = pool.PoolSchedule(num_prompts, num_rollouts, sizes, num_shards)
-    step = executed = 0
-    while True:
-        ids = schedule.rollout_ids
-        ends = np.where(ids == pool.NO_ROLLOUT, 0, lengths.ravel()[ids % lengths.size])
-        before, step = step, step + sampler.STEPS_PER_LOOK
-        executed += ids.size * (min(step, ends.max()) - before)
-        going = ends > step
-        if not going.any():
-            return executed
-        for plan in schedule.shrink(going):
-            _check_plan(plan, ids, going, num_shards, num_rollouts)
-            ids = plan.rollout_ids
-            going = ids != pool.NO_ROLLOUT
-
-
-def _check_plan(plan, ids, going, num_shards, num_rollouts):
-    """What goes on is there once, next to rollouts of the same prompt, on the same shard."""
-    kept = plan.rollout_ids[plan.rollout_ids != pool.NO_ROLLOUT]
-    np.testing.assert_array_equal(np.sort(kept), np.sort(ids[going]))
-    old = ids.reshape(num_shards, -1)
-    new = plan.rollout_ids.reshape(num_shards, -1, plan.rollout_ids.shape[1])
-    for shard in range(num_shards):
-        real = new[shard] != pool.NO_ROLLOUT
-        lane = plan.lane.reshape(new.shape)[shard]
-        np.testing.assert_array_equal(old[shard][lane[real]], new[shard][real])
-        prompt_of_block = np.where(real, new[shard] // num_rollouts, -1).max(1)
-        assert (real <= (new[shard] // num_rollouts == prompt_of_block[:, None])).all()
-        parent = plan.parent.reshape(num_shards, -1)[shard]
-        first = old[shard].reshape(-1, ids.shape[1])[parent]
-        holds = (first // num_rollouts == prompt_of_block[:, None]).any(1)
-        assert holds[prompt_of_block >= 0].all()
-
-
-@pytest.mark.parametrize("mean", [200, 700, 1500])
-@pytest.mark.parametrize("prompts", [4, 32])
-def test_long_tails_cost_at_most_a_third_more_than_is_needed(prompts, mean):
-    """Geometric lengths cut at 2944; waiting for the longest would cost 2 to 15 times as much."""
-    rng = np.random.default_rng(mean)
-    for _ in range(3):
-        lengths = np.minimum(rng.geometric(1 / mean, (prompts, 32)), 2944)
-        assert _lane_steps(lengths, 2944, 1351) <= 1.3 * lengths.sum()
-
-
-def test_shards_keep_their_rollouts():
-    lengths = np.minimum(np.random.default_rng(0).geometric(1 / 700, (32, 32)), 2944)
-    executed = _lane_steps(lengths, 2944, 1351, num_shards=8)
-    assert executed < 2 * lengths.sum() < 0.6 * 32 * 32 * lengths.max()
-
-
-def test_smaller_pools_never_need_more_memory():
-    for prompts, rollouts, slots, prompt_slots in (
-        (1, 32, 256, 4096),
-        (4, 8, 2944, 512),
-        (2, 16, 64, 1024),
-    ):
-        sizes = pool.levels(prompts, rollouts, slots, prompt_slots)
-        memory = [s.num_blocks * (prompt_slots + s.lanes_per_block * slots) for s in sizes]
-        assert max(memory) == memory[0]
-    assert len(pool.levels(4, 8, 16, 24)) == 1
-
-
 def test_keys_depend_only_on_prompt_and_rollout():
     key = jax.random.key(3)
     uids = jnp.array([5, 6, 5], jnp.uint32)
@@ -232,73 +164,3 @@ def test_a_budget_of_zero_means_no_rationale(drawn):
     rollouts, *_ = _sample(tree, prompts, keys, sampling)
     assert (rollouts.tokens[..., 0] == END).all() and rollouts.forced.all()
     assert (rollouts.rationale_lengths == 1).all() and rollouts.is_sampled[..., 1].all()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_tokens_follow_the_softmax(temperature):
-    num_tokens, vocab = 40_000, 50
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=vocab) * 2, jnp.float32)
-    logits = logits.at[40:].set(-jnp.inf)
-    keys = jax.random.split(jax.random.key(0), (num_tokens, 1))
-    tokens, log_probs = jax.jit(choose_token, static_argnums=2)(
-        jnp.broadcast_to(logits, (num_tokens, 1, vocab)), keys, temperature
-    )
-    probabilities = np.array(jax.nn.softmax(logits / temperature))
-    counts = np.bincount(np.array(tokens).ravel(), minlength=vocab)
-    assert not counts[40:].any()
-    chi_square = (
-        (counts[:40] - num_tokens * probabilities[:40]) ** 2 / (num_tokens * probabilities[:40])
-    ).sum()
-    assert chi_square < 39 + 5 * np.sqrt(2 * 39)  # five standard deviations
-    np.testing.assert_allclose(
-        log_probs[:, 0], np.log(np.maximum(probabilities, 1e-30))[tokens[:, 0]], atol=1e-5
-    )
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "inside"),
-    [(3, 1.0, 4), (0, 0.6, 2), (20, 0.9, 4), (2, 0.5, 1), (0, 1e-6, 1)],
-)
-def test_truncated_tokens_follow_the_renormalised_distribution(top_k, top_p, inside):
-    probabilities = np.array([0.05, 0.3, 0.4, 0.1, 0.1, 0.05])  # the two of 0.1 tie
-    logits = jnp.log(jnp.broadcast_to(probabilities, (20_000, 1, 6))).astype(jnp.float32) * 0.5
-    keys = jax.random.split(jax.random.key(1), (20_000, 1))
-    tokens, log_probs = choose_token(logits, keys, 0.5, top_k, top_p)
-    kept = np.where(np.isin(np.arange(6), [2, 1, 3, 4][:inside]), probabilities, 0)
-    kept /= kept.sum()
-    shares = np.bincount(np.array(tokens).ravel(), minlength=6) / 20_000
-    assert np.abs(shares - kept).max() < 0.02 and not shares[kept == 0].any()
-    np.testing.assert_allclose(log_probs[:, 0], np.log(kept[tokens[:, 0]]), atol=1e-5)
-
-
-def test_greedy_takes_the_most_likely_token():
-    logits = jnp.array([[[0.0, 3.0, 1.0]]])
-    token, log_prob = choose_token(logits, jax.random.split(jax.random.key(0), (1, 1)), 0.0)
-    assert token[0, 0] == 1
-    np.testing.assert_allclose(log_prob[0, 0], jax.nn.log_softmax(logits)[0, 0, 1])
-
-
-def test_log_probs_in_chunks_equal_the_plain_ones_in_value_and_gradient():
-    rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(2, 11, 16)), jnp.float32)
-    table = jnp.asarray(rng.normal(size=(32, 16)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 29, (2, 11)), jnp.int32)
-    temperature = jnp.asarray(rng.uniform(0.5, 2, (2, 11)), jnp.float32)
-
-    def plain(hidden, table):
-        logits = (hidden @ table[:29].T) / temperature[..., None]
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-
-    def chunked(hidden, table):
-        return head.token_log_probs(
-            hidden, table, targets, valid_vocab=29, temperature=temperature, chunk=4
-        )
-
-    np.testing.assert_allclose(chunked(hidden, table), plain(hidden, table), atol=1e-5)
-    weight = jnp.asarray(rng.normal(size=(2, 11)), jnp.float32)
-    for wanted, got in zip(
-        jax.grad(lambda *a: (weight * plain(*a)).sum(), (0, 1))(hidden, table),
-        jax.grad(lambda *a: (weight * chunked(*a)).sum(), (0, 1))(hidden, table),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)

@@ -74,7 +74,7 @@ def open_records(
 
     Args:
       name: "finqa", "hotpotqa" or "musique".
-      split: "train", "dev", for FinQA also "test": the official files. The paper's splits, drawn
+      split: "train", "dev", for FinQA also "test": the official files. The paper's splits, chosen
         from these, are opened by `qlog.data.splits.open_split`.
       manual_dir, data_dir: as in `prepare`. Of a manual download only the splits whose files are
         there can be opened.
@@ -146,7 +146,7 @@ def prepare(
             return staged
     # ---- Prepare it ----
     _make(root)
-    with assets.alone(folder):
+    with assets.locked(folder):
         if not assets.is_there(folder):
             _prepare(builder, folder, found)
     # The folder's name has the digest from before: it must be true of what was read.
