@@ -238,8 +238,8 @@ def _forward(
     rows = _like_keys(queries, keys, lead)
     state = _Partial(*(_like_keys(x, keys, lead) for x in state))
 
-    # The softmax of one more block of slots, merged with that of all blocks before. Each is relative
-    # to the largest score that it has seen, so nothing overflows and no score is needed twice.
+    # The softmax of one more block of slots, merged with that of all blocks before. Each is
+    # relative to the largest score it has seen, so nothing overflows, and scores are needed once.
     def visit(index, state: _Partial) -> _Partial:
         scores = _scores(rows, keys, part, index, slots)
         top = jnp.maximum(state.top, scores.max(-1))
