@@ -18,7 +18,7 @@ from places import ROOT, TESTS
 from qlog import data, losses, train
 from qlog.config import schema
 from qlog.errors import ConfigError, PassingError
-from qlog.experiment import prepare
+from qlog.experiment import data_limits, prepare
 from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
 
@@ -240,9 +240,8 @@ def test_it_trains_on_data_that_a_caller_brings(tmp_path):
     """One seam: an experiment whose parts were replaced trains like any other."""
     config = tiny.config(train={"steps": 2})
     experiment = prepare(config, ONE)
-    formatter = experiment.formatter
     source = [data.Example(f"mine {i}", f"ask {name}", "bob") for i, name in enumerate(NAMES)]
-    mine = data.open_dataset(source, formatter, max_prompt_tokens=24, max_answer_tokens=8)
+    mine = data.open_dataset(source, experiment.formatter, data_limits(config, rationales=False))
     train.run(dataclasses.replace(experiment, train_data=mine), tmp_path)
     ids = {row["id"] for row in read_jsonl(tmp_path / "rollouts.jsonl")}
     assert ids <= {example.id for example in source} and len(ids) == 4
