@@ -217,7 +217,7 @@ def test_kernels_are_chosen_by_device(asked, platform, version, capability, chos
     mesh = types.SimpleNamespace(devices=np.array([device]))
     config = tiny.config(attention=asked)
     if chosen:
-        assert experiment.attention(config, mesh) == chosen
+        assert experiment.attention_kernels(config, mesh) == chosen
     else:
         with pytest.raises(ConfigError, match=f"config.attention = '{asked}'.*'blocks'"):
-            experiment.attention(config, mesh)
+            experiment.attention_kernels(config, mesh)
