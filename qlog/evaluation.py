@@ -23,7 +23,7 @@ from qlog.console import ProgressLine, clock, say
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, identity
 from qlog.grading import accuracy
-from qlog.parallel import distributed, sharding
+from qlog.parallel import batch_placement, distributed
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Rollouts
 from qlog.rollouts import sampler
@@ -356,7 +356,7 @@ def sample_answers(
         _dataset(experiment), batch_size=per_shard * num_shards, limit=total, start=start
     )
     for batch in batches:
-        tokens, lengths, gold, gold_lengths, uids = sharding.put_batch(
+        tokens, lengths, gold, gold_lengths, uids = batch_placement.put_batch(
             mesh, (batch.tokens, batch.lengths, batch.gold, batch.gold_lengths, batch.uids)
         )
         samples = sampler.sample(
@@ -369,7 +369,7 @@ def sample_answers(
             sampling,
             interrupts=interrupts,
         )
-        rollouts, log_w = sharding.local_batch(mesh, (samples.rollouts, samples.log_w))
+        rollouts, log_w = batch_placement.local_batch(mesh, (samples.rollouts, samples.log_w))
         found = _rows(experiment, formatter, batch, rollouts, log_w)
         # All processes get all rows: in the order of the questions, whoever made them.
         everything = distributed.gather(found)
@@ -402,8 +402,8 @@ def _rows(
       log_w: float32 [b, n].
     """
     size = len(batch.examples)
-    held = sharding.local_prompts(experiment.mesh, size)
-    owned = set(sharding.owned_prompts(experiment.mesh, size))
+    held = batch_placement.local_prompts(experiment.mesh, size)
+    owned = set(batch_placement.owned_prompts(experiment.mesh, size))
     found = []
     for local, index in enumerate(held):
         # Several processes may hold a prompt; one of them owns it. The last batch is filled up with

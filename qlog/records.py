@@ -7,7 +7,7 @@ The letters of all shapes in qlog:
                                  A  tokens of the longest gold answer (rollout.answer_reserve)
 
 Sequences are padded on the right. Arrays are global `jax.Array`s, split over prompts. What
-`sharding.local_batch` makes of a record has numpy arrays, of the prompts that a process holds.
+`batch_placement.local_batch` makes of a record has numpy arrays, of the prompts that a process holds.
 """
 
 from typing import Any, NamedTuple

@@ -21,7 +21,7 @@ from qlog.learner.gradient import batch_gradient, merge, reference_log_probs
 from qlog.learner.optimizer import apply_update
 from qlog.learner.trajectories import annotated, with_gold_answer, with_sampled_answer
 from qlog.learner.types import LearnerBatch, Objective, StepSums, UpdateMetrics
-from qlog.parallel import process, sharding
+from qlog.parallel import batch_placement, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Groups, Prompts, Rollouts, TrainState, Trajectories
 from qlog.rollouts import sampler
@@ -81,7 +81,7 @@ def collect(
     """
     config, estimator = experiment.config, experiment.estimator
     # ---- Prompts and gold answers to the devices, split over prompts.
-    put = functools.partial(sharding.put_batch, experiment.mesh)
+    put = functools.partial(batch_placement.put_batch, experiment.mesh)
     prompts = Prompts(*put((batch.tokens, batch.lengths, batch.is_prompt)))
     gold, gold_lengths = put((batch.gold, batch.gold_lengths))
     if estimator.rationale == "annotated":
@@ -148,7 +148,7 @@ def learn(
         # ---- Updates: one for each slice of the prompts.
         sums = []
         for index in range(num_updates):
-            batch = sharding.every_nth(whole, index, num_updates)
+            batch = batch_placement.every_nth(whole, index, num_updates)
             if reference is not None:
                 batch = batch._replace(
                     reference=reference_log_probs(
@@ -230,9 +230,9 @@ def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch
     assert formatter and grader, "an experiment of shapes has no rollouts"
     # Each process grades the prompts that its devices hold. `local` has them only, so a prompt has
     # an index there and another one, `b`, in the batch.
-    local = sharding.local_batch(mesh, rollouts)
+    local = batch_placement.local_batch(mesh, rollouts)
     reward = np.zeros((num_prompts, experiment.rollouts_per_prompt), np.float32)
-    for index, b in enumerate(sharding.local_prompts(mesh, num_prompts)):
+    for index, b in enumerate(batch_placement.local_prompts(mesh, num_prompts)):
         example = batch.examples[b]
         golds = (example.answer, *example.aliases)
         for m, (_, answer) in enumerate(rollout_texts(formatter, local, index)):

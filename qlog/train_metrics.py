@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from qlog import data, losses, models
 from qlog.experiment import Experiment
 from qlog.learner.types import SamplerMismatch
-from qlog.parallel import chips, sharding
+from qlog.parallel import batch_placement, chips
 from qlog.records import Groups
 from qlog.rollouts.text import rollout_texts
 from qlog.step import StepResult, Stopwatch
@@ -97,7 +97,7 @@ def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
     """FLOPs that a step needs, by phase (`models.flops`): gold answers count with training."""
     shape, flops = experiment.policy.config, models.flops
     # int [B], [B, M], [B, M], [B]: `models.flops` takes arrays of lengths.
-    prompts, rollouts, rationales, gold = sharding.gather_to_host(
+    prompts, rollouts, rationales, gold = batch_placement.gather_to_host(
         experiment.mesh,
         (
             groups.prompts.lengths,
@@ -161,7 +161,7 @@ def rollout_rows(
     formatter = experiment.formatter
     assert formatter, "an experiment of shapes has no rollouts"
     sampled = (groups.rollouts, groups.log_w, groups.reward)
-    rollouts, log_w, reward = sharding.gather_to_host(
+    rollouts, log_w, reward = batch_placement.gather_to_host(
         experiment.mesh, jax.tree.map(lambda x: x[:num_prompts], sampled)
     )
     lines = []

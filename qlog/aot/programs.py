@@ -20,7 +20,7 @@ from qlog.experiment import Experiment
 from qlog.learner import gradient
 from qlog.learner.optimizer import apply_update
 from qlog.learner.types import LearnerBatch, Objective
-from qlog.parallel import sharding
+from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds, Prompts, Trajectories
 from qlog.rollouts import sampler
 
@@ -164,7 +164,7 @@ def _lower_decode(
     run: Experiment, weights: Any, wave: _Wave, sampling: sampler.Sampling
 ) -> jax.stages.Lowered:
     until = jax.ShapeDtypeStruct((), jnp.int32)
-    flags = sharding.per_device_shape(run.mesh, bool)
+    flags = batch_placement.per_device_shape(run.mesh, bool)
     return sampler.decode.lower(weights, run.policy, wave.pool, sampling, until, flags)
 
 

@@ -20,7 +20,7 @@ from qlog.learner.optimizer import apply_update
 from qlog.learner.types import LearnerBatch, Microbatch, Objective, UpdateMetrics
 from qlog.models import flops, head
 from qlog.models.flops import Need
-from qlog.parallel import process, sharding
+from qlog.parallel import batch_placement, process, sharding
 from qlog.policy import Policy
 from qlog.records import Golds, Prompts, TrainState, Trajectories
 from qlog.rollouts import sampler, scoring
@@ -89,7 +89,7 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
         np.arange(size.prompts, dtype=np.uint32),
     )
     if policy.mesh:
-        parts = sharding.put_batch(policy.mesh, parts)
+        parts = batch_placement.put_batch(policy.mesh, parts)
     prompts, golds, trajectories, uids = jax.tree.map(jnp.asarray, parts)
     keys = sampler.rollout_keys(jax.random.key(seed), uids, size.rollouts)
     return Batch(prompts, golds, keys, trajectories, advantages)
@@ -203,7 +203,7 @@ class Trainer:
         per_token = batch.advantages / (size.rollouts * (size.rationale + size.answer))
         score = jnp.asarray(per_token)
         if policy.mesh:
-            score = sharding.put_batch(policy.mesh, per_token)
+            score = batch_placement.put_batch(policy.mesh, per_token)
         # The other coefficients are zero: a plain policy gradient.
         none = jnp.zeros_like(score)
         self._coefficients = losses.Coefficients(score, none, none, none)

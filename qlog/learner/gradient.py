@@ -23,7 +23,7 @@ from qlog import losses, models
 from qlog.learner.packing import Packing, pack_rollouts
 from qlog.learner.types import LearnerBatch, Microbatch, Objective, SamplerMismatch, StepSums
 from qlog.models import head
-from qlog.parallel import sharding
+from qlog.parallel import batch_placement, sharding
 from qlog.policy import Policy
 from qlog.records import Prompts, Trajectories
 
@@ -164,7 +164,7 @@ def add_microbatches(
         sums = add(batch, packing)
     else:
         # Strided, so that on a mesh each device has its share of every microbatch.
-        parts = sharding.split((batch, packing), num_parts)
+        parts = batch_placement.split((batch, packing), num_parts)
         part = lambda number: jax.tree.map(lambda x: x[number], parts)
 
         def add_part(sums: StepSums, number: Array) -> tuple[StepSums, None]:
@@ -391,9 +391,9 @@ def reference_log_probs(
     everything = jnp.ones(trajectories.lengths.shape, bool)
     packing = pack_rollouts(trajectories.lengths, everything, trajectories.tokens.shape[-1])
     num_parts = len(prompts.lengths) // microbatch.prompts
-    parts = sharding.split((prompts, trajectories, packing), num_parts)
+    parts = batch_placement.split((prompts, trajectories, packing), num_parts)
     of_part = functools.partial(_part_log_probs, params, policy, temperature, microbatch.packs)
-    return sharding.join(jax.lax.map(of_part, parts))
+    return batch_placement.join(jax.lax.map(of_part, parts))
 
 
 def _part_log_probs(

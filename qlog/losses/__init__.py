@@ -32,14 +32,19 @@ from qlog.losses.compose import (
     stateless,
     where_groups,
 )
-from qlog.losses.edits import aggregate, clip_coefficients, normalize_by_bound, zero_pathwise
 from qlog.losses.gauges import Measured, measure, measure_groups, measurements
 from qlog.losses.group_stats import log_likelihood, log_reward
+from qlog.losses.normalization import (
+    aggregate,
+    clip_coefficients,
+    normalize_by_bound,
+    zero_pathwise,
+)
 from qlog.losses.q_schedules import adaptive_q, q_for_pace, schedule, scheduled
 from qlog.losses.recipes import RECIPES, Recipe, arguments, build
+from qlog.losses.resampling import RESAMPLING, resample_posterior
 from qlog.losses.surrogates import add_kl, clipped, kl_estimate, linear, token_measurements
 from qlog.losses.transforms import (
-    RESAMPLING,
     amplify,
     attenuate,
     center,
@@ -48,7 +53,6 @@ from qlog.losses.transforms import (
     jackknife,
     leave_one_out_baseline,
     rao_blackwell,
-    resample_posterior,
     scale_by_group_std,
     uniform,
 )

@@ -3,10 +3,10 @@
 All take `q` as a number or a traced array, so `optax.inject_hyperparams(garl)(q=schedule)` works.
 """
 
-from qlog.losses import group_stats
-from qlog.losses import transforms as parts
+from qlog.losses import group_stats, transforms
 from qlog.losses.checks import check_choice
 from qlog.losses.compose import chain
+from qlog.losses.resampling import resample_posterior
 from qlog.losses.types import Commitment, LossTransform
 
 BASELINES = ("leave_one_out", "none")
@@ -24,11 +24,11 @@ def garl(
     check_choice("baseline", baseline, BASELINES)
     check_choice("correction", correction, CORRECTIONS)
     if correction == "jackknife":
-        group = [parts.jackknife(q)]
+        group = [transforms.jackknife(q)]
     else:
-        group = [parts.rao_blackwell(), parts.amplify(q)]
+        group = [transforms.rao_blackwell(), transforms.amplify(q)]
     if baseline == "leave_one_out":
-        group.append(parts.leave_one_out_baseline(q))
+        group.append(transforms.leave_one_out_baseline(q))
     return chain(*group)
 
 
@@ -36,7 +36,7 @@ def paft(
     q: Commitment = 0.75, k: int | None = None, resampling: str = "multinomial"
 ) -> LossTransform:
     """PAFT: wbar^(1-q) n_m / K for both, n the counts of K posterior draws (eq 14, Algorithm 2)."""
-    return chain(parts.resample_posterior(k, resampling), parts.attenuate(q))
+    return chain(resample_posterior(k, resampling), transforms.attenuate(q))
 
 
 def rb_reinforce() -> LossTransform:
@@ -66,28 +66,30 @@ def star(q: Commitment = 1.0) -> LossTransform:
     rejection-sampling fine-tuning on all right rollouts.
     """
     weight = group_stats.log_reward
-    return chain(parts.rao_blackwell(weight), parts.amplify(q, weight))
+    return chain(transforms.rao_blackwell(weight), transforms.amplify(q, weight))
 
 
 def maxrl() -> LossTransform:
     """MaxRL (T -> infinity): (r_m - rbar) / rbar / M on sampled answers, 0 when none is right."""
     weight = group_stats.log_reward
-    return chain(parts.rao_blackwell(weight), parts.amplify(1.0, weight), parts.center())
+    return chain(
+        transforms.rao_blackwell(weight), transforms.amplify(1.0, weight), transforms.center()
+    )
 
 
 def grpo(scale_by_std: bool = True, eps: float = 1e-6) -> LossTransform:
     """GRPO: (r_m - rbar) / (std(r) + eps) / M on sampled answers; Dr. GRPO does not scale."""
-    advantage = [parts.from_reward(), parts.center()]
+    advantage = [transforms.from_reward(), transforms.center()]
     if scale_by_std:
-        advantage.append(parts.scale_by_group_std(eps))
+        advantage.append(transforms.scale_by_group_std(eps))
     return chain(*advantage)
 
 
 def rloo() -> LossTransform:
     """RLOO: (r_m - rbar_{-m}) / M on sampled answers."""
-    return chain(parts.from_reward(), parts.center_leave_one_out())
+    return chain(transforms.from_reward(), transforms.center_leave_one_out())
 
 
 def sft() -> LossTransform:
     """SFT: 1 / M on annotated rationales and gold answers, the q = 1 pole."""
-    return parts.uniform()
+    return transforms.uniform()

@@ -8,14 +8,7 @@ import jax.numpy as jnp
 
 from qlog.losses import group_stats
 from qlog.losses.compose import stateful
-from qlog.losses.types import (
-    AxisName,
-    Coefficients,
-    Commitment,
-    LossState,
-    LossTransform,
-    Scores,
-)
+from qlog.losses.types import AxisName, Coefficients, Commitment, LossState, LossTransform, Scores
 
 Values = dict[str, jax.Array]  # name to float32 scalar
 

@@ -2,7 +2,7 @@
 
 A `Recipe` joins a function that makes a loss transform, one that makes a surrogate, and what a
 trainer must provide. Its arguments are those of both functions, plus, where the transform takes
-`q`, a schedule for it, plus edits that every recipe understands.
+`q`, a schedule for it, plus the normalization that every recipe understands.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import optax
 
-from qlog.losses import aliases, edits, gauges, group_stats, q_schedules, surrogates
+from qlog.losses import aliases, gauges, group_stats, normalization, q_schedules, surrogates
 from qlog.losses.checks import check_choice, check_integer, check_number, closest
 from qlog.losses.compose import chain
 from qlog.losses.types import (
@@ -152,16 +152,16 @@ class Recipe:
             own["q"] = q
         parts = [self.transform(**own)]
         if not arguments["pathwise"]:
-            parts.append(edits.zero_pathwise())
+            parts.append(normalization.zero_pathwise())
         normalize = takes_q and bool(arguments["normalize"])
         if normalize and q is not None:
-            parts.append(edits.normalize_by_bound(q))
+            parts.append(normalization.normalize_by_bound(q))
         # Measured here: what follows limits and averages, and would hide the effective rewards.
         parts.append(gauges.measure_groups(q, normalize, self.weight))
         if arguments["max_coefficient"] is not None:
             check_number("max_coefficient", arguments["max_coefficient"], 0, float("inf"))
-            parts.append(edits.clip_coefficients(arguments["max_coefficient"]))
-        parts.append(edits.aggregate(arguments["aggregation"], arguments["max_tokens"]))
+            parts.append(normalization.clip_coefficients(arguments["max_coefficient"]))
+        parts.append(normalization.aggregate(arguments["aggregation"], arguments["max_tokens"]))
         return chain(*parts)
 
 

@@ -37,7 +37,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qlog.errors import PassingError, Stop
-from qlog.parallel import distributed, sharding
+from qlog.parallel import batch_placement, distributed
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 2.0  # seconds for the main thread to reach a call, where nothing would be lost
@@ -115,7 +115,7 @@ class Interrupts:
         # Copied to the devices once for each of the two values: the decode loop asks often.
         if (mesh, asked) not in self._flags:
             host = np.full(mesh.size if mesh else 1, asked)
-            self._flags[mesh, asked] = sharding.put_per_device(mesh, host)
+            self._flags[mesh, asked] = batch_placement.put_per_device(mesh, host)
         return self._flags[mesh, asked]
 
     def beat(self, any_asked: bool = False) -> None:

@@ -35,7 +35,7 @@ from jax.sharding import Mesh
 
 from qlog import models
 from qlog.models import head
-from qlog.parallel import sharding
+from qlog.parallel import batch_placement, sharding
 from qlog.parallel.interrupts import Interrupts
 from qlog.policy import Policy
 from qlog.records import Golds, Rollouts, Samples
@@ -179,7 +179,7 @@ def sample(
     batch = Wave(prompts, lengths, keys, golds)
     results, lane_steps = [], 0
     for index in range(num_waves):
-        wave = sharding.every_nth(batch, index, num_waves)
+        wave = batch_placement.every_nth(batch, index, num_waves)
         schedule = _schedule(policy, wave, sampling, shrink)
         if rehearse and index == 0:
             _rehearse(run, wave, schedule)
@@ -278,7 +278,7 @@ def _move(policy: Policy, pool: Pool, plan: Plan) -> Pool:
     of them XLA would keep every input until the end.
     """
     mesh = policy.mesh
-    parent, lane, rollout_ids = sharding.put_batch(mesh, plan)
+    parent, lane, rollout_ids = batch_placement.put_batch(mesh, plan)
 
     def move(cache: Array, take: Callable[[Mesh | None, Array, Array], Array], index: Array):
         moved = take(mesh, cache, index)
@@ -593,5 +593,5 @@ def _by_prompt(results: Results, shape: tuple[int, int]) -> Results:
 
 @jax.jit
 def _join_waves(results: list[Results]) -> Results:
-    """The inverse of `sharding.every_nth`, of all waves."""
+    """The inverse of `batch_placement.every_nth`, of all waves."""
     return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *results)

@@ -17,7 +17,7 @@ def rollout_texts(formatter: data.Formatter, rollouts: Rollouts, index: int) -> 
     """The texts of one prompt's M rollouts.
 
     Args:
-      rollouts: on the host, numpy arrays [b, M, ...] as from `sharding.local_batch`.
+      rollouts: on the host, numpy arrays [b, M, ...] as from `batch_placement.local_batch`.
       index: which of the b prompts.
     """
     texts = []

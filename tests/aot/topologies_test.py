@@ -15,7 +15,7 @@ from qlog.aot.compiler import topology_devices
 from qlog.config import schema
 from qlog.config.check import check_batches
 from qlog.errors import ConfigError
-from qlog.parallel import sharding
+from qlog.parallel import batch_placement, sharding
 
 NAMES = ("finqa", "hotpotqa", "musique")
 
@@ -209,8 +209,8 @@ def test_rows_follow_from_the_mesh_whatever_axis_spans_processes(sizes, monkeypa
         monkeypatch.setattr(
             type(place), "addressable_devices_indices_map", lambda self, shape, mine=mine: mine
         )
-        held.append(sharding.local_prompts(mesh, 16).tolist())
-        owned.append(sharding.owned_prompts(mesh, 16).tolist())
+        held.append(batch_placement.local_prompts(mesh, 16).tolist())
+        owned.append(batch_placement.owned_prompts(mesh, 16).tolist())
     assert sorted(sum(owned, [])) == list(range(16))
     assert all(set(o) <= set(h) for o, h in zip(owned, held, strict=True))
     shards = sizes[0] * sizes[1]

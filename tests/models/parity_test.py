@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from golden import make_golden  # noqa: E402
+from testdata.golden import make_golden  # noqa: E402
 
 from qlog import models  # noqa: E402
 from qlog.models import huggingface  # noqa: E402

@@ -13,7 +13,7 @@ from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.learner.optimizer import apply_update
-from qlog.parallel import sharding
+from qlog.parallel import batch_placement, sharding
 from qlog.rollouts import sampler
 from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
@@ -92,8 +92,8 @@ def test_a_mesh_that_does_not_fit_is_named():
 def test_caches_are_split_over_prompts_and_heads_from_the_start():
     """Zeros know no mesh: left to the compiler, every device would hold every rollout's cache."""
     policy = dataclasses.replace(tiny.POLICY, mesh=sharding.make_mesh(2, 2, 2))
-    prompts = sharding.put_batch(policy.mesh, np.full((8, 6), 7, np.int32))
-    lengths, uids = sharding.put_batch(
+    prompts = batch_placement.put_batch(policy.mesh, np.full((8, 6), 7, np.int32))
+    lengths, uids = batch_placement.put_batch(
         policy.mesh, (np.full(8, 5, np.int32), np.arange(8, dtype=np.uint32))
     )
     keys = sampler.rollout_keys(jax.random.key(0), uids, 4)

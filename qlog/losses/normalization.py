@@ -1,4 +1,4 @@
-"""Parts that edit any estimator's coefficients: normalise, zero, clip, average over tokens."""
+"""Normalising any estimator's coefficients: the division by M^q, clipping, averages over tokens."""
 
 import jax
 import jax.numpy as jnp
