@@ -189,16 +189,15 @@ def _coefficients(
     loss_state: Any,
     key: Array,
 ) -> tuple[losses.Coefficients, Any]:
-    # What was not measured is left out, so that a part that reads it is an error and not a zero.
     scores = losses.Scores(
-        log_w=groups.log_w if estimator.rationale == "sampled" else None,
-        reward=groups.reward if estimator.reward else None,
+        log_w=groups.log_w,
+        reward=groups.reward,
         valid=jnp.broadcast_to(groups.prompts.is_prompt[:, None], groups.log_w.shape),
         num_tokens=(trajectories.rationale_mask | trajectories.answer_mask).sum(
             -1, dtype=jnp.int32
         ),
     )
-    return losses.coefficients(estimator.transform, scores, loss_state, key=key)
+    return losses.coefficients(estimator.transform, estimator.measured(scores), loss_state, key=key)
 
 
 def trajectory_length(experiment: Experiment, rationale: int, answer: int) -> int:

@@ -9,13 +9,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from qlog import losses, models
 from qlog.config import schema
-from qlog.config.schema import CHOICES, closest
+from qlog.config.schema import CHOICES
 from qlog.errors import ConfigError
+from qlog.grading import graders
+from qlog.losses.checks import closest
 from qlog.parallel import sharding
 
 # (least, greatest) value of each numeric field that has limits
@@ -156,26 +159,55 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     """The loss that `config.loss` names, for M = rollout.rollouts_per_prompt rollouts.
 
     Raises:
-      ConfigError: unknown name or argument, a value out of range, too few rollouts.
+      ConfigError: unknown name or argument, a value out of range, a reward that is no grader's
+        name, too few rollouts, a transform that reads scores which the estimator does not ask for.
     """
     section = dict(config.loss)
     name = section.pop("name")
+    if callable(name) and not hasattr(name, "__qualname__"):
+        raise ConfigError(
+            f"config.loss.name is an object of type {type(name).__name__}, which has no name that "
+            "config.json could keep: give a function made with def that returns the Estimator."
+        )
+    label = name.__qualname__ if callable(name) else name
+    num_rollouts = config.rollout.rollouts_per_prompt
     try:
-        if callable(name):
-            built = name(**section)
-            if not isinstance(built, losses.Estimator):  # else it fails deep inside a step
-                raise TypeError(f"{name.__name__} must return a losses.Estimator, got {built!r}")
-            return built
-        built = losses.build(name, num_rollouts=config.rollout.rollouts_per_prompt, **section)
+        built = name(**section) if callable(name) else losses.build(name, **section)
+        if not isinstance(built, losses.Estimator):  # else it fails deep inside a step
+            raise TypeError(f"{label} must return a losses.Estimator, got {built!r}")
+        if built.reward is not None:
+            graders.by_name(built.reward)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
     # Annotated rationales: M copies of the same one would only cost time.
-    if built.rationale == "annotated" and config.rollout.rollouts_per_prompt != 1:
+    if built.rationale == "annotated" and num_rollouts != 1:
         raise ConfigError(
-            f"config.rollout.rollouts_per_prompt = {config.rollout.rollouts_per_prompt}: the loss "
-            f"{name!r} trains on one annotated rationale per prompt; set it to 1."
+            f"config.rollout.rollouts_per_prompt = {num_rollouts}: the loss {label!r} trains on "
+            "one annotated rationale per prompt; set it to 1."
         )
+    if num_rollouts < built.min_rollouts:
+        raise ConfigError(
+            f"config.rollout.rollouts_per_prompt = {num_rollouts}: the loss {label!r} needs at "
+            f"least {built.min_rollouts} rollouts per prompt for its leave-one-out statistics; "
+            "raise it."
+        )
+    _check_transform(built, config.train.prompts_per_step, num_rollouts)
     return built
+
+
+def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts: int) -> None:
+    """The transform runs on scores [B, M], of which it gets those that the estimator asks for."""
+    everything = losses.abstract_scores(num_prompts, num_rollouts)
+
+    def coefficients(measured: losses.Scores) -> losses.Coefficients:
+        transform, key = estimator.transform, jax.random.key(0)
+        return losses.coefficients(transform, measured, transform.init(everything), key=key)[0]
+
+    # Traced, not run: it takes hundredths of a second, and no device is looked for.
+    try:
+        jax.eval_shape(coefficients, estimator.measured(everything))
+    except ValueError as error:
+        raise ConfigError(f"config.loss: {error}.") from error
 
 
 def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:

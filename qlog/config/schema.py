@@ -5,9 +5,8 @@ the arguments of what was chosen there as their keys, and no others: a key that 
 error.
 """
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -241,9 +240,3 @@ def to_json(config: ConfigDict) -> str:
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'steps'?)" for 'stepz', to end a message with; '' if nothing is close."""
-    close = difflib.get_close_matches(name, [str(k) for k in known], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 
 from qlog import losses
-from qlog.config.schema import closest, loss
+from qlog.config.schema import loss
 from qlog.errors import ConfigError
+from qlog.losses.checks import closest
 
 # Changes the config in place. Of `name=value` it gets the value, of a bare name ''.
 Variant = Callable[[ConfigDict, str], None]

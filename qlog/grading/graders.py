@@ -319,7 +319,7 @@ def by_name(name: str) -> Grade:
       ValueError: there is none of this name.
     """
     if name not in GRADERS:
-        raise ValueError(f"reward = {name!r} is not a grader: use one of {', '.join(GRADERS)}.")
+        raise ValueError(f"reward = {name!r} is not a grader: use one of {', '.join(GRADERS)}")
     return GRADERS[name]
 
 

@@ -188,6 +188,16 @@ class Estimator:
                 "which brings one rationale per prompt: leave it 1"
             )
 
+    def measured(self, scores: Scores) -> Scores:
+        """`scores` without what a trainer does not measure for this estimator.
+
+        A part that reads a score which is left out is an error; a zero in its place would not be.
+        """
+        return scores._replace(
+            log_w=scores.log_w if self.rationale == "sampled" else None,
+            reward=scores.reward if self.reward else None,
+        )
+
 
 def check_needs(owner: str, rationale: str, answer: str, reward: str | None) -> None:
     """Raises unless the three are words that `owner`, a record, knows and mean something together.

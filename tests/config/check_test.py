@@ -1,5 +1,7 @@
 """What a careless user gets wrong ends in one sentence, before anything compiles."""
 
+import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import pytest
 import tiny
 from places import ROOT
 
-from qlog.config import schema
+from qlog import losses
+from qlog.config import check_config, schema
 from qlog.config.variants import estimator_variants, parse_variants
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -98,6 +101,57 @@ def test_mistakes_are_named(case):
     with pytest.raises(ConfigError, match=message) as caught:
         prepare(tiny.config(**changes), ONE)
     assert "\n" not in str(caught.value)
+
+
+def _two(q):
+    return losses.build("garl", q=q)
+
+
+def _annotated():
+    return losses.build("sft")
+
+
+def _misspelt():
+    return dataclasses.replace(losses.build("star"), reward="exact_mach")
+
+
+def _without_reward():
+    return losses.Estimator(transform=losses.from_reward(), surrogate=losses.linear())
+
+
+def _alone():
+    """It does not say that its transform needs two rollouts."""
+    return losses.Estimator(transform=losses.rb_rloo(), surrogate=losses.linear())
+
+
+OWN_LOSSES = {
+    "M = 1": (_two, {"q": 0.5}, 1, r"rollouts_per_prompt = 1: .*'_two' needs at least 2"),
+    "M of a transform": (_alone, {}, 1, r"config\.loss: M, the rollouts per prompt, must be at"),
+    "M for annotated": (_annotated, {}, 4, r"rollouts_per_prompt = 4: .*'_annotated'.*set it to 1"),
+    "a recipe": (losses.RECIPES["garl"], {}, 4, r"config\.loss\.name is an object of type Recipe"),
+    "partial": (functools.partial(_two, q=1.0), {}, 4, r"of type partial.*made with def"),
+    "reward": (_misspelt, {}, 4, r"config\.loss: reward = 'exact_mach' is not a grader: .*match"),
+    "unmeasured score": (_without_reward, {}, 4, r"config\.loss: .* reads scores\.reward, which"),
+    "no estimator": (dict, {}, 4, r"config\.loss: dict must return a losses\.Estimator"),
+}
+
+
+@pytest.mark.parametrize("case", OWN_LOSSES)
+def test_mistakes_of_a_loss_given_as_a_function_are_named(case):
+    function, arguments, num_rollouts, message = OWN_LOSSES[case]
+    changes = {"rollout": {"rollouts_per_prompt": num_rollouts}}
+    config = tiny.config(**changes, loss=schema.loss(function, **arguments))
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_config(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_checking_a_loss_takes_no_devices():
+    code = (
+        "import jax, tiny; from qlog.config import check_config; check_config(tiny.config());"
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True, timeout=120)
 
 
 def test_prompts_must_split_over_the_mesh():
