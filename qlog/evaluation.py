@@ -28,7 +28,7 @@ from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Rollouts
 from qlog.rollouts import sampler
 from qlog.rollouts.text import rollout_texts
-from qlog.storage import paths
+from qlog.storage import json_lines, paths
 from qlog.storage.paths import Path
 
 _BARE = "no_rationale/"  # before the names of metrics without a rationale
@@ -62,7 +62,7 @@ def evaluate(
     params: models.Params,
     samples: Path | None = None,
     *,
-    source: str = "",
+    parameters_from: str = "",
     interrupts: Interrupts | None = None,
 ) -> dict[str, float]:
     """p@1, p@k, m@k (k = evaluation.rollouts_per_prompt), mean log P and all else of a summary.
@@ -73,7 +73,8 @@ def evaluate(
       samples: JSON-lines file for all rows, from which `recompute` gets every number again. While
         the evaluation is under way, the rows of each batch lie next to it, and an evaluation that
         was interrupted goes on after them.
-      source: what the parameters are, in words; an evaluation goes on only after rows of the same.
+      parameters_from: where they are from, in words; an evaluation goes on only after rows of the
+        same.
       interrupts: checked while decoding.
 
     Returns:
@@ -89,7 +90,7 @@ def evaluate(
     summary = {}
     for prefix, sampling in passes.items():
         file = samples and _samples_file(samples, prefix)
-        rows = _sample_all(experiment, params, sampling, file, source, interrupts)
+        rows = _sample_all(experiment, params, sampling, file, parameters_from, interrupts)
         # On the first process only: bootstrap intervals take seconds, and the others have no rows.
         found = distributed.once_per_run(lambda rows=rows: _summarise(experiment.config, rows))
         summary |= _prefixed(prefix, found)
@@ -101,12 +102,12 @@ def _sample_all(
     params: models.Params,
     sampling: sampler.Sampling,
     file: Path | None,
-    source: str,
+    parameters_from: str,
     interrupts: Interrupts | None,
 ) -> list[Row]:
     """All rows, on the first process; [] on the others."""
     is_first_process = jax.process_index() == 0
-    partial = _PartialSamples(file, _inputs(experiment, source)) if file else None
+    partial = _PartialSamples(file, _inputs(experiment, parameters_from)) if file else None
     rows: list[Row] = []
 
     # Resume: the first process reads the rows that there are, the others hear how many.
@@ -128,19 +129,19 @@ def _sample_all(
                 partial.write(num_done, batch)
         num_done += len(batch)
         left = (time.monotonic() - began) / (num_done - num_saved) * (total - num_done)
-        line.show(f"evaluating {source}: {num_done}/{total} questions  {clock(left)} left")
+        line.show(f"evaluating {parameters_from}: {num_done}/{total} questions  {clock(left)} left")
 
     if partial and is_first_process:
         partial.finish(rows)
     return rows
 
 
-def _inputs(experiment: Experiment, source: str) -> dict[str, Any]:
+def _inputs(experiment: Experiment, parameters_from: str) -> dict[str, Any]:
     """Everything that the samples depend on, as JSON gives it back (tuples become lists)."""
     config = experiment.config
     evaluation, rollout, data_ = config.evaluation, config.rollout, config.data
     found = {
-        "source": source,
+        "source": parameters_from,
         "seed": config.seed,
         "dtype": config.dtype,
         "identity": identity(experiment),
@@ -197,13 +198,11 @@ def _samples_file(samples: Path, prefix: str) -> Path:
 
 def _write_rows(file: Path, rows: Iterable[Row]) -> None:
     """The file is there whole or not at all: `paths.write`, on a disk and in a bucket alike."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    paths.write(file, "".join(lines))
+    paths.write(file, "".join(map(json_lines.line, rows)))
 
 
 def _read_rows(file: Path) -> list[Any]:
-    # Not splitlines(), which would break a row at the line separators of Unicode (U+2028).
-    return [json.loads(line) for line in paths.read(file).split("\n") if line]
+    return [json.loads(line) for line in json_lines.split(paths.read(file))]
 
 
 class _PartialSamples:
@@ -222,15 +221,15 @@ class _PartialSamples:
 
     def read(self) -> list[Row]:
         """The rows that are there, in their order, up to the first that is missing."""
-        settings = self._folder / "settings.json"
+        settings_file = self._folder / "settings.json"
         try:
-            before = json.loads(paths.read(settings))
+            before = json.loads(paths.read(settings_file))
         except FileNotFoundError:
             before = None
         if before != self._inputs:
             if before is not None:
                 self._folder.rmtree()
-            paths.write(settings, json.dumps(self._inputs))
+            paths.write(settings_file, json.dumps(self._inputs))
             return []
         # A part has the number of its first row for a name, so the next name is known.
         rows: list[Row] = []
@@ -253,20 +252,22 @@ class _PartialSamples:
         return self._folder / f"{first:06d}.jsonl"
 
 
-def record(config: ConfigDict, metrics: dict[str, float], source: str, step: int | None) -> str:
+def record(
+    config: ConfigDict, metrics: dict[str, float], parameters_from: str, step: int | None
+) -> str:
     """The JSON of a file of numbers, with what they are of.
 
     Args:
       config: the resolved config; the file gets a digest of it, config.json next to it all of it.
       metrics: from `evaluate` or `recompute`.
-      source: what the parameters are, in words.
+      parameters_from: in words, the "source" of the file.
       step: of training; None where there is none.
     """
     digest = hashlib.sha256(schema.to_json(config).encode()).hexdigest()[:16]
     about = {
         "data": config.data.name,
         "split": config.evaluation.split,
-        "source": source,
+        "source": parameters_from,
         "step": step,
         "config": digest,
         "evaluation": config.evaluation.to_dict(),

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from qlog.commands import entry
@@ -40,10 +40,7 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> int:
     """Reads the flags, connects the processes of the run, and does what --mode asks for."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
-        )
+    entry.only_flags(argv)
     logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
     # Imported after the flags were read, which takes seconds: a wrong flag is reported at once.
     from qlog.parallel import distributed, process

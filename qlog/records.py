@@ -7,7 +7,8 @@ The letters of all shapes in qlog:
                                  A  tokens of the longest gold answer (rollout.answer_reserve)
 
 Sequences are padded on the right. Arrays are global `jax.Array`s, split over prompts. What
-`batch_placement.local_batch` makes of a record has numpy arrays, of the prompts that a process holds.
+`batch_placement.local_batch` makes of a record has numpy arrays, of the prompts that a process
+holds.
 """
 
 from typing import Any, NamedTuple
@@ -57,8 +58,7 @@ class Groups(NamedTuple):
     """A batch of groups as sampled and scored; a group is one prompt and its M rollouts."""
 
     prompts: Prompts  # [B, ...]
-    gold: Array  # int32 [B, A]
-    gold_lengths: Array  # int32 [B]
+    golds: Golds  # [B, ...]
     rollouts: Rollouts  # [B, M, ...]
     log_w: Array  # float32 [B, M]
     reward: Array  # float32 [B, M], of the sampled answers; 0 where none are graded

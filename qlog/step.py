@@ -83,11 +83,13 @@ def collect(
     # ---- Prompts and gold answers to the devices, split over prompts.
     put = functools.partial(batch_placement.put_batch, experiment.mesh)
     prompts = Prompts(*put((batch.tokens, batch.lengths, batch.is_prompt)))
-    gold, gold_lengths = put((batch.gold, batch.gold_lengths))
+    golds = Golds(*put((batch.gold, batch.gold_lengths)))
     if estimator.rationale == "annotated":
         rollouts = annotated(*put((batch.rationale, batch.rationale_lengths)))
         none = jnp.zeros(rollouts.lengths.shape)
-        return Groups(prompts, gold, gold_lengths, rollouts, none, none, 0)
+        return Groups(
+            prompts=prompts, golds=golds, rollouts=rollouts, log_w=none, reward=none, lane_steps=0
+        )
     # ---- Rollouts, and log w: the gold answer is scored on the caches that decoding leaves.
     with watch("decode") as ready:
         keys = sampler.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
@@ -98,7 +100,7 @@ def collect(
                 prompts.tokens,
                 prompts.lengths,
                 keys,
-                Golds(gold, gold_lengths),
+                golds,
                 experiment.sampling,
                 experiment.prompts_at_once(config.rollout.prompts_per_wave),
                 rehearse,
@@ -110,7 +112,14 @@ def collect(
     if estimator.reward:
         with watch("reward"):
             reward = put(_rewards(experiment, rollouts, batch))
-    return Groups(prompts, gold, gold_lengths, rollouts, log_w, reward, lane_steps)
+    return Groups(
+        prompts=prompts,
+        golds=golds,
+        rollouts=rollouts,
+        log_w=log_w,
+        reward=reward,
+        lane_steps=lane_steps,
+    )
 
 
 def learn(
@@ -215,11 +224,11 @@ def trajectory_length(experiment: Experiment, rationale: int, answer: int) -> in
 
 
 def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
-    rollouts, answer = groups.rollouts, groups.gold.shape[-1]
+    rollouts, answer = groups.rollouts, groups.golds.tokens.shape[-1]
     length = trajectory_length(experiment, rollouts.tokens.shape[-1], answer)
     if experiment.estimator.answer != "gold":
         return with_sampled_answer(rollouts, length)
-    return with_gold_answer(rollouts, groups.gold, groups.gold_lengths, length)
+    return with_gold_answer(rollouts, groups.golds, length)
 
 
 def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch) -> np.ndarray:

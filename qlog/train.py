@@ -237,9 +237,10 @@ class _Training:
 
     def batches(self) -> Iterator[tuple[int, data.PromptBatch]]:
         """(step from 0, its prompts) of the steps that are left."""
-        config = self._config
+        config, train_data = self._config, self._experiment.train_data
+        assert train_data is not None, "training needs experiment.train_data"
         batches = data.train_batches(
-            self._experiment.train_data,
+            train_data,
             seed=config.seed,
             start_step=self.step,
             prompts_per_step=config.train.prompts_per_step,
@@ -306,20 +307,24 @@ class _Training:
           Stop: a signal came; the next start goes on after the batches that were sampled.
         """
         config = self._config.evaluation
-        split, source = config.split, f"step {self.step}"
+        split, parameters_from = config.split, f"step {self.step}"
         self._claim.beat(self.step, "evaluate")
         samples = self._workdir / "samples" / f"step_{self.step:06d}.jsonl"
         # Patient: the first evaluation compiles programs, and grading is the first process's work.
         with self._stop.patient():
             self.metrics = evaluation.evaluate(
-                self._experiment, self.state.params, samples, source=source, interrupts=self._stop
+                self._experiment,
+                self.state.params,
+                samples,
+                parameters_from=parameters_from,
+                interrupts=self._stop,
             )
             # A kill after the score and before the checkpoint would leave a score of nothing.
             self._saved.wait()
         self._claim.check()
         self._log.scalars(self.step - 1, split, self.metrics)
         self._log.flush()
-        say(f"{source}: {split} " + train_metrics.brief(self._config, self.metrics))
+        say(f"{parameters_from}: {split} " + train_metrics.brief(self._config, self.metrics))
         metric = train_metrics.best_metric(self._config)
         # Scores under other settings do not compare: their description tells them apart.
         what = (
@@ -343,8 +348,8 @@ class _Training:
                 if train_metrics.best_metric(config) not in self.metrics:  # of other settings
                     self.evaluate()
             if jax.process_index() == 0:
-                source = f"{self._workdir}, step {self.step}"
-                record = evaluation.record(config, self.metrics, source, self.step)
+                parameters_from = f"{self._workdir}, step {self.step}"
+                record = evaluation.record(config, self.metrics, parameters_from, self.step)
                 paths.write(self._workdir / RESULTS, record)
             self._saved.prune(config.checkpoint.finished)
         return Outcome(self.metrics, False)

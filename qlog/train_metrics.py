@@ -1,6 +1,5 @@
 """What a run tells about itself: metrics of a step, progress line, rollouts, first table."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from qlog.parallel import batch_placement, chips
 from qlog.records import Groups
 from qlog.rollouts.text import rollout_texts
 from qlog.step import StepResult, Stopwatch
+from qlog.storage.paths import Path
 
 # ---- A step, as numbers ----
 
@@ -103,7 +103,7 @@ def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
             groups.prompts.lengths,
             groups.rollouts.lengths,
             groups.rollouts.rationale_lengths,
-            groups.gold_lengths,
+            groups.golds.lengths,
         ),
     )
     trajectories = rationales + gold[:, None]
@@ -194,12 +194,13 @@ def best_metric(config: ConfigDict) -> str:
 
 
 def brief(config: ConfigDict, metrics: dict[str, float]) -> str:
-    count = config.evaluation.rollouts_per_prompt
-    names = ("p@1", f"p@{count}", f"m@{count}", "log_p")
+    """The numbers of an evaluation that the console shows, as one line."""
+    k = config.evaluation.rollouts_per_prompt
+    names = ("p@1", f"p@{k}", f"m@{k}", "log_p")
     return "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
 
 
-def describe(experiment: Experiment, workdir: pathlib.Path, start_step: int) -> dict[str, object]:
+def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str, object]:
     """The table that opens a run, by name of the line."""
     config, shape = experiment.config, experiment.policy.config
     rollout, train = config.rollout, config.train

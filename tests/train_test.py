@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ import trees
 from places import ROOT, TESTS
 
 from qlog import data, losses, train
+from qlog.commands import modes
 from qlog.config import schema
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment import data_limits, prepare
@@ -234,6 +236,30 @@ def _composed(scale):
         losses.zero_pathwise(),
     )
     return losses.Estimator(transform=transform, surrogate=losses.linear())
+
+
+@pytest.mark.parametrize("rollouts_per_microbatch, most", [(0, 7), (2, 8)])
+def test_a_mistake_in_a_loss_is_near_the_command(rollouts_per_microbatch, most, tmp_path):
+    """The traceback that its author reads has few lines of qlog."""
+    changes = {"rollouts_per_microbatch": rollouts_per_microbatch, "prompts_per_step": 8}
+    config = tiny.config(train=changes, loss=schema.loss(_broken))
+    with pytest.raises(RuntimeError, match="a mistake") as caught:
+        modes.run("train", config, tmp_path)
+    folder = str(ROOT / "qlog")
+    names = [
+        f"{frame.filename}: {frame.name}"
+        for frame in traceback.extract_tb(caught.value.__traceback__)
+        if frame.filename.startswith(folder)
+    ]
+    assert len(names) <= most, names
+
+
+def _broken():
+    return dataclasses.replace(losses.build("garl", q=0.75), surrogate=_raise)
+
+
+def _raise(coefficients, tokens):
+    raise RuntimeError("a mistake")
 
 
 def test_it_trains_on_data_that_a_caller_brings(tmp_path):

@@ -23,6 +23,11 @@ def assert_close(found, expected, *, rtol=1e-7, atol=0.0, scaled: bool = False) 
         np.testing.assert_allclose(one, other, rtol=rtol, atol=limit, err_msg=name)
 
 
+def assert_near(found, expected) -> None:
+    """One array or number against what was worked by hand, in float32's precision."""
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-5, atol=1e-6)
+
+
 def _pairs(found, expected):
     """(name, found leaf, expected leaf). A tree that lost or gained a leaf fails here."""
     structures = jax.tree.structure(found), jax.tree.structure(expected)

@@ -97,9 +97,9 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, CompiledPr
         raise ConfigError(
             f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}."
         )
-    run = prepare_shapes(config, devices)
-    trips, programs = LongestStep.of(run).trips, {}
-    for name, lowered, runs, resident in step_programs(run):
+    experiment = prepare_shapes(config, devices)
+    trips, programs = LongestStep.of(experiment).trips, {}
+    for name, lowered, runs, resident in step_programs(experiment):
         start = time.monotonic()
         programs[name] = compile_program(lowered, runs, resident, trips)
         say(f"{topology} {name}: compiled in {time.monotonic() - start:,.0f} s")

@@ -27,7 +27,7 @@ _FREE = frozenset(
     "opt-barrier add-dependency".split()
 )
 _KNOWN_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-# 'op_name="jit(f)/transpose(jvp(packed_rows))/while"': the name of the scope right around a loop.
+# 'op_name="jit(f)/transpose(jvp(packs))/while"': the name of the scope right around a loop.
 _LOOP_SCOPE = re.compile(r'op_name="[^"]*?(\w+)\)*/while"')
 
 
@@ -61,6 +61,7 @@ class Cost(NamedTuple):
     is_whole: bool = True
 
     def plus(self, other: "Cost", times: float = 1) -> "Cost":
+        """This cost, and `times` times the other one."""
         kinds = [kind for kind in _COLLECTIVES if kind in self.sent or kind in other.sent]
         sent = {k: self.sent.get(k, 0.0) + times * other.sent.get(k, 0.0) for k in kinds}
         return Cost(

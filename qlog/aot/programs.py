@@ -46,7 +46,7 @@ class LongestStep(NamedTuple):
     | scope | where | an iteration is |
     |---|---|---|
     | decode_steps | rollouts/sampler.py | a token of every rollout, until all are done |
-    | packed_rows | learner/gradient.py | a microbatch of packed rollouts, until none is left |
+    | packs | learner/gradient.py | a microbatch of packed rollouts, until none is left |
     | attention_blocks | models/attention/blocks.py | a block of keys that some query sees |
 
     The TPU kernels of attention count as `attention_blocks`. Every other loop has a constant number
@@ -59,19 +59,22 @@ class LongestStep(NamedTuple):
     microbatches_of_rollouts: int  # per group of M rollouts
 
     @classmethod
-    def of(cls, run: Experiment) -> "LongestStep":
+    def of(cls, experiment: Experiment) -> "LongestStep":
+        """A step of `experiment` with full prompts and every budget spent."""
         return cls(
-            prompt_tokens=run.config.data.max_prompt_tokens,
-            decode_steps=run.sampling.max_length,
-            rollout_tokens=(run.sampling.max_rationale_length + run.config.rollout.answer_reserve),
-            microbatches_of_rollouts=run.rollouts_per_prompt // run.microbatch.packs,
+            prompt_tokens=experiment.config.data.max_prompt_tokens,
+            decode_steps=experiment.sampling.max_length,
+            rollout_tokens=(
+                experiment.sampling.max_rationale_length + experiment.config.rollout.answer_reserve
+            ),
+            microbatches_of_rollouts=experiment.rollouts_per_prompt // experiment.microbatch.packs,
         )
 
     def trips(self, loop: DataLoop) -> float:
         """Iterations of one loop, as `hlo_cost.module_cost` takes it."""
         if loop.scope == "decode_steps":
             return self.decode_steps
-        if loop.scope == "packed_rows":
+        if loop.scope == "packs":
             return self.microbatches_of_rollouts
         if loop.scope == "attention_blocks":
             return self._key_blocks(loop)
@@ -93,10 +96,10 @@ class LongestStep(NamedTuple):
         return (min(array.length, self.rollout_tokens) / array.size + 1) / 2
 
 
-def step_programs(run: Experiment) -> Iterator[LoweredProgram]:
+def step_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
     """The programs of a step in the order in which they first run."""
-    yield from _rollout_programs(run)
-    yield from _learner_programs(run)
+    yield from _rollout_programs(experiment)
+    yield from _learner_programs(experiment)
 
 
 # ---- Rollouts ----
@@ -111,23 +114,23 @@ class _Wave(NamedTuple):
     results: Any  # (Rollouts, log w) that finished rollouts are written to
 
 
-def _rollout_programs(run: Experiment) -> Iterator[LoweredProgram]:
+def _rollout_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
     """A wave's sampling and scoring, and evaluation's decoding for its memory only."""
-    config, policy = run.config, run.policy
-    wave_prompts = run.prompts_at_once(config.rollout.prompts_per_wave)
+    config, policy = experiment.config, experiment.policy
+    wave_prompts = experiment.prompts_at_once(config.rollout.prompts_per_wave)
     wave_prompts = wave_prompts or config.train.prompts_per_step
     waves = config.train.prompts_per_step // wave_prompts
-    params = run.abstract_params()
+    params = experiment.abstract_params()
     weights = _results(sampler.decoding_weights, (params, policy), (params, policy))
 
     # ---- What lies in HBM: the optimizer's state all the time, the parameters while their copy in
     # the activations' dtype decodes.
-    opt_state = _bytes_per_chip(run.abstract_state().opt_state)
+    opt_state = _bytes_per_chip(experiment.abstract_state().opt_state)
     training_state = opt_state + _bytes_per_chip(params)
 
     # What is an argument of a program is in its own memory report, and not counted here again.
-    wave = _wave(run, run.sampling, wave_prompts, run.rollouts_per_prompt)
-    golds = Golds(_by_prompt(run, wave_prompts)(config.rollout.answer_reserve), wave.lengths)
+    wave = _wave(experiment, experiment.sampling, wave_prompts, experiment.rollouts_per_prompt)
+    golds = Golds(_by_prompt(experiment, wave_prompts)(config.rollout.answer_reserve), wave.lengths)
     yield LoweredProgram("cast", sampler.decoding_weights.lower(params, policy), 1, opt_state)
     yield LoweredProgram(
         "prefill",
@@ -137,7 +140,7 @@ def _rollout_programs(run: Experiment) -> Iterator[LoweredProgram]:
     )
     yield LoweredProgram(
         "decode",
-        _lower_decode(run, weights, wave, run.sampling),
+        _lower_decode(experiment, weights, wave, experiment.sampling),
         waves,
         training_state + _bytes_per_chip(wave.results),
     )
@@ -149,28 +152,29 @@ def _rollout_programs(run: Experiment) -> Iterator[LoweredProgram]:
     )
     # Evaluation runs between steps and takes no time of one. It has to fit all the same.
     if config.evaluation.every:
-        evaluation, sampling = config.evaluation, run.evaluation_sampling
-        prompts = run.prompts_at_once(evaluation.prompts_per_batch)
-        wave = _wave(run, sampling, prompts, evaluation.rollouts_per_prompt)
+        evaluation, sampling = config.evaluation, experiment.evaluation_sampling
+        prompts = experiment.prompts_at_once(evaluation.prompts_per_batch)
+        wave = _wave(experiment, sampling, prompts, evaluation.rollouts_per_prompt)
         yield LoweredProgram(
             "evaluate",
-            _lower_decode(run, weights, wave, sampling),
+            _lower_decode(experiment, weights, wave, sampling),
             0,
             training_state + _bytes_per_chip(wave.results),
         )
 
 
 def _lower_decode(
-    run: Experiment, weights: Any, wave: _Wave, sampling: sampler.Sampling
+    experiment: Experiment, weights: Any, wave: _Wave, sampling: sampler.Sampling
 ) -> jax.stages.Lowered:
     until = jax.ShapeDtypeStruct((), jnp.int32)
-    flags = batch_placement.per_device_shape(run.mesh, bool)
-    return sampler.decode.lower(weights, run.policy, wave.pool, sampling, until, flags)
+    flags = batch_placement.per_device_shape(experiment.mesh, bool)
+    return sampler.decode.lower(weights, experiment.policy, wave.pool, sampling, until, flags)
 
 
-def _wave(run: Experiment, sampling: sampler.Sampling, prompts: int, rollouts: int) -> _Wave:
-    policy, by_prompt, params = run.policy, _by_prompt(run, prompts), run.abstract_params()
-    tokens, lengths = by_prompt(run.config.data.max_prompt_tokens), by_prompt()
+def _wave(experiment: Experiment, sampling: sampler.Sampling, prompts: int, rollouts: int) -> _Wave:
+    policy, params = experiment.policy, experiment.abstract_params()
+    by_prompt = _by_prompt(experiment, prompts)
+    tokens, lengths = by_prompt(experiment.config.data.max_prompt_tokens), by_prompt()
     keys = by_prompt(rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
     # Compile at 16 tokens to learn the output shardings, then reuse them for the full shapes: XLA
     # chooses them by axes, not by sizes, and small programs compile in seconds.
@@ -195,20 +199,20 @@ def _wave(run: Experiment, sampling: sampler.Sampling, prompts: int, rollouts: i
 # ---- The learner ----
 
 
-def _learner_programs(run: Experiment) -> Iterator[LoweredProgram]:
+def _learner_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
     """The gradient of a microbatch, and the update."""
-    config, estimator = run.config, run.estimator
-    updates, rollouts = config.train.updates_per_batch, run.rollouts_per_prompt
+    config, estimator = experiment.config, experiment.estimator
+    updates, rollouts = config.train.updates_per_batch, experiment.rollouts_per_prompt
     prompts_per_update = config.train.prompts_per_step // updates
-    by_prompt = _by_prompt(run, prompts_per_update)
+    by_prompt = _by_prompt(experiment, prompts_per_update)
     longest = step.trajectory_length(
-        run, run.sampling.max_rationale_length, config.rollout.answer_reserve
+        experiment, experiment.sampling.max_rationale_length, config.rollout.answer_reserve
     )
     tokens = by_prompt(rollouts, longest)  # [B, M, R], as all that is per token
     mask = by_prompt(rollouts, longest, dtype=bool)
     log_probs = by_prompt(rollouts, longest, dtype=jnp.float32)
     per_rollout = by_prompt(rollouts, dtype=jnp.float32)
-    params, state = run.abstract_params(), run.abstract_state()
+    params, state = experiment.abstract_params(), experiment.abstract_state()
     # The records that `step` hands to the learner, all rollouts at the length of the longest.
     batch = LearnerBatch(
         Prompts(by_prompt(config.data.max_prompt_tokens), by_prompt(), by_prompt(dtype=bool)),
@@ -216,21 +220,21 @@ def _learner_programs(run: Experiment) -> Iterator[LoweredProgram]:
         losses.Coefficients(*[per_rollout] * len(losses.Coefficients._fields)),
         log_probs if estimator.reference else None,
     )
-    begun = (params, run.policy, batch)
+    begun = (params, experiment.policy, batch)
     grads, *packing = _results(gradient.begin, begun, begun)
     lowered = gradient.add_microbatches.lower(
         grads,
         *begun,
         *packing,
         jax.ShapeDtypeStruct((), jnp.int32),
-        objective=Objective(estimator.surrogate, run.sampling.temperature),
-        microbatch=run.microbatch,
+        objective=Objective(estimator.surrogate, experiment.sampling.temperature),
+        microbatch=experiment.microbatch,
     )
     # One program per microbatch of prompts. Packed rollouts of a microbatch are a loop inside it.
-    runs = updates * (prompts_per_update // run.microbatch.prompts)
+    runs = updates * (prompts_per_update // experiment.microbatch.prompts)
     yield LoweredProgram("gradient", lowered, runs, _bytes_per_chip(state.opt_state))
     update = apply_update.lower(
-        state, state.loss_state, params, optimizer=run.optimizer, mesh=run.mesh
+        state, state.loss_state, params, optimizer=experiment.optimizer, mesh=experiment.mesh
     )
     yield LoweredProgram("update", update, updates, 0.0)
 
@@ -238,12 +242,12 @@ def _learner_programs(run: Experiment) -> Iterator[LoweredProgram]:
 # ---- Shapes ----
 
 
-def _by_prompt(run: Experiment, prompts: int) -> Callable[..., jax.ShapeDtypeStruct]:
+def _by_prompt(experiment: Experiment, prompts: int) -> Callable[..., jax.ShapeDtypeStruct]:
     """Makes shapes [B, *rest] of arrays that are split over the mesh by prompts."""
 
     def shape(*rest: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
-            (prompts, *rest), dtype, sharding=sharding.batch_sharding(run.mesh)
+            (prompts, *rest), dtype, sharding=sharding.batch_sharding(experiment.mesh)
         )
 
     return shape

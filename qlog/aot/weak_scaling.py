@@ -44,9 +44,9 @@ def run(config: ConfigDict, topologies: list[str], workdir: str | os.PathLike, c
       0, or 1 when a step does not fit its slice.
 
     Raises:
-      ConfigError: as `measure` does.
+      ConfigError: as `measure_slices` does.
     """
-    steps, chip = measure(config, topologies)
+    steps, chip = measure_slices(config, topologies)
     inputs = compile_run.provenance(config, command)
     folder = paths.parse(workdir, "--workdir")
     text = page(steps, chip, inputs)
@@ -60,7 +60,7 @@ def run(config: ConfigDict, topologies: list[str], workdir: str | os.PathLike, c
     return 0 if all(step.fits for step in steps) else 1
 
 
-def measure(config: ConfigDict, topologies: list[str]) -> tuple[list[SliceStep], Chip]:
+def measure_slices(config: ConfigDict, topologies: list[str]) -> tuple[list[SliceStep], Chip]:
     """A step on each topology, and their chip.
 
     Raises:

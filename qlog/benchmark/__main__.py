@@ -7,7 +7,7 @@
 Random weights and tokens: nothing is read or downloaded. Every rollout has the full length.
 """
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from qlog.benchmark.report import report
@@ -29,10 +29,7 @@ flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
-        )
+    entry.only_flags(argv)
     process.set_up()
     report(
         _CONFIG.value,

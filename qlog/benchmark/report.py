@@ -51,8 +51,8 @@ def report(
     Raises:
       ConfigError: what can be wrong with a config before data are read.
     """
-    run = prepare_shapes(config, devices)
-    policy, mesh = run.policy, run.mesh
+    experiment = prepare_shapes(config, devices)
+    policy, mesh = experiment.policy, experiment.mesh
     size = work.Size(
         config.train.prompts_per_step,
         config.rollout.rollouts_per_prompt,
@@ -60,14 +60,16 @@ def report(
         rationale or config.rollout.rationale_budget,
         answer,
     )
-    places = jax.tree.map(lambda leaf: leaf.sharding, run.abstract_params())
+    places = jax.tree.map(lambda leaf: leaf.sharding, experiment.abstract_params())
     # Weights are made where they will lie: no device ever has them whole.
     init = jax.jit(lambda key: models.init(policy.config, key), out_shardings=places)
     params = init(jax.random.key(0))
     batch = work.make_batch(policy, size)
-    wave = run.prompts_at_once(config.rollout.prompts_per_wave)
+    wave = experiment.prompts_at_once(config.rollout.prompts_per_wave)
     phases = work.rollout_phases(params, policy, size, batch, wave)
-    trainer = work.Trainer(params, policy, size, batch, run.microbatch)  # owns params from here
+    trainer = work.Trainer(
+        params, policy, size, batch, experiment.microbatch
+    )  # owns params from here
     phases["train"] = trainer.phase()
 
     # ---- Every phase, next to the machine's own peaks.
@@ -102,7 +104,7 @@ def report(
         "bandwidth_bytes_per_s": peaks.bandwidth,
         "repeats": repeats,
         **size._asdict(),
-        "microbatch": run.microbatch,
+        "microbatch": experiment.microbatch,
         "phases": rows,
         "train_parts": parts,
     }

@@ -141,7 +141,7 @@ def rollout_phases(
     def score() -> jax.Array:
         for _ in range(waves):
             log_w = scoring.score_answers(
-                weights, draws, pool.prefix, pool.suffix, pool.rollouts.tokens, closed, *part[3]
+                weights, draws, pool.prefix, pool.suffix, pool.rollouts.tokens, closed, part[3]
             )
         return log_w
 
@@ -211,6 +211,7 @@ class Trainer:
         self.norms: list[float] = []
 
     def step(self) -> None:
+        """One step, waited for, on the parameters that the step before left; adds to `norms`."""
         grads, _ = batch_gradient(
             self._state.params,
             self._policy,
@@ -226,6 +227,7 @@ class Trainer:
         self.norms.append(float(update.grad_norm))
 
     def phase(self) -> TimedPhase:
+        """`step` as a phase, with what it needs."""
         size = self._size
         length = size.rationale + size.answer
         tokens = size.prompts * (size.prompt + size.rollouts * length)

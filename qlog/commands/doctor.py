@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from packaging.requirements import Requirement
@@ -254,8 +254,9 @@ def _tokenizer(config: ConfigDict) -> str:
     """It loads, and the model has a row for each of its tokens."""
     # On one device: the mesh is checked above.
     config = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
-    run = experiment.prepare(config, jax.local_devices()[:1], train=False, evaluate=False)
-    return f"{run.policy.valid_vocab} tokens, for {run.policy.config.vocab_size} rows of the model"
+    prepared = experiment.prepare(config, jax.local_devices()[:1], train=False, evaluate=False)
+    vocabulary = prepared.policy.config.vocab_size
+    return f"{prepared.policy.valid_vocab} tokens, for {vocabulary} rows of the model"
 
 
 def main(argv: list[str]) -> int:
@@ -282,14 +283,9 @@ def main(argv: list[str]) -> int:
         rest = own(argv)
         config = wanted.value
         getattr(config, "seed", None)  # a file that did not load raises when it is first used
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        entry.only_flags(rest)
+    except (app.UsageError, flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         print(f"qlog.commands.doctor: {entry.sentence(error, argv)}", file=sys.stderr)
-        return 2
-    if len(rest) > 1:
-        print(
-            f"qlog.commands.doctor: what is {rest[1]!r}? Settings are --config.section.key=value",
-            file=sys.stderr,
-        )
         return 2
     with distributed.processes(processes.value):
         return run(config, workdir.value)

@@ -42,6 +42,18 @@ def _parse(config: flags.FlagHolder, argv: list[str]) -> list[str]:
         _fail(sentence(error, argv))
 
 
+def only_flags(argv: list[str]) -> None:
+    """Refuses what is left of a command line besides flags.
+
+    Raises:
+      app.UsageError: something is.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
+        )
+
+
 def sentence(error: Exception, argv: list[str]) -> str:
     """What is wrong with the command line, in one sentence.
 

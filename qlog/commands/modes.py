@@ -102,7 +102,7 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
-    params, source, step = _load(experiment, path)
+    params, parameters_from, step = _load(experiment, path)
     # The settings of answers may differ from those of training's rollouts, so they are shown.
     split, sampling = config.evaluation.split, experiment.evaluation_sampling
     say(
@@ -116,12 +116,12 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     with interrupts.listening() as stop, stop.deferred(), stop.watching(*watching):
         try:
             summary = evaluation.evaluate(
-                experiment, params, samples, source=source, interrupts=stop
+                experiment, params, samples, parameters_from=parameters_from, interrupts=stop
             )
         except Stop:
             say(f"stopped; what was sampled is in {samples}.parts: the same command goes on.")
             raise
-    _report(workdir, name, evaluation.record(config, summary, source, step))
+    _report(workdir, name, evaluation.record(config, summary, parameters_from, step))
     return 0
 
 
@@ -207,12 +207,12 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
     config = experiment.config
     if path is None:
         params, step = experiment.init_params(), None
-        source = f"base: {config.init_from or config.weights}"
+        parameters_from = f"base: {config.init_from or config.weights}"
     else:
         params = checkpoints.load_params(path, experiment.abstract_params(), "--workdir")
-        step, source = int(path.name) if path.name.isdigit() else None, str(path)
-    say(f"parameters: {source}")
-    return params, source, step
+        step, parameters_from = int(path.name) if path.name.isdigit() else None, str(path)
+    say(f"parameters: {parameters_from}")
+    return params, parameters_from, step
 
 
 def _report(workdir: Path, name: str, record: str) -> None:

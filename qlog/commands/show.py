@@ -32,7 +32,7 @@ def report(
       limits: None where there is none.
       examples: indices of those that are shown.
     """
-    lengths = pipeline.measure_lengths(source, formatter, count=_MEASURED)
+    lengths = pipeline.measure_lengths(source, formatter, num_examples=_MEASURED)
     yield f"{formatter.task.name}, {formatter.style}: {len(source):,} examples"
     head = ("shortest", "median", "95%", "longest", "limit", "over")
     yield f"{'tokens':<12}" + "".join(f"{word:>9}" for word in head)
@@ -97,11 +97,13 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     split = flags.DEFINE_string("split", "train", "train, validation or test", flag_values=values)
-    count = flags.DEFINE_integer("examples", 1, "how many examples to print", flag_values=values)
+    num_examples = flags.DEFINE_integer(
+        "examples", 1, "how many examples to print", flag_values=values
+    )
     try:
         values(argv)
         source, formatter, limits = _open(config.value, split.value)
-        for line in report(source, formatter, limits, range(min(count.value, len(source)))):
+        for line in report(source, formatter, limits, range(min(num_examples.value, len(source)))):
             print(line)
     except flags.Error as error:
         print(error, file=sys.stderr)

@@ -16,7 +16,7 @@ import pathlib
 import shlex
 from collections.abc import Callable, Iterable
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from qlog import data, models
@@ -220,10 +220,7 @@ class _Flags:
 
 def main(given: _Flags, argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
-        )
+    entry.only_flags(argv)
     logging.set_verbosity(logging.WARNING)
     if not given.to.value:
         raise ConfigError("--to is needed: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.")

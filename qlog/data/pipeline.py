@@ -157,7 +157,7 @@ def open_dataset(
     if not size:
         raise ConfigError(f"{name} has no examples: check the split and {fields.MANUAL_DIR}.")
     lengths = measure_lengths(
-        source, formatter, count=measure, rationales=limits.rationale is not None
+        source, formatter, num_examples=measure, rationales=limits.rationale is not None
     )
     if overlong == "error":
         _check_lengths(lengths, limits, name)
@@ -188,19 +188,23 @@ def open_dataset(
 
 
 def measure_lengths(
-    source: Source, formatter: Formatter, *, count: int | None = None, rationales: bool = True
+    source: Source,
+    formatter: Formatter,
+    *,
+    num_examples: int | None = None,
+    rationales: bool = True,
 ) -> np.ndarray:
     """Measures the first examples of a source.
 
     Args:
       source, formatter: as in `open_dataset`.
-      count: how many examples; all by default.
+      num_examples: how many, from the first one on; None is all.
       rationales: False leaves rationales out; their column is 0.
 
     Returns:
       int32 [N, 3]: tokens of prompt, gold answer and annotated rationale.
     """
-    size = len(source) if count is None else min(count, len(source))
+    size = len(source) if num_examples is None else min(num_examples, len(source))
     measure = lambda index: _lengths(_encode(formatter, source[index], rationales))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # the tokenizers release the GIL
         return np.array(list(pool.map(measure, range(size))), np.int32).reshape(size, 3)

@@ -21,7 +21,7 @@ class Row(TypedDict):
     golds: list[str]  # the gold answer, then its aliases
     answers: list[str]  # n texts, those after the thinking-end token
     official_answer: NotRequired[str | float | None]  # FinQA's executed answer, exe_ans
-    source: NotRequired[str | None]  # the prompt's text, in which copies are looked for
+    source: NotRequired[str | None]  # `Example.source`, the text in which copies are looked for
 
 
 def pass_at_k(n: int | np.ndarray, c: int | np.ndarray, k: int) -> np.ndarray:
@@ -153,9 +153,7 @@ def summarise(
 
     summary: dict[str, float] = {}
     winners = _winners(rows, k)
-    for name in ("", "numeric/"):
-        if name not in scores:
-            continue
+    for name in filter(_is_prefix, scores):
         is_right = scores[name] >= 0.5
         num_right = is_right.sum(axis=1)
         per_question = {
@@ -169,7 +167,7 @@ def summarise(
                 values, level=level, seed=seed
             )
     # The other columns are plain means over all samples.
-    summary |= {name: float(scores[name].mean()) for name in ("exact_match", "em", "f1")}
+    summary |= {name: float(scores[name].mean()) for name in scores if not _is_prefix(name)}
     return (
         summary
         | _lengths(rows)
@@ -177,11 +175,20 @@ def summarise(
     )
 
 
+def _is_prefix(name: str) -> bool:
+    """Whether a column is counted as right or wrong, and so has p@1, p@k and m@k."""
+    return not name or name.endswith("/")
+
+
 Column = Callable[[Row, str], float]  # (row, one of its answers) -> score in [0, 1]
 
 
 def _columns(grade: graders.Grade, dataset: str) -> dict[str, Column]:
-    """What is computed for each answer of each row, by the name (or prefix) of its metrics."""
+    """What is computed for each answer of each row, by the name (or prefix) of its metrics.
+
+    "NAME/" is the prefix of p@1, p@k and m@k, where an answer is right from a score of 0.5 on; ""
+    likewise. "NAME" is a metric itself, the mean of the scores.
+    """
     f1 = (
         functools.partial(graders.squad_f1, closed=()) if dataset == "musique" else graders.squad_f1
     )

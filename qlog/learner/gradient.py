@@ -221,7 +221,10 @@ def _add_prompts(
     add = functools.partial(
         _add_packs, grads_refs, caches_refs, params, policy, objective, share, context, batch
     )
-    sums = _sum_over_packs(add, packing, packs_at_once, StepSums.merge)
+    if packs_at_once == packing.token.shape[1]:
+        sums = add(packing)
+    else:
+        sums = _sum_over_packs(add, packing, packs_at_once, StepSums.merge)
     pull_prompts.with_refs(grads_refs)(jax.tree.map(jax.freeze, caches_refs))
     return sums
 
@@ -256,31 +259,28 @@ def _add_packs(
             objective.temperature,
         )
 
-    def surrogate(new: Array) -> tuple[Array, StepSums]:
-        tokens = losses.TokenLogProbs(
-            new=new,
-            rationale_mask=trajectories.rationale_mask & is_here,
-            answer_mask=trajectories.answer_mask & is_here,
-            old=trajectories.old_log_probs,
-            reference=batch.reference,
-        )
-        sums = objective.surrogate(batch.coefficients, tokens)
-        was_sampled = trajectories.was_sampled & is_here
-        mismatch = SamplerMismatch.between(new, trajectories.old_log_probs, was_sampled)
-        return sums.loss, StepSums(sums, mismatch)
-
     # Forward: parameters and caches -> log-probabilities [b, M, R] -> loss.
     prefix = context.prefix
     new, pull_tokens = jax.vjp(token_log_probs, params, prefix.keys, prefix.values)
-    loss, pull_loss, sums = jax.vjp(surrogate, new, has_aux=True)
+    tokens = losses.TokenLogProbs(
+        new=new,
+        rationale_mask=trajectories.rationale_mask & is_here,
+        answer_mask=trajectories.answer_mask & is_here,
+        old=trajectories.old_log_probs,
+        reference=batch.reference,
+    )
+    surrogate = functools.partial(objective.surrogate, batch.coefficients)
+    sums, pull_loss = jax.vjp(surrogate, tokens)
     # Backward, from `share` and not 1: the mean over prompts is taken here, in the one number that
-    # all gradients contain, and never again.
-    (new_gradient,) = pull_loss(jnp.full_like(loss, share))
-    pull_tokens.with_refs(grads_refs, *caches_refs)(new_gradient)
-    return sums
+    # all gradients contain, and never again. The other sums are only measured.
+    (gradient,) = pull_loss(_zeros(sums)._replace(loss=share))
+    pull_tokens.with_refs(grads_refs, *caches_refs)(gradient.new)
+    was_sampled = trajectories.was_sampled & is_here
+    mismatch = SamplerMismatch.between(new, trajectories.old_log_probs, was_sampled)
+    return StepSums(sums, mismatch)
 
 
-@jax.named_scope("packed_rows")  # qlog.aot finds the loop by this name
+@jax.named_scope("packs")  # qlog.aot finds the loop by this name
 def _sum_over_packs(
     function: Callable[[Packing], _Sum],
     packing: Packing,
@@ -288,14 +288,12 @@ def _sum_over_packs(
     add: Callable[[_Sum, _Sum], _Sum],
 ) -> _Sum:
     """The sum of function(window) over windows of `at_once` packs, up to the last that is used."""
-    if at_once == packing.token.shape[1]:
-        return function(packing)
-    part = lambda number: function(packing.window(number * at_once, at_once))
-    zeros = _zeros(jax.eval_shape(part, jnp.int32(0)))
+    window = lambda number: packing.window(number * at_once, at_once)
+    zeros = _zeros(jax.eval_shape(function, jax.eval_shape(window, 0)))
     # The number of iterations is known only as the program runs. Such a loop has no reverse-mode
     # derivative: that is why the pull-back of each window is called inside of it.
     num_used = -(-packing.num_packs.max() // at_once)
-    return jax.lax.fori_loop(0, num_used, lambda i, total: add(total, part(i)), zeros)
+    return jax.lax.fori_loop(0, num_used, lambda i, total: add(total, function(window(i))), zeros)
 
 
 def log_probs(
@@ -407,6 +405,8 @@ def _part_log_probs(
     prompts, trajectories, packing = part
     context = _prompt_context(params, policy, prompts)
     of_packs = lambda window: log_probs(params, policy, context, trajectories, window, temperature)
+    if packs_at_once == packing.token.shape[1]:
+        return of_packs(packing)
     # A rollout has 0 in all windows but its own, so the sum puts the windows together.
     return _sum_over_packs(of_packs, packing, packs_at_once, jnp.add)
 

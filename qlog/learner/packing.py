@@ -1,6 +1,6 @@
-"""Short rollouts share a row of slots, so that none pays for the longest one of the batch.
+"""Short rollouts share a pack of slots, so that none pays for the longest one of the batch.
 
-A pack is a row of R slots of one prompt. With M = 4, R = 8 and rollouts of 8, 5, 3 and 2 tokens,
+A pack is R slots of one prompt. With M = 4, R = 8 and rollouts of 8, 5, 3 and 2 tokens,
 3 of the W = M packs hold something:
 
     pack 0    0 0 0 0 0 0 0 0          pack 2    3 3 . . . . . .
@@ -61,18 +61,18 @@ class Packing(NamedTuple):
     def to_rollouts(self, x: Array) -> Array:
         """[B, W, R] by pack and slot -> [B, M, R] by rollout and token; 0 of those in no pack.
 
-        Behind the last token of a rollout its row has what follows it in the pack.
+        Behind the last token of a rollout lies what follows it in the pack.
         """
         num_prompts, num_packs, length = x.shape
         num_rollouts = self.pack.shape[1]
-        # One gather from [B, W * R]: a rollout's row is the R slots from its first token on. They
+        # One gather from [B, W * R]: a rollout's are the R slots from its first token on. They
         # may reach into the next pack, or past the last one, where the index is held back.
         first = jnp.clip(self.pack * length + self.offset, 0)
         source = first[..., None] + jnp.arange(length)
         source = jnp.minimum(source, num_packs * length - 1).reshape(num_prompts, -1)
-        rows = jnp.take_along_axis(x.reshape(num_prompts, -1), source, axis=1)
-        rows = rows.reshape(num_prompts, num_rollouts, length)
-        return jnp.where(self.is_packed[..., None], rows, 0.0)
+        found = jnp.take_along_axis(x.reshape(num_prompts, -1), source, axis=1)
+        found = found.reshape(num_prompts, num_rollouts, length)
+        return jnp.where(self.is_packed[..., None], found, 0.0)
 
 
 def pack_rollouts(lengths: Array, is_needed: Array, length: int) -> Packing:
@@ -95,25 +95,25 @@ def pack_rollouts(lengths: Array, is_needed: Array, length: int) -> Packing:
     def place(filled: Array, m: Array) -> tuple[Array, tuple[Array, Array]]:
         """`filled` [B, W]: slots taken in each pack; `m` [B]: each prompt's rollout to place."""
         size = jnp.take_along_axis(lengths, m[:, None], 1)
-        row = jnp.argmax(filled + size <= length, axis=1)  # the first True
+        pack = jnp.argmax(filled + size <= length, axis=1)  # the first True
         is_placed = jnp.take_along_axis(is_needed, m[:, None], 1)[:, 0]
-        offset = jnp.take_along_axis(filled, row[:, None], 1)[:, 0]
+        offset = jnp.take_along_axis(filled, pack[:, None], 1)[:, 0]
         more = jnp.where(is_placed, size[:, 0], 0)
-        filled = filled.at[jnp.arange(num_prompts), row].add(more)
-        return filled, (jnp.where(is_placed, row, -1), offset)
+        filled = filled.at[jnp.arange(num_prompts), pack].add(more)
+        return filled, (jnp.where(is_placed, pack, -1), offset)
 
     empty = jnp.zeros((num_prompts, num_rollouts), jnp.int32)
     filled, placed = jax.lax.scan(place, empty, order.T)
     # `placed` is in the order of placing, [M, B]; back to the order of the rollouts, [B, M].
     back = jnp.argsort(order, axis=1)
-    row, offset = (jnp.take_along_axis(x.T, back, axis=1) for x in placed)
+    pack, offset = (jnp.take_along_axis(x.T, back, axis=1) for x in placed)
 
     # ---- What is in each slot: [B, W, R].
     # The number of a rollout, from 1 on, where it begins; 0 elsewhere. Rollouts left out aim at
     # pack M, which does not exist, and mode="drop" drops them.
     prompt, m = jnp.indices((num_prompts, num_rollouts))
     grid = jnp.zeros((num_prompts, num_rollouts, length), jnp.int32)
-    at = (prompt, jnp.where(row < 0, num_rollouts, row), offset)
+    at = (prompt, jnp.where(pack < 0, num_rollouts, pack), offset)
     begins = grid.at[at].set(m + 1, mode="drop")
     # A slot belongs to the last rollout that begins at it or in front of it: a running maximum of
     # the beginnings. The empty slots behind the last rollout count as one more rollout.
@@ -123,7 +123,7 @@ def pack_rollouts(lengths: Array, is_needed: Array, length: int) -> Packing:
     rollout = jnp.take_along_axis(begins, start, axis=2) - 1
     is_filled = slot < filled[..., None]
     return Packing(
-        pack=row,
+        pack=pack,
         offset=offset,
         num_packs=(filled > 0).sum(1),
         rollout=jnp.where(is_filled, rollout, num_rollouts),

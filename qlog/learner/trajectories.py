@@ -11,28 +11,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlog.records import Rollouts, Trajectories
+from qlog.records import Golds, Rollouts, Trajectories
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
-def with_gold_answer(
-    rollouts: Rollouts, gold: Array, gold_lengths: Array, length: int
-) -> Trajectories:
+def with_gold_answer(rollouts: Rollouts, golds: Golds, length: int) -> Trajectories:
     """Each rationale followed by its prompt's gold answer.
 
     Args:
       rollouts: [B, M]; what comes after their rationales is not read.
-      gold: int32 [B, A], right-padded, end of sequence included.
-      gold_lengths: int32 [B].
+      golds: of the same B prompts.
       length: R of the result, at least the longest rationale plus A.
     """
-    num_prompts, num_rollouts = rollouts.lengths.shape
+    num_answer_tokens = golds.tokens.shape[1]
     slots = jnp.arange(length)
     ends = rollouts.rationale_lengths[..., None]  # [B, M, 1], where the answer begins
     # Slot r holds token r - end of the answer. Inside the rationale, and behind the answer, the
     # index is clipped to the answer, and no mask has the slot.
-    index = jnp.clip(slots - ends, 0, gold.shape[1] - 1)  # [B, M, R]
-    answers = jnp.broadcast_to(gold[:, None], (num_prompts, num_rollouts, gold.shape[1]))
+    index = jnp.clip(slots - ends, 0, num_answer_tokens - 1)  # [B, M, R]
+    answers = jnp.broadcast_to(golds.tokens[:, None], (*rollouts.lengths.shape, num_answer_tokens))
     answer = jnp.take_along_axis(answers, index, -1)  # [B, M, R]
     in_rationale = slots < ends
     # A forced closing was not drawn from the policy: it carries no log-probability.
@@ -40,10 +37,10 @@ def with_gold_answer(
     return Trajectories(
         tokens=jnp.where(in_rationale, _fit(rollouts.tokens, length), answer),
         rationale_mask=rationale_mask,
-        answer_mask=~in_rationale & (slots < ends + gold_lengths[:, None, None]),
+        answer_mask=~in_rationale & (slots < ends + golds.lengths[:, None, None]),
         old_log_probs=_fit(rollouts.log_probs, length),
         was_sampled=rationale_mask,
-        lengths=rollouts.rationale_lengths + gold_lengths[:, None],
+        lengths=rollouts.rationale_lengths + golds.lengths[:, None],
     )
 
 

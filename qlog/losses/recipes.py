@@ -117,7 +117,7 @@ class Recipe:
         """Every argument with its default."""
         return self._usual | dict(self.overrides)
 
-    def __call__(self, **given) -> Estimator:
+    def __call__(self, **given: Any) -> Estimator:
         """The estimator. Raises ValueError or TypeError naming the argument, value and range."""
         arguments = self.arguments
         unknown = sorted(set(given) - set(arguments))
@@ -255,7 +255,7 @@ def arguments(name: str) -> dict[str, Any]:
     return _find(name).arguments
 
 
-def build(name: str, *, num_rollouts: int | None = None, **given) -> Estimator:
+def build(name: str, *, num_rollouts: int | None = None, **given: Any) -> Estimator:
     """The estimator called `name`, for configs and command lines.
 
     Args:

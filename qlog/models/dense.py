@@ -1,5 +1,7 @@
 """The matrix product of activations with a kernel, its gradient written out."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -32,7 +34,13 @@ def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, 
 matmul.defvjp(_forward, _backward)
 
 
-def dot_general(x: Array, kernel: Array, dimensions, precision=None, **options) -> Array:
+def dot_general(
+    x: Array,
+    kernel: Array,
+    dimensions: jax.lax.DotDimensionNumbers,
+    precision: jax.lax.PrecisionLike = None,
+    **options: Any,
+) -> Array:
     """`matmul` with the signature that flax.linen.Dense expects of its `dot_general`."""
     del precision, options
     assert dimensions == (((x.ndim - 1,), (0,)), ((), ())), dimensions

@@ -56,7 +56,8 @@ def token_log_probs(
     if tokens <= largest:
         return one_chunk(inputs).reshape(shape)
     # As few chunks as possible, and all of one size, so that the last one is nearly full, too.
-    size = _ceil_div(tokens, _ceil_div(tokens, largest))
+    num_chunks = -(-tokens // largest)
+    size = -(-tokens // num_chunks)
 
     def split(x: Array) -> Array:
         """[B, tokens, ...] -> [chunks, B, size, ...], padded with copies of the last token."""
@@ -66,10 +67,6 @@ def token_log_probs(
 
     chunks = jax.lax.map(jax.checkpoint(one_chunk), jax.tree.map(split, inputs))
     return jnp.moveaxis(chunks, 0, 1).reshape(prompts, -1)[:, :tokens].reshape(shape)
-
-
-def _ceil_div(x: int, divisor: int) -> int:
-    return -(-x // divisor)
 
 
 def masked_logits(hidden: Array, table: Array, valid_vocab: int) -> Array:

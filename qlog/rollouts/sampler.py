@@ -544,7 +544,7 @@ def score_and_store(
         pool.suffix,
         pool.rollouts.tokens,
         jnp.maximum(pool.rollouts.rationale_lengths, 1),
-        *golds,
+        golds,
     )
     # By id; empty lanes have NO_ROLLOUT, which lies outside and is dropped.
     store = lambda whole, lanes: whole.at[pool.rollout_ids].set(lanes, mode="drop")

@@ -9,6 +9,7 @@ from jax import Array
 from qlog import models
 from qlog.models import head
 from qlog.policy import Policy
+from qlog.records import Golds
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -19,8 +20,7 @@ def score_answers(
     suffix: models.Suffix,
     tokens: Array,
     rationale_lengths: Array,
-    gold: Array,
-    gold_lengths: Array,
+    golds: Golds,
 ) -> Array:
     """log w_m = log p(y* | x*, z_m) of the gold answer y*, at temperature 1.
 
@@ -33,8 +33,7 @@ def score_answers(
         the token before `tokens[..., i]`.
       tokens: int32 [B, M, R], the rollouts.
       rationale_lengths: int32 [B, M], thinking-end token included, at least 1.
-      gold: int32 [B, A], right-padded gold answers, end of sequence included.
-      gold_lengths: int32 [B]; 0 gives log w = 0.
+      golds: of the B prompts; a length of 0 gives log w = 0.
 
     Returns:
       float32 [B, M], summed over the gold answer's tokens.
@@ -43,7 +42,8 @@ def score_answers(
     # A token predicts the next one. So the inputs are the thinking-end token and the gold answer
     # without its last token; the targets are the gold answer.
     last = jnp.take_along_axis(tokens, rationale_lengths[..., None] - 1, axis=-1)  # [B, M, 1]
-    gold_m = jnp.broadcast_to(gold[:, None], (num_prompts, num_rollouts, gold.shape[-1]))
+    num_tokens = golds.tokens.shape[-1]
+    gold_m = jnp.broadcast_to(golds.tokens[:, None], (num_prompts, num_rollouts, num_tokens))
     inputs = jnp.concatenate([last, gold_m[..., :-1]], axis=-1)  # [B, M, A]
 
     # The prefix lacks the prompt's last token, which is in slot 0 of the suffix (see sampler.py).
@@ -65,5 +65,5 @@ def score_answers(
         valid_vocab=policy.valid_vocab,
         chunk=policy.logits_chunk,
     )
-    is_gold = jnp.arange(gold.shape[-1]) < gold_lengths[:, None, None]
+    is_gold = jnp.arange(num_tokens) < golds.lengths[:, None, None]
     return jnp.where(is_gold, log_probs, 0.0).sum(-1)

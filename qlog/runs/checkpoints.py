@@ -13,11 +13,12 @@ of the newest score: values under other settings cannot be compared with it.
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from qlog import models
 from qlog.errors import ConfigError, summary
 from qlog.parallel import distributed
 from qlog.records import TrainState
@@ -26,6 +27,7 @@ from qlog.storage.paths import Path
 
 WHICH = "best, latest, base or a step"
 _SCORES = "scores.json"
+_Tree = TypeVar("_Tree")
 Scores = dict[int, dict[str, Any]]  # by step; see above
 
 
@@ -178,8 +180,11 @@ class _Best:
 
 
 def load_params(
-    folder: str | os.PathLike, abstract_params, field: str = "init_from", which: str = "best"
-):
+    folder: str | os.PathLike,
+    abstract_params: models.Params,
+    field: str = "init_from",
+    which: str = "best",
+) -> models.Params:
     """Reads the parameters of a checkpoint of another run.
 
     Args:
@@ -287,7 +292,7 @@ def place(folder: str | os.PathLike, field: str) -> Path:
     return path
 
 
-def abstract_like(tree, shardings=None):
+def abstract_like(tree: _Tree, shardings: Any = None) -> _Tree:
     """ShapeDtypeStructs of `tree`, with the shardings of its arrays or the given ones."""
     if shardings is None:
         shardings = jax.tree.map(lambda x: x.sharding, tree)

@@ -24,7 +24,7 @@ import jax
 
 from qlog.console import ProgressLine, clock
 from qlog.runs.uploads import Uploads
-from qlog.storage import paths, strict_json
+from qlog.storage import json_lines, paths, strict_json
 
 
 class RunLog:
@@ -134,7 +134,7 @@ class RunLog:
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
-        self._files[name].write(line["step"], strict_json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[name].write(line["step"], json_lines.line(strict_json.finite(line)))
 
 
 # ---- Lines on a disk, and in a bucket ----
@@ -207,11 +207,11 @@ def read_jsonl(path: paths.Path | pathlib.Path) -> list[dict[str, Any]]:
 
 def _parse(text: str) -> list[dict[str, Any]]:
     lines = []
-    for line in text.split("\n"):  # str.splitlines would also split at U+2028, which JSON allows
+    for line in json_lines.split(text):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
-            break  # the empty rest after the last newline, or a line cut short
+            break  # a line cut short
     return lines
 
 
@@ -224,7 +224,7 @@ def _drop_from(path: paths.Path, step: int) -> list[dict[str, Any]]:
     if not paths.is_remote(path):
         kept = [line for line in read_jsonl(path) if line["step"] < step]
         if paths.exists(path):
-            paths.write(path, _text(kept))
+            paths.write(path, "".join(map(json_lines.line, kept)))
         return kept
     folder = path.with_suffix("")
     # From the last segment backwards, to the first one with a line that stays: those before it are
@@ -237,10 +237,6 @@ def _drop_from(path: paths.Path, step: int) -> list[dict[str, Any]]:
             paths.remove(folder / name)
             continue
         if len(kept) < len(lines):
-            paths.write(folder / name, _text(kept))
+            paths.write(folder / name, "".join(map(json_lines.line, kept)))
         return kept
     return []
-
-
-def _text(lines: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -11,14 +11,15 @@ def dumps(value: Any, **options: Any) -> str:
 
     So they stay visible, and can be told from what is absent.
     """
-    return json.dumps(_finite(value), **options, allow_nan=False)
+    return json.dumps(finite(value), **options, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with strings in the place of numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -132,7 +132,7 @@ def test_decodings_loops_are_found_by_their_names():
 def test_the_learners_loop_is_found_by_its_name():
     config = schema.merge(_config(MESHES[0]), {"train": {"rollouts_per_microbatch": 2}})
     module = _module(experiment.prepare_shapes(config, _devices()), "gradient")
-    assert _scopes(module) == {"packed_rows", "attention_blocks"}
+    assert _scopes(module) == {"packs", "attention_blocks"}
 
 
 @_programs("decode", "score", fast=["decode"])

@@ -68,5 +68,5 @@ def test_two_slices_compare(tmp_path, capsys):
     with pytest.raises(
         ConfigError, match="v5e:2x4 is 8 x TPU v5 lite, no multiple of v5e:4x4, 16 x"
     ):
-        weak_scaling.measure(config, ["v5e:4x4", "v5e:2x4"])
+        weak_scaling.measure_slices(config, ["v5e:4x4", "v5e:2x4"])
     assert compile_run.step_tokens(config) == 4 * 4

@@ -6,9 +6,9 @@ import pathlib
 
 import data_fixtures
 import jax
-import numpy as np
 import pytest
 import tiny
+import trees
 from places import ROOT
 
 from qlog import models
@@ -136,7 +136,7 @@ def test_a_folder_is_trained_exported_and_read_again(trained):
     again = schema.merge(config, {"model": str(exported), "weights": str(exported)})
     reread = prepare(again, train=False, evaluate=False)
     assert reread.policy == experiment.policy
-    jax.tree.map(np.testing.assert_array_equal, reread.init_params(), best)
+    trees.assert_equal(reread.init_params(), best)
     tokenizers = [e.formatter.tokenizer for e in (experiment, reread)]
     assert tokenizers[0].encode("Dune (novel)") == tokenizers[1].encode("Dune (novel)")
     generation = json.loads((exported / "generation_config.json").read_text())

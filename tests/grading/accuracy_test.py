@@ -187,6 +187,25 @@ def test_numeric_columns_where_rows_have_an_executed_answer():
     assert summary["p@1"] == pytest.approx((0 + 1 / 2 + 1 / 2) / 3)
 
 
+def test_a_new_column_is_a_new_metric(monkeypatch):
+    usual = accuracy._columns
+
+    def columns(grade, dataset):
+        return usual(grade, dataset) | {
+            "words": lambda row, answer: float(len(answer.split()) == 1),
+            "exact/": lambda row, answer: graders.exact_match(answer, row["golds"][0]),
+        }
+
+    before = accuracy.summarise(ROWS)
+    monkeypatch.setattr(accuracy, "_columns", columns)
+    summary = accuracy.summarise(ROWS)
+    assert summary["words"] == pytest.approx(9 / 12)
+    assert summary["exact/p@1"] == pytest.approx(2 / 12)
+    added = {"words"} | {name for name in summary if name.startswith("exact/")}
+    assert len(added) == 10
+    assert {name: summary[name] for name in summary if name not in added} == before
+
+
 def test_musiques_f1_has_no_closed_answers():
     rows = [{"id": "a", "golds": ["no man's land"], "answers": ["no"]}]
     assert accuracy.summarise(rows)["f1"] == 0.0

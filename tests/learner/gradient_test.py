@@ -17,7 +17,7 @@ from qlog.learner.optimizer import apply_update
 from qlog.learner.packing import pack_rollouts
 from qlog.learner.trajectories import with_gold_answer, with_sampled_answer
 from qlog.learner.types import LearnerBatch, Microbatch, Objective
-from qlog.records import Rollouts, TrainState, Trajectories
+from qlog.records import Golds, Rollouts, TrainState, Trajectories
 
 B, M, R = 4, 4, 7
 
@@ -176,7 +176,7 @@ def test_gold_answers_are_spliced_after_each_rationale():
     no = jnp.zeros((1, 2), bool)
     rollouts = Rollouts(tokens, tokens * -0.1, sampled, ends, ends + 2, no, no, no)
     gold, lengths = jnp.array([[31, 32, 33, 0]], jnp.int32), jnp.array([3], jnp.int32)
-    out = with_gold_answer(rollouts, gold, lengths, 7)
+    out = with_gold_answer(rollouts, Golds(gold, lengths), 7)
     np.testing.assert_array_equal(out.tokens[0, 0, :6], [11, 12, 3, 31, 32, 33])
     np.testing.assert_array_equal(out.tokens[0, 1, :5], [13, 3, 31, 32, 33])
     np.testing.assert_array_equal(

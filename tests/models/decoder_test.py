@@ -101,7 +101,7 @@ def test_prompts_compute_of_the_last_layer_only_keys_and_values(monkeypatch, rem
 
     (_, prefix), gradient = prefill(params)
     (_, same), same_gradient = prefill(params | {"layers": layers})
-    jax.tree.map(np.testing.assert_array_equal, (prefix, gradient), (same, same_gradient))
+    trees.assert_equal((prefix, gradient), (same, same_gradient))
     assert all(
         np.abs(gradient["layers"][name]["kernel"][0]).max() > 0 for name in broken - {"mlp_norm"}
     )

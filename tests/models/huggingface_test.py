@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trees
 from jax.sharding import NamedSharding, PartitionSpec
 from models_fixtures import CONFIGS, jit, random_params
 from places import GOLDEN
@@ -75,7 +76,7 @@ def test_export_and_load_are_bit_equal(name, dtype, tmp_path):
     )
     assert huggingface.read_config(folder) == config
     again = huggingface.load(folder, config, dtype=dtype)
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    trees.assert_equal(again, params)
     assert jax.tree.leaves(again)[0].dtype == dtype
     written = json.loads((folder / "config.json").read_text())
     assert written["eos_token_id"] == [1, 2] and written["pad_token_id"] == 0
@@ -110,7 +111,7 @@ def test_weights_land_on_the_mesh_and_leave_it_whole(tmp_path):
     shardings = jax.tree.map_with_path(spec, params)
     huggingface.export(params, config, tmp_path / "one")
     placed = huggingface.load(tmp_path / "one", config, shardings=shardings)
-    jax.tree.map(np.testing.assert_array_equal, placed, params)
+    trees.assert_equal(placed, params)
     assert jax.tree.map(lambda leaf: leaf.sharding, placed) == shardings
     kernel = placed["layers"]["down_proj"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 12, 8)}
@@ -130,7 +131,7 @@ def test_the_text_half_of_a_model_with_images_loads(tmp_path):
     save_file(outer, tmp_path / "model.safetensors")
     assert huggingface.read_config(tmp_path) == config
     alone = huggingface.load(GOLDEN / "gemma3", config)
-    jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path, config), alone)
+    trees.assert_equal(huggingface.load(tmp_path, config), alone)
 
 
 def without(name):

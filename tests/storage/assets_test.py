@@ -14,8 +14,8 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
+import trees
 from data_fixtures import byte_level_spec, write_spec
 from places import GOLDEN, ROOT, TESTDATA
 from safetensors.numpy import load_file, save_file
@@ -203,7 +203,7 @@ def test_an_export_goes_to_a_bucket_and_comes_back(place, tmp_path):
     target = place / "export"
     huggingface.export(params, config, target, max_file_bytes=50_000)
     again = huggingface.load(huggingface.resolve(str(target)), config)
-    jax.tree.map(np.testing.assert_array_equal, params, again)
+    trees.assert_equal(params, again)
     with pytest.raises(ConfigError, match="holds safetensors already"):
         huggingface.export(params, config, target)
 

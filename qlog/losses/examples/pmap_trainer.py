@@ -4,6 +4,8 @@ The policy is a table: 16 rationales for each of 64 questions, and one answer af
 else of qlog is used; only `axis_name` says that prompts are split over devices.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,7 +15,9 @@ from qlog import losses
 PROMPTS, RATIONALES, ROLLOUTS = 64, 16, 8
 
 
-def train(estimator: losses.Estimator, steps: int, devices=None):
+def train(
+    estimator: losses.Estimator, steps: int, devices: Sequence[jax.Device] | None = None
+) -> tuple[dict[str, jax.Array], list[float]]:
     """Parameters after `steps` steps, and the mean over prompts of P before each step."""
     optimizer = optax.adam(0.1)
     answers = jax.random.normal(jax.random.key(1), (PROMPTS, RATIONALES))

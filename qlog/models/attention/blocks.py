@@ -55,15 +55,15 @@ def attend(queries: Array, segments: list[Segment], blocks: Blocks = CPU_BLOCKS)
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
     num_rows = queries.shape[2]
-    run = num_rows // max([segment.runs for segment in segments])  # rows of a run
+    run_rows = num_rows // max([segment.runs for segment in segments])  # of each run
     # Rows are ordered by rollout, token, head, so a run's rows lie next to each other. A run that
     # fills blocks needs nothing special: a block of rows then sees slots of one run, and the loop
     # over slots skips the others. Runs shorter than a block would share a block of rows, and every
     # row would be multiplied with the slots of all of them. So these get an axis of their own: a
     # block visits several runs at a time, each with only its own slots, as a batched product.
-    is_short = run < num_rows and run <= blocks.rows
+    is_short = run_rows < num_rows and run_rows <= blocks.rows
     if is_short:
-        rows = run * min(num_rows // run, blocks.rows // run)
+        rows = run_rows * min(num_rows // run_rows, blocks.rows // run_rows)
     else:
         rows = min(blocks.rows, num_rows)
     padding = -num_rows % rows  # padded rows have the interval [0, 0): they see nothing
@@ -72,7 +72,7 @@ def attend(queries: Array, segments: list[Segment], blocks: Blocks = CPU_BLOCKS)
         start, stop = _pad(segment.start[:, None], padding), _pad(segment.stop[:, None], padding)
         cache = _Cache(segment.keys, segment.values, start, stop)
         if is_short and segment.runs > 1:
-            cache = _by_run(cache, segment.runs, run)
+            cache = _by_run(cache, segment.runs, run_rows)
         caches.append(cache)
     out: Any = _attend(_pad(queries, padding), caches, rows, blocks.slots)
     return out[:, :, :num_rows]
@@ -93,7 +93,7 @@ def attend_step(
       [B, K, M, G, C].
     """
 
-    def run(rows: Array, segment: Segment, axes: int | tuple[int, ...], slots: int) -> _Partial:
+    def over(rows: Array, segment: Segment, axes: int | tuple[int, ...], slots: int) -> _Partial:
         size = min(slots, segment.keys.shape[-2])
         part = _RowBlock(
             start=jnp.expand_dims(segment.start, axes),
@@ -104,10 +104,10 @@ def attend_step(
         return _forward(_nothing_seen(rows), rows, segment.keys, segment.values, part, slots)
 
     # Private keys: a batched product of G rows with each rollout's slots.
-    own = run(queries, suffix, (1, 3), blocks.step_slots)
+    own = over(queries, suffix, (1, 3), blocks.step_slots)
     # Shared keys: one product of all M * G rows with the one copy of the prompt's slots.
     rows = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
-    shared = run(rows, prefix, 1, blocks.slots)
+    shared = over(rows, prefix, 1, blocks.slots)
     shared = jax.tree.map(lambda x, like: x.reshape(like.shape), shared, own)
     return _finish(_merge(own, shared), queries.dtype)
 
@@ -390,12 +390,12 @@ def _join(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _by_run(cache: _Cache, runs: int, run: int) -> _Cache:
-    """A shared cache of `runs` runs, each of `run` rows, as a private one.
+def _by_run(cache: _Cache, runs: int, run_rows: int) -> _Cache:
+    """A shared cache of `runs` runs, each of `run_rows` rows, as a private one.
 
     Rows may have been padded to whole blocks; empty runs are added for the padded ones.
     """
-    padded_runs = cache.start.shape[2] // run
+    padded_runs = cache.start.shape[2] // run_rows
 
     def keys_by_run(x: Array) -> Array:
         x = x.reshape(
@@ -406,10 +406,10 @@ def _by_run(cache: _Cache, runs: int, run: int) -> _Cache:
     keys, values = keys_by_run(cache.keys), keys_by_run(cache.values)
     # Slots were numbered over all runs, and are now numbered within the row's own run. An interval
     # cannot begin before its run, but a padded row's does: hence the maximum.
-    before = keys.shape[3] * (jnp.arange(padded_runs * run) // run)
+    before = keys.shape[3] * (jnp.arange(padded_runs * run_rows) // run_rows)
 
     def by_run(x: Array) -> Array:
-        return jnp.maximum(x - before, 0).reshape(len(x), 1, padded_runs, run)
+        return jnp.maximum(x - before, 0).reshape(len(x), 1, padded_runs, run_rows)
 
     return _Cache(keys, values, by_run(cache.start), by_run(cache.stop))
 

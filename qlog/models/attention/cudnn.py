@@ -1,14 +1,14 @@
 """Attention on CUDA GPUs: cuDNN's fused kernels where there is one, else blocks of a GPU's size.
 
 cuDNN serves training and the prompts of sampling. A prompt is causal attention. Rollouts are
-attention with a mask: each row of packed rollouts has its own keys next to a copy of its prompt's
+attention with a mask: each pack of rollouts has its own keys next to a copy of its prompt's
 keys, so that prefix and suffix are one softmax. (Two softmaxes would have to be merged by their
 log-sum-exps, which `jax.nn.dot_product_attention` rounds to 16 bits and cannot differentiate.)
 
-Scores are never stored. A layer stores the mask instead: 2 T S bytes for each packed row of T
+Scores are never stored. A layer stores the mask instead: 2 T S bytes for each pack of T
 tokens over S slots, shared by all heads. JAX up to version 0.10 stores as much again, for a
 gradient of the mask that nothing reads. The copies of the prompt's keys and values come on top. All
-of it shrinks with the number of packed rows in a microbatch.
+of it shrinks with the number of packs in a microbatch.
 
 Blocks serve everything else: float32, decoding, prompts under sliding windows, and gold answers
 scored on the rollouts' caches, whose queries are too few to be worth copies of the keys.
@@ -129,12 +129,12 @@ def _attend_by_run(
         ]
         parts = [*copies, own_part.reshape(batch, heads, grid.runs, grid.tokens, size)]
         parts = [x.astype(queries.dtype).transpose(0, 2, 3, 1, 4) for x in parts]
-        return _whole_tiles(_runs_as_batch(jnp.concatenate(parts, 2)), 1)
+        return _pad_to_tiles(_runs_as_batch(jnp.concatenate(parts, 2)), 1)
 
-    mask = None if is_causal else _whole_tiles(_whole_tiles(_mask(segments, grid), 2), 3)
+    mask = None if is_causal else _pad_to_tiles(_pad_to_tiles(_mask(segments, grid), 2), 3)
     mixed = jax.nn.dot_product_attention(
         # [B * runs, T, K * G, C]
-        _whole_tiles(_runs_as_batch(rows).reshape(batch * grid.runs, grid.tokens, -1, size), 1),
+        _pad_to_tiles(_runs_as_batch(rows).reshape(batch * grid.runs, grid.tokens, -1, size), 1),
         next_to_own([segment.keys for segment in shared], own.keys),
         next_to_own([segment.values for segment in shared], own.values),
         mask=mask,
@@ -169,7 +169,7 @@ def _runs_as_batch(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _whole_tiles(x: Array, axis: int) -> Array:
+def _pad_to_tiles(x: Array, axis: int) -> Array:
     """Zeros behind the axis, up to whole tiles: slots that no token sees, tokens to be cut off."""
     padding = -x.shape[axis] % _TILE
     return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
