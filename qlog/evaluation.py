@@ -44,14 +44,8 @@ class Row(accuracy.Row):
     complete: list[bool]  # n flags: the answer ended by itself
 
 
-_FIELDS = {
-    "id",
-    "golds",
-    "answers",
-    "log_p",
-    "forced",
-    "complete",
-}  # that a row read back must have
+# What a row that is read back must have.
+_FIELDS = {"id", "golds", "answers", "log_p", "forced", "complete"}
 
 
 # ---- Sample, save, grade ----
@@ -109,7 +103,7 @@ def _sample_all(
     partial = _PartialSamples(file, _inputs(experiment, source)) if file else None
     rows: list[Row] = []
 
-    # Resume: the first process reads the rows that there are, the others hear how many.
+    # Resume: the first process reads the rows that are saved, and tells the others their number.
     def read(partial: _PartialSamples) -> int:
         rows.extend(partial.read())
         return len(rows)

@@ -1,7 +1,7 @@
 """From a config to the parts of a run, all checked before anything compiles.
 
 `prepare` builds an Experiment; `prepare_shapes` builds one without files, for compiling or timing
-its programs. Between them and in them stands everything that a run reads: weights, tokenizer, data.
+its programs. Everything that a run reads (weights, tokenizer, data) is opened in this module.
 """
 
 import dataclasses
@@ -53,7 +53,9 @@ class Experiment:
       sampling: how rollouts of training are drawn.
       evaluation_sampling: how rollouts of evaluation are drawn.
       formatter: from examples to tokens and back; None in an experiment of shapes.
-      grader: rewards of training, by exact match; counts its failures. None in one of shapes.
+      grader: scores sampled answers for the reward, by the function of `graders.GRADERS` that the
+        estimator names (exact match where it names none); counts its failures. None in one of
+        shapes.
       train_data: prompts with their gold answers; None where nothing is trained.
       evaluation_data: the split that is evaluated; None where nothing is.
       weights: local folder that parameters begin with; None where they are random or come from
@@ -333,7 +335,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     Returns:
       JSON of
         model: the fields of its DecoderConfig;
-        weights: `models.huggingface.digest`, '' where they come from no folder (the config says
+        weights: `models.huggingface.digest`, '' where no folder holds them (then the config says
           all);
         tokenizer: `Tokenizer.digest`;
         splits: for each open split a digest of all ids in order and of 32 records spread over it,

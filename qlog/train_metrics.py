@@ -40,7 +40,7 @@ def measure(
         values["reward"] = groups.reward.mean()
         values["truncated_answers"] = 1 - groups.rollouts.complete.mean()
     values |= _speeds(experiment, groups, sums.surrogate.tokens, watch.seconds)
-    # One transfer for all: each number alone would be a wait for the devices.
+    # One transfer for all: a transfer for each number would wait for the devices each time.
     return {name: float(value) for name, value in jax.device_get(values).items()} | _memory()
 
 

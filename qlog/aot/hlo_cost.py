@@ -128,7 +128,7 @@ class _Counter:
             # The condition runs once more than the body. One comparison more or less is nothing.
             return self._all(instruction.called, self._loop_trips(instruction, computation))
         if instruction.opcode == "conditional":
-            # Which branch runs depends on data. A step at its longest takes the dearest.
+            # Which branch runs depends on data. A step at its longest takes the most expensive.
             branches = map(self.total, instruction.branches)
             return max(branches, key=lambda cost: (cost.flops, cost.bytes))
         if instruction.opcode in ("call", "async-start"):

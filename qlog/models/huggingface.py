@@ -90,7 +90,7 @@ def resolve(
         return folder
     if folder is not None:
         raise ConfigError(
-            f"{field} = {str(spec)!r} is no folder here and no Hub id of the form 'owner/name'."
+            f"{field} = {str(spec)!r} is not a folder here and not a Hub id of the form 'owner/name'."
         )
     staged = assets.find(f"models/{spec}", functools.partial(_is_complete, weights), wanted)
     return staged or _from_hub(str(spec), weights)
@@ -132,7 +132,7 @@ def _from_hub(spec: str, weights: bool) -> pathlib.Path:
         reason = f"{type(error).__name__}: {summary(error)}"
         command = f"{name} --revision {revision}" if revision else name
         message = (
-            f"{name!r} is no folder here, and the Hugging Face Hub does not give it ({reason}): "
+            f"{name!r} is not a folder here, and the Hugging Face Hub does not give it ({reason}): "
             f"where there is a network, run `launch/stage --model={spec} --to=FOLDER` and set "
             f"{assets.ENVIRONMENT}=FOLDER (or gs://BUCKET/...) where every host of this run can "
             f"read it; or run `hf download {command} --local-dir FOLDER` and give FOLDER instead "
@@ -172,7 +172,7 @@ def load(
 ) -> Params:
     """Parameters from a folder of safetensors, in one file or in many.
 
-    The part of a parameter that a device holds is read from the file alone, so a host never holds
+    Only the part of a parameter that a device holds is read from the file, so a host never holds
     more than its part of one stacked parameter, and never two copies of it.
 
     Args:
