@@ -6,11 +6,12 @@ The letters of all shapes in qlog:
   M  rollouts of each prompt     R  tokens of the longest rollout (`Sampling.max_length`)
                                  A  tokens of the longest gold answer (rollout.answer_reserve)
 
-These are sizes. In formulas (the losses, `log_p` in the metrics) P is a probability, that of the gold
-answer: p(y* | x*).
+These are sizes. In formulas (the losses, `log_p` in the metrics) P is a probability, that of the
+gold answer: p(y* | x*).
 
 Sequences are padded on the right. Arrays are global `jax.Array`s, split over prompts. What
-`batch_placement.local_batch` makes of a record has numpy arrays, of the prompts that a process holds.
+`batch_placement.local_batch` makes of a record has numpy arrays, of the prompts that a process
+holds.
 """
 
 from typing import Any, NamedTuple

@@ -416,11 +416,11 @@ def _convolution_flops(convolution: Instruction, computation: Computation) -> fl
 class _Window(NamedTuple):
     """How a kernel moves along one spatial axis."""
 
-    size: int
-    stride: int
+    size: int  # elements of the kernel
+    stride: int  # positions that the kernel moves from one result to the next
     pad: int  # positions before the image
     image_dilation: int  # an element of the image at every such position
-    kernel_dilation: int
+    kernel_dilation: int  # an element of the kernel at every such position
 
 
 def _windows(attributes: str, axes: int) -> list[_Window]:

@@ -80,8 +80,8 @@ class SamplerMismatch(NamedTuple):
 class StepSums(NamedTuple):
     """What a gradient tells besides itself: sums over tokens, which merge over microbatches."""
 
-    surrogate: losses.Sums
-    mismatch: SamplerMismatch
+    surrogate: losses.Sums  # the loss, and what the surrogate measures
+    mismatch: SamplerMismatch  # of the learner to the sampler
 
     def merge(self, other: "StepSums") -> "StepSums":
         """Of the tokens of both."""

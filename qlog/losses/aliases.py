@@ -1,4 +1,4 @@
-"""Estimators as chains of parts: functions from hyperparameters to a loss transform.
+"""Named chains of parts: functions from hyperparameters to a loss transform.
 
 All take `q` as a number or a traced array, so `optax.inject_hyperparams(garl)(q=schedule)` works.
 """

@@ -16,9 +16,9 @@ few seconds with a higher count:
 | released, status,      | at the end only: true, the exit status, and the error as text, '' if    |
 | error                  | there was none                                                          |
 
-A run that finds such a file must know whether its owner still runs. A process of this machine can be
-looked up. Of other machines only the count is watched: it rises, or it does not. The clocks of two
-hosts are never compared, since they may differ by more than the beats do.
+A run that finds such a file must know whether its owner still runs. A process of this machine can
+be looked up. Of other machines only the count is watched: it rises, or it does not. The clocks of
+two hosts are never compared, since they may differ by more than the beats do.
 """
 
 import contextlib
