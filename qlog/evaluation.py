@@ -365,7 +365,7 @@ def sample_answers(
         )
         rollouts, log_w = batch_placement.local_batch(mesh, (samples.rollouts, samples.log_w))
         found = _rows(experiment, formatter, batch, rollouts, log_w)
-        # All processes get all rows: in the order of the questions, whoever made them.
+        # All processes get all rows, in the order of the questions, whichever process made them.
         everything = distributed.gather(found)
         yield [part["row"] for part in sorted(everything, key=lambda part: part["index"])]
 

@@ -23,6 +23,7 @@ def garl(
     """
     check_choice("baseline", baseline, BASELINES)
     check_choice("correction", correction, CORRECTIONS)
+    # The jackknife does the work of both parts, w_m and then w_m / wbar^q, without their bias.
     if correction == "jackknife":
         group = [transforms.jackknife(q)]
     else:

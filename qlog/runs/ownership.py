@@ -129,7 +129,7 @@ class Claim:
         self._me |= {"beat": self._me["beat"] + 1, "time": time.time()}
         text = json.dumps(self._me)
         if not found:
-            # Somebody has removed it. It is ours again, unless another run is faster.
+            # The file was removed. It is ours again, unless another run is faster.
             if not paths.create(file, text) and _look(file).get("owner") != self._me["owner"]:
                 self._lost.set()
         elif found.get("owner", self._me["owner"]) != self._me["owner"]:
