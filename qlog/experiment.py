@@ -42,7 +42,9 @@ _LENGTHS_MEASURED = 256  # examples of a synthetic split, which has no end of th
 class Experiment:
     """The parts of a run. None of them holds parameters.
 
-    Replace a part to train with your own: `dataclasses.replace(prepare(config), train_data=mine)`.
+    Replace data, formatter or grader to train with your own:
+    `dataclasses.replace(prepare(config), train_data=mine)`. A loss of your own is a function in
+    `config.loss`: how rollouts are drawn and data are read follows from it.
 
     Attributes:
       config: what the run was asked for.
@@ -74,6 +76,19 @@ class Experiment:
     train_data: data.Dataset | None
     evaluation_data: data.Dataset | None
     weights: pathlib.Path | None = None
+
+    def __post_init__(self):
+        # Silent otherwise: rewards would all be 0, or answers be graded that nobody asked for.
+        needs_answer = self.estimator.reward is not None
+        needs_rationales = self.estimator.rationale == "annotated"
+        data = self.train_data
+        if self.sampling.with_answer != needs_answer or (
+            data is not None and (data.limits.rationale is not None) != needs_rationales
+        ):
+            raise ValueError(
+                "estimator does not fit the other parts of the experiment, which were prepared for "
+                "another one: name the loss in config.loss (a function, too) before `prepare`."
+            )
 
     @property
     def rollouts_per_prompt(self) -> int:

@@ -49,13 +49,19 @@ class Claim:
     """What a run holds while it owns its workdir; a thread writes the owner's file again and again.
 
     Args:
-      file: the owner's file; None on processes other than process 0, which write nothing.
+      workdir: the folder that is claimed.
+      is_writer: whether this process writes the owner's file; of several processes the first.
       me: what the file says by now.
+
+    Attributes:
+      workdir: as given.
     """
 
     INTERVAL = 10.0  # seconds between beats
 
-    def __init__(self, file: paths.Path | None, me: _Owner):
+    def __init__(self, workdir: paths.Path, is_writer: bool, me: _Owner):
+        self.workdir = workdir
+        file = workdir / FILE if is_writer else None
         self._file, self._me = file, me
         self._lost, self._ended = threading.Event(), threading.Event()
         self._is_failing = False
@@ -149,7 +155,7 @@ def claim(workdir: paths.Path) -> Iterator[Claim]:
     # First the folder, then the owner: if it is not shared, each host could have an owner.
     prove_shared(workdir, "--workdir")
     me = distributed.once_per_run(lambda: _take(workdir / FILE))
-    owned = Claim(workdir / FILE if jax.process_index() == 0 else None, me)
+    owned = Claim(workdir, jax.process_index() == 0, me)
     try:
         yield owned
     except BaseException as error:
