@@ -27,7 +27,7 @@ export PYTHONUNBUFFERED=1
 
 # NVIDIA GPUs. None of these was measured with qlog.
 # export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92  # JAX takes 0.75 of the memory by default
-# export XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_enable_latency_hiding_scheduler=true"  # collectives beside compute
+# export XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_enable_latency_hiding_scheduler=true"  # collectives during compute
 # export NCCL_DEBUG=WARN
 # export NCCL_SOCKET_IFNAME=eth0              # the network between nodes, where NCCL picks another
 # export NCCL_IB_HCA=mlx5                     # InfiniBand adapters to use

@@ -44,14 +44,8 @@ class Row(accuracy.Row):
     complete: list[bool]  # n flags: the answer ended by itself
 
 
-_FIELDS = {
-    "id",
-    "golds",
-    "answers",
-    "log_p",
-    "forced",
-    "complete",
-}  # that a row read back must have
+# What a row that is read back must have.
+_FIELDS = {"id", "golds", "answers", "log_p", "forced", "complete"}
 
 
 # ---- Sample, save, grade ----
@@ -110,7 +104,7 @@ def _sample_all(
     partial = _PartialSamples(file, _inputs(experiment, parameters_from)) if file else None
     rows: list[Row] = []
 
-    # Resume: the first process reads the rows that there are, the others hear how many.
+    # Resume: the first process reads the rows that are saved, and tells the others their number.
     def read(partial: _PartialSamples) -> int:
         rows.extend(partial.read())
         return len(rows)
@@ -372,7 +366,7 @@ def sample_answers(
         )
         rollouts, log_w = batch_placement.local_batch(mesh, (samples.rollouts, samples.log_w))
         found = _rows(experiment, formatter, batch, rollouts, log_w)
-        # All processes get all rows: in the order of the questions, whoever made them.
+        # All processes get all rows, in the order of the questions, whichever process made them.
         everything = distributed.gather(found)
         yield [part["row"] for part in sorted(everything, key=lambda part: part["index"])]
 

@@ -1,7 +1,7 @@
 """From a config to the parts of a run, all checked before anything compiles.
 
 `prepare` builds an Experiment; `prepare_shapes` builds one without files, for compiling or timing
-its programs. Between them and in them stands everything that a run reads: weights, tokenizer, data.
+its programs. Everything that a run reads (weights, tokenizer, data) is opened in this module.
 """
 
 import dataclasses
@@ -42,7 +42,9 @@ _LENGTHS_MEASURED = 256  # examples of a synthetic split, which has no end of th
 class Experiment:
     """The parts of a run. None of them holds parameters.
 
-    Replace a part to train with your own: `dataclasses.replace(prepare(config), train_data=mine)`.
+    Replace data, formatter or grader to train with your own:
+    `dataclasses.replace(prepare(config), train_data=mine)`. A loss of your own is a function in
+    `config.loss`: how rollouts are drawn and data are read follows from it.
 
     Attributes:
       config: what the run was asked for.
@@ -53,7 +55,9 @@ class Experiment:
       sampling: how rollouts of training are drawn.
       evaluation_sampling: how rollouts of evaluation are drawn.
       formatter: from examples to tokens and back; None in an experiment of shapes.
-      grader: rewards of training, by exact match; counts its failures. None in one of shapes.
+      grader: scores sampled answers for the reward, by the function of `graders.GRADERS` that the
+        estimator names (exact match where it names none); counts its failures. None in one of
+        shapes.
       train_data: prompts with their gold answers; None where nothing is trained.
       evaluation_data: the split that is evaluated; None where nothing is.
       weights: local folder that parameters begin with; None where they are random or come from
@@ -72,6 +76,19 @@ class Experiment:
     train_data: data.Dataset | None
     evaluation_data: data.Dataset | None
     weights: pathlib.Path | None = None
+
+    def __post_init__(self):
+        # Silent otherwise: rewards would all be 0, or answers be graded that nobody asked for.
+        needs_answer = self.estimator.reward is not None
+        needs_rationales = self.estimator.rationale == "annotated"
+        data = self.train_data
+        if self.sampling.with_answer != needs_answer or (
+            data is not None and (data.limits.rationale is not None) != needs_rationales
+        ):
+            raise ValueError(
+                "estimator does not fit the other parts of the experiment, which were prepared for "
+                "another one: name the loss in config.loss (a function, too) before `prepare`."
+            )
 
     @property
     def rollouts_per_prompt(self) -> int:
@@ -333,7 +350,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     Returns:
       JSON of
         model: the fields of its DecoderConfig;
-        weights: `models.huggingface.digest`, '' where they come from no folder (the config says
+        weights: `models.huggingface.digest`, '' where no folder holds them (then the config says
           all);
         tokenizer: `Tokenizer.digest`;
         splits: for each open split a digest of all ids in order and of 32 records spread over it,

@@ -6,6 +6,9 @@ The letters of all shapes in qlog:
   M  rollouts of each prompt     R  tokens of the longest rollout (`Sampling.max_length`)
                                  A  tokens of the longest gold answer (rollout.answer_reserve)
 
+These are sizes. In formulas (the losses, `log_p` in the metrics) P is a probability, that of the
+gold answer: p(y* | x*).
+
 Sequences are padded on the right. Arrays are global `jax.Array`s, split over prompts. What
 `batch_placement.local_batch` makes of a record has numpy arrays, of the prompts that a process
 holds.
@@ -69,9 +72,8 @@ class Trajectories(NamedTuple):
     """What the gradient is taken on: rationale, then answer. R holds the longest of both."""
 
     tokens: Array  # int32 [B, M, R]
-    rationale_mask: (
-        Array  # bool [B, M, R], tokens of z whose log-probability counts: no forced ones
-    )
+    # bool [B, M, R], tokens of z whose log-probability counts: no forced ones
+    rationale_mask: Array
     answer_mask: Array  # bool [B, M, R], tokens of the answer
     old_log_probs: Array  # float32 [B, M, R], under the policy that sampled
     was_sampled: Array  # bool [B, M, R], where `old_log_probs` has a value

@@ -71,7 +71,7 @@ def collect(
 
     Args:
       batch: host arrays, on every process those of all B prompts.
-      key: of this step. A rollout's random numbers depend on it, its prompt and its number alone.
+      key: of this step. A rollout's random numbers depend only on it, its prompt and its number.
       watch: gets the seconds of the phases `decode` and `reward`.
       interrupts: looked at while decoding.
       rehearse: compile what later batches may need and this one does not.
@@ -131,7 +131,7 @@ def learn(
     watch: Stopwatch,
     interrupts: Interrupts | None = None,
 ) -> StepResult:
-    """Coefficients of the whole batch, then a gradient and an update per slice of its prompts.
+    """Coefficients of the whole batch, then a gradient and an update per part of its prompts.
 
     Args:
       state: donated by the first update.
@@ -154,7 +154,7 @@ def learn(
             estimator, groups, trajectories, state.loss_state, loss_key
         )
         whole = LearnerBatch(groups.prompts, trajectories, coefficients)
-        # ---- Updates: one for each slice of the prompts.
+        # ---- Updates: one for each part of the prompts.
         sums = []
         for index in range(num_updates):
             batch = batch_placement.every_nth(whole, index, num_updates)
@@ -232,7 +232,10 @@ def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
 
 
 def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch) -> np.ndarray:
-    """Exact match of the sampled answers: float32 [B, M], 0 for prompts of other processes."""
+    """The grader's scores of the sampled answers, float32 [B, M]; 0 for prompts of other processes.
+
+    Which grader: the estimator's `reward` names one of `grading.graders.GRADERS`.
+    """
     mesh, num_prompts = experiment.mesh, len(batch.examples)
     formatter, grader = experiment.formatter, experiment.grader
     assert formatter and grader, "an experiment of shapes has no rollouts"

@@ -85,6 +85,7 @@ def run(
       claim: what `claimed` yielded, of a caller that has entered it; None enters it here.
 
     Raises:
+      ValueError: the experiment has nothing to train on, or `claim` is of another folder.
       ConfigError: before anything compiles: the run in `workdir` is another one.
       TrainingError: gradients stay non-finite, or sampler and learner disagree.
       PassingError: another run has the workdir, or takes it over.
@@ -92,6 +93,10 @@ def run(
     """
     config = experiment.config
     workdir = checkpoints.place(workdir, "--workdir")
+    if experiment.train_data is None:
+        raise ValueError("experiment.train_data is None: `prepare(config)` opens it.")
+    if claim is not None and claim.workdir != workdir:
+        raise ValueError(f"claim is of {claim.workdir}, not of {workdir}: claim what is run in.")
     with contextlib.ExitStack() as stack:
         # ---- The workdir is ours; from here on signals wait for what they would spoil ----
         claim = claim or stack.enter_context(claimed(config, workdir))

@@ -30,6 +30,7 @@ def measure(
       watch: seconds of the step's phases.
     """
     estimator, sums = experiment.estimator, result.sums
+    # Values stay on the devices until the transfer at the end.
     values: dict[str, Any] = {"loss": sums.surrogate.loss / groups.prompts.is_prompt.sum()}
     values |= result.update._asdict()
     values |= losses.measurements(result.state.loss_state)
@@ -40,7 +41,7 @@ def measure(
         values["reward"] = groups.reward.mean()
         values["truncated_answers"] = 1 - groups.rollouts.complete.mean()
     values |= _speeds(experiment, groups, sums.surrogate.tokens, watch.seconds)
-    # One transfer for all: each number alone would be a wait for the devices.
+    # One transfer for all: a transfer for each number would wait for the devices each time.
     return {name: float(value) for name, value in jax.device_get(values).items()} | _memory()
 
 
@@ -75,6 +76,7 @@ def _speeds(
     num_devices = experiment.mesh.devices.size
     peak = chips.peak_flops(experiment.mesh.devices.flat[0].device_kind)  # of one; None: unknown
     flops = _flops(experiment, groups) if peak else {}
+    # A prompt counts once for its whole group, as it is computed.
     prompt_tokens = groups.prompts.lengths.sum()
     tokens = {"train": prompt_tokens + tokens_learned}
     if experiment.estimator.rationale == "sampled":
@@ -87,6 +89,7 @@ def _speeds(
             values[f"tokens_per_s_per_chip/{phase}"] = tokens[phase] / spent / num_devices
         if peak and phase in flops:
             values[f"flops_utilization/{phase}"] = flops[phase] / spent / num_devices / peak
+    # The step's share counts all seconds, those of phases without FLOPs (grading) included.
     if peak:
         whole = sum(flops.values()) / sum(seconds.values())
         values["flops_utilization/step"] = whole / num_devices / peak
@@ -106,6 +109,7 @@ def _flops(experiment: Experiment, groups: Groups) -> dict[str, float]:
             groups.golds.lengths,
         ),
     )
+    # [B, M], tokens that the learner passes behind each prompt.
     trajectories = rationales + gold[:, None]
     if experiment.estimator.answer != "gold":
         trajectories = rollouts
@@ -132,6 +136,7 @@ def _memory() -> dict[str, float]:
 
 def progress(values: dict[str, float]) -> str:
     """The middle of the progress line."""
+    # Which of the metrics there are depends on the estimator.
     words = [f"loss {values['loss']:.3g}"]
     for name, label in (
         ("log_p", "log P"),
@@ -160,6 +165,7 @@ def rollout_rows(
         return []
     formatter = experiment.formatter
     assert formatter, "an experiment of shapes has no rollouts"
+    # The prompts may lie on devices of several processes: the gathering is a collective.
     sampled = (groups.rollouts, groups.log_w, groups.reward)
     rollouts, log_w, reward = batch_placement.gather_to_host(
         experiment.mesh, jax.tree.map(lambda x: x[:num_prompts], sampled)
@@ -194,7 +200,7 @@ def best_metric(config: ConfigDict) -> str:
 
 
 def brief(config: ConfigDict, metrics: dict[str, float]) -> str:
-    """The numbers of an evaluation that the console shows, as one line."""
+    """An evaluation in one line: p@1, p@k, m@k and log P."""
     k = config.evaluation.rollouts_per_prompt
     names = ("p@1", f"p@{k}", f"m@{k}", "log_p")
     return "  ".join(f"{name} {metrics[name]:.3f}" for name in names)

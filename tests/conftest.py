@@ -37,7 +37,7 @@ def compilations():
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of real records and vocabularies beside the checkout; skips where it is absent."""
+    """The folder of real records and vocabularies next to the checkout; skips without it."""
     folder = pathlib.Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("no folder ../shared with real records and vocabularies")

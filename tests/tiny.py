@@ -89,7 +89,7 @@ def run(config, workdir, devices=None):
 
 
 def graded_garl(q):
-    """A loss for `config`: GARL with a reward beside it, so that training samples answers too."""
+    """A loss for `config`: GARL and a reward next to it, so that training samples answers too."""
     return losses.Estimator(
         transform=losses.garl(q), surrogate=losses.linear(), reward="exact_match"
     )

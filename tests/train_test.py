@@ -274,6 +274,19 @@ def test_it_trains_on_data_that_a_caller_brings(tmp_path):
     assert np.isfinite(read_jsonl(tmp_path / "metrics.jsonl")[-1]["loss"])
 
 
+def test_parts_that_do_not_fit_are_refused(tmp_path):
+    """Else GRPO would train on rewards of answers that were never sampled, all of them 0."""
+    experiment = prepare(tiny.config(), ONE)
+    for name in ("grpo", "sft"):
+        with pytest.raises(ValueError, match="does not fit the other parts"):
+            dataclasses.replace(experiment, estimator=losses.build(name))
+    with pytest.raises(ValueError, match="train_data is None"):
+        train.run(prepare(tiny.config(), ONE, train=False), tmp_path / "a")
+    with train.claimed(experiment.config, tmp_path / "a") as claim:
+        with pytest.raises(ValueError, match="claim is of"):
+            train.run(experiment, tmp_path / "b", claim)
+
+
 def test_a_workdir_is_claimed_before_anything_is_read(tmp_path, monkeypatch):
     """Of two starts the second is refused at once; a wrong config touches no workdir."""
     config = tiny.config(train={"steps": 1})

@@ -81,7 +81,9 @@ class Instruction(NamedTuple):
         """The value of an integer constant, or the position of a parameter."""
         found = re.match(r"-?\d+", self.attributes)
         if not found:
-            raise ValueError(f"{self.name} = {self.opcode}({self.attributes[:40]}) is no integer")
+            raise ValueError(
+                f"{self.name} = {self.opcode}({self.attributes[:40]}) is not an integer"
+            )
         return int(found.group())
 
 

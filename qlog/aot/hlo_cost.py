@@ -129,7 +129,7 @@ class _Counter:
             # The condition runs once more than the body. One comparison more or less is nothing.
             return self._all(instruction.called, self._loop_trips(instruction, computation))
         if instruction.opcode == "conditional":
-            # Which branch runs depends on data. A step at its longest takes the dearest.
+            # Which branch runs depends on data. A step at its longest takes the most expensive.
             branches = map(self.total, instruction.branches)
             return max(branches, key=lambda cost: (cost.flops, cost.bytes))
         if instruction.opcode in ("call", "async-start"):
@@ -417,11 +417,11 @@ def _convolution_flops(convolution: Instruction, computation: Computation) -> fl
 class _Window(NamedTuple):
     """How a kernel moves along one spatial axis."""
 
-    size: int
-    stride: int
+    size: int  # elements of the kernel
+    stride: int  # positions that the kernel moves from one result to the next
     pad: int  # positions before the image
     image_dilation: int  # an element of the image at every such position
-    kernel_dilation: int
+    kernel_dilation: int  # an element of the kernel at every such position
 
 
 def _windows(attributes: str, axes: int) -> list[_Window]:

@@ -24,9 +24,8 @@ from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds, Prompts, Trajectories
 from qlog.rollouts import sampler
 
-_FEW_TOKENS = (
-    16  # of prompts and rationales, in programs that are compiled for their shardings only
-)
+# Of prompts and rationales, in programs that are compiled for their shardings only.
+_FEW_TOKENS = 16
 
 
 class LoweredProgram(NamedTuple):

@@ -33,18 +33,18 @@ _FIELDS = (
 class Roofline(NamedTuple):
     """A step on a slice, as the compiler bounds it."""
 
-    chips: int
-    seconds: float  # at least
+    chips: int  # of the slice
+    seconds: float  # of a step, at least
     decode_share: float  # of the seconds, those of decoding
 
 
 class Estimate(NamedTuple):
     """One run on one slice with every budget spent. Seconds are lower bounds."""
 
-    chips: int
-    steps: int
+    chips: int  # of the slice
+    steps: int  # training steps; 0 of a run that only evaluates
     step_seconds: float  # of one step
-    evaluations: int
+    evaluations: int  # during and after training
     evaluation_seconds: float  # of all evaluations together
 
     @property

@@ -64,10 +64,10 @@ def _beat(file: paths.Path) -> dict[str, Any] | None:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 2:
+    if len(argv) != 2 or argv[1].startswith("-"):
         print("usage: python -m qlog.commands.run_status WORKDIR", file=sys.stderr)
         return 2
-    signal.alarm(_PATIENCE)  # ends this process: the launcher that asks cannot wait forever
+    signal.alarm(_PATIENCE)  # ends this process: the launcher that asks cannot wait without end
     try:
         print(json.dumps(of(paths.parse(argv[1], "WORKDIR"))))
     except QLOG_ERRORS as error:

@@ -36,6 +36,7 @@ def run(
     """
     workdir = paths.parse(workdir, "--workdir")
     children = _children(config, workdir)
+    # All configs first: a mistake in the last one would else show after hours.
     for name, child in children.items():
         try:
             check_config(child)
@@ -57,7 +58,9 @@ def _run_one(
         return True
     say(title)
     start = time.monotonic()
+    # Results without seconds.json: an earlier start was cut short between the two.
     was_done = distributed.once_per_run(lambda: paths.exists(workdir / train.RESULTS))
+    # Each run has its own claim on its own folder. A signal ends the whole series.
     with interrupts.listening() as stop:
         with train.claimed(config, workdir) as claim:
             outcome = train.run(prepare(config, devices), workdir, claim)
@@ -84,4 +87,5 @@ def _finished(workdir: paths.Path, config: ConfigDict) -> bool:
     """Whether this very config has finished there, and all that the report reads is written."""
     if not {train.RESULTS, "seconds.json", "config.json"} <= set(paths.names(workdir)):
         return False
+    # Results of another config do not count: then the run is not finished.
     return paths.read(workdir / "config.json") == schema.to_json(config)

@@ -38,10 +38,13 @@ def report(
     yield f"{'tokens':<12}" + "".join(f"{word:>9}" for word in head)
     names = ("prompt", "gold answer", "rationale")
     for name, limit, column in zip(names, limits, lengths.T, strict=True):
+        # nearest: lengths that some example has, not the mean of two.
         quantiles = np.quantile(column, (0, 0.5, 0.95, 1), method="nearest")
         over = "-" if limit is None else f"{(column > limit.tokens).sum():,}"
         most = "-" if limit is None else f"{limit.tokens:,}"
         yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{most:>9}{over:>9}"
+    # Prompts once more, in a sentence: theirs is the limit that a user can raise, and
+    # config.data.overlong says whether a longer one is an error or is skipped.
     over = (lengths[:, 0] > limits.prompt.tokens).sum()
     yield (
         f"{over:,} of {len(lengths):,} prompts exceed {limits.prompt.field} = "
@@ -75,6 +78,7 @@ def _example(example: Example, formatter: Formatter, title: str) -> Iterator[str
     ):
         yield f"--- {name}: {len(ids):,} tokens"
         yield marked(tokenizer, ids)
+    # Token by token only the gold answer: P is the probability of exactly these tokens.
     yield "    " + " ".join(f"{i}:{tokenizer.token(i)!r}" for i in formatter.gold(example))
     if example.aliases:
         yield f"--- aliases: {', '.join(example.aliases)}"
@@ -93,6 +97,8 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
         print("name a config file first, as in configs/hotpotqa.py:warm", file=sys.stderr)
         return 2
+    # The first argument becomes the flag that config_flags reads. The flags are defined in a
+    # FlagValues of this call, so that a second call in the process can define them again.
     argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)

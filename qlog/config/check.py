@@ -1,6 +1,7 @@
 """All that can be refused by looking at a config, the mesh, or the config of an earlier start.
 
-What needs files (weights, tokenizer, data) is refused by who reads them: qlog/experiment.py.
+What can only be checked with files (weights, tokenizer, data) is checked in qlog/experiment.py,
+which reads them.
 """
 
 import dataclasses
@@ -117,7 +118,7 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     # What divides the step's prompts may still not divide those of a shard.
     per_shard = prompts // shards
     for field, size, whole in (
-        # A microbatch is a part of one update's slice, a wave of all prompts of the step.
+        # A microbatch is some of one update's prompts, a wave some of all prompts of the step.
         ("train.prompts_per_microbatch", train.prompts_per_microbatch, per_shard // updates),
         ("rollout.prompts_per_wave", config.rollout.prompts_per_wave, per_shard),
     ):

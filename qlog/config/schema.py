@@ -77,7 +77,7 @@ def default() -> ConfigDict:
             "train": {
                 "steps": 500,
                 "prompts_per_step": 32,  # B
-                "updates_per_batch": 1,  # optimizer steps per batch of rollouts, a slice of it each
+                "updates_per_batch": 1,  # optimizer steps per batch of rollouts, a part of it each
                 "prompts_per_microbatch": 0,  # of a shard: prompts in memory at a time; 0 is all
                 # Rollouts of a prompt in memory at a time, if they are of full length (shorter
                 # ones are packed together); 0 is all

@@ -1,4 +1,14 @@
-"""Tasks, tokenizers, formatting and the input pipeline; nothing here imports JAX."""
+"""Tasks, tokenizers, formatting and the input pipeline; nothing here imports JAX.
+
+In reading order: examples.py (what a task is made of), tasks.py (FinQA, HotPotQA and MuSiQue as
+text, with finqa_program.py), synthetic.py (a task that makes its examples), splits.py (which
+records train, validation and test have), builders/ (the official files, prepared by TFDS),
+tokenizers.py, formatting.py (the chat templates), pipeline.py (padded batches), fields.py (names in
+errors).
+
+A dataset is added in three places: its builder and its name (builders/), the sizes of its splits
+(`splits.SIZES`), and its `Task`, which turns a record into text (`tasks.TASKS`).
+"""
 
 from qlog.data.builders import prepare
 from qlog.data.examples import Converted, Example, Task

@@ -50,10 +50,12 @@ def run(program: str, table: Sequence[Sequence[str]]) -> list[Step]:
     steps: list[Step] = []
     for text in _split(program):
         name, _, rest = text.partition("(")
+        # From the right: a row's name may have commas.
         left, comma, right = rest.removesuffix(")").rpartition(", ")
         if not comma:
             raise ValueError(f"cannot read the step {text!r} of the program {program!r}")
         try:
+            # A table step reads a whole row; its second argument ("none") means nothing.
             if name in _ROWS:
                 value = _ROWS[name]([_cell(cell) for cell in rows[left.strip()]])
             else:

@@ -58,18 +58,18 @@ class PromptBatch:
 class Encoded(NamedTuple):
     """One example with its token ids."""
 
-    example: Example
-    prompt: list[int]
-    gold: list[int]
+    example: Example  # whose ids these are
+    prompt: list[int]  # token ids of the formatted question
+    gold: list[int]  # separator, gold answer, end of sequence
     rationale: list[int]  # [] where rationales were not asked for
 
 
 class Lengths(NamedTuple):
     """Tokens of the three parts of an example."""
 
-    prompt: int
-    gold: int
-    rationale: int
+    prompt: int  # tokens of the formatted question
+    gold: int  # separator and end of sequence included
+    rationale: int  # annotated, thinking-end token included; 0 or 1 without rationales
 
 
 class Limit(NamedTuple):

@@ -99,6 +99,8 @@ def choose(name: str, split: str, ids: Sequence[str], available: Sequence[str]) 
       ConfigError: as `official_split`; or too few records to give each split at least one.
     """
     source = official_split(name, split, available)
+    # The paper's splits that come from the same official one take its records in turn, so that they
+    # never overlap.
     sharing = [s for s in NAMES if _source(s, available) == source]
     sizes = [SIZES[name][s] for s in sharing]
     if len(ids) < len(sharing):
@@ -110,6 +112,7 @@ def choose(name: str, split: str, ids: Sequence[str], available: Sequence[str]) 
         sizes = _shares(sizes, len(ids))
     place = sharing.index(split)
     start = sum(sizes[:place])  # after the splits that come first
+    # The hash of an id is as good as a random number, and the same in every order of the file.
     order = sorted(range(len(ids)), key=lambda index: _hash(name, source, ids[index]))
     return order[start : start + sizes[place]]
 
@@ -160,6 +163,7 @@ def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -
         before = paths.read(path)
     except FileNotFoundError:
         before = None
+    # What was written stays: a later start may open other splits (evaluation only), and adds them.
     if before is not None:
         try:
             content = json.loads(before)

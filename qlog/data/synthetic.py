@@ -115,17 +115,20 @@ class Worlds(Sequence[Example]):
         split = SPLITS.index(self.split)
         # The generator's seed is what names the example: no two examples share random numbers.
         rng = np.random.default_rng([split, index, self.task == "multihop_text"])
+        # A ring of people: each fact leads from one to the next, so every walk goes on without end.
         ring = [_NAMES[i] for i in rng.permutation(self.world.names)[: self.world.people]]
         facts = " ".join(f"{ring[i - 1]} {ring[i]} ." for i in rng.permutation(len(ring)))
         start = int(rng.integers(len(ring)))
         identity = f"{self.task}/{self.split}/{index}"
         if self.task == "multihop_text":
+            # Plain text: the person named first is mostly, but not always, where the walk starts.
             length = int(rng.integers(self.world.shortest, self.world.longest + 1))
             named = start if rng.random() < self.world.heed else int(rng.integers(len(ring)))
             source = f"{facts} {ring[named]}"
             last = ring[(start + length - 1) % len(ring)]
             told = _TOLD[int(rng.integers(len(_TOLD)))].format(last)
             return Example(identity, source, told, rationale=_walk(ring, start, length))
+        # The question: the rationale is the walk to the answer, both ends included.
         answer = ring[(start + self.world.hops) % len(ring)]
         return Example(
             identity,

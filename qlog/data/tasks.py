@@ -49,6 +49,7 @@ def finqa_example(record: Record) -> Example:
     executed = finqa_program.number_text(qa["exe_ans"])
     # Some answers end with a newline that was escaped once too often: the letters "\\n".
     answer = re.sub(r"(\\+n|\s)+$", "", qa["answer"].strip())
+    # Text, table, text, as on the page; empty parts are left out below.
     table = "\n".join(" | ".join(map(_line, row)) for row in record["table"])
     parts = [
         _sentences(record["pre_text"]),
@@ -69,6 +70,7 @@ def hotpotqa_example(record: Record) -> Example:
     """A HotPotQA record (distractor setting) -> Example; the sentences carry their own spaces."""
     paragraphs = [(title, "".join(sentences)) for title, sentences in record["context"]]
     sentences = {title: sentences for title, sentences in record["context"]}
+    # The annotated supporting sentences; what points past the end of a paragraph is left out.
     facts = [
         f"{title}: {sentences[title][i].strip()}"
         for title, i in record["supporting_facts"]
@@ -86,6 +88,7 @@ def musique_example(record: Record) -> Example:
     """A MuSiQue record -> Example; its aliases count as right answers."""
     paragraphs = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
     answer = record["answer"].strip()
+    # Without repetitions, and in the order of the file.
     aliases = dict.fromkeys(alias.strip() for alias in record["answer_aliases"])
     return Example(
         id=record["id"],

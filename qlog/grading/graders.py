@@ -80,6 +80,7 @@ def _number_token(token: str) -> str:
     """A number in its one spelling: "-$1,200.50" is "-1200.5", ".50" is "0.5"."""
     sign = "-" if token[0] == "-" else ""
     digits = token.lstrip("-$ ").replace(",", "")
+    # 1.50 and 1.5 are one number, and so are .5 and 0.5; zero has no sign.
     if "." in digits:
         digits = digits.rstrip("0").rstrip(".")
         digits = "0" + digits if digits.startswith(".") else digits
@@ -193,6 +194,7 @@ def squad_f1(
 
     def f1(a: str, g: str) -> float:
         a, g = squad_normalise(a), squad_normalise(g)
+        # HotPotQA: "yes" against "yes, it is" scores nothing, although they share a word.
         if a != g and (a in closed or g in closed):
             return 0.0
         a_words, g_words = a.split(), g.split()
@@ -222,6 +224,7 @@ def _quantity(text: str) -> re.Match | None:
     text = unicodedata.normalize("NFKC", text.translate(_DASHES)).casefold()
     text = re.sub(r"\\(?=[%$])|\*\*", "", text)  # LaTeX's escapes, Markdown's bold
     text = re.sub(r"\bper ?cent\b", "%", text.rsplit("=", 1)[-1])
+    # Longer runs of digits are noise, not figures. A year is taken where nothing else is left.
     found = [m for m in _QUANTITY.finditer(text) if len(m["number"]) <= 40]
     return ([m for m in found if not _YEAR.match(m[0])] or found or [None])[-1]
 
@@ -295,6 +298,7 @@ def _means_percent(gold: str, value: decimal.Decimal) -> bool:
     """Whether the annotator's string means percent: it has "%", or is about 100 times the value."""
     if "%" in gold or not gold.strip():
         return "%" in gold
+    # Some gold strings leave the sign out: 34.7 for 0.34719. Rounding needs the room of 1%.
     stated = _quantity(gold)
     if stated is None or not value:
         return False
@@ -338,7 +342,8 @@ class Grader:
       max_error_rate: the share of calls that may fail; the first 100 calls count as 100.
 
     Attributes:
-      calls, errors: how many so far, for the metrics `grader/calls` and `grader/errors`.
+      calls: how many so far.
+      errors: how many of them failed; an evaluation reports them as `grader/errors`.
 
     Raises (when called):
       GraderError: errors > max_error_rate * max(calls, 100); it names the last exception.
@@ -359,6 +364,8 @@ class Grader:
                 raise ValueError(f"the score {score} is not in [0, 1]")
         except Exception as caught:  # a user's grader may raise anything
             score, error = 0.0, caught
+        # Under a lock: a caller may grade on several threads. The first 100 calls count as 100, so
+        # that one failure at the start does not stop a run.
         with self._lock:
             self.calls += 1
             self.errors += error is not None

@@ -47,10 +47,13 @@ def _build(
     weight_decay: float,
     max_grad_norm: float,
 ) -> optax.GradientTransformation:
+    # ---- The rate, by update ----
     # The rate rises in warmup_steps + 1 equal parts: the first update has one, and is not lost.
     ramp = optax.linear_schedule(
         learning_rate / (warmup_steps + 1), learning_rate, max(1, warmup_steps)
     )
+    # What comes after the warm-up counts from its own beginning (`join_schedules` subtracts the
+    # boundary), so cosine and linear reach 0 after the last update.
     rest = max(1, num_updates - warmup_steps)
     after_warmup = {
         "constant": optax.constant_schedule(learning_rate),
@@ -58,6 +61,9 @@ def _build(
         "linear": optax.linear_schedule(learning_rate, 0.0, rest),
     }[schedule]
     rate = optax.join_schedules([ramp, after_warmup], [warmup_steps])
+    # ---- The update ----
+    # The clip comes before AdamW: its moments are those of clipped gradients. Weight decay is part
+    # of AdamW and is not clipped.
     adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     clipped = optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
     # A skipped update leaves parameters and moments as they are. How many in a row are too many is
@@ -85,6 +91,8 @@ def apply_update(
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # For a gradient that is not finite, `apply_if_finite` gives updates of 0 and the old moments.
+    # Its counters are found by name, wherever they lie in the optimizer's state.
     metrics = UpdateMetrics(
         grad_norm=optax.tree.norm(grads),
         update_norm=optax.tree.norm(updates),
@@ -92,5 +100,6 @@ def apply_update(
         skipped_updates=optax.tree.get(opt_state, "total_notfinite"),
         skipped_in_a_row=optax.tree.get(opt_state, "notfinite_count"),
     )
+    # Donated buffers can only be taken over by results that lie where the arguments lay.
     state = TrainState(state.step, params, opt_state, loss_state)
     return sharding.constrain_params(mesh, state), metrics

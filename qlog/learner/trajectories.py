@@ -3,6 +3,9 @@
 sampled      z_1 ... z_n </think> y_1 ... y_k <eos>           the rollout as it is
 gold         z_1 ... z_n </think> y*_1 ... y*_a <eos>         its rationale, then the gold answer
 annotated    z*_1 ... z*_n </think> y*_1 ... y*_a <eos>       both come with the data
+
+`with_sampled_answer` and `with_gold_answer` make the trajectories. `annotated` makes `Rollouts` of
+the data's rationales, which `with_gold_answer` then treats as sampled ones.
 """
 
 import functools
@@ -29,6 +32,7 @@ def with_gold_answer(rollouts: Rollouts, golds: Golds, length: int) -> Trajector
     # Slot r holds token r - end of the answer. Inside the rationale, and behind the answer, the
     # index is clipped to the answer, and no mask has the slot.
     index = jnp.clip(slots - ends, 0, num_answer_tokens - 1)  # [B, M, R]
+    # [B, A] -> [B, M, A]: the gold answer of the prompt, for each of its rollouts.
     answers = jnp.broadcast_to(golds.tokens[:, None], (*rollouts.lengths.shape, num_answer_tokens))
     answer = jnp.take_along_axis(answers, index, -1)  # [B, M, R]
     in_rationale = slots < ends
@@ -38,6 +42,8 @@ def with_gold_answer(rollouts: Rollouts, golds: Golds, length: int) -> Trajector
         tokens=jnp.where(in_rationale, _fit(rollouts.tokens, length), answer),
         rationale_mask=rationale_mask,
         answer_mask=~in_rationale & (slots < ends + golds.lengths[:, None, None]),
+        # Behind the rationale these may be of a sampled answer. The gold one was not sampled, so
+        # `was_sampled` hides them.
         old_log_probs=_fit(rollouts.log_probs, length),
         was_sampled=rationale_mask,
         lengths=rollouts.rationale_lengths + golds.lengths[:, None],
@@ -48,6 +54,7 @@ def with_gold_answer(rollouts: Rollouts, golds: Golds, length: int) -> Trajector
 def with_sampled_answer(rollouts: Rollouts, length: int) -> Trajectories:
     """The rollouts as they were sampled, [B, M, `length`]."""
     in_rationale = jnp.arange(length) < rollouts.rationale_lengths[..., None]
+    # Forced tokens (the closing of a spent budget) are in neither mask: no probability chose them.
     is_sampled = _fit(rollouts.is_sampled, length)
     return Trajectories(
         tokens=_fit(rollouts.tokens, length),
@@ -65,9 +72,13 @@ def annotated(rationale: Array, rationale_lengths: Array) -> Rollouts:
     Args:
       rationale: int32 [B, R], right-padded.
       rationale_lengths: int32 [B].
+
+    Returns:
+      [B, 1]; they have no answer yet.
     """
-    lengths = rationale_lengths[:, None]
-    is_token = jnp.arange(rationale.shape[1]) < lengths[..., None]
+    lengths = rationale_lengths[:, None]  # [B, 1]
+    is_token = jnp.arange(rationale.shape[1]) < lengths[..., None]  # [B, 1, R]
+    # The flags tell how sampling ended, and nothing was sampled.
     no = jnp.zeros(lengths.shape, bool)
     return Rollouts(
         tokens=rationale[:, None],

@@ -42,6 +42,7 @@ class Microbatch(NamedTuple):
     def of(cls, config: ConfigDict, mesh: Mesh) -> "Microbatch":
         """What `config.train` asks for, where 0 is all; its prompts are those of one shard."""
         train = config.train
+        # Fields count what one shard does, programs what all shards do together.
         prompts = train.prompts_per_microbatch * sharding.num_batch_shards(mesh)
         return cls(
             prompts=prompts or train.prompts_per_step // train.updates_per_batch,
@@ -73,6 +74,7 @@ class SamplerMismatch(NamedTuple):
 
     def merge(self, other: "SamplerMismatch") -> "SamplerMismatch":
         """Of the tokens of both. Zeros are neutral: no difference is below 0."""
+        # All fields add up, except the largest.
         total = jax.tree.map(jnp.add, self, other)
         return total._replace(max=jnp.maximum(self.max, other.max))
 
@@ -80,8 +82,8 @@ class SamplerMismatch(NamedTuple):
 class StepSums(NamedTuple):
     """What a gradient tells besides itself: sums over tokens, which merge over microbatches."""
 
-    surrogate: losses.Sums
-    mismatch: SamplerMismatch
+    surrogate: losses.Sums  # the loss, and what the surrogate measures
+    mismatch: SamplerMismatch  # of the learner to the sampler
 
     def merge(self, other: "StepSums") -> "StepSums":
         """Of the tokens of both."""

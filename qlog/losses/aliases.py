@@ -1,4 +1,4 @@
-"""Estimators as chains of parts: functions from hyperparameters to a loss transform.
+"""Named chains of parts: functions from hyperparameters to a loss transform.
 
 All take `q` as a number or a traced array, so `optax.inject_hyperparams(garl)(q=schedule)` works.
 """
@@ -23,6 +23,7 @@ def garl(
     """
     check_choice("baseline", baseline, BASELINES)
     check_choice("correction", correction, CORRECTIONS)
+    # The jackknife does the work of both parts, w_m and then w_m / wbar^q, without their bias.
     if correction == "jackknife":
         group = [transforms.jackknife(q)]
     else:

@@ -19,6 +19,7 @@ def normalize_by_bound(q: Commitment) -> LossTransform:
     check_number("q", q, 0, 1)
 
     def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        # A factor that all rollouts of a group share goes into `log_scale`, as a logarithm.
         bound = q * jnp.log(group_stats.num_valid(scores))
         return coefficients._replace(log_scale=coefficients.log_scale - bound)
 
@@ -109,4 +110,5 @@ def _token_mean(length: jax.Array, scores: Scores, axis_name: AxisName) -> jax.A
     is_group = jnp.any(scores.is_valid, 1)
     prompts = group_stats.batch_sum(is_group.astype(jnp.float32), axis_name)
     tokens = jnp.maximum(group_stats.batch_sum(length, axis_name), 1.0)
+    # [B, 1] * scalar / scalar
     return group_stats.num_valid(scores) * prompts / tokens

@@ -35,7 +35,7 @@ _SCHEDULE_READS = {
     "adaptive": ("q_end", "q_pace"),
 }
 # Arguments of every recipe with their defaults: what changes the coefficients of any estimator.
-EDITS: dict[str, Any] = {
+NORMALIZATION: dict[str, Any] = {
     "pathwise": True,
     "max_coefficient": None,
     "aggregation": "sum",
@@ -110,7 +110,7 @@ class Recipe:
         own = _defaults(self.transform)
         if "q" in own:
             own |= SCHEDULE | {"normalize": self.normalize}
-        return own | _defaults(self.surrogate) | EDITS
+        return own | _defaults(self.surrogate) | NORMALIZATION
 
     @property
     def arguments(self) -> dict[str, Any]:

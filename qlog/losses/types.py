@@ -36,8 +36,11 @@ class Scores(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, M), from whichever field is there."""
-        num_prompts, num_rollouts = np.shape(next(x for x in self if x is not None))
+        """(B, M), from whichever field is there; ValueError where none is."""
+        given = [x for x in self if x is not None]
+        if not given:
+            raise ValueError("losses.Scores() is empty: pass log_w=, reward= or both, [B, M]")
+        num_prompts, num_rollouts = np.shape(given[0])
         return num_prompts, num_rollouts
 
     @property

@@ -18,18 +18,18 @@ class DecoderConfig:
     """
 
     vocab_size: int  # rows of the embedding, padding rows included
-    num_layers: int
+    num_layers: int  # each of attention and an MLP
     width: int  # of the hidden states
     num_heads: int  # query heads
     num_kv_heads: int  # key/value heads, a divisor of num_heads
     head_dim: int  # independent of width / num_heads (Qwen3 0.6B: 16 heads of 128, width 1024)
-    mlp_width: int
+    mlp_width: int  # units of the gated MLP
     rope_theta: float = 1e6  # base of RoPE's frequencies
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # added to the mean square in RMS norms
     tied_embeddings: bool = True  # the output head is the embedding
     qk_norm: bool = True  # normalise each head's queries and keys
     family: str = "qwen3"  # a key of FAMILIES: names of tensors and fields of Hugging Face folders
-    qkv_bias: bool = False
+    qkv_bias: bool = False  # biases in the projections to queries, keys and values (Qwen2)
     post_norms: bool = False  # also normalise what attention and MLP add to the residual stream
     norm_offset: bool = False  # norms multiply by 1 + scale instead of scale
     scale_embeddings: bool = False  # multiply embeddings by sqrt(width)

@@ -37,9 +37,9 @@ _ONLY = {
 class _Type(NamedTuple):
     """What a field must be wherever it stands; files written by hand hold anything."""
 
-    names: tuple[str, ...]
-    is_right: Callable[[Any], bool]
-    description: str
+    names: tuple[str, ...]  # of the fields in config.json
+    is_right: Callable[[Any], bool]  # whether a value is of the type
+    description: str  # the type in words, for the message: "... must be DESCRIPTION"
 
 
 def _is_whole(value: Any) -> bool:
@@ -80,6 +80,7 @@ def from_hf_config(fields: Fields) -> DecoderConfig:
     """
     fields = _text_part(fields)
     family = _family_of(fields)
+    # Types first, so that all that follows may compute with the values.
     _check_types(fields)
     for name in fields.get("architectures") or ():
         if name != family.architecture:
@@ -106,6 +107,8 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         "model_type": family.model_type,
     }
     fields |= {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    # RoPE at the top level is the old spelling: transformers 5 still reads it, and older ones read
+    # no other.
     fields["rope_theta"] = config.rope_theta
     scaling = config.rope_scaling
     if scaling and scaling.original_length is None:
@@ -141,6 +144,7 @@ def _text_part(fields: Fields) -> Fields:
         text = fields.get("text_config")
         if not isinstance(text, Mapping):
             raise ConfigError(f"config.json: text_config = {text!r} must be an object.")
+        # These two concern the text part but may stand outside of it.
         outer = ("tie_word_embeddings", "quantization_config")
         outer_fields = {name: fields[name] for name in outer if name in fields}
         return {"model_type": family.model_type, **text, **outer_fields}
@@ -162,7 +166,10 @@ def _family_of(fields: Fields) -> Family:
 
 def _with_defaults(fields: Fields, family: Family) -> dict[str, Any]:
     """All fields that reading needs; ConfigError for one that has no default."""
+    # A null means the default, as a field that is left out.
     found = {**family.defaults, **{k: v for k, v in fields.items() if v is not None}}
+    # Defaults that follow from other fields: one key/value head per query head, and heads that
+    # share the width.
     if "num_attention_heads" in found:
         found.setdefault("num_key_value_heads", found["num_attention_heads"])
         if "hidden_size" in found:
@@ -182,6 +189,7 @@ def _check_types(fields: Fields) -> None:
 
 
 def _check_supported(fields: Fields, family: Family) -> None:
+    # The activation has two names in config.json: Gemma's files say hidden_activation.
     allowed = (None, family.activation)
     only = _ONLY | {"hidden_act": allowed, "hidden_activation": allowed}
     for name, values in only.items():

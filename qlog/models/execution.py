@@ -1,4 +1,4 @@
-"""How a decoder is executed: what changes speed, memory and rounding, and nothing else."""
+"""How a decoder is executed: what changes speed, memory and rounding only."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,11 +41,10 @@ class Execution:
     `functools.partial` made anew equals no other one.
     """
 
-    dtype: DTypeLike = (
-        jnp.float32
-    )  # of activations and of keys and values; parameters are cast to it
+    # Of activations and of keys and values; parameters are cast to it.
+    dtype: DTypeLike = jnp.float32
     attend: Attend = blocks.attend  # `models.attention.kernels` has others, with the same results
-    attend_step: AttendStep = blocks.attend_step
+    attend_step: AttendStep = blocks.attend_step  # the same for one token of each rollout
     # Applied to hidden states [B, M, R, D] after the embedding and after each layer of a pass that
     # may be differentiated, to say how they are split over a mesh (`with_sharding_constraint`).
     constrain: Callable[[Array], Array] = _unchanged

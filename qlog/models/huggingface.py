@@ -90,7 +90,8 @@ def resolve(
         return folder
     if folder is not None:
         raise ConfigError(
-            f"{field} = {str(spec)!r} is no folder here and no Hub id of the form 'owner/name'."
+            f"{field} = {str(spec)!r} is not a folder here and not a Hub id of the form "
+            "'owner/name'."
         )
     staged = assets.find(f"models/{spec}", functools.partial(_is_complete, weights), wanted)
     return staged or _from_hub(str(spec), weights)
@@ -98,6 +99,7 @@ def resolve(
 
 def is_hub_id(spec: str | os.PathLike) -> bool:
     """Whether `spec` has the form 'owner/name' and there is no local folder of that name."""
+    # 'a/b' may be a folder as well as an id: a folder that is there counts first.
     text = os.fspath(spec)
     name = text.partition("@")[0]
     return (
@@ -132,7 +134,7 @@ def _from_hub(spec: str, weights: bool) -> pathlib.Path:
         reason = f"{type(error).__name__}: {summary(error)}"
         command = f"{name} --revision {revision}" if revision else name
         message = (
-            f"{name!r} is no folder here, and the Hugging Face Hub does not give it ({reason}): "
+            f"{name!r} is not a folder here, and the Hugging Face Hub does not give it ({reason}): "
             f"where there is a network, run `launch/stage --model={spec} --to=FOLDER` and set "
             f"{assets.ENVIRONMENT}=FOLDER (or gs://BUCKET/...) where every host of this run can "
             f"read it; or run `hf download {command} --local-dir FOLDER` and give FOLDER instead "
@@ -145,10 +147,12 @@ def _passes(error: BaseException | None) -> bool:
     """Whether asking the Hub again later may help: it did not answer, or its answer says so."""
     # The client wraps errors of the layers below, so the reason may be anywhere down the chain.
     while error is not None:
+        # A setting of this machine, or an id that the client refuses: it stays so.
         if isinstance(error, huggingface_hub.errors.OfflineModeIsEnabled | ValueError):
             return False
         response = getattr(error, "response", None)
         if response is not None:
+            # "Ask later" and faults of the server; the other codes are answers.
             return response.status_code in (408, 425, 429) or response.status_code >= 500
         if isinstance(error, TimeoutError | ConnectionError) or "Timeout" in type(error).__name__:
             return True
@@ -172,7 +176,7 @@ def load(
 ) -> Params:
     """Parameters from a folder of safetensors, in one file or in many.
 
-    The part of a parameter that a device holds is read from the file alone, so a host never holds
+    Only the part of a parameter that a device holds is read from the file, so a host never holds
     more than its part of one stacked parameter, and never two copies of it.
 
     Args:
@@ -231,7 +235,8 @@ def export(
     is_writer = jax.process_index() == 0
     fields = to_hf_config(config)
     carried = {pathlib.Path(file).name: pathlib.Path(file) for file in tokenizer_files}
-    # Process 0 looks, or a late process would see the files of this very export.
+    # Process 0 looks, or a late process would see the files of this very export. What it found goes
+    # to the others as a number: an exception on one process would leave the others waiting.
     found, reason = _look(folder) if is_writer else (_EMPTY, "")
     found = _of_first(found)
     if found == _UNSEEN:
@@ -287,6 +292,7 @@ def digest(folder: str | os.PathLike, config: DecoderConfig) -> str:
                     name = None if key == "__metadata__" else _canonical_name(key, config)
                     if name is None:
                         continue
+                    # The first, middle and last bytes; of a small tensor these overlap.
                     start, end = (8 + size + offset for offset in entry["data_offsets"])
                     seen = hashlib.sha256(f"{name} {entry['dtype']} {entry['shape']}".encode())
                     for at in (start, (start + end - _SAMPLE) // 2, end - _SAMPLE):
@@ -305,6 +311,7 @@ def _canonical_name(tensor: str, config: DecoderConfig) -> str | None:
     """A tensor's name as in a text-only file; None if the decoder has no use for it."""
     for pattern, replacement in _OUTER_NAMES:
         tensor = pattern.sub(replacement, tensor)
+    # Tied models have no head of their own, but some files carry the embedding once more as one.
     if _IGNORED.search(tensor) or (config.tied_embeddings and tensor == "lm_head.weight"):
         return None
     return tensor
@@ -327,6 +334,7 @@ def _expected_shapes(config: DecoderConfig, leaves: Params) -> dict[str, tuple[i
     expected = {}
     for path, leaf in jax.tree.leaves_with_path(leaves):
         name = _leaf_name(path)
+        # [L, ...] -> L tensors [...]; [I, O] -> [O, I], as torch stores a linear layer.
         shape = leaf.shape[1:] if name.startswith("layers/") else leaf.shape
         shape = shape[::-1] if name.endswith("/kernel") else shape
         expected |= dict.fromkeys(_tensors_of(config, name), shape)
@@ -475,6 +483,7 @@ def _write_tensors(
         for tensor, name, leaf, layer in entries:
             part = _to_host(leaf[layer] if name.startswith("layers/") else leaf)
             part = part.T if name.endswith("/kernel") else part
+            # A transposed view would be written in the order of its memory: a copy puts it right.
             on_host[tensor] = np.ascontiguousarray(part, dtype=dtype)
             weight_map[tensor] = file
         if is_writer:

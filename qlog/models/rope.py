@@ -18,10 +18,10 @@ class RopeScaling:
     original_length / high_frequency are kept, and the ones between are interpolated.
     """
 
-    factor: float
-    original_length: int | None = None
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
+    factor: float  # by which frequencies are divided
+    original_length: int | None = None  # tokens of the context that was trained first
+    low_frequency: float = 1.0  # turns in original_length, below which a frequency is divided
+    high_frequency: float = 4.0  # turns in original_length, above which a frequency is kept
 
 
 def rotation(

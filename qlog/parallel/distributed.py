@@ -129,9 +129,8 @@ def _connect(seen: str) -> None:
     if jax.config.jax_platforms == "cpu":
         # Without it, CPUs of several processes do not compute together.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    named: dict[
-        str, Any
-    ] = {}  # JAX reads the coordinator's address from the environment, but not these two
+    # JAX reads the coordinator's address from the environment, but not these two.
+    named: dict[str, Any] = {}
     if seen.startswith("JAX_NUM_PROCESSES"):
         named = {
             "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
@@ -143,7 +142,7 @@ def _connect(seen: str) -> None:
         where = f"the environment has {seen}" if seen else "--distributed=on was asked"
         raise ConfigError(
             f"{where}, but the processes could not be connected: {str(error).strip()} "
-            "(--distributed=off runs this process alone)."
+            "(--distributed=off runs only this process)."
         ) from error
 
 

@@ -263,7 +263,7 @@ class Interrupts:
 
     def _say(self, text: str) -> None:
         if self.speaks:
-            # Ctrl-C also ends the reader of `python ... | tee`: then there is nobody to tell.
+            # Ctrl-C also ends the reader of `python ... | tee`: then no reader is left.
             with contextlib.suppress(OSError, ValueError):
                 print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
 

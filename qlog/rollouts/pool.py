@@ -34,8 +34,8 @@ _MIN_SLOTS = 64
 class Level(NamedTuple):
     """A size of the pool on one shard, that is, on one part of the batch's prompts."""
 
-    num_blocks: int
-    lanes_per_block: int
+    num_blocks: int  # each with one copy of a prompt's cache
+    lanes_per_block: int  # rollouts that a block can decode
 
     @property
     def num_lanes(self) -> int:

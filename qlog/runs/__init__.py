@@ -1,0 +1,5 @@
+"""What a run leaves in its workdir, and whose workdir it is.
+
+In reading order: ownership.py (one run at a time), checkpoints.py (Orbax), log.py (metrics and
+rollouts), uploads.py (logs to a bucket), profiling.py (traces of steps), report.py (several runs).
+"""

@@ -16,9 +16,9 @@ few seconds with a higher count:
 | released, status,      | at the end only: true, the exit status, and the error as text, '' if    |
 | error                  | there was none                                                          |
 
-Who finds such a file must know whether its owner still lives. A process of this machine can be
-looked up. Of other machines only the count is watched: it rises, or it does not. The clocks of two
-hosts are never compared, since they may differ by more than the beats do.
+A run that finds such a file must know whether its owner still runs. A process of this machine can
+be looked up. Of other machines only the count is watched: it rises, or it does not. The clocks of
+two hosts are never compared, since they may differ by more than the beats do.
 """
 
 import contextlib
@@ -49,13 +49,19 @@ class Claim:
     """What a run holds while it owns its workdir; a thread writes the owner's file again and again.
 
     Args:
-      file: the owner's file; None on processes other than process 0, which write nothing.
+      workdir: the folder that is claimed.
+      is_writer: whether this process writes the owner's file; of several processes the first.
       me: what the file says by now.
+
+    Attributes:
+      workdir: as given.
     """
 
     INTERVAL = 10.0  # seconds between beats
 
-    def __init__(self, file: paths.Path | None, me: _Owner):
+    def __init__(self, workdir: paths.Path, is_writer: bool, me: _Owner):
+        self.workdir = workdir
+        file = workdir / FILE if is_writer else None
         self._file, self._me = file, me
         self._lost, self._ended = threading.Event(), threading.Event()
         self._is_failing = False
@@ -129,7 +135,7 @@ class Claim:
         self._me |= {"beat": self._me["beat"] + 1, "time": time.time()}
         text = json.dumps(self._me)
         if not found:
-            # Somebody has removed it. It is ours again, unless another run is faster.
+            # The file was removed. It is ours again, unless another run is faster.
             if not paths.create(file, text) and _look(file).get("owner") != self._me["owner"]:
                 self._lost.set()
         elif found.get("owner", self._me["owner"]) != self._me["owner"]:
@@ -149,7 +155,7 @@ def claim(workdir: paths.Path) -> Iterator[Claim]:
     # First the folder, then the owner: if it is not shared, each host could have an owner.
     prove_shared(workdir, "--workdir")
     me = distributed.once_per_run(lambda: _take(workdir / FILE))
-    owned = Claim(workdir / FILE if jax.process_index() == 0 else None, me)
+    owned = Claim(workdir, jax.process_index() == 0, me)
     try:
         yield owned
     except BaseException as error:

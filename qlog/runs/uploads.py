@@ -29,7 +29,7 @@ class Uploads:
         then on nothing is uploaded.
     """
 
-    INTERVAL = 60.0  # seconds between uploads that nobody waits for
+    INTERVAL = 60.0  # seconds between uploads in the background
     PATIENCE = 60.0  # seconds that `flush` waits
 
     def __init__(self, is_lost: Callable[[], bool]):

@@ -179,8 +179,8 @@ def publish(source: pathlib.Path, target: paths.Path, names: list[str], last: st
         if not changed:
             return 0
         stale = [name for name in there if name not in names]
-        # `last` goes first and comes last: who reads meanwhile, or after this process was killed,
-        # sees that the folder is not complete.
+        # `last` is removed first and written last: a process that reads in between, or after this
+        # one was killed, sees that the folder is not complete.
         if last in there:
             (target / last).unlink()
         for name in stale:
@@ -292,7 +292,7 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
             with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
                 for size in pool.map(fetch, listing):
                     news.add(size)
-            try:  # a rename is atomic: who sees the folder sees all of it
+            try:  # a rename is atomic: the folder appears with all its files
                 fresh.rename(target)
             except OSError:  # without locks, another process was first, with the same files
                 if not is_there(target):

@@ -62,7 +62,7 @@ def get_config(style):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     for model, status, reason in (
-        ("owner/name", PassingError.status, "'owner/name' is no folder here"),
+        ("owner/name", PassingError.status, "'owner/name' is not a folder here"),
         ("qwen3_0p6b", 2, "config.tokenizer.path is empty and model 'qwen3_0p6b'"),
     ):
         assert show.main([*own[:3], f"--config.model={model}"]) == status

@@ -85,7 +85,10 @@ WRONG = {
         {"architecture": {"vocab_size": 8}},
         r"tokenizer has \d+ tokens but the model only 8",
     ),
-    "weights": ({"weights": "no_such_folder"}, r"config\.weights = 'no_such_folder' is no folder"),
+    "weights": (
+        {"weights": "no_such_folder"},
+        r"config\.weights = 'no_such_folder' is not a folder",
+    ),
     "init_from": (
         {"init_from": "no_such_run"},
         r"config\.init_from = ?'no_such_run' has no checkpoint",

@@ -43,7 +43,7 @@ def official_records(path: pathlib.Path) -> list[dict]:
 
 
 def prepared_in(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    """What is there beside downloads and locks: a temporary folder would be, too."""
+    """What is there besides downloads and locks: a temporary folder would be, too."""
     return [p for p in data_dir.iterdir() if p.name != "downloads" and p.suffix != ".lock"]
 
 

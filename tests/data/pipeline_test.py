@@ -1,4 +1,4 @@
-"""Batches: an order that (seed, step) decides alone, padding, limits, evaluation."""
+"""Batches: an order that only (seed, step) decides, padding, limits, evaluation."""
 
 import itertools
 import zlib

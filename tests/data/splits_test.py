@@ -1,4 +1,4 @@
-"""The paper's splits: sizes, disjointness, and a draw that depends on the set of ids alone."""
+"""The paper's splits: sizes, disjointness, and a draw that depends only on the set of ids."""
 
 import json
 import random

@@ -117,7 +117,7 @@ def test_submitted_runs_are_waited_for_and_retried_and_never_too_many_live(tmp_p
     assert status["c"] == "failed at step 1 of 9: config.loss.q = 7 is too large."
     assert status["d"].startswith("failed at step 1 of 10: its job")
 
-    # Taken up: what is finished is left alone; what failed is tried again since somebody asked.
+    # Taken up: what is finished stays as it is; what failed is tried again, since it was asked for.
     cluster.behaviours.update(c=["settings", "finish"], d=["fail", "fail", "finish"])
     output = sweep(runs, workdir, "--parallel=2", *SLURM, env=cluster.env)
     assert "a: finished before" in output and len(cluster.commands["a"]) == 1

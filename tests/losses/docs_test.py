@@ -66,7 +66,7 @@ def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
 def test_the_table_has_every_recipe_and_the_page_every_shared_argument():
     rows = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
     assert sorted(rows) == sorted(losses.RECIPES)
-    for name in losses.recipes.SCHEDULE | losses.recipes.EDITS:
+    for name in losses.recipes.SCHEDULE | losses.recipes.NORMALIZATION:
         assert f"`{name}`" in PAGE, name
     state = losses.build("garl").transform.init(losses.abstract_scores(1, 2))
     for name in losses.measurements(state):

@@ -202,3 +202,8 @@ def test_missing_scores_pass_through_jit_shard_map_vmap_and_pmap():
     ):
         joined = jax.tree.map(lambda x: x[:, 0], mapped(split))
         trees.assert_close(joined, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_scores_without_any_field_say_so():
+    with pytest.raises(ValueError, match="is empty: pass log_w="):
+        _ = losses.Scores().shape

@@ -97,7 +97,7 @@ def hub():
 
 
 def run_workers(hub, program, tmp_path, own=({}, {}), arguments=()):
-    """[(status, output)] of two processes of one program; `own`: environment of each alone."""
+    """[(status, output)] of two processes of one program; `own`: variables of only one of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -185,4 +185,4 @@ def test_a_fault_of_one_host_is_a_sentence_on_all(hub, tmp_path, status, kind):
     results = run_workers(hub, FETCH, tmp_path, own, ["owner/name"])
     assert len(hub.seen) == seen
     for code, output in results:
-        assert code == 0 and f"{kind} 'owner/name' is no folder here" in output, output
+        assert code == 0 and f"{kind} 'owner/name' is not a folder here" in output, output

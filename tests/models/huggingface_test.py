@@ -208,7 +208,7 @@ def test_a_spec_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):
     assert huggingface.resolve(GOLDEN / "qwen3") == GOLDEN / "qwen3"
     for spec in ("no/such/folder", "./missing", "name"):
         with pytest.raises(
-            ConfigError, match=f"'{re.escape(spec)}' is no folder here and no Hub id"
+            ConfigError, match=f"'{re.escape(spec)}' is not a folder here and not a Hub id"
         ):
             huggingface.resolve(spec)
     # A port where nothing listens stands for a machine without a network.

@@ -2,6 +2,10 @@
 
 `prepare` makes or finds a dataset, `open_prepared` opens it, `open_records` does both. TFDS, too,
 can read what is prepared here: `tfds.builder_from_directory(folder).as_data_source("train")`.
+
+A dataset is added as a package NAME/NAME_dataset_builder.py with a `base.RecordBuilder`, and its
+name in `NAMES`. In reading order: raw.py (the official files), base.py (what the builders share),
+musique/, hotpotqa/, finqa/ (the shortest builder first).
 """
 
 import contextlib
@@ -55,7 +59,7 @@ class Records(Sequence[dict[str, Any]]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = operator.index(index)
+        index = operator.index(index)  # numpy's integers, too
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         from qlog.data.builders import base  # it imports TFDS, which takes seconds
@@ -133,11 +137,14 @@ def prepare(
         return _whole(folder)
     found = raw.find(_local(manual_dir, builder), builder.FILES, name) if manual_dir else {}
     # ---- Is it there already? ----
+    # The name of the folder tells what is in it. Official files need no digest of ours: they are
+    # checked against the published ones when they are downloaded.
     root = _root(data_dir)
     key = raw.fingerprint(found) if found else "official"
     folder = root / f"{name}-{builder.VERSION}-{key}"
     if folder.is_dir():
         return folder
+    # Staged assets are made of the official files. They cannot stand for files that a user named.
     if not found:
         if (root / staged_name(name) / _IDS).is_file():
             return root / staged_name(name)
@@ -147,6 +154,7 @@ def prepare(
     # ---- Prepare it ----
     _make(root)
     with assets.locked(folder):
+        # Another process may have prepared it while this one waited for the lock.
         if not assets.is_there(folder):
             _prepare(builder, folder, found)
     # The folder's name has the digest from before: it must be true of what was read.
@@ -240,7 +248,7 @@ def _unwritable(root: pathlib.Path, error: OSError) -> ConfigError:
 
 def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Path]) -> None:
     """Builds into a temporary folder next to `folder` and renames it: complete or not there."""
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # here and not above: it takes seconds
 
     if not paths:
         _check_reachable(builder_class)
@@ -250,6 +258,8 @@ def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Pa
         raise _unwritable(folder.parent, error) from error
     logging.info("Preparing %s in %s", builder_class.name, folder)
     try:
+        # `raw.find` takes all files from one folder. A folder that does not exist makes the builder
+        # download (`RecordBuilder._split_generators`).
         manual_dir = next(iter(paths.values())).parent if paths else temporary / "no_manual_dir"
         builder = builder_class(data_dir=temporary, file_format="array_record")
         with contextlib.redirect_stdout(sys.stderr):  # TFDS prints what it does
@@ -257,6 +267,7 @@ def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Pa
                 download_dir=folder.parent / "downloads",
                 download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
             )
+        # Splits are chosen by id: with this file that reads no record.
         (temporary / _IDS).write_text(json.dumps(builder.ids))
         temporary.chmod(0o755)  # temporary folders are private, data may be shared
         temporary.rename(folder)
@@ -283,6 +294,7 @@ def _check_reachable(builder_class) -> None:
 
     for url in {file.url for file in builder_class.FILES.values()}:
         try:
+            # stream: only the headers are fetched, not the archive.
             with requests.get(url, stream=True, timeout=10) as response:
                 response.raise_for_status()
         except requests.RequestException as error:
@@ -298,6 +310,7 @@ def _unreachable(builder_class, error: Exception) -> ConfigError | PassingError:
     if status is None:  # TFDS writes it into the text only
         seen = re.search(r"HTTP code: (\d+)", str(error))
         status = int(seen[1]) if seen else None
+    # With these answers a server refuses for good. Others (429, 5xx) and silence may pass.
     kind = ConfigError if status in (400, 401, 403, 404, 405, 410) else PassingError
     return kind(
         f"{fields.NAME} = {builder_class.name!r} cannot be downloaded "

@@ -87,6 +87,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(
         self, split: str, path: pathlib.Path, member: str = ""
     ) -> Iterator[tuple[str, dict[str, Any]]]:
+        # Ids are noted apart from the examples, in the order of the file: see `ids`.
         ids, seen = self.ids.setdefault(split, []), set()
         for record in raw.read(path, member):
             try:
@@ -126,6 +127,7 @@ def encode(record: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any
             place = place.get(parent) if isinstance(place, dict) else None
         if not isinstance(place, dict) or leaf not in place:
             raise TypeError(f"the field {path!r} is missing")
+        # Types are checked here, so that the message can name the field.
         value = place.pop(leaf)
         if not isinstance(value, _TYPES[kind]):
             raise TypeError(f"the field {path!r} is of type {type(value).__name__}")
@@ -152,6 +154,7 @@ def _check_text(path: str, text: Any, kind: str) -> None:
 
 def decode(example: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
     """What TFDS reads (bytes and arrays) -> the raw record: official names, str, lists, dicts."""
+    # OTHER still has the parents of nested fields, emptied: each field goes back to its place.
     record = json.loads(example[OTHER])
     for path, kind in kinds.items():
         *parents, leaf = path.split("/")

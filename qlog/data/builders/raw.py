@@ -52,6 +52,7 @@ def find(
             f"{fields.MANUAL_DIR} = {str(manual_dir)!r} is not a folder: put {', '.join(names)} "
             f"of {dataset} into it."
         )
+    # Only the first place with any of the files counts: two places may hold two releases.
     for place in (folder, folder / dataset, folder / "dataset", folder / "data"):
         found = {split: place / file.name for split, file in files.items()}
         found = {split: path for split, path in found.items() if path.is_file()}
@@ -65,6 +66,7 @@ def find(
 
 def fingerprint(paths: Mapping[str, pathlib.Path]) -> str:
     """16 hexadecimal digits that change with the content of any of the files."""
+    # Of the contents, not of names or dates: a copy in another folder is the same dataset.
     digest = hashlib.sha256()
     for split, path in sorted(paths.items()):
         digest.update(f"{split}:{_sha256(path)}\n".encode())
@@ -86,10 +88,12 @@ def verify(file: RawFile, path: pathlib.Path) -> None:
     if file.sha256:
         expected, actual = file.sha256, _sha256(path)
     elif file.git_blob:
+        # What git itself calls a file: SHA-1 of a header with the size, then the content. Of files
+        # in a repository it is the one digest that is published.
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
         digest.update(path.read_bytes())
         expected, actual = file.git_blob, digest.hexdigest()
-    else:
+    else:  # no digest is published; `base.RecordBuilder` still checks the number of records
         return
     if actual != expected:
         with path.open("rb") as opened:
@@ -114,6 +118,7 @@ def read(path: pathlib.Path, member: str = "") -> Iterator[dict[str, Any]]:
     """
     name = f"{path}:{member}" if member else str(path)
     lines_of = {".json": _array, ".jsonl": _lines}[pathlib.PurePath(member or path).suffix]
+    # Records are checked while they are read, so a message can say after which one it broke.
     records_read = 0
     try:
         with _open(path, member) as file:
@@ -125,6 +130,7 @@ def read(path: pathlib.Path, member: str = "") -> Iterator[dict[str, Any]]:
                     )
                 yield record
                 records_read += 1
+    # KeyError: the archive has no such member.
     except (UnicodeDecodeError, json.JSONDecodeError, zipfile.BadZipFile, KeyError) as error:
         raise ConfigError(
             f"{name} cannot be read after record {records_read} ({type(error).__name__}: {error}): "
@@ -137,11 +143,13 @@ def read(path: pathlib.Path, member: str = "") -> Iterator[dict[str, Any]]:
 def _open(path: pathlib.Path, member: str) -> io.TextIOWrapper:
     if not member:
         return path.open(encoding="utf-8")
+    # The archive stays as it is: the member is unpacked while it is read.
     return io.TextIOWrapper(zipfile.ZipFile(path).open(member), encoding="utf-8")
 
 
 def _array(file: io.TextIOBase) -> Iterator[Any]:
     records = json.load(file)
+    # A single object counts as a list of one record.
     return iter(records if isinstance(records, list) else [records])
 
 

@@ -120,10 +120,10 @@ class _Cache(NamedTuple):
     intervals [B or 1, 1, runs, rows of a run] in the slots of the run.
     """
 
-    keys: Array
-    values: Array
-    start: Array
-    stop: Array
+    keys: Array  # [B, K, T, C] or [B, K, runs, T, C]
+    values: Array  # as keys
+    start: Array  # int32, the first slot that a row sees
+    stop: Array  # int32, the slot after the last one that it sees
 
     @property
     def is_private(self) -> bool:
@@ -131,14 +131,12 @@ class _Cache(NamedTuple):
 
 
 class _RowBlock(NamedTuple):
-    """What one block of query rows sees of one cache; or, stacked in front, what all blocks see.
-
-    first, last: of the blocks of slots that some row sees, the first one and the one after the
-      last, int32 scalars. Others are not visited.
-    """
+    """What one block of query rows sees of one cache; or, stacked in front, what all blocks see."""
 
     start: Array  # int32 [B or 1, 1, rows], or [B or 1, 1, runs of the block, rows of a run]
-    stop: Array
+    stop: Array  # int32, as start
+    # int32 scalars: of the blocks of slots that some row sees, the first one and the one after the
+    # last. Other blocks are not visited.
     first: Array
     last: Array
 

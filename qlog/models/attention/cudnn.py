@@ -1,14 +1,14 @@
 """Attention on CUDA GPUs: cuDNN's fused kernels where there is one, else blocks of a GPU's size.
 
 cuDNN serves training and the prompts of sampling. A prompt is causal attention. Rollouts are
-attention with a mask: each pack of rollouts has its own keys next to a copy of its prompt's
-keys, so that prefix and suffix are one softmax. (Two softmaxes would have to be merged by their
+attention with a mask: each pack of rollouts has its own keys next to a copy of its prompt's keys,
+so that prefix and suffix are one softmax. (Two softmaxes would have to be merged by their
 log-sum-exps, which `jax.nn.dot_product_attention` rounds to 16 bits and cannot differentiate.)
 
-Scores are never stored. A layer stores the mask instead: 2 T S bytes for each pack of T
-tokens over S slots, shared by all heads. JAX up to version 0.10 stores as much again, for a
-gradient of the mask that nothing reads. The copies of the prompt's keys and values come on top. All
-of it shrinks with the number of packs in a microbatch.
+Scores are never stored. A layer stores the mask instead: 2 T S bytes for each pack of T tokens
+over S slots, shared by all heads. JAX up to version 0.10 stores as much again, for a gradient of
+the mask that nothing reads. The copies of the prompt's keys and values come on top. All of it
+shrinks with the number of packs in a microbatch.
 
 Blocks serve everything else: float32, decoding, prompts under sliding windows, and gold answers
 scored on the rollouts' caches, whose queries are too few to be worth copies of the keys.

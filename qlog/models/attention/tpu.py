@@ -1,6 +1,6 @@
-"""The attention of `attention.attend` as Pallas TPU kernels: scores never leave the chip's VMEM.
+"""The attention of `blocks.attend` as Pallas TPU kernels: scores never leave the chip's VMEM.
 
-Axes and masks are those of `attention`: B prompts, K key/value heads, N query rows, T key slots,
+Axes and masks are those of `blocks`: B prompts, K key/value heads, N query rows, T key slots,
 C head size; a row sees the slots `start <= slot < stop` of a segment.
 
 One kernel per segment; their softmaxes are merged by log-sum-exp. The backward pass recomputes the
@@ -33,10 +33,10 @@ _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rathe
 
 
 class Blocks(NamedTuple):
-    """The largest blocks of query rows and of key slots; multiples of a chip's 128 lanes."""
+    """The largest blocks; multiples of a chip's 128 lanes."""
 
-    rows: int
-    slots: int
+    rows: int  # query rows of a block
+    slots: int  # key slots of a block
 
 
 # Large, since every block of query rows reads its keys from HBM anew; but the backward pass holds
@@ -58,10 +58,10 @@ class _Plan(NamedTuple):
 class _Sizes(NamedTuple):
     """Sizes of a segment's blocks, and how many of them there are."""
 
-    rows: int
-    slots: int
-    num_row_blocks: int
-    num_slot_blocks: int
+    rows: int  # query rows of a block
+    slots: int  # key slots of a block
+    num_row_blocks: int  # N / rows, after padding
+    num_slot_blocks: int  # T / slots, after padding
 
 
 class _Problem(NamedTuple):
@@ -113,9 +113,9 @@ def attend(
 class _Options(NamedTuple):
     """What the kernels know at compile time."""
 
-    mesh: Mesh | None
-    interpret: bool
-    blocks: Blocks
+    mesh: Mesh | None  # over which prompts and heads are split; None: a single device
+    interpret: bool  # run as plain JAX, for tests
+    blocks: Blocks  # the largest blocks
 
 
 # The shards are inside the derivative rule: of a replicated axis every device then computes the
@@ -281,9 +281,9 @@ class _Kernel(NamedTuple):
     # Whether results belong to blocks of rows, and steps walk through blocks of slots; or the other
     # way round.
     by_rows: bool
-    inputs: tuple[str, ...]
-    results: tuple[str, ...]
-    scratch: tuple[str, ...]
+    inputs: tuple[str, ...]  # what each input belongs to: "row", "line" or "slot"
+    results: tuple[str, ...]  # what each result belongs to
+    scratch: tuple[str, ...]  # what each accumulator in VMEM belongs to, float32
     num_products: int  # matrix products per pair of blocks
 
 

@@ -55,6 +55,7 @@ class Family:
     presets: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
     # model_type of checkpoints with images whose `text_config` is a model of this family.
     text_part_of: str | None = None
+    # Leaf of params -> tensor of a safetensors file, as TENSORS.
     tensors: Mapping[str, str] = dataclasses.field(default_factory=lambda: TENSORS)
 
     @property
@@ -67,8 +68,8 @@ class Family:
 class Rope(NamedTuple):
     """Base of the frequencies, and how they are slowed down."""
 
-    theta: float
-    scaling: RopeScaling | None
+    theta: float  # base of the frequencies, config.json's rope_theta
+    scaling: RopeScaling | None  # None: the frequencies as they are
 
 
 def is_positive(value: Any) -> bool:

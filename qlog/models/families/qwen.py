@@ -32,6 +32,7 @@ def _write(config: Fields, windows: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+# The numbers below are those of the models' config.json on the Hub.
 def _qwen3(num_layers: int, width: int, num_heads: int, mlp_width: int, tied: bool) -> Fields:
     return dict(
         vocab_size=151_936,
@@ -54,6 +55,7 @@ def _qwen2p5(
     tied: bool,
     norm_eps: float = 1e-6,
 ) -> Fields:
+    # From 7B on the head has its own weights, and the vocabulary is padded further.
     return dict(
         vocab_size=151_936 if tied else 152_064,
         num_layers=num_layers,

@@ -1,4 +1,4 @@
-"""Makes the folders beside this file: a tiny model per family and what transformers says of it.
+"""Makes the folders next to this file: a tiny model per family and what transformers says of it.
 
     pip install torch==2.13.0 transformers && python tests/testdata/golden/make_golden.py
 
