@@ -23,6 +23,7 @@ from qlog.config import schema
 from qlog.config.check import build_estimator, check_batches, check_config
 from qlog.config.streams import Stream, stream_key
 from qlog.data import pipeline, synthetic
+from qlog.data.splits import Split
 from qlog.errors import ConfigError, PassingError
 from qlog.grading import graders
 from qlog.learner import optimizer
@@ -115,13 +116,15 @@ class Experiment:
         if records := self._records():
             distributed.once_per_run(lambda: data.write_ids(path, self.config.data.name, records))
 
-    def _records(self) -> dict[str, Sequence[dict]]:
+    def _records(self) -> dict[str, Split]:
         """The records of each open split that has any; its examples were converted from them."""
         splits = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
         return {
             name: dataset.source.records
             for name, dataset in splits.items()
-            if dataset is not None and isinstance(dataset.source, data.Converted)
+            if dataset is not None
+            and isinstance(dataset.source, data.Converted)
+            and isinstance(dataset.source.records, Split)
         }
 
     def abstract_params(self) -> models.Params:
@@ -356,18 +359,19 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         splits: for each open split a digest of all ids in order and of 32 records spread over it,
           whole. Synthetic tasks have none: the config says all.
     """
-    weights = experiment.weights
+    weights, formatter = experiment.weights, experiment.formatter
+    assert formatter, "an experiment of shapes has no identity"
     # By content, not by name: the same files may be read from another folder when a run resumes.
     found = {
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
-        "tokenizer": experiment.formatter.tokenizer.digest,
+        "tokenizer": formatter.tokenizer.digest,
         "splits": {name: _digest(records) for name, records in experiment._records().items()},
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
 
 
-def _digest(records: Sequence[dict]) -> str:
+def _digest(records: Split) -> str:
     # All ids tell records that were added, left out or moved. A few whole records tell an edited
     # release, and spare reading gigabytes at every start.
     num_read = min(len(records), _RECORDS_DIGESTED)

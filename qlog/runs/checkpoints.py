@@ -13,7 +13,7 @@ of the newest score: values under other settings cannot be compared with it.
 import dataclasses
 import json
 import os
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -55,10 +55,16 @@ class Checkpoints:
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             place(self._folder, "--workdir") / "checkpoints",
-            # Save whenever asked: the training loop decides when.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(
-                [latest, _Best(self.scores)]
+            # Save whenever asked: the training loop decides when. (The casts: Orbax types its own
+            # policies differently from what it takes here.)
+            save_decision_policy=cast(
+                Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+            ),
+            preservation_policy=cast(
+                Any,
+                ocp.training.preservation_policies.AnyPreservationPolicy(
+                    [latest, _Best(self.scores)]
+                ),
             ),
             cleanup_tmp_directories=True,
         )

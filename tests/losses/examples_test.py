@@ -16,7 +16,7 @@ def test_eight_devices_train_as_one(name):
     """
     estimator = losses.build(name, q=0.75)
     many, history = pmap_trainer.train(estimator, 15)
-    one, same = pmap_trainer.train(estimator, 15, jax.devices()[:1])
+    one, same = pmap_trainer.train(estimator, 15, 1)
     np.testing.assert_allclose(history, same, rtol=1e-3)
     for key in one:
         np.testing.assert_allclose(many[key], one[key], rtol=1e-3, atol=1e-3)

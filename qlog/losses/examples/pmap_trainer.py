@@ -4,8 +4,6 @@ The policy is a table: 16 rationales for each of 64 questions, and one answer af
 else of qlog is used; only `axis_name` says that prompts are split over devices.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,9 +14,16 @@ PROMPTS, RATIONALES, ROLLOUTS = 64, 16, 8
 
 
 def train(
-    estimator: losses.Estimator, steps: int, devices: Sequence[jax.Device] | None = None
+    estimator: losses.Estimator, steps: int, num_devices: int | None = None
 ) -> tuple[dict[str, jax.Array], list[float]]:
-    """Parameters after `steps` steps, and the mean over prompts of P before each step."""
+    """Parameters after `steps` steps, and the mean over prompts of P before each step.
+
+    Args:
+      estimator: must be one of sampled rationales, without a reward.
+      steps: how many.
+      num_devices: split the prompts over so many; None is all.
+    """
+    devices = jax.devices()[:num_devices]
     optimizer = optax.adam(0.1)
     answers = jax.random.normal(jax.random.key(1), (PROMPTS, RATIONALES))
     params = {"rationale": jnp.zeros_like(answers), "answer": answers - 4}  # a cold start
@@ -52,7 +57,7 @@ def train(
 
     axes = (None, None, None, 0)
     mapped = jax.pmap(step, "devices", in_axes=(*axes, None), out_axes=axes, devices=devices)
-    prompts, history = jnp.arange(PROMPTS).reshape(len(devices or jax.devices()), -1), []
+    prompts, history = jnp.arange(PROMPTS).reshape(len(devices), -1), []
     loss_state = estimator.transform.init(losses.abstract_scores(PROMPTS, ROLLOUTS))
     state = params, optimizer.init(params), loss_state
     for number in range(steps):
