@@ -1,6 +1,5 @@
 """The losses inside a user's own pmap trainer, the package's example."""
 
-import jax
 import numpy as np
 import pytest
 
