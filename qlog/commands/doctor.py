@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from packaging.requirements import Requirement
@@ -284,7 +284,7 @@ def main(argv: list[str]) -> int:
         config = wanted.value
         getattr(config, "seed", None)  # a file that did not load raises when it is first used
         entry.only_flags(rest)
-    except (app.UsageError, flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+    except (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         print(f"qlog.commands.doctor: {entry.sentence(error, argv)}", file=sys.stderr)
         return 2
     with distributed.processes(processes.value):

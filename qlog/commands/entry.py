@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from absl import app, flags
 
-from qlog.errors import QLOG_ERRORS, PassingError, Stop
+from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 from qlog.storage import paths
 
 
@@ -46,12 +46,10 @@ def only_flags(argv: list[str]) -> None:
     """Refuses what is left of a command line besides flags.
 
     Raises:
-      app.UsageError: something is.
+      ConfigError: something is.
     """
     if len(argv) > 1:
-        raise app.UsageError(
-            f"what is {argv[1]!r}? Settings are given as --config.section.key=value"
-        )
+        raise ConfigError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
 
 
 def sentence(error: Exception, argv: list[str]) -> str:
