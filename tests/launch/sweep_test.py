@@ -264,23 +264,41 @@ def test_a_run_that_is_live_here_is_waited_for(tmp_path, how):
         launcher = ["--", stand_in.rename(tmp_path / "tpu_vm"), "keep", "--name=n"]
     folder = tmp_path / "w/a"
     folder.mkdir(parents=True)
-    ends = threading.Event()
+    is_seen = threading.Event()
 
     def beat():
-        for step in range(40 if how == "local" else 10**6):
+        step = 0
+        while not is_seen.wait(TICK):
+            step += 1
             owner = {"owner": "somebody", "step": step, "time": time.time()}
             paths.write(folder / "owner.json", json.dumps(owner))
-            if ends.wait(TICK):
-                break
         paths.write(folder / "results.json", "{}")
 
     thread = threading.Thread(target=beat)
     thread.start()
+    command = (LAUNCH / "sweep", table(tmp_path, "a"), f"--workdir={tmp_path}/w", *launcher)
+    lines = []
     try:
-        output = sweep(table(tmp_path, "a"), f"--workdir={tmp_path}/w", *launcher)
+        with subprocess.Popen(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment() | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+        ) as process:
+            watchdog = threading.Timer(120, process.kill)
+            watchdog.start()
+            for line in process.stdout:
+                lines.append(line)
+                if "a: running at step" in line:  # the sweep has seen it: it may end
+                    is_seen.set()
+            watchdog.cancel()
     finally:
-        ends.set()
+        is_seen.set()
         thread.join()
+    output = "".join(lines)
+    assert process.returncode == 0, output
     assert "a: running at step" in output and summary(output, 1) == {"a": "ok"}
     assert (folder / "tries").exists() == (how == "tpu_vm")
 
