@@ -249,7 +249,7 @@ def test_a_mistake_in_a_loss_is_near_the_command(rollouts_per_microbatch, most, 
     names = [
         f"{frame.filename}: {frame.name}"
         for frame in traceback.extract_tb(caught.value.__traceback__)
-        if frame.filename.startswith(folder)
+        if frame.filename.startswith(folder) and frame.name != "<lambda>"
     ]
     assert len(names) <= most, names
 

@@ -269,15 +269,21 @@ def _add_packs(
         old=trajectories.old_log_probs,
         reference=batch.reference,
     )
-    surrogate = functools.partial(objective.surrogate, batch.coefficients)
-    sums, pull_loss = jax.vjp(surrogate, tokens)
+    surrogate = lambda new: objective.surrogate(batch.coefficients, tokens._replace(new=new))
+    # The other sums are only measured. As `has_aux` they are not differentiated, so what is not
+    # finite in them cannot reach the gradient.
+    loss, pull_loss, sums = jax.vjp(lambda new: _loss_and_sums(surrogate(new)), new, has_aux=True)
     # Backward, from `share` and not 1: the mean over prompts is taken here, in the one number that
-    # all gradients contain, and never again. The other sums are only measured.
-    (gradient,) = pull_loss(_zeros(sums)._replace(loss=share))
-    pull_tokens.with_refs(grads_refs, *caches_refs)(gradient.new)
+    # all gradients contain, and never again.
+    (gradient,) = pull_loss(jnp.full_like(loss, share))
+    pull_tokens.with_refs(grads_refs, *caches_refs)(gradient)
     was_sampled = trajectories.was_sampled & is_here
     mismatch = SamplerMismatch.between(new, trajectories.old_log_probs, was_sampled)
     return StepSums(sums, mismatch)
+
+
+def _loss_and_sums(sums: losses.Sums) -> tuple[Array, losses.Sums]:
+    return sums.loss, sums
 
 
 @jax.named_scope("packs")  # qlog.aot finds the loop by this name

@@ -128,9 +128,7 @@ class TokenLogProbs(NamedTuple):
 class Sums(NamedTuple):
     """Sums over the tokens of a microbatch, float32 scalars. Sums of microbatches add.
 
-    `loss` is differentiated; divide it once, by the number of prompts of the whole batch. The
-    gradients of the others are multiplied by zero, so they must be finite, or stopped by
-    `jax.lax.stop_gradient`.
+    Only `loss` is differentiated; divide it once, by the number of prompts of the whole batch.
     """
 
     loss: jax.Array  # sum of -(coefficient * log-probability), plus penalties

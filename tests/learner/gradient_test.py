@@ -169,6 +169,27 @@ def test_the_mismatch_measures_sampler_against_learner(batch):
     np.testing.assert_allclose(sums.mismatch.sum_exp, np.exp(difference).sum(), rtol=1e-4)
 
 
+def test_what_is_only_measured_cannot_spoil_the_gradient(batch):
+    """The derivative of log at 0 is not finite; that of the loss is, and is the one that counts."""
+
+    def measuring(coefficients, tokens):
+        sums = losses.linear()(coefficients, tokens)
+        return sums._replace(kl=jnp.log(tokens.new - jax.lax.stop_gradient(tokens.new)).sum())
+
+    params, prompts, trajectories, coefficients = batch
+    found, expected = (
+        gradient.batch_gradient(
+            params,
+            tiny.POLICY,
+            LearnerBatch(prompts, trajectories, coefficients),
+            Objective(surrogate),
+            Microbatch(B, M),
+        )[0]
+        for surrogate in (measuring, losses.linear())
+    )
+    trees.assert_equal(found, expected)
+
+
 def test_gold_answers_are_spliced_after_each_rationale():
     tokens = jnp.array([[[11, 12, 3, 21, 22, 0], [13, 3, 23, 0, 0, 0]]], jnp.int32)
     ends = jnp.array([[3, 2]], jnp.int32)
