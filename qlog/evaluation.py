@@ -21,7 +21,8 @@ from qlog.config import schema
 from qlog.config.streams import Stream, stream_key
 from qlog.console import ProgressLine, clock, say
 from qlog.errors import ConfigError
-from qlog.experiment import Experiment, identity
+from qlog.experiment import Experiment
+from qlog.experiment.contents import identity
 from qlog.grading import accuracy
 from qlog.parallel import batch_placement, distributed
 from qlog.parallel.interrupts import Interrupts

@@ -18,7 +18,8 @@ from qlog.config.check import check_config, check_same_run
 from qlog.config.streams import Stream, stream_key
 from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
-from qlog.experiment import Experiment, check_same_parts, identity
+from qlog.experiment import Experiment
+from qlog.experiment.contents import check_same_parts, identity
 from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState

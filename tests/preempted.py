@@ -22,7 +22,7 @@ from qlog import evaluation, experiment
 from qlog.commands import modes
 from qlog.errors import Stop
 from qlog.learner import gradient
-from qlog.parallel import distributed
+from qlog.parallel import distributed, interrupts
 from qlog.rollouts import sampler
 from qlog.runs import checkpoints
 
@@ -88,6 +88,10 @@ def main():
     before(checkpoints.Checkpoints, "prune", "pruning")
     before(checkpoints.Checkpoints, "score", "scoring", lambda: os._exit(9))  # killed outright
     before(evaluation, "_rows", "evaluation")  # after a batch was sampled
+    if POINT == "save":
+        # All is saved then, and the evaluation that comes next compiles: for longer than the
+        # patience on a busy machine, where the process would end in there.
+        interrupts._PATIENCE = 120.0
     watchdog = {"seconds": 10.0} if POINT == "stall" else {}
     with distributed.processes("auto"):
         mode = os.environ.get("MODE", "train")

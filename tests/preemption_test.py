@@ -109,10 +109,7 @@ def test_a_signal_is_noticed_saves_and_loses_nothing(name, uninterrupted, cache,
         assert trained == [] and not list((tmp_path / "checkpoints").glob("*"))
     else:
         assert trained == list(range(step)) and latest(tmp_path) == step
-        # After a save nothing can be lost. So on a busy machine, where the evaluation after it
-        # compiles for longer than the patience with the main thread, the process may end there.
-        in_evaluation = point == "save" and "ended; nothing that was done is lost" in output
-        assert in_evaluation or f"stopped at step {step}, saved in" in output
+        assert f"stopped at step {step}, saved in" in output
     output = run(tmp_path, "never", cache=cache)
     if point == "evaluation":
         assert "evaluation goes on after 2 of 6 questions" in output

@@ -20,7 +20,8 @@ from qlog import data, losses, train
 from qlog.commands import modes
 from qlog.config import schema
 from qlog.errors import ConfigError, PassingError
-from qlog.experiment import data_limits, prepare
+from qlog.experiment import prepare
+from qlog.experiment.files import data_limits
 from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
 

@@ -32,6 +32,7 @@ from qlog.commands import entry
 from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.errors import ConfigError, summary
+from qlog.experiment import files
 from qlog.parallel import distributed, process, sharding
 from qlog.runs import checkpoints, ownership
 from qlog.storage import paths
@@ -214,7 +215,7 @@ def _free_disk(config: ConfigDict | None, workdir: str) -> str:
         return f"{folder} is a bucket: no limit"
     needed, why = _LEAST_FREE, "no config given"
     if config is not None:
-        shapes = jax.tree.leaves(models.shapes(experiment.model_shape(config)))
+        shapes = jax.tree.leaves(models.shapes(files.model_shape(config)))
         parameters = sum(math.prod(leaf.shape) for leaf in shapes)
         # Besides the latest ones there are the best, and the one that is being written.
         kept = config.checkpoint.keep + 2
@@ -237,17 +238,17 @@ def _weights(config: ConfigDict) -> str:
     """They are there. A Hub id is downloaded, as training would."""
     if config.init_from:
         return f"from {checkpoints.find_checkpoint(config.init_from, 'config.init_from')}"
-    shape = experiment.model_shape(config)
+    shape = files.model_shape(config)
     if config.weights == "random":
         return f"random, {shape.num_layers} layers of width {shape.width}"
     folder = models.huggingface.resolve(config.weights)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
         raise ConfigError(
             f"{folder} holds no *.safetensors: download them, or stage the folder again."
         )
-    size = sum(file.stat().st_size for file in files)
-    return f"{folder}: {len(files)} file(s), {size / 1e9:.2f} GB"
+    size = sum(file.stat().st_size for file in shards)
+    return f"{folder}: {len(shards)} file(s), {size / 1e9:.2f} GB"
 
 
 def _tokenizer(config: ConfigDict) -> str:

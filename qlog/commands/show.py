@@ -16,9 +16,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qlog import experiment
 from qlog.data import Example, Formatter, Tokenizer, pipeline
 from qlog.errors import QLOG_ERRORS
+from qlog.experiment import files
 
 _MEASURED = 20_000  # examples whose lengths count; a synthetic task has no end of them
 
@@ -86,9 +86,9 @@ def _example(example: Example, formatter: Formatter, title: str) -> Iterator[str
 
 def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, pipeline.Limits]:
     """A split's examples, how training formats them, and how long they may be."""
-    formatter = experiment.load_formatter(config)
-    source = experiment.open_source(config, split, experiment.prepare_data(config))
-    limits = experiment.data_limits(config, rationales=True)
+    formatter = files.load_formatter(config)
+    source = files.open_source(config, split, files.prepare_data(config))
+    limits = files.data_limits(config, rationales=True)
     return source, formatter, limits
 
 

@@ -25,7 +25,7 @@ from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.data import builders
 from qlog.errors import ConfigError
-from qlog.experiment import tokenizer_path
+from qlog.experiment.files import tokenizer_path
 from qlog.storage import assets, paths
 
 

@@ -1,7 +1,7 @@
 """All that can be refused by looking at a config, the mesh, or the config of an earlier start.
 
-What can only be checked with files (weights, tokenizer, data) is checked in qlog/experiment.py,
-which reads them.
+What can only be checked with files (weights, tokenizer, data) is checked in
+qlog/experiment/files.py, which reads them.
 """
 
 import dataclasses

@@ -141,7 +141,7 @@ def default() -> ConfigDict:
 # one of the two.
 MAY_CHANGE = frozenset(
     {
-        # Where things are read: what was read is compared by content (`experiment.identity`)
+        # Where things are read: what was read is compared by content (`contents.identity`)
         "model",
         "architecture",
         "weights",

@@ -20,24 +20,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from qlog.models.attention import Segment
+from qlog.models.attention import Segment, layouts
+from qlog.models.attention.layouts import KeysAndValues
 from qlog.models.config import DecoderConfig
 from qlog.models.dense import dot_general
 from qlog.models.execution import PLAIN, REMAT, Execution
 from qlog.models.rope import Rotation, rotate, rotation
 
 Params = Any  # nested dicts as `init` makes them, of arrays, shapes or shardings
-KeysAndValues = tuple[Array, Array]
-
 # A stack of at most so many layers is laid out flat: a loop would stack and copy what it keeps.
 _UNROLLED_LAYERS = 4
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
-_NO_WINDOW = 1 << 30  # longer than any context
 _TILE = 128  # slots, a TPU's lanes
 
 
@@ -249,7 +246,7 @@ def extend(
         weights, cache, window, _ = inputs
         window = config.windows[0] if window is None else window
         queries, new = _heads(config, execution, weights, x, rotations.of(window))
-        visible = _Visible(positions, window, config.num_groups)
+        visible = layouts.Visible(positions, window, config.num_groups)
         segments = [visible.new_tokens(new, first)]
         if prefix is not None and cache is not None:
             segments.insert(0, visible.prefix(_cast(cache, execution.dtype), prefix.lengths))
@@ -288,7 +285,7 @@ def prefill(
         queries, new = _heads(config, execution, weights, x, rotations.of(window))
 
         def output() -> Array:
-            visible = _Visible(positions, window, config.num_groups)
+            visible = layouts.Visible(positions, window, config.num_groups)
             mixed = _attend(execution, queries, [visible.new_tokens(new)])
             return execution.constrain(_finish(config, execution, weights, x, mixed))
 
@@ -340,7 +337,7 @@ def decode_step(
         own = write(keys, new[0].astype(keys.dtype)), write(values, new[1].astype(values.dtype))
         layers.append(own)
         # One row of positions serves all rollouts: they are in step.
-        start = _Visible(positions, window, config.num_groups).start[:, 0]  # [B, 1]
+        start = layouts.Visible(positions, window, config.num_groups).start[:, 0]  # [B, 1]
         base = prefix.lengths[:, None]  # position of the suffix's first slot
         mixed = execution.attend_step(
             queries[:, :, 0].transpose(0, 2, 1, 3, 4),  # [B, K, M, G, C]
@@ -380,7 +377,7 @@ def score_step(
     hidden = _embed(params, config, tokens, execution)
     for weights, cache, own, window in _layers(params, config, prefix, suffix):
         queries, new = _heads(config, execution, weights, hidden, rotations.of(window))
-        visible = _Visible(positions, window, config.num_groups)
+        visible = layouts.Visible(positions, window, config.num_groups)
         segments = [
             visible.prefix(_cast(cache, execution.dtype), prefix.lengths),
             visible.suffix(own, prefix.lengths, lengths),
@@ -419,7 +416,7 @@ def _heads(
     block = Block(config, execution.dtype)
     heads: Any = block.apply({"params": weights}, x, turn, method="heads")
     queries, keys, values = heads
-    return queries, (_by_head(keys), _by_head(values))
+    return queries, (layouts.by_head(keys), layouts.by_head(values))
 
 
 def _finish(
@@ -433,7 +430,7 @@ def _finish(
 
 def _attend(execution: Execution, queries: Array, segments: list[Segment]) -> Array:
     """Attention of queries [B, M, R, K, G, C]: the same shape."""
-    return _rows_back(execution.attend(_rows(queries), segments), queries)
+    return layouts.rows_back(execution.attend(layouts.rows(queries), segments), queries)
 
 
 def _final_norm(params: Params, config: DecoderConfig, hidden: Array) -> Array:
@@ -493,92 +490,6 @@ def empty_suffix(
 def _cast(cache: KeysAndValues, dtype: DTypeLike) -> KeysAndValues:
     keys, values = cache
     return keys.astype(dtype), values.astype(dtype)
-
-
-# ---- Layouts: queries as rows, keys by head ----
-#
-# Activations keep tokens before heads, [B, M, R, heads, C], since projections act on whole tokens.
-# Attention multiplies per key/value head, so caches keep heads first, [B, K, ..., slots, C]. All
-# queries of a prompt that share a key/value head, of any rollout, token and group, are then rows of
-# one matrix, and the product with the prompt's keys is one matrix product.
-
-
-def _by_head(x: Array) -> Array:
-    """[B, M, R, K, C] -> [B, K, M, R, C]: heads before slots, as caches are laid out."""
-    return x.transpose(0, 3, 1, 2, 4)
-
-
-def _flat(x: Array) -> Array:
-    """[B, K, M, S, C] -> [B, K, M * S, C]: the slots of all rollouts side by side."""
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _rows(queries: Array) -> Array:
-    """[B, M, R, K, G, C] -> [B, K, M * R * G, C]."""
-    batch, _, _, heads, _, size = queries.shape
-    return queries.transpose(0, 3, 1, 2, 4, 5).reshape(batch, heads, -1, size)
-
-
-def _rows_back(rows: Array, like: Array) -> Array:
-    batch, rollouts, length, heads, groups, size = like.shape
-    return rows.reshape(batch, heads, rollouts, length, groups, size).transpose(0, 2, 3, 1, 4, 5)
-
-
-class _Visible:
-    """Which slots the new tokens of one layer see: the segments that its attention takes.
-
-    Slot p of a prefix holds position p, and slots of a suffix or of new tokens that see each other
-    are as far apart as their positions. So a sliding window is a bound on slots everywhere.
-
-    Args:
-      positions: int32 [B, M, R] of the new tokens.
-      window: how many latest tokens each sees, 0 for all: an int, or a traced int32 inside a scan
-        over unequal layers.
-      groups: G, query heads per key/value head.
-    """
-
-    def __init__(self, positions: Array, window: int | Array, groups: int):
-        self._shape, self._groups = positions.shape, groups
-        if isinstance(window, int):
-            self._back = window - 1 if window else _NO_WINDOW
-        else:
-            self._back = jnp.where(window > 0, window - 1, _NO_WINDOW)
-        self.start = jnp.maximum(positions - self._back, 0)  # first position inside the window
-
-    def prefix(self, cache: KeysAndValues, lengths: Array) -> Segment:
-        """cache: [B, K, P, C] each; lengths: int32 [B], the slots that hold tokens."""
-        start, stop = self._per_row(self.start), self._per_row(lengths[:, None, None])
-        return Segment(*cache, start, stop)
-
-    def suffix(self, own: KeysAndValues, base: Array, lengths: Array) -> Segment:
-        """own: [B, K, M, S, C] each; base: int32 [B], the position of slot 0; lengths: int32
-        [B, M], the slots that may be seen."""
-        rollouts, slots = own[0].shape[2:4]
-        # All rollouts' slots form one axis, M * S, where rollout m's begin at m * S.
-        offset = slots * jnp.arange(rollouts)[:, None]
-        start = jnp.maximum(self.start - base[:, None, None], 0)
-        start, stop = self._per_row(offset + start), self._per_row(offset + lengths[..., None])
-        return Segment(_flat(own[0]), _flat(own[1]), start, stop, runs=rollouts)
-
-    def new_tokens(self, new: KeysAndValues, first: Array | None = None) -> Segment:
-        """new: [B, K, M, R, C] each; first: int32 [B, M, R], the first token of its row that each
-        may see, None for 0."""
-        # NumPy arrays where nothing is traced: kernels then know at compile time that attention is
-        # causal, and choose a faster one.
-        xp = np if first is None and isinstance(self._back, int) else jnp
-        _, rollouts, length = self._shape
-        tokens = xp.arange(length, dtype=xp.int32)
-        offset = length * xp.arange(rollouts, dtype=xp.int32)[:, None]
-        start = xp.maximum(tokens - self._back, 0 if first is None else first)
-        start, stop = self._per_row(offset + start, xp), self._per_row(offset + tokens + 1, xp)
-        return Segment(_flat(new[0]), _flat(new[1]), start, stop, runs=rollouts)
-
-    def _per_row(self, x, xp=jnp):
-        """[M, R] or [B, M, R], or less by broadcasting -> one number per query row, [1 or B, N]."""
-        # Without an axis of prompts the interval is the same for all, and stays [1, N].
-        x = x if x.ndim == 3 else x[None]
-        x = xp.broadcast_to(x, (x.shape[0], *self._shape[1:]))
-        return xp.repeat(x.reshape(x.shape[0], -1), self._groups, axis=1)
 
 
 class _Rotations(NamedTuple):

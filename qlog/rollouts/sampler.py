@@ -594,4 +594,4 @@ def _by_prompt(results: Results, shape: tuple[int, int]) -> Results:
 @jax.jit
 def _join_waves(results: list[Results]) -> Results:
     """The inverse of `batch_placement.every_nth`, of all waves."""
-    return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *results)
+    return batch_placement.join(jax.tree.map(lambda *x: jnp.stack(x), *results))

@@ -85,7 +85,7 @@ class Checkpoints:
 
         Args:
           config: the resolved config, as JSON.
-          identity: `experiment.identity`, what the run is made of.
+          identity: `experiment.contents.identity`, what the run is made of.
         """
         if self.latest_step is not None and self.latest_step >= step:
             return

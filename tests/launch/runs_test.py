@@ -14,24 +14,9 @@ import time
 import launch_fixtures
 import pytest
 from places import ROOT
+from processes import run
 
 LAUNCH = ROOT / "launch"
-
-
-def run(*command, code=0, env=None):
-    """Runs a command and returns its output; the exit code has to be the expected one."""
-    result = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        env={**os.environ, **(env or {})},
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == code, f"{result.returncode}: {result.stdout}{result.stderr}"
-    return result.stdout + result.stderr
 
 
 def wait_until(condition, seconds=60):

@@ -3,7 +3,6 @@
 import ast
 import configparser
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -16,6 +15,7 @@ import yaml
 from launch_fixtures import FLAGS as DOCUMENTED
 from launch_fixtures import JOBSET, check, misfits
 from places import ROOT
+from processes import run
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(p for p in LAUNCH.iterdir() if p.is_file() and p.stat().st_mode & 0o100)
@@ -30,23 +30,6 @@ FLAGS = [
     f"--workdir={WORKDIR}",
     """--config.rollout.closing_text=it's "so" $HOME; *""",
 ]
-
-
-def run(*command, code=0, env=None, **options):
-    """Runs a command and returns its output; the exit code has to be the expected one."""
-    result = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        env={**os.environ, **(env or {})},
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-        **options,
-    )
-    assert result.returncode == code, f"{result.returncode}: {result.stdout}{result.stderr}"
-    return result.stdout + result.stderr
 
 
 def printed(output):

@@ -14,6 +14,7 @@ import time
 import pytest
 from clusters import TICK, Cluster
 from places import ROOT
+from processes import run
 
 from qlog.aot import run_cost
 from qlog.config import schema
@@ -35,18 +36,7 @@ def environment(**values):
 
 def sweep(*options, code=0, env=None):
     """launch/sweep's output; the exit code has to be the expected one."""
-    result = subprocess.run(
-        [str(word) for word in (LAUNCH / "sweep", *options)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        env=env or environment(),
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == code, f"{result.returncode}: {result.stdout}{result.stderr}"
-    return result.stdout + result.stderr
+    return run(LAUNCH / "sweep", *options, code=code, env=env or environment())
 
 
 def table(tmp_path, *names, name="runs.txt", flags="--config=configs/quickstart.py"):

@@ -145,14 +145,14 @@ def test_one_process_downloads_and_two_load_and_export(hub, tmp_path):
 FETCH = """
 import sys
 import jax
-from qlog import experiment
+from qlog.experiment import files
 from qlog.errors import QLOG_ERRORS
 from qlog.parallel import distributed
 
 coordinator, process, spec = sys.argv[1:]
 jax.distributed.initialize(coordinator, 2, int(process))
 try:
-    folder = experiment.resolve(spec, "config.weights", weights=True)
+    folder = files.resolve(spec, "config.weights", weights=True)
     assert (folder / "config.json").is_file() and list(folder.glob("*.safetensors"))
     print("folder", folder)
 except QLOG_ERRORS as error:

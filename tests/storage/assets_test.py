@@ -25,6 +25,7 @@ from qlog.commands import stage
 from qlog.config import paper
 from qlog.data import builders, tokenizers
 from qlog.errors import ConfigError, PassingError
+from qlog.experiment.contents import identity as contents_of
 from qlog.models import huggingface
 from qlog.storage import assets, paths
 
@@ -391,7 +392,7 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
         )
         config.weights = config.model = str(folder)
         config.data.manual_dir = str(TESTDATA)
-        return experiment.identity(experiment.prepare(config))
+        return contents_of(experiment.prepare(config))
 
     make_model(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -408,14 +409,14 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
 
 _PREPARE = """
 import sys
-from qlog import experiment
 from qlog.config import paper
+from qlog.experiment import files
 from qlog.parallel import distributed
 
 config = paper.experiment("cold", dataset="musique", total_budget=192, max_prompt_tokens=512)
 config.data.manual_dir = sys.argv[1]
 with distributed.processes("on"):
-    print("prepared", experiment.prepare_data(config))
+    print("prepared", files.prepare_data(config))
 """
 
 

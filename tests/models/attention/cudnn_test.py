@@ -16,9 +16,10 @@ import tiny
 from attention_fixtures import arrays, rollouts_of, up_to, value_and_gradients
 from jax.interpreters import mlir
 
-from qlog import experiment, losses
+from qlog import losses
 from qlog.benchmark import work
 from qlog.errors import ConfigError
+from qlog.experiment import build
 from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.types import LearnerBatch, Microbatch, Objective
@@ -217,7 +218,7 @@ def test_kernels_are_chosen_by_device(asked, platform, version, capability, chos
     mesh = types.SimpleNamespace(devices=np.array([device]))
     config = tiny.config(attention=asked)
     if chosen:
-        assert experiment.attention_kernels(config, mesh) == chosen
+        assert build.attention_kernels(config, mesh) == chosen
     else:
         with pytest.raises(ConfigError, match=f"config.attention = '{asked}'.*'blocks'"):
-            experiment.attention_kernels(config, mesh)
+            build.attention_kernels(config, mesh)

@@ -1,0 +1,10 @@
+"""The parts of a run, from its config.
+
+In reading order: `parts` (the Experiment), `build` (`prepare`), `files` (what it reads), `contents`
+(what it is made of, which a resumed run must share).
+"""
+
+from qlog.experiment.build import prepare, prepare_shapes
+from qlog.experiment.parts import Experiment
+
+__all__ = ["Experiment", "prepare", "prepare_shapes"]

@@ -1,0 +1,187 @@
+"""From a config to the parts of a run, all checked before anything compiles.
+
+`prepare` builds an Experiment; `prepare_shapes` builds one without files, for compiling or timing
+its programs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from qlog import models
+from qlog.config import schema
+from qlog.config.check import build_estimator, check_batches, check_config
+from qlog.errors import ConfigError
+from qlog.experiment import contents, files
+from qlog.experiment.parts import Experiment
+from qlog.grading import graders
+from qlog.learner import optimizer
+from qlog.parallel import sharding
+from qlog.policy import Policy
+from qlog.rollouts.sampler import Sampling
+from qlog.runs import checkpoints
+
+
+def prepare(
+    config: ConfigDict,
+    devices: Sequence[jax.Device] | None = None,
+    train: bool = True,
+    evaluate: bool | None = None,
+) -> Experiment:
+    """Builds every part of a run. Compiles nothing; takes seconds where no files are fetched.
+
+    Args:
+      devices: the mesh's; None takes all.
+      train: whether train_data is wanted.
+      evaluate: whether evaluation_data is; None: if the config evaluates, or nothing is trained.
+
+    Raises:
+      ConfigError: something is wrong; one sentence with the field, the value and the remedy.
+      PassingError: weights, tokenizer or data cannot be fetched now, or hosts read different ones.
+    """
+    check_config(config)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    if train:  # evaluation pads its last batch, so that any number of prompts will do
+        check_batches(config, mesh)
+    # ---- The model: named before data are read, which takes longer ----
+    if config.init_from:
+        checkpoints.find_checkpoint(config.init_from, "config.init_from")
+    weights = files.resolve_weights(config)
+    formatter = files.load_formatter(config)
+    tokenizer, shape = formatter.tokenizer, files.model_shape(config)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
+            f"{shape.vocab_size}: raise config.architecture.vocab_size or name another model."
+        )
+    tokens = _Tokens(tokenizer.vocab_size, formatter.closing, tokenizer.eos_ids, tokenizer.pad_id)
+    experiment = _build(config, mesh, shape, tokens)
+    # ---- The data ----
+    if evaluate is None:
+        evaluate = config.evaluation.every > 0 or not train
+    prepared = files.prepare_data(config) if train or evaluate else None
+    open_split = functools.partial(files.open_split, config, formatter, prepared)
+    annotated = experiment.estimator.rationale == "annotated"
+    experiment = dataclasses.replace(
+        experiment,
+        formatter=formatter,
+        grader=graders.Grader(graders.by_name(experiment.estimator.reward or "exact_match")),
+        train_data=open_split("train", rationales=annotated) if train else None,
+        evaluation_data=open_split(config.evaluation.split) if evaluate else None,
+        weights=weights,
+    )
+    if jax.process_count() > 1:  # each host has fetched for itself
+        contents.check_hosts(contents.identity(experiment))
+    return experiment
+
+
+def prepare_shapes(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """The Experiment of `prepare` without what comes from files: weights, tokenizer, data.
+
+    Its programs have the shapes and costs of the run's. Tokens that only a tokenizer knows are
+    placeholders, and the name of a preset's repository on the Hub counts as the preset.
+
+    Args:
+      devices: the mesh's, which may be descriptions of devices that are not here; None takes all.
+
+    Raises:
+      ConfigError: as `prepare`, of what can be checked without files.
+    """
+    # Qwen/Qwen3-0.6B -> qwen3_0p6b: most configs name the repository, for its weights.
+    preset = config.model.rpartition("/")[2].lower().replace("-", "_").replace(".", "p")
+    if preset in models.PRESETS:
+        config = schema.merge(config, {"model": preset, "weights": "random"})
+    check_config(config)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    check_batches(config, mesh)
+    shape = files.model_shape(config)
+    # One token less than the model has rows: as with most tokenizers, rows have to be masked.
+    return _build(config, mesh, shape, _Tokens(shape.vocab_size - 1, (1,), (2,), 0))
+
+
+class _Tokens(NamedTuple):
+    """What programs must know of a tokenizer."""
+
+    vocab_size: int
+    closing: tuple[int, ...]  # forced where the rationale's budget is spent
+    eos: tuple[int, ...]  # any of them ends a sequence
+    pad: int
+
+
+def _build(
+    config: ConfigDict, mesh: Mesh, shape: models.DecoderConfig, tokens: _Tokens
+) -> Experiment:
+    """All parts that need no files."""
+    estimator = build_estimator(config)
+    sampling = Sampling(
+        rationale_budget=config.rollout.rationale_budget,
+        answer_reserve=config.rollout.answer_reserve,
+        closing=tokens.closing,
+        eos=tokens.eos,
+        pad=tokens.pad,
+        temperature=float(config.rollout.temperature),
+        with_answer=estimator.reward is not None,
+    )
+    policy = Policy(
+        config=shape,
+        valid_vocab=tokens.vocab_size,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.train.remat,
+        mesh=mesh,
+        attention=attention_kernels(config, mesh),
+    )
+    return Experiment(
+        config=config,
+        estimator=estimator,
+        optimizer=optimizer.build(config),
+        mesh=mesh,
+        policy=policy,
+        sampling=sampling,
+        evaluation_sampling=evaluation_sampling(config, sampling),
+        formatter=None,
+        grader=None,
+        train_data=None,
+        evaluation_data=None,
+    )
+
+
+def evaluation_sampling(config: ConfigDict, sampling: Sampling) -> Sampling:
+    """How evaluation draws where training draws as `sampling`: it always wants an answer."""
+    evaluation = config.evaluation
+    return dataclasses.replace(
+        sampling,
+        temperature=float(evaluation.temperature),
+        top_k=evaluation.top_k,
+        top_p=float(evaluation.top_p),
+        with_answer=True,
+    )
+
+
+def attention_kernels(config: ConfigDict, mesh: Mesh) -> str:
+    """`Policy.attention`: the kernels that config.attention means on the devices of the mesh.
+
+    Raises:
+      ConfigError: kernels of another kind of device.
+    """
+    # The mesh's devices, not JAX's: --mode=compile has a mesh of devices that are elsewhere.
+    device = mesh.devices.flat[0]
+    kernels = {"tpu": "tpu", "gpu": "cudnn"}.get(device.platform, "blocks")
+    if kernels == "cudnn" and not _has_cudnn_attention(device):
+        kernels = "blocks"
+    if config.attention in ("tpu", "cudnn") and config.attention != kernels:
+        raise ConfigError(
+            f"config.attention = {config.attention!r} does not run on these {device.platform} "
+            "devices: use 'auto' or 'blocks'."
+        )
+    return kernels if config.attention == "auto" else config.attention
+
+
+def _has_cudnn_attention(gpu: jax.Device) -> bool:
+    """cuDNN's fused attention wants CUDA, and Ampere or later."""
+    return "cuda" in gpu.client.platform_version and float(gpu.compute_capability) >= 8.0

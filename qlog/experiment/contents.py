@@ -1,0 +1,86 @@
+"""What a run is made of, by content: so that it resumes on the same, from wherever it is read."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from qlog import models
+from qlog.data.splits import Split
+from qlog.errors import ConfigError, PassingError
+from qlog.experiment.parts import Experiment
+from qlog.parallel import distributed
+
+_RECORDS_DIGESTED = 32  # records of each split that `identity` reads whole
+
+
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """What a run is made of, by content, wherever it was read from; takes seconds.
+
+    Returns:
+      JSON of
+        model: the fields of its DecoderConfig;
+        weights: `models.huggingface.digest`, '' where no folder holds them (then the config says
+          all);
+        tokenizer: `Tokenizer.digest`;
+        splits: for each open split a digest of all ids in order and of 32 records spread over it,
+          whole. Synthetic tasks have none: the config says all.
+    """
+    weights, formatter = experiment.weights, experiment.formatter
+    assert formatter, "an experiment of shapes has no identity"
+    # By content, not by name: the same files may be read from another folder when a run resumes.
+    found = {
+        "model": dataclasses.asdict(experiment.policy.config),
+        "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
+        "tokenizer": formatter.tokenizer.digest,
+        "splits": {name: _digest(records) for name, records in experiment.records().items()},
+    }
+    return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
+
+
+def _digest(records: Split) -> str:
+    # All ids tell records that were added, left out or moved. A few whole records tell an edited
+    # release, and spare reading gigabytes at every start.
+    num_read = min(len(records), _RECORDS_DIGESTED)
+    sample = [records[i * len(records) // num_read] for i in range(num_read)]
+    text = json.dumps([list(records.ids), sample], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Whether a run that resumes is made of the same model, weights, tokenizer and data.
+
+    Args:
+      before: the `identity` that the newest checkpoint was written under; {} of an old one.
+      now: the `identity` of this start. A split that only one of the two has open is left out.
+
+    Raises:
+      ConfigError: a part differs.
+    """
+    parts = [
+        (part, before[part], now[part])
+        for part in ("model", "weights", "tokenizer")
+        if part in before
+    ]
+    for name, old in before.get("splits", {}).items():
+        parts.append((f"split {name}", old, now["splits"].get(name, old)))
+    for part, old, new in parts:
+        if old != new:
+            raise ConfigError(
+                f"--workdir: the run there has another {part} ({old or 'none'}, not "
+                f"{new or 'none'}): use another --workdir, or what the run began with."
+            )
+
+
+def check_hosts(mine: dict[str, Any]) -> None:
+    """Raises PassingError unless all processes, each with its host's files, have read the same."""
+    everyone = distributed.gather([mine])
+    for index, other in enumerate(everyone):
+        for part in mine:
+            if other[part] != everyone[0][part]:
+                raise PassingError(
+                    f"the {part} that process {index} reads differ from those of process 0 "
+                    f"({other[part]} and {everyone[0][part]}): they changed while the run "
+                    "started, or hosts keep copies of their own; name one revision, or stage them "
+                    "(launch/stage)."
+                )

@@ -1,0 +1,183 @@
+"""What a run reads: model, weights, tokenizer and data, from the files that a config names."""
+
+import dataclasses
+import functools
+import pathlib
+
+from ml_collections import ConfigDict
+
+from qlog import data, models
+from qlog.data import pipeline, synthetic
+from qlog.errors import ConfigError
+from qlog.parallel import distributed
+from qlog.storage import assets
+
+_LENGTHS_MEASURED = 256  # examples of a synthetic split, which has no end of them
+
+
+def resolve(spec: str, field: str, weights: bool = False) -> pathlib.Path:
+    """`models.huggingface.resolve`, once per host. Every process must call it.
+
+    Args:
+      spec: a folder, gs:// and s3:// too, or a Hub id.
+      field: what named it, for messages.
+      weights: whether tensors are wanted besides config and tokenizer.
+
+    Raises:
+      ConfigError, PassingError: as `models.huggingface.resolve`.
+    """
+    found = functools.partial(models.huggingface.resolve, spec, weights=weights, field=field)
+    return pathlib.Path(distributed.once_per_host(lambda: str(found())))
+
+
+def resolve_weights(config: ConfigDict) -> pathlib.Path | None:
+    """The local folder of config.weights, downloaded once per host; None of random ones.
+
+    Every process must call it.
+
+    Raises:
+      ConfigError, PassingError: as `models.huggingface.resolve`.
+    """
+    if config.weights == "random":
+        return None
+    return resolve(config.weights, "config.weights", weights=True)
+
+
+def load_formatter(config: ConfigDict) -> data.Formatter:
+    """Turns the config's examples into tokens; the tokenizer is fetched once per host.
+
+    Every process must call it.
+
+    Raises:
+      ConfigError: as `tokenizer_path`; a wrong style or closing text; a tokenizer without what
+        rollouts need.
+      PassingError: as `tokenizer_path`.
+    """
+    if world := _world(config):
+        task, tokenizer = synthetic.TASKS[config.data.name], world.tokenizer()
+    else:
+        task = data.TASKS[config.data.name]
+        tokenizer = data.load(
+            distributed.once_per_host(lambda: str(tokenizer_path(config))),
+            think_start=config.tokenizer.think_start,
+            think_end=config.tokenizer.think_end,
+        )
+    return data.Formatter(tokenizer, task, config.data.style, config.rollout.closing_text)
+
+
+def tokenizer_path(config: ConfigDict) -> pathlib.Path:
+    """The local file or folder of a config's tokenizer; fetched where it must be.
+
+    Raises:
+      ConfigError: config.tokenizer.path is empty, and neither weights nor model brings one.
+      PassingError: the Hub or a bucket cannot be reached.
+    """
+    # `field` is what messages blame: the field that the user has set.
+    field, path = "config.tokenizer.path", config.tokenizer.path
+    if not path:  # the one next to the weights or, of random weights, to the model's config
+        field = "config.weights" if config.weights != "random" else "config.model"
+        path = config.weights if config.weights != "random" else config.model
+        if path in models.PRESETS:
+            raise ConfigError(
+                f"config.tokenizer.path is empty and model {path!r} with random weights brings "
+                "none: set it to a folder or file with tokenizer.json or a SentencePiece *.model, "
+                "or a Hub id."
+            )
+    if models.huggingface.is_hub_id(path):
+        return models.huggingface.resolve(path, weights=False, field=field)
+    return assets.local(path, field, lambda name: not name.endswith(".safetensors"))
+
+
+def model_shape(config: ConfigDict) -> models.DecoderConfig:
+    """The decoder that config.model and config.architecture describe. Every process must call it.
+
+    Raises:
+      ConfigError: no such model, or fields that do not fit together.
+      PassingError: the Hub or a bucket cannot be reached.
+    """
+    if config.model in models.PRESETS:
+        shape = models.PRESETS[config.model]
+    elif "/" in config.model or pathlib.Path(config.model).is_dir():
+        shape = models.huggingface.read_config(resolve(config.model, "config.model"))
+    else:
+        raise ConfigError(
+            f"config.model = {config.model!r} is unknown: use one of {', '.join(models.PRESETS)}, "
+            "a Hugging Face folder, or a Hub id such as Qwen/Qwen3-0.6B."
+        )
+    try:
+        return dataclasses.replace(shape, **config.architecture)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config.architecture: {error}.") from None
+
+
+def prepare_data(config: ConfigDict) -> pathlib.Path | None:
+    """The folder of the prepared dataset, made or copied once per host; None of a synthetic task.
+
+    Every process must call it.
+
+    Raises:
+      ConfigError, PassingError: as `data.prepare`.
+    """
+    section = config.data
+    if section.name in synthetic.TASKS:
+        return None
+    prepared = functools.partial(
+        data.prepare,
+        section.name,
+        manual_dir=section.manual_dir or None,
+        data_dir=section.data_dir or None,
+    )
+    return pathlib.Path(distributed.once_per_host(lambda: str(prepared())))
+
+
+def data_limits(config: ConfigDict, rationales: bool) -> data.Limits:
+    """How long examples may be; without a limit of rationales they are left out of batches."""
+    rollout = config.rollout
+    return data.Limits(
+        data.Limit("config.data.max_prompt_tokens", config.data.max_prompt_tokens),
+        data.Limit("config.rollout.answer_reserve", rollout.answer_reserve),
+        # The budget does not count the thinking-end token, which a rationale ends with.
+        data.Limit("config.rollout.rationale_budget", rollout.rationale_budget, uncounted=1)
+        if rationales
+        else None,
+    )
+
+
+def open_source(config: ConfigDict, split: str, prepared: pathlib.Path | None) -> pipeline.Source:
+    """The examples of a split.
+
+    Args:
+      prepared: what `prepare_data` returned.
+
+    Raises:
+      ConfigError: an unknown split, or records that cannot be read.
+    """
+    if world := _world(config):
+        return synthetic.open_examples(config.data.name, split, world)
+    return data.open_examples(config.data.name, split, prepared=prepared)
+
+
+def open_split(
+    config: ConfigDict,
+    formatter: data.Formatter,
+    prepared: pathlib.Path | None,
+    split: str,
+    rationales: bool = False,
+) -> data.Dataset:
+    """A split, every example of it within the config's budgets."""
+    section = config.data
+    return data.open_dataset(
+        open_source(config, split, prepared),
+        formatter,
+        data_limits(config, rationales),
+        overlong=section.overlong,
+        measure=None if prepared else _LENGTHS_MEASURED,
+        name=f"config.data.name = {section.name!r}, split {split!r}",
+    )
+
+
+def _world(config: ConfigDict) -> synthetic.World | None:
+    """The world of a synthetic task; None of a real dataset."""
+    if config.data.name in synthetic.TASKS:
+        return synthetic.World(**config.data.world)
+    return None

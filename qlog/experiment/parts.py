@@ -1,0 +1,165 @@
+"""The parts of a run."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from qlog import data, losses, models
+from qlog.config.streams import Stream, stream_key
+from qlog.data.splits import Split
+from qlog.grading import graders
+from qlog.learner.types import Microbatch
+from qlog.parallel import distributed, sharding
+from qlog.policy import Policy
+from qlog.records import TrainState
+from qlog.rollouts.sampler import Sampling
+from qlog.runs import checkpoints
+from qlog.storage import paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a run. None of them holds parameters.
+
+    Replace data, formatter or grader to train with your own:
+    `dataclasses.replace(prepare(config), train_data=mine)`. A loss of your own is a function in
+    `config.loss`: how rollouts are drawn and data are read follows from it.
+
+    Attributes:
+      config: what the run was asked for.
+      estimator: the loss, as `config.loss` names it.
+      optimizer: what turns gradients into updates.
+      mesh: the devices, and how arrays are split over them.
+      policy: all of the model but its parameters.
+      sampling: how rollouts of training are drawn.
+      evaluation_sampling: how rollouts of evaluation are drawn.
+      formatter: from examples to tokens and back; None in an experiment of shapes.
+      grader: scores sampled answers for the reward, by the function of `graders.GRADERS` that the
+        estimator names (exact match where it names none); counts its failures. None in one of
+        shapes.
+      train_data: prompts with their gold answers; None where nothing is trained.
+      evaluation_data: the split that is evaluated; None where nothing is.
+      weights: local folder that parameters begin with; None where they are random or come from
+        another run (`config.init_from`).
+    """
+
+    config: ConfigDict
+    estimator: losses.Estimator
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    policy: Policy
+    sampling: Sampling
+    evaluation_sampling: Sampling
+    formatter: data.Formatter | None
+    grader: graders.Grader | None
+    train_data: data.Dataset | None
+    evaluation_data: data.Dataset | None
+    weights: pathlib.Path | None = None
+
+    def __post_init__(self):
+        # Silent otherwise: rewards would all be 0, or answers be graded that nobody asked for.
+        needs_answer = self.estimator.reward is not None
+        needs_rationales = self.estimator.rationale == "annotated"
+        mine = self.train_data
+        if self.sampling.with_answer != needs_answer or (
+            mine is not None and (mine.limits.rationale is not None) != needs_rationales
+        ):
+            raise ValueError(
+                "estimator does not fit the other parts of the experiment, which were prepared for "
+                "another one: name the loss in config.loss (a function, too) before `prepare`."
+            )
+
+    @property
+    def rollouts_per_prompt(self) -> int:
+        return self.config.rollout.rollouts_per_prompt
+
+    @property
+    def microbatch(self) -> Microbatch:
+        """How much of an update's batch the gradient has in memory at a time."""
+        return Microbatch.of(self.config, self.mesh)
+
+    def prompts_at_once(self, per_shard: int) -> int:
+        """Prompts of the whole mesh at a time, from a config field that counts those of a shard."""
+        return per_shard * sharding.num_batch_shards(self.mesh)
+
+    def write_split_ids(self, path: paths.Path) -> None:
+        """Writes which records each split holds, or compares them with what an earlier start wrote.
+
+        Process 0 does it for all; every process must call. Examples of synthetic tasks are made
+        from the config, so they have nothing to write.
+
+        Raises:
+          ConfigError: on every process: the data have changed since the run began.
+        """
+        if records := self.records():
+            distributed.once_per_run(lambda: data.write_ids(path, self.config.data.name, records))
+
+    def records(self) -> dict[str, Split]:
+        """The records of each open split that has any; its examples were converted from them."""
+        splits = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
+        return {
+            name: dataset.source.records
+            for name, dataset in splits.items()
+            if dataset is not None
+            and isinstance(dataset.source, data.Converted)
+            and isinstance(dataset.source.records, Split)
+        }
+
+    def abstract_params(self) -> models.Params:
+        """ShapeDtypeStructs of the parameters, with their places on the mesh."""
+        init = functools.partial(models.init, self.policy.config)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        return checkpoints.abstract_like(shapes, sharding.param_shardings(self.mesh, shapes))
+
+    def init_params(self) -> models.Params:
+        """The parameters that training begins with, float32, on the mesh.
+
+        Random ones, those of `weights`, or those of another run's checkpoint, as the config says.
+
+        Raises:
+          ConfigError: the files hold another model.
+        """
+        abstract = self.abstract_params()
+        # Each way puts every parameter where it belongs at once: no device ever holds all of them.
+        if self.config.init_from:
+            return checkpoints.load_params(self.config.init_from, abstract, "config.init_from")
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        if self.weights is not None:
+            return models.huggingface.load(
+                self.weights, self.policy.config, dtype=jnp.float32, shardings=places
+            )
+        key = stream_key(self.config.seed, Stream.INIT)
+        init = functools.partial(models.init, self.policy.config)
+        return jax.jit(init, out_shardings=places)(key)
+
+    def init_state(self, params: models.Params) -> TrainState:
+        """The state of a run that begins with these parameters; it shares their buffers."""
+        # Only the rest goes through jit: parameters that passed through it would be copied.
+        places = sharding.param_shardings(
+            self.mesh, jax.eval_shape(self._initial_state_without_params, params)
+        )
+        build = jax.jit(self._initial_state_without_params, out_shardings=places)
+        return build(params)._replace(params=params)
+
+    def abstract_state(self) -> TrainState:
+        """ShapeDtypeStructs of `init_state`, with their places on the mesh."""
+        params = self.abstract_params()
+        rest = jax.eval_shape(self._initial_state_without_params, params)
+        places = sharding.param_shardings(self.mesh, rest)
+        return checkpoints.abstract_like(rest, places)._replace(params=params)
+
+    def _initial_state_without_params(self, params: models.Params) -> TrainState:
+        prompts = self.config.train.prompts_per_step
+        scores = losses.abstract_scores(prompts, self.rollouts_per_prompt)
+        return TrainState(
+            jnp.zeros((), jnp.int32),
+            None,
+            self.optimizer.init(params),
+            self.estimator.transform.init(scores),
+        )
