@@ -20,6 +20,8 @@ class Example:
       rationale: an annotated rationale, which only supervised fine-tuning uses; '' if none.
       official_answer: what the dataset's own script scores where that is not `answer`
         (FinQA's executed value, "0.34719"); '' if they are the same.
+      extra: what else the record holds, by name, for rewards and metrics of your own; values as
+        JSON has them.
     """
 
     id: str
@@ -28,6 +30,7 @@ class Example:
     aliases: tuple[str, ...] = ()
     rationale: str = ""
     official_answer: str = ""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
