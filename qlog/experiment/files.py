@@ -61,6 +61,9 @@ def load_formatter(config: ConfigDict) -> data.Formatter:
             distributed.once_per_host(lambda: str(tokenizer_path(config))),
             think_start=config.tokenizer.think_start,
             think_end=config.tokenizer.think_end,
+            eos=tuple(filter(None, config.tokenizer.eos)),  # the flag --...eos= gives ("",)
+            chat_template=_chat_template(config),
+            chat_template_kwargs=config.tokenizer.chat_template_kwargs.to_dict(),
         )
     return data.Formatter(tokenizer, task, config.data.style, config.rollout.closing_text)
 
@@ -86,6 +89,15 @@ def tokenizer_path(config: ConfigDict) -> pathlib.Path:
     if models.huggingface.is_hub_id(path):
         return models.huggingface.resolve(path, weights=False, field=field)
     return assets.local(path, field, lambda name: not name.endswith(".safetensors"))
+
+
+def _chat_template(config: ConfigDict) -> str:
+    """config.tokenizer.chat_template, with a file in a bucket fetched once per host."""
+    spec = config.tokenizer.chat_template
+    if spec in ("", "builtin"):
+        return spec
+    found = functools.partial(assets.local, spec, "config.tokenizer.chat_template")
+    return distributed.once_per_host(lambda: str(found()))
 
 
 def model_shape(config: ConfigDict) -> models.DecoderConfig:
