@@ -248,6 +248,9 @@ def _check_architecture(config: ConfigDict) -> None:
 
 def _check_tokenizer(config: ConfigDict) -> None:
     """What can be said about the tokenizer's fields without its files."""
+    # Not above, as in `_check_data`.
+    from qlog.data.chat_templates import BUILT_IN_NAME
+
     section = config.tokenizer
     for name in section.eos:
         if not isinstance(name, str):
@@ -255,17 +258,18 @@ def _check_tokenizer(config: ConfigDict) -> None:
                 f"config.tokenizer.eos = {section.eos!r} must hold names of control tokens."
             )
     template, arguments = section.chat_template, section.chat_template_kwargs
-    if template not in ("", "builtin") and not template.endswith(".jinja"):
+    if template not in ("", BUILT_IN_NAME) and not template.endswith(".jinja"):
         raise ConfigError(
             f"config.tokenizer.chat_template = {template!r} must be the path of a .jinja file, "
-            f"'builtin', or '' for the model's own template{closest(template, ('builtin',))}."
+            f"{BUILT_IN_NAME!r}, or '' for the model's own template"
+            f"{closest(template, (BUILT_IN_NAME,))}."
         )
     if not isinstance(arguments, ConfigDict):
         raise ConfigError(
             f"config.tokenizer.chat_template_kwargs = {arguments!r} must be a section of variables."
         )
     for key, value in arguments.items():
-        if template == "builtin":
+        if template == BUILT_IN_NAME:
             raise ConfigError(
                 f"config.tokenizer.chat_template_kwargs.{key} = {value!r} is not read by a "
                 "built-in template: remove it."
