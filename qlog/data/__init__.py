@@ -3,8 +3,8 @@
 In reading order: examples.py (what a task is made of), tasks.py (FinQA, HotPotQA and MuSiQue as
 text, with finqa_program.py), synthetic.py (a task that makes its examples), splits.py (which
 records train, validation and test have), builders/ (the official files, prepared by TFDS),
-tokenizers.py, formatting.py (the chat templates), pipeline.py (padded batches), fields.py (names in
-errors).
+tokenizers.py (with tokenizer_files.py, the small files next to a tokenizer), chat_templates.py,
+formatting.py (examples as token ids), pipeline.py (padded batches), fields.py (names in errors).
 
 A dataset is added in three places: its builder and its name (builders/), the sizes of its splits
 (`splits.SIZES`), and its `Task`, which turns a record into text (`tasks.TASKS`).
