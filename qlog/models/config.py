@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from qlog.errors import ConfigError
-from qlog.models.families import FAMILIES
+from qlog.models.families import FAMILIES, Family
 from qlog.models.rope import RopeScaling
 
 
@@ -80,8 +80,56 @@ class DecoderConfig:
         return tuple(self.layer_windows[layer % cycle] for layer in range(self.num_layers))
 
 
-PRESETS = {
-    name: DecoderConfig(family=family.name, **family.traits, **fields)
-    for family in FAMILIES.values()
-    for name, fields in family.presets.items()
+def _presets_of(family: Family) -> dict[str, DecoderConfig]:
+    return {
+        name: DecoderConfig(family=family.name, **family.traits, **fields)
+        for name, fields in family.presets.items()
+    }
+
+
+# Name for config.model -> the decoder, of all families.
+PRESETS: dict[str, DecoderConfig] = {
+    name: config for family in FAMILIES.values() for name, config in _presets_of(family).items()
 }
+_BUILT_IN = frozenset(FAMILIES)
+
+
+def register(family: Family) -> None:
+    """Adds a family from outside of qlog, and its presets, for the rest of this process.
+
+    A config file calls it at its top level: every process of a run reads the config file, before
+    anything looks for a model. A second call with the same name replaces the first family, as
+    running a notebook's cell again does.
+
+    Raises:
+      ConfigError: a name or model_type that another family has, or a preset that is no decoder.
+    """
+    if family.name in _BUILT_IN:
+        raise ConfigError(
+            f"models.register: qlog has a family {family.name!r} already; choose another name."
+        )
+    for other in FAMILIES.values():
+        if family.model_type == other.model_type and family.name != other.name:
+            raise ConfigError(
+                f"models.register: family {other.name!r} reads model_type {family.model_type!r} "
+                f"already, so {family.name!r} needs another one."
+            )
+    for name in family.presets:
+        if name in PRESETS and PRESETS[name].family != family.name:
+            raise ConfigError(
+                f"models.register: family {PRESETS[name].family!r} has a preset {name!r} already; "
+                "choose another name."
+            )
+    # DecoderConfig looks the family up, so it goes in first and comes out again if a preset fails.
+    before = FAMILIES.get(family.name)
+    FAMILIES[family.name] = family
+    try:
+        presets = _presets_of(family)
+    except (ConfigError, TypeError) as error:
+        del FAMILIES[family.name]
+        if before:
+            FAMILIES[family.name] = before
+        raise ConfigError(f"models.register: a preset of {family.name!r}: {error}") from None
+    for name in [name for name, config in PRESETS.items() if config.family == family.name]:
+        del PRESETS[name]
+    PRESETS.update(presets)

@@ -166,8 +166,10 @@ def _family_of(fields: Fields) -> Family:
 
 def _with_defaults(fields: Fields, family: Family) -> dict[str, Any]:
     """All fields that reading needs; ConfigError for one that has no default."""
-    # A null means the default, as a field that is left out.
-    found = {**family.defaults, **{k: v for k, v in fields.items() if v is not None}}
+    # A null means the default, as a field that is left out; of a nullable field it means none.
+    none = {name for name in family.nullable if fields.get(name, ...) is None}
+    defaults = {name: value for name, value in family.defaults.items() if name not in none}
+    found = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
     # Defaults that follow from other fields: one key/value head per query head, and heads that
     # share the width.
     if "num_attention_heads" in found:

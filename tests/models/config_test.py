@@ -9,6 +9,7 @@ import pytest
 
 from qlog import models
 from qlog.errors import ConfigError
+from qlog.models.families import FAMILIES
 
 # Parameter counts as the models' pages give them.
 PUBLISHED = {
@@ -168,6 +169,46 @@ def test_what_config_json_cannot_express_is_not_exported():
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(models.PRESETS["qwen3_0p6b"], **change)
+
+
+@pytest.fixture
+def own_families():
+    """Families and presets that a test registers are gone after it."""
+    before = [(table, dict(table)) for table in (FAMILIES, models.PRESETS)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+def test_a_family_from_outside_is_read_written_and_replaced(own_families):
+    size = dict(
+        vocab_size=40,
+        num_layers=2,
+        width=16,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_width=24,
+    )
+    own = dataclasses.replace(
+        FAMILIES["qwen3"], name="own", model_type="own", presets={"own_tiny": size}
+    )
+    models.register(own)
+    assert models.from_hf_config(models.to_hf_config(models.PRESETS["own_tiny"])).family == "own"
+    models.register(dataclasses.replace(own, presets={"own_small": size}))
+    assert "own_small" in models.PRESETS and "own_tiny" not in models.PRESETS
+    for change, message in (
+        (dict(name="qwen3"), "a family 'qwen3' already"),
+        (dict(model_type="llama"), "family 'llama' reads model_type 'llama' already"),
+        (dict(name="other", model_type="other"), "family 'own' has a preset 'own_small' already"),
+        (dict(presets={"own_odd": size | dict(head_dim=7)}), "a preset of 'own': .*head_dim = 7"),
+        (dict(presets={"own_odd": size | dict(depth=7)}), "a preset of 'own': .*'depth'"),
+    ):
+        before = dict(FAMILIES), dict(models.PRESETS)
+        with pytest.raises(ConfigError, match=message):
+            models.register(dataclasses.replace(FAMILIES["own"], **change))
+        assert before == (FAMILIES, models.PRESETS)
 
 
 def test_fields_read_back_from_json_stay_hashable():

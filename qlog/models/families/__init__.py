@@ -7,7 +7,7 @@ from qlog.models.families.qwen import QWEN2, QWEN3
 
 __all__ = ["FAMILIES", "Family"]
 
-# DecoderConfig.family -> the family. A new one is one file, and one line here.
+# DecoderConfig.family -> the family. A new one is one file, and its name here.
 FAMILIES: dict[str, Family] = {
     QWEN3.name: QWEN3,
     QWEN2.name: QWEN2,

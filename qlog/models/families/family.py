@@ -53,6 +53,9 @@ class Family:
     write: Callable[[Fields, tuple[int, ...]], dict[str, Any]]
     # Name for config.model -> DecoderConfig fields besides the traits.
     presets: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
+    # Fields of config.json in which null says "none" (no window), where in all others it says what
+    # leaving the field out says: the default.
+    nullable: frozenset[str] = frozenset()
     # model_type of checkpoints with images whose `text_config` is a model of this family.
     text_part_of: str | None = None
     # Leaf of params -> tensor of a safetensors file, as TENSORS.
