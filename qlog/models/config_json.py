@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from qlog.errors import ConfigError
 from qlog.models.config import DecoderConfig
 from qlog.models.families import FAMILIES, Family
-from qlog.models.families.family import Fields, is_positive
+from qlog.models.families.family import Fields, is_positive, write_scaling
 
 # DecoderConfig field -> field of config.json.
 _FIELDS = {
@@ -110,17 +110,8 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     # RoPE at the top level is the old spelling: transformers 5 still reads it, and older ones read
     # no other.
     fields["rope_theta"] = config.rope_theta
-    scaling = config.rope_scaling
-    if scaling and scaling.original_length is None:
-        fields["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
-    elif scaling:
-        fields["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency,
-            "high_freq_factor": scaling.high_frequency,
-            "original_max_position_embeddings": scaling.original_length,
-        }
+    if config.rope_scaling:
+        fields["rope_scaling"] = write_scaling(config.rope_scaling)
     fields |= family.write(vars(config), config.windows)
     # Reading it again shows what was lost, whatever it is.
     understood = from_hf_config(fields)

@@ -87,6 +87,7 @@ QWEN = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -101,6 +102,25 @@ def test_config_json_decides_and_agrees_with_the_presets():
     assert models.from_hf_config(QWEN) == models.PRESETS["qwen2p5_0p5b"]
     for config in models.PRESETS.values():
         assert models.from_hf_config(models.to_hf_config(config)) == config
+
+
+def test_yarn_in_and_out():
+    """As the model cards of Qwen2.5 and Qwen3 ask for it, and with all that it can say."""
+    config = models.from_hf_config(QWEN | {"rope_scaling": YARN})
+    assert config.rope_scaling == models.RopeScaling(4.0, 32_768, rope_type="yarn")
+    assert config.rope_scaling.high_frequency == 32
+    assert models.from_hf_config(models.to_hf_config(config)) == config
+    new = {"rope_type": "yarn", "rope_theta": 1e6, **{k: v for k, v in YARN.items() if k != "type"}}
+    assert models.from_hf_config(QWEN | {"rope_parameters": new}) == config
+    said = dict(beta_fast=16, beta_slow=2.5, truncate=False)
+    full = models.from_hf_config(QWEN | {"rope_scaling": YARN | said | {"attention_factor": 1.25}})
+    assert full.rope_scaling == models.RopeScaling(4.0, 32_768, 2.5, 16, "yarn", 1.25, False)
+    assert models.from_hf_config(models.to_hf_config(full)) == full
+    # DeepSeek's two numbers are one quotient; nulls and zeros stand for the defaults.
+    both = YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": None, "beta_slow": 0}
+    scaling = models.from_hf_config(QWEN | {"rope_scaling": both}).rope_scaling
+    quotient = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert scaling.magnitude == pytest.approx(quotient)
 
 
 def test_layers_with_windows_by_threshold_and_by_name():
@@ -120,7 +140,19 @@ def test_layers_with_windows_by_threshold_and_by_name():
         (QWEN, {"hidden_size": None}, "'hidden_size' is missing"),
         (QWEN, {"hidden_act": "gelu"}, "hidden_act = 'gelu'.*knows 'silu'"),
         (QWEN, {"quantization_config": {"bits": 4}}, "quantization_config"),
-        (QWEN, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn'.*'llama3'"),
+        (
+            QWEN,
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "'dynamic'.*'llama3' and 'yarn'",
+        ),
+        (
+            QWEN,
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "original_max_.* = None of the RoPE",
+        ),
+        (QWEN, {"rope_scaling": YARN | {"truncate": 1}}, "truncate = 1 of the RoPE"),
+        (QWEN, {"rope_scaling": YARN | {"beta_fast": "32"}}, "beta_fast = '32' of the RoPE"),
+        (QWEN, {"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor = -1.0"),
         (QWEN, {"layer_types": ["full_attention"]}, "layer_types.*24 layers"),
         (LLAMA, {"attention_bias": True}, "attention_bias = True"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial RoPE"),
