@@ -25,6 +25,10 @@ PUBLISHED = {
     "llama3p2_1b": 1_235_814_400,
     "gemma3_270m": 268_098_176,
     "gemma3_1b": 999_885_952,
+    "mistral_7b": 7_248_023_552,
+    "mistral_nemo_12b": 12_247_782_400,
+    "ministral_8b": 8_019_808_256,
+    "mistral_small_24b": 23_572_403_200,
 }
 # As published with Llama 3.2 1B and the text half of Gemma 3 27B, fields without effect left out.
 LLAMA = {
@@ -87,6 +91,24 @@ QWEN = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+# Ministral 8B; 7B and Small differ as the tests below say.
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 100000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "vocab_size": 131072,
+}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
@@ -102,6 +124,36 @@ def test_config_json_decides_and_agrees_with_the_presets():
     assert models.from_hf_config(QWEN) == models.PRESETS["qwen2p5_0p5b"]
     for config in models.PRESETS.values():
         assert models.from_hf_config(models.to_hf_config(config)) == config
+
+
+def test_mistrals_window_may_be_null_and_is_4096_where_it_is_not_said():
+    assert models.from_hf_config(MISTRAL) == models.PRESETS["ministral_8b"]
+    small = MISTRAL | dict(
+        hidden_size=5120, intermediate_size=32768, num_hidden_layers=40, sliding_window=None
+    )
+    assert models.from_hf_config(small) == models.PRESETS["mistral_small_24b"]
+    assert models.to_hf_config(models.PRESETS["mistral_small_24b"])["sliding_window"] is None
+    first = MISTRAL | dict(intermediate_size=14336, num_hidden_layers=32, head_dim=None)
+    third = first | dict(rope_theta=1e6, vocab_size=32768, sliding_window=None)
+    assert models.from_hf_config(third) == models.PRESETS["mistral_7b"]
+    del first["sliding_window"]  # v0.1 says 4096, as transformers does of a file that is silent
+    assert models.from_hf_config(first).windows == (4096,) * 32
+    assert models.from_hf_config({"model_type": "mistral"}).windows == (4096,) * 32
+    ungrouped = models.from_hf_config({"model_type": "mistral", "num_key_value_heads": None})
+    assert ungrouped.num_kv_heads == 32
+
+
+def test_the_text_part_of_mistral_3():
+    """Small 3.2, which reads images too."""
+    text = {k: v for k, v in MISTRAL.items() if k not in ("architectures", "tie_word_embeddings")}
+    text |= dict(hidden_size=5120, intermediate_size=32768, num_hidden_layers=40)
+    text |= dict(rope_theta=1e9, max_position_embeddings=131072, sliding_window=None)
+    outer = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
+    config = models.from_hf_config(outer | {"text_config": text, "vision_config": {}})
+    small = models.PRESETS["mistral_small_24b"]
+    assert config == dataclasses.replace(small, rope_theta=1e9, max_positions=131_072)
+    with pytest.raises(ConfigError, match="model_type 'ministral3' is not supported"):
+        models.from_hf_config(outer | {"text_config": text | {"model_type": "ministral3"}})
 
 
 def test_yarn_in_and_out():
@@ -154,6 +206,12 @@ def test_layers_with_windows_by_threshold_and_by_name():
         (QWEN, {"rope_scaling": YARN | {"beta_fast": "32"}}, "beta_fast = '32' of the RoPE"),
         (QWEN, {"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor = -1.0"),
         (QWEN, {"layer_types": ["full_attention"]}, "layer_types.*24 layers"),
+        (
+            MISTRAL,
+            {"layer_types": ["full_attention"] * 36},
+            "all layers have sliding_window = 32768",
+        ),
+        (MISTRAL, {"sliding_window": "4096"}, "sliding_window = '4096' must be a whole number"),
         (LLAMA, {"attention_bias": True}, "attention_bias = True"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial RoPE"),
         (

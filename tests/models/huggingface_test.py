@@ -16,13 +16,14 @@ from safetensors.numpy import load_file, save_file
 from qlog import models
 from qlog.errors import ConfigError, PassingError
 from qlog.models import huggingface
+from qlog.models.families import FAMILIES
 
 forward = jit(models.extend, static_argnums=1)
 prefill = jit(models.prefill, static_argnums=1)
 decode_step = jit(models.decode_step, static_argnums=1)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_greedy_continuation_equal_those_of_transformers(family):
     """Against tests/testdata/golden, which transformers wrote (make_golden.py)."""
     config = huggingface.read_config(GOLDEN / family)

@@ -110,6 +110,16 @@ def test_sliding_windows_that_qwen_can_switch_on(family, tmp_path):
     assert np.abs(theirs - our_logits(params, config, tokens)).max() < 1e-4
 
 
+@torch.no_grad()
+def test_mistral_without_windows(tmp_path):
+    model = reference("mistral", **SHAPES["deep"], sliding_window=None)
+    params, config = ours(model, tmp_path)
+    assert config.windows == (0,) * 7
+    tokens, _ = prompts(model)
+    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(theirs - our_logits(params, config, tokens)).max() < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family, tmp_path):

@@ -3,6 +3,7 @@
 from qlog.models.families.family import Family
 from qlog.models.families.gemma import GEMMA3
 from qlog.models.families.llama import LLAMA
+from qlog.models.families.mistral import MISTRAL
 from qlog.models.families.qwen import QWEN2, QWEN3
 
 __all__ = ["FAMILIES", "Family"]
@@ -13,4 +14,5 @@ FAMILIES: dict[str, Family] = {
     QWEN2.name: QWEN2,
     LLAMA.name: LLAMA,
     GEMMA3.name: GEMMA3,
+    MISTRAL.name: MISTRAL,
 }
