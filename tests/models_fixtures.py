@@ -32,6 +32,12 @@ CONFIGS = {
     ),
     # Equal layers with a window, which keep it static.
     "windowed": tiny("qwen2", layer_windows=(5,)),
+    # Unequal layers: the second has no RoPE, and the others have YaRN's.
+    "smollm3": tiny(
+        "smollm3",
+        layer_rope=(True, False),
+        rope_scaling=models.RopeScaling(4.0, 8, 0.5, 2.0, rope_type="yarn"),
+    ),
     "untied": tiny(
         "llama",
         tied_embeddings=False,

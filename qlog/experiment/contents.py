@@ -57,11 +57,9 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
       ConfigError: a part differs.
     """
-    parts = [
-        (part, before[part], now[part])
-        for part in ("model", "weights", "tokenizer")
-        if part in before
-    ]
+    parts = [(part, before[part], now[part]) for part in ("weights", "tokenizer") if part in before]
+    if "model" in before:
+        parts.insert(0, ("model", _with_new_fields(before["model"]), now["model"]))
     for name, old in before.get("splits", {}).items():
         parts.append((f"split {name}", old, now["splits"].get(name, old)))
     for part, old, new in parts:
@@ -70,6 +68,14 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
                 f"--workdir: the run there has another {part} ({old or 'none'}, not "
                 f"{new or 'none'}): use another --workdir, or what the run began with."
             )
+
+
+def _with_new_fields(model: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a DecoderConfig, with the defaults of those that did not exist yet."""
+    try:
+        return json.loads(json.dumps(dataclasses.asdict(models.DecoderConfig(**model))))
+    except (ConfigError, TypeError):  # fields that are no decoder today differ from any
+        return model
 
 
 def check_hosts(mine: dict[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypeVar
 
 from qlog.errors import ConfigError
 from qlog.models.families import FAMILIES, Family
 from qlog.models.rope import RopeScaling
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,9 @@ class DecoderConfig:
     query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: head_dim
     # How many latest tokens a query sees, itself included, cycled over the layers; 0: all.
     layer_windows: tuple[int, ...] = (0,)
+    # Whether queries and keys are rotated by their position, cycled over the layers (SmolLM3: three
+    # of four layers). Where they are not, attention sees the order of tokens by causality alone.
+    layer_rope: tuple[bool, ...] = (True,)
     local_rope_theta: float | None = None  # of layers with a window; None: rope_theta
     rope_scaling: RopeScaling | None = None  # of layers that do not use local_rope_theta
     max_positions: int = 40_960  # trained context, in tokens; only written to config.json on export
@@ -44,6 +50,7 @@ class DecoderConfig:
     def __post_init__(self):
         # A config file spells tuples as lists and a RopeScaling as a dictionary.
         object.__setattr__(self, "layer_windows", tuple(self.layer_windows))
+        object.__setattr__(self, "layer_rope", tuple(self.layer_rope))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for field in dataclasses.fields(self):
@@ -67,6 +74,11 @@ class DecoderConfig:
                 f"DecoderConfig.layer_windows = {self.layer_windows}: one or more lengths, "
                 "0 for a layer that sees everything"
             )
+        if not self.layer_rope or not all(type(has_rope) is bool for has_rope in self.layer_rope):
+            raise ConfigError(
+                f"DecoderConfig.layer_rope = {self.layer_rope}: one or more of True and False, "
+                "False for a layer without RoPE"
+            )
 
     @property
     def num_groups(self) -> int:
@@ -76,8 +88,15 @@ class DecoderConfig:
     @property
     def windows(self) -> tuple[int, ...]:
         """The sliding window of each of the `num_layers` layers, 0 where there is none."""
-        cycle = len(self.layer_windows)
-        return tuple(self.layer_windows[layer % cycle] for layer in range(self.num_layers))
+        return self._of_each_layer(self.layer_windows)
+
+    @property
+    def has_rope(self) -> tuple[bool, ...]:
+        """Whether each of the `num_layers` layers has RoPE."""
+        return self._of_each_layer(self.layer_rope)
+
+    def _of_each_layer(self, cycle: tuple[_T, ...]) -> tuple[_T, ...]:
+        return tuple(cycle[layer % len(cycle)] for layer in range(self.num_layers))
 
 
 def _presets_of(family: Family) -> dict[str, DecoderConfig]:

@@ -117,9 +117,12 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     understood = from_hf_config(fields)
     for field in dataclasses.fields(config):
         ours, read = getattr(config, field.name), getattr(understood, field.name)
-        # Different cycles may spell the same windows.
-        is_same = field.name == "layer_windows" and config.windows == understood.windows
-        if ours != read and not is_same:
+        # Different cycles may spell the same layers.
+        is_same = ours == read or (
+            (field.name == "layer_windows" and config.windows == understood.windows)
+            or (field.name == "layer_rope" and config.has_rope == understood.has_rope)
+        )
+        if not is_same:
             raise ConfigError(
                 f"DecoderConfig.{field.name} = {ours!r} cannot be written for family "
                 f"{config.family!r}: its config.json would mean {read!r}."

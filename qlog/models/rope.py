@@ -88,11 +88,13 @@ def rotation(
     return cos * scaling.magnitude, sin * scaling.magnitude
 
 
-def rotate(x: Array, turn: Rotation, scale: float = 1.0) -> Array:
-    """x [B, M, R, heads, C] rotated and scaled (Su et al., arXiv 2104.09864).
+def rotate(x: Array, turn: Rotation | None, scale: float = 1.0) -> Array:
+    """x [B, M, R, heads, C] rotated and scaled (Su et al., arXiv 2104.09864); None: scaled only.
 
     Number i is paired with number i + C / 2, as in the published weights of all our families.
     """
+    if turn is None:
+        return (x.astype(jnp.float32) * scale).astype(x.dtype)
     cos, sin = turn
     first, second = jnp.split(x.astype(jnp.float32) * scale, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -29,6 +29,7 @@ PUBLISHED = {
     "mistral_nemo_12b": 12_247_782_400,
     "ministral_8b": 8_019_808_256,
     "mistral_small_24b": 23_572_403_200,
+    "smollm3_3b": 3_075_098_624,
 }
 # As published with Llama 3.2 1B and the text half of Gemma 3 27B, fields without effect left out.
 LLAMA = {
@@ -109,6 +110,28 @@ MISTRAL = {
     "tie_word_embeddings": False,
     "vocab_size": 131072,
 }
+SMOLLM3 = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
@@ -154,6 +177,25 @@ def test_the_text_part_of_mistral_3():
     assert config == dataclasses.replace(small, rope_theta=1e9, max_positions=131_072)
     with pytest.raises(ConfigError, match="model_type 'ministral3' is not supported"):
         models.from_hf_config(outer | {"text_config": text | {"model_type": "ministral3"}})
+
+
+def test_layers_without_rope_by_name_and_by_interval():
+    preset = models.PRESETS["smollm3_3b"]
+    assert models.from_hf_config(SMOLLM3) == preset
+    assert models.from_hf_config(SMOLLM3 | {"no_rope_layers": None}) == preset
+    assert preset.has_rope == (True, True, True, False) * 9
+    uneven = SMOLLM3 | {"no_rope_layers": [0] * 35 + [1, 0, 0]}  # longer than there are layers
+    assert models.from_hf_config(uneven).has_rope == (False,) * 35 + (True,)
+    every = models.from_hf_config(SMOLLM3 | {"no_rope_layers": None, "no_rope_layer_interval": 1})
+    assert every.layer_rope == (False,)
+    sliding = {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}
+    windowed = models.from_hf_config(SMOLLM3 | sliding)
+    assert windowed.layer_windows == (0, 0, 0, 8)
+    for config in (every, windowed, dataclasses.replace(preset, layer_rope=(True, False, True))):
+        assert models.from_hf_config(models.to_hf_config(config)) == config
+    # The same layers in another spelling.
+    twice = dataclasses.replace(preset, layer_rope=2 * preset.layer_rope)
+    assert models.to_hf_config(twice) == models.to_hf_config(preset)
 
 
 def test_yarn_in_and_out():
@@ -212,6 +254,14 @@ def test_layers_with_windows_by_threshold_and_by_name():
             "all layers have sliding_window = 32768",
         ),
         (MISTRAL, {"sliding_window": "4096"}, "sliding_window = '4096' must be a whole number"),
+        (SMOLLM3, {"no_rope_layers": [1, 0]}, "no_rope_layers = .1, 0. must be .* of 36 layers"),
+        (SMOLLM3, {"no_rope_layers": ["1"] * 36}, "must be a list of 1"),
+        (SMOLLM3, {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0 must be a whole"),
+        (
+            SMOLLM3,
+            {"layer_types": ["sliding_attention"] * 36},
+            "needs use_sliding_window = true and a sliding_window above 0, not False and 0",
+        ),
         (LLAMA, {"attention_bias": True}, "attention_bias = True"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial RoPE"),
         (
@@ -239,7 +289,12 @@ def test_what_the_decoder_cannot_express_is_refused(base, change, message):
 
 
 def test_what_config_json_cannot_express_is_not_exported():
-    for change in (dict(layer_windows=(4, 6)), dict(qk_norm=False), dict(activation="gelu_tanh")):
+    for change in (
+        dict(layer_windows=(4, 6)),
+        dict(layer_rope=(True, False)),
+        dict(qk_norm=False),
+        dict(activation="gelu_tanh"),
+    ):
         config = dataclasses.replace(models.PRESETS["qwen3_0p6b"], **change)
         with pytest.raises(ConfigError, match=f"DecoderConfig.{next(iter(change))} .* 'qwen3'"):
             models.to_hf_config(config)
@@ -254,6 +309,8 @@ def test_what_config_json_cannot_express_is_not_exported():
         (dict(family="mamba"), "family = 'mamba'"),
         (dict(activation="relu"), "activation = 'relu'"),
         (dict(layer_windows=()), "layer_windows"),
+        (dict(layer_rope=()), "layer_rope = .*: one or more of True and False"),
+        (dict(layer_rope=(1, 0)), "layer_rope = .1, 0.: one or more of True and False"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):

@@ -50,7 +50,7 @@ def test_logits_and_greedy_continuation_equal_those_of_transformers(family):
     assert continuation == expected["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen3", "untied", "golden gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "untied", "smollm3", "golden gemma3"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_export_and_load_are_bit_equal(name, dtype, tmp_path):
     if name in CONFIGS:

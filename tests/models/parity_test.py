@@ -111,6 +111,25 @@ def test_sliding_windows_that_qwen_can_switch_on(family, tmp_path):
 
 
 @torch.no_grad()
+def test_smollm3_with_windows_on_layers_without_rope_and_yarn_on_the_others(tmp_path):
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    model = reference(
+        "smollm3",
+        **SHAPES["deep"],
+        use_sliding_window=True,
+        sliding_window=6,
+        no_rope_layer_interval=3,
+        rope_scaling=yarn,
+    )
+    params, config = ours(model, tmp_path)
+    assert config.has_rope == (True, True, False) * 2 + (True,)
+    assert config.windows == (0, 0, 6) * 2 + (0,)
+    tokens, _ = prompts(model)
+    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(theirs - our_logits(params, config, tokens)).max() < 1e-4
+
+
+@torch.no_grad()
 def test_mistral_without_windows(tmp_path):
     model = reference("mistral", **SHAPES["deep"], sliding_window=None)
     params, config = ours(model, tmp_path)

@@ -5,6 +5,7 @@ from qlog.models.families.gemma import GEMMA3
 from qlog.models.families.llama import LLAMA
 from qlog.models.families.mistral import MISTRAL
 from qlog.models.families.qwen import QWEN2, QWEN3
+from qlog.models.families.smollm3 import SMOLLM3
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -15,4 +16,5 @@ FAMILIES: dict[str, Family] = {
     LLAMA.name: LLAMA,
     GEMMA3.name: GEMMA3,
     MISTRAL.name: MISTRAL,
+    SMOLLM3.name: SMOLLM3,
 }

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from qlog.errors import ConfigError
 from qlog.models.rope import RopeScaling, yarn_magnitude
 
+_T = TypeVar("_T")
 Fields = Mapping[str, Any]  # fields of a config.json, or of a DecoderConfig
 
 # Leaf of params -> tensor of a safetensors file; "{}" is the layer's number.
@@ -195,11 +196,15 @@ def read_windows(
         is_sliding = [kind == "sliding_attention" for kind in kinds]
     else:
         is_sliding = [slides(layer) for layer in range(num_layers)]
-    windows = tuple(window if sliding else 0 for sliding in is_sliding)
-    for cycle in range(1, num_layers):
-        if all(windows[layer] == windows[layer % cycle] for layer in range(num_layers)):
-            return windows[:cycle]
-    return windows
+    return shortest_cycle(tuple(window if sliding else 0 for sliding in is_sliding))
+
+
+def shortest_cycle(layers: tuple[_T, ...]) -> tuple[_T, ...]:
+    """The shortest beginning that, repeated, spells out all layers."""
+    for cycle in range(1, len(layers)):
+        if all(layers[layer] == layers[layer % cycle] for layer in range(len(layers))):
+            return layers[:cycle]
+    return layers
 
 
 def layer_types(windows: tuple[int, ...]) -> list[str]:

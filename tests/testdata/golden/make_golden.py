@@ -68,6 +68,16 @@ MODELS = {
         transformers.MistralConfig,
         dict(tie_word_embeddings=False, rope_theta=1e4, sliding_window=4, rms_norm_eps=1e-5),
     ),
+    # The second of three layers has no RoPE.
+    "smollm3": (
+        transformers.SmolLM3Config,
+        dict(
+            tie_word_embeddings=True,
+            rope_theta=1e4,
+            num_hidden_layers=3,
+            no_rope_layer_interval=2,
+        ),
+    ),
 }
 LENGTHS = (14, 9)
 
