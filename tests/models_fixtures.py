@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qlog import models
 from qlog.models.families import FAMILIES
@@ -51,3 +52,13 @@ def random_params(config, dtype=jnp.float32):
     rng = np.random.default_rng(1)
     draw = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
     return jax.tree.map(draw, models.shapes(config, dtype))
+
+
+@pytest.fixture
+def own_families():
+    """Families and presets that a test registers are gone after it."""
+    before = [(table, dict(table)) for table in (FAMILIES, models.PRESETS)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)

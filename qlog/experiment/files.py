@@ -105,7 +105,7 @@ def model_shape(config: ConfigDict) -> models.DecoderConfig:
             "a Hugging Face folder, or a Hub id such as Qwen/Qwen3-0.6B."
         )
     try:
-        return dataclasses.replace(shape, **config.architecture)
+        return dataclasses.replace(shape, **config.architecture.to_dict())
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.architecture: {error}.") from None
 

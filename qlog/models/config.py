@@ -53,6 +53,11 @@ class DecoderConfig:
         object.__setattr__(self, "layer_rope", tuple(self.layer_rope))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        elif not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ConfigError(
+                f"DecoderConfig.rope_scaling = {self.rope_scaling!r}: the fields of a RopeScaling, "
+                "such as {'rope_type': 'yarn', 'factor': 4.0, 'original_length': 32768}"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:

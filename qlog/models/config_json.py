@@ -154,7 +154,7 @@ def _family_of(fields: Fields) -> Family:
     with_images = ", ".join(f.text_part_of for f in FAMILIES.values() if f.text_part_of)
     raise ConfigError(
         f"config.json: model_type {model_type!r} is not supported; qlog's decoder covers "
-        f"{model_types} and the text part of {with_images}."
+        f"{model_types} and the text part of {with_images}; `models.register` adds a family."
     )
 
 

@@ -1,4 +1,4 @@
-"""One decoder for all families (Qwen, Llama, Gemma), as pure functions.
+"""One decoder for all families (Qwen, Llama, Gemma, Mistral, SmolLM3), as pure functions.
 
 There are four passes over it, and they share layers and parameters:
   - `extend`: rows of tokens over a prefix, differentiable; training, and the plain forward pass;

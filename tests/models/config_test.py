@@ -6,6 +6,7 @@ import math
 
 import jax
 import pytest
+from models_fixtures import own_families  # noqa: F401
 
 from qlog import models
 from qlog.errors import ConfigError
@@ -309,6 +310,7 @@ def test_what_config_json_cannot_express_is_not_exported():
         (dict(family="mamba"), "family = 'mamba'"),
         (dict(activation="relu"), "activation = 'relu'"),
         (dict(layer_windows=()), "layer_windows"),
+        (dict(rope_scaling="yarn"), "rope_scaling = 'yarn': the fields of a RopeScaling"),
         (dict(layer_rope=()), "layer_rope = .*: one or more of True and False"),
         (dict(layer_rope=(1, 0)), "layer_rope = .1, 0.: one or more of True and False"),
     ],
@@ -318,17 +320,8 @@ def test_impossible_shapes_are_refused(change, message):
         dataclasses.replace(models.PRESETS["qwen3_0p6b"], **change)
 
 
-@pytest.fixture
-def own_families():
-    """Families and presets that a test registers are gone after it."""
-    before = [(table, dict(table)) for table in (FAMILIES, models.PRESETS)]
-    yield
-    for table, entries in before:
-        table.clear()
-        table.update(entries)
-
-
-def test_a_family_from_outside_is_read_written_and_replaced(own_families):
+@pytest.mark.usefixtures("own_families")
+def test_a_family_from_outside_is_read_written_and_replaced():
     size = dict(
         vocab_size=40,
         num_layers=2,
