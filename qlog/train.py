@@ -20,6 +20,7 @@ from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.experiment import Experiment
 from qlog.experiment.contents import check_same_parts, identity
+from qlog.grading.scorers import ScorerError
 from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState
@@ -154,6 +155,10 @@ def run(
                     training.evaluate()
                 claim.check()
                 stop.check()
+        except ScorerError:
+            # Nothing is wrong with the state: the same command goes on when the function is mended.
+            training.save()
+            raise
         except Stop:
             # ---- Interrupted: the same command goes on from here ----
             training.save()

@@ -15,6 +15,8 @@ from qlog import losses
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
 CHOICES = ("loss", "architecture", "world", "runs")
+# Fields that may hold a function, or a list of functions; what reads them checks them.
+FUNCTIONS = ("rollout.reward", "evaluation.grader", "evaluation.metrics")
 
 
 def default() -> ConfigDict:
@@ -59,6 +61,13 @@ def default() -> ConfigDict:
                 # Of a shard: prompts whose rollouts have caches in memory at a time; 0 is all
                 "prompts_per_wave": 0,
                 "closing_text": "",  # written before a forced thinking-end token
+                # Of sampled answers, for losses that ask for one: the name of a grader, a function
+                # (qlog/grading/README.md), or a list of these or of (one, weight), which are added;
+                # '' is the loss's own
+                "reward": "",
+                # Answers that are scored at a time, in training and evaluation; 1 for functions
+                # that only the main thread may call
+                "reward_threads": 32,
             },
             # ---- Learning ----
             # The name of a recipe of qlog.losses, or a function that returns an Estimator
@@ -105,6 +114,8 @@ def default() -> ConfigDict:
                 "top_k": 0,
                 "top_p": 1.0,
                 "without_rationale": False,  # evaluate a second time, with a budget of 0
+                "grader": "contains",  # which answers count as right: as rollout.reward
+                "metrics": (),  # means that are reported besides: a list as rollout.reward
             },
             "checkpoint": {
                 "every": 50,  # steps between checkpoints, and the last step
@@ -155,6 +166,7 @@ MAY_CHANGE = frozenset(
         "attention",
         "mesh",
         "rollout.prompts_per_wave",
+        "rollout.reward_threads",
         "train.prompts_per_microbatch",
         "train.rollouts_per_microbatch",
         "train.remat",
@@ -187,6 +199,7 @@ MUST_STAY = frozenset(
         "rollout.answer_reserve",
         "rollout.temperature",
         "rollout.closing_text",
+        "rollout.reward",
         "loss",
         "optimizer.learning_rate",
         "optimizer.warmup_steps",
