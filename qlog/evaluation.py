@@ -289,7 +289,7 @@ def record(
         "source": parameters_from,
         "step": step,
         "config": digest,
-        "evaluation": config.evaluation.to_dict(),
+        "evaluation": json.loads(schema.to_json(config.evaluation)),
     }
     return json.dumps(about | {"metrics": metrics}, indent=2, sort_keys=True)
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from qlog import data, evaluation, train_metrics
 from qlog.config import schema
-from qlog.config.check import check_config, check_same_run
+from qlog.config.check import check_config, check_same_run, evaluation_scorers
 from qlog.config.streams import Stream, stream_key
 from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
@@ -340,7 +340,7 @@ class _Training:
         # Scores under other settings do not compare: their description tells them apart.
         what = (
             f"{metric} of {config.prompts or 'all'} questions, {split}, "
-            f"temperature {config.temperature}"
+            f"temperature {config.temperature}, {evaluation_scorers(self._config)[0].name}"
         )
         self._saved.score(self.step, self.metrics[metric], what)
 

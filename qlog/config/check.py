@@ -215,6 +215,8 @@ def reward_scorers(config: ConfigDict, estimator: losses.Estimator) -> tuple[Sco
                 "with a reward (grpo, rloo, maxrl). evaluation.metrics measures without one."
             )
         return ()
+    if isinstance(value, (list, tuple)) and not value:
+        raise ConfigError(f"config.rollout.reward = {value!r} names nothing: '' is the loss's own.")
     own = value == ""
     return scorers.read(
         estimator.reward if own else value, "config.loss.reward" if own else "config.rollout.reward"

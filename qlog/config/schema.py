@@ -245,11 +245,12 @@ def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved config, sorted and indented; functions by their qualified name."""
+    """The resolved config, sorted and indented; functions by their name."""
 
     def plain(value: Any) -> Any:
+        # Without its module: that of a config file is called by how the file was loaded.
         if callable(value):
-            return f"{value.__module__}.{value.__qualname__}"
+            return value.__qualname__
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)

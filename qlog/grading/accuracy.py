@@ -166,8 +166,8 @@ def summarise(
     scores = {name: _score(rows, column) for name, column in columns.items()}
     # ---- By functions that a config may name: on threads, their failures counted ----
     samples = [sample for row in rows for sample in _samples(row, example(row))]
-    graded = _panel_scores(Panel([grader], "evaluation.grader", threads), samples)
-    measured = _panel_scores(Panel(metrics, "evaluation.metrics", threads), samples)
+    graded = _panel_scores(Panel([grader], "config.evaluation.grader", threads), samples)
+    measured = _panel_scores(Panel(metrics, "config.evaluation.metrics", threads), samples)
     scores[""] = graded.values[grader.name].reshape(len(rows), num_samples)
 
     summary: dict[str, float] = {}
