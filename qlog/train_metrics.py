@@ -244,9 +244,17 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
         ),
         "budgets": budgets,
         "estimator": _estimator_call(config),
+        **_reward_line(experiment),
         "steps": f"{train.steps}" + (f", resuming at {start_step}" if start_step else ""),
         "workdir": workdir,
     }
+
+
+def _reward_line(experiment: Experiment) -> dict[str, str]:
+    """The reward as a sum, such as exact_match + 0.2 in_brackets; {} where there is none."""
+    scorers = experiment.reward.scorers if experiment.reward else ()
+    terms = [(f"{s.weight:g} " if s.weight != 1 else "") + s.name for s in scorers]
+    return {"reward": " + ".join(terms)} if terms else {}
 
 
 def _estimator_call(config: ConfigDict) -> str:

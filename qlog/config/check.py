@@ -263,7 +263,7 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         if key not in known:
             value = "" if isinstance(config[key], ConfigDict) else f" = {config[key]!r}"
             raise ConfigError(f"{name}{value} is read by nothing{closest(key, known)}.")
-        if key in CHOICES or name.removeprefix("config.") in schema.FUNCTIONS:
+        if key in CHOICES or key in schema.FUNCTIONS:
             continue  # checked by what was chosen there
         if isinstance(known[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):

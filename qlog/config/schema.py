@@ -9,19 +9,20 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from qlog import losses
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
 CHOICES = ("loss", "architecture", "world", "runs")
-# Fields that may hold a function, or a list of functions; what reads them checks them.
-FUNCTIONS = ("rollout.reward", "evaluation.grader", "evaluation.metrics")
+# Keys whose value may be a function, or a list of functions, in the place of a name; what reads the
+# value checks it.
+FUNCTIONS = ("name", "reward", "grader", "metrics")
 
 
 def default() -> ConfigDict:
     """Every field of a run with its default. Lengths are in tokens."""
-    return ConfigDict(
+    return _open(
         {
             "seed": 0,  # data order, sampling keys, random weights
             # ---- Model ----
@@ -230,7 +231,18 @@ def merge(config: ConfigDict, changes: Mapping[str, Any] | ConfigDict) -> Config
             merged[key] = merge(config[key], value)
         else:
             merged[key] = value
-    return ConfigDict(merged)
+    return _open(merged)
+
+
+def _open(tree: Mapping[str, Any]) -> ConfigDict:
+    """A ConfigDict that lets keys in FUNCTIONS change their type; it would refuse otherwise."""
+    config = ConfigDict(tree)
+    for key in config:
+        if isinstance(config[key], ConfigDict) and key not in CHOICES:
+            config[key] = _open(config[key])
+        elif key in FUNCTIONS:
+            config[key] = FieldReference(config[key], field_type=object)
+    return config
 
 
 def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
