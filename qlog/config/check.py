@@ -18,7 +18,8 @@ from qlog import losses, models
 from qlog.config import schema
 from qlog.config.schema import CHOICES
 from qlog.errors import ConfigError
-from qlog.grading import graders
+from qlog.grading import scorers
+from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
 from qlog.parallel import sharding
 
@@ -28,6 +29,7 @@ _LIMITS = {
     "rollout.rationale_budget": (0, math.inf),
     "rollout.answer_reserve": (1, math.inf),
     "rollout.prompts_per_wave": (0, math.inf),
+    "rollout.reward_threads": (1, 1024),
     "rollout.temperature": (1e-3, math.inf),
     "train.steps": (1, math.inf),
     "train.prompts_per_step": (1, math.inf),
@@ -91,7 +93,8 @@ def check_config(config: ConfigDict) -> None:
     _check_architecture(config)
     _check_data(config)
     _check_slices(config)
-    build_estimator(config)
+    reward_scorers(config, build_estimator(config))
+    evaluation_scorers(config)
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
@@ -160,8 +163,8 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     """The loss that `config.loss` names, for M = rollout.rollouts_per_prompt rollouts.
 
     Raises:
-      ConfigError: unknown name or argument, a value out of range, a reward that is no grader's
-        name, too few rollouts, a transform that reads scores which the estimator does not ask for.
+      ConfigError: unknown name or argument, a value out of range, too few rollouts, a transform
+        that reads scores which the estimator does not ask for.
     """
     section = dict(config.loss)
     name = section.pop("name")
@@ -176,8 +179,6 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
         built = name(**section) if callable(name) else losses.build(name, **section)
         if not isinstance(built, losses.Estimator):  # else it fails deep inside a step
             raise TypeError(f"{label} must return a losses.Estimator, got {built!r}")
-        if built.reward is not None:
-            graders.by_name(built.reward)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
     # Annotated rationales: M copies of the same one would only cost time.
@@ -194,6 +195,47 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
         )
     _check_transform(built, config.train.prompts_per_step, num_rollouts)
     return built
+
+
+def reward_scorers(config: ConfigDict, estimator: losses.Estimator) -> tuple[Scorer, ...]:
+    """What scores sampled answers in training: `rollout.reward`, or the estimator's own grader.
+
+    Returns:
+      Scorers of distinct names; () where the estimator asks for no reward.
+
+    Raises:
+      ConfigError: an unknown name, a function that cannot be called, a reward that nothing reads.
+    """
+    value = config.rollout.reward
+    if estimator.reward is None:
+        if value != "":
+            raise ConfigError(
+                f"config.rollout.reward = {value!r} is read by nothing: the loss learns from the "
+                "gold answers' probabilities and samples no answers; remove it, or take a loss "
+                "with a reward (grpo, rloo, maxrl). evaluation.metrics measures without one."
+            )
+        return ()
+    if isinstance(value, (list, tuple)) and not value:
+        raise ConfigError(f"config.rollout.reward = {value!r} names nothing: '' is the loss's own.")
+    own = value == ""
+    return scorers.read(
+        estimator.reward if own else value, "config.loss.reward" if own else "config.rollout.reward"
+    )
+
+
+def evaluation_scorers(config: ConfigDict) -> tuple[Scorer, tuple[Scorer, ...]]:
+    """`evaluation.grader` and `evaluation.metrics`.
+
+    Raises:
+      ConfigError: an unknown name, a function that cannot be called, several graders.
+    """
+    graders = scorers.read(config.evaluation.grader, "config.evaluation.grader")
+    if len(graders) != 1:
+        raise ConfigError(
+            f"config.evaluation.grader = {config.evaluation.grader!r} must be one grader: name the "
+            "others in evaluation.metrics."
+        )
+    return graders[0], scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
 
 
 def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts: int) -> None:
@@ -221,7 +263,7 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         if key not in known:
             value = "" if isinstance(config[key], ConfigDict) else f" = {config[key]!r}"
             raise ConfigError(f"{name}{value} is read by nothing{closest(key, known)}.")
-        if key in CHOICES:
+        if key in CHOICES or key in schema.FUNCTIONS:
             continue  # checked by what was chosen there
         if isinstance(known[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):

@@ -10,16 +10,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
 from qlog import losses
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
 CHOICES = ("loss", "architecture", "world", "runs")
+# Keys whose value may be a function, or a list of functions, in the place of a name; what reads the
+# value checks it.
+FUNCTIONS = ("name", "reward", "grader", "metrics")
 
 
 def default() -> ConfigDict:
     """Every field of a run with its default. Lengths are in tokens."""
-    return ConfigDict(
+    return _open(
         {
             "seed": 0,  # data order, sampling keys, random weights
             # ---- Model ----
@@ -59,6 +63,13 @@ def default() -> ConfigDict:
                 # Of a shard: prompts whose rollouts have caches in memory at a time; 0 is all
                 "prompts_per_wave": 0,
                 "closing_text": "",  # written before a forced thinking-end token
+                # Of sampled answers, for losses that ask for one: the name of a grader, a function
+                # (qlog/grading/README.md), or a list of these or of (one, weight), which are added;
+                # '' is the loss's own
+                "reward": "",
+                # Answers that are scored at a time, in training and evaluation; 1 for functions
+                # that only the main thread may call
+                "reward_threads": 32,
             },
             # ---- Learning ----
             # The name of a recipe of qlog.losses, or a function that returns an Estimator
@@ -105,6 +116,8 @@ def default() -> ConfigDict:
                 "top_k": 0,
                 "top_p": 1.0,
                 "without_rationale": False,  # evaluate a second time, with a budget of 0
+                "grader": "contains",  # which answers count as right: as rollout.reward
+                "metrics": (),  # means that are reported besides: a list as rollout.reward
             },
             "checkpoint": {
                 "every": 50,  # steps between checkpoints, and the last step
@@ -155,6 +168,7 @@ MAY_CHANGE = frozenset(
         "attention",
         "mesh",
         "rollout.prompts_per_wave",
+        "rollout.reward_threads",
         "train.prompts_per_microbatch",
         "train.rollouts_per_microbatch",
         "train.remat",
@@ -187,6 +201,7 @@ MUST_STAY = frozenset(
         "rollout.answer_reserve",
         "rollout.temperature",
         "rollout.closing_text",
+        "rollout.reward",
         "loss",
         "optimizer.learning_rate",
         "optimizer.warmup_steps",
@@ -217,7 +232,18 @@ def merge(config: ConfigDict, changes: Mapping[str, Any] | ConfigDict) -> Config
             merged[key] = merge(config[key], value)
         else:
             merged[key] = value
-    return ConfigDict(merged)
+    return _open(merged)
+
+
+def _open(tree: Mapping[str, Any]) -> ConfigDict:
+    """A ConfigDict that lets keys in FUNCTIONS change their type; it would refuse otherwise."""
+    config = ConfigDict(tree)
+    for key in config:
+        if isinstance(config[key], ConfigDict) and key not in CHOICES:
+            config[key] = _open(config[key])
+        elif key in FUNCTIONS:
+            config[key] = FieldReference(config[key], field_type=object)
+    return config
 
 
 def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -232,11 +258,12 @@ def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved config, sorted and indented; functions by their qualified name."""
+    """The resolved config, sorted and indented; functions by their name."""
 
     def plain(value: Any) -> Any:
+        # Without its module: that of a config file is called by how the file was loaded.
         if callable(value):
-            return f"{value.__module__}.{value.__qualname__}"
+            return value.__qualname__
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)

@@ -63,6 +63,7 @@ class Recipe:
       rationale: as in `Estimator`.
       answer: as in `Estimator`.
       reward: as in `Estimator`.
+      is_reward_weight: as in `Estimator`.
       min_rollouts: smallest M that the estimator is defined for, or a function of its arguments, a
         mapping from name to value, that returns it.
       overrides: defaults of arguments, by name, for recipes that differ only in these.
@@ -79,6 +80,7 @@ class Recipe:
     rationale: Rationale = "sampled"
     answer: Answer = "gold"
     reward: str | None = None
+    is_reward_weight: bool = False
     min_rollouts: int | Callable[[Arguments], int] = 1
     overrides: Arguments = field(default_factory=dict)
 
@@ -140,6 +142,7 @@ class Recipe:
             rationale=self.rationale,
             answer=self.answer,
             reward=self.reward,
+            is_reward_weight=self.is_reward_weight,
             reference=bool(arguments.get("kl_weight", 0.0)),
             min_rollouts=least(arguments) if callable(least) else least,
         )
@@ -217,10 +220,18 @@ RECIPES: dict[str, Recipe] = {
     "trice": Recipe(aliases.trice, q=1.0),
     # Gold answers, after the rationales whose sampled answers were right.
     "star": Recipe(
-        aliases.star, normalize=False, reward="exact_match", weight=group_stats.log_reward
+        aliases.star,
+        normalize=False,
+        reward="exact_match",
+        is_reward_weight=True,
+        weight=group_stats.log_reward,
     ),
     "maxrl": Recipe(
-        aliases.maxrl, answer="sampled", reward="exact_match", weight=group_stats.log_reward
+        aliases.maxrl,
+        answer="sampled",
+        reward="exact_match",
+        is_reward_weight=True,
+        weight=group_stats.log_reward,
     ),
     "grpo": Recipe(
         aliases.grpo,

@@ -133,7 +133,7 @@ OWN_LOSSES = {
     "M for annotated": (_annotated, {}, 4, r"rollouts_per_prompt = 4: .*'_annotated'.*set it to 1"),
     "a recipe": (losses.RECIPES["garl"], {}, 4, r"config\.loss\.name is an object of type Recipe"),
     "partial": (functools.partial(_two, q=1.0), {}, 4, r"of type partial.*made with def"),
-    "reward": (_misspelt, {}, 4, r"config\.loss: reward = 'exact_mach' is not a grader: .*match"),
+    "reward": (_misspelt, {}, 4, r"config\.loss\.reward = 'exact_mach' is not a grader: .*match"),
     "unmeasured score": (_without_reward, {}, 4, r"config\.loss: .* reads scores\.reward, which"),
     "no estimator": (dict, {}, 4, r"config\.loss: dict must return a losses\.Estimator"),
 }
