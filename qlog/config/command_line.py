@@ -238,7 +238,7 @@ def _section(old: ConfigDict, default: ConfigDict, setting: Setting) -> ConfigDi
     """A whole section as a literal: {"a": 1}. An open one is replaced, another one is changed."""
     value = _literal(setting.text)
     if not isinstance(value, dict):
-        example = next(iter(default), "KEY")
+        example = "name" if "name" in default else next(iter(default), "KEY")
         raise ConfigError(
             f"{setting.flag}: config.{'.'.join(setting.path)} is a section: set its keys, as in "
             f"--config.{'.'.join(setting.path)}.{example}=..."
@@ -329,10 +329,12 @@ def _value(setting: Setting, wanted: Any) -> Any:
     expected = []
     # Text last: where a field takes a number or a word, 3 is the number.
     for option in sorted(options, key=lambda option: option is str):
-        kind = typing.get_origin(option) or option
-        if kind not in _KINDS:  # functions, arrays: no text stands for them; Any: a literal
+        if dataclasses.is_dataclass(option):
+            words, read = f"a dictionary of {', '.join(_hints(option))}", _record
+        else:
+            words, read = _KINDS.get(typing.get_origin(option) or option, ("", None))
+        if read is None:  # functions, arrays: no text stands for them; Any: a literal
             continue
-        words, read = _KINDS[kind]
         try:
             return read(text, option)
         except ValueError:
@@ -360,6 +362,13 @@ def _tuple(text: str, option: Any) -> tuple[Any, ...]:
     if item is not Any and not all(type(each) is item for each in value):
         raise ValueError(text)
     return tuple(value)
+
+
+def _record(text: str, option: Any) -> ConfigDict:
+    value = _literal(text)
+    if not isinstance(value, dict) or not value.keys() <= _hints(option).keys():
+        raise ValueError(text)
+    return ConfigDict(value)
 
 
 def _choice(text: str, option: Any) -> str:
