@@ -17,11 +17,11 @@ import shlex
 from collections.abc import Callable, Iterable
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.commands import entry
-from qlog.config import schema
+from qlog.config import command_line, schema
 from qlog.config.check import check_config
 from qlog.data import builders
 from qlog.errors import ConfigError
@@ -204,9 +204,7 @@ class _Flags:
     """The command's flags. Defined when it runs: other commands have flags of the same names."""
 
     def __init__(self):
-        self.config = config_flags.DEFINE_config_file(
-            "config", None, "Config file, with variants after a colon."
-        )
+        self.config = command_line.define()
         self.model = flags.DEFINE_string(
             "model", "", "A Hub id to copy besides, or instead of, what a config names."
         )
@@ -236,5 +234,4 @@ def main(given: _Flags, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _given = _Flags()
-    entry.run(functools.partial(main, _given), _given.config)
+    entry.run(functools.partial(main, _Flags()))

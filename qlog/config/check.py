@@ -168,17 +168,9 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     """
     section = dict(config.loss)
     name = section.pop("name")
-    if callable(name) and not hasattr(name, "__qualname__"):
-        raise ConfigError(
-            f"config.loss.name is an object of type {type(name).__name__}, which has no name that "
-            "config.json could keep: give a function made with def that returns the Estimator."
-        )
-    label = name.__qualname__ if callable(name) else name
     num_rollouts = config.rollout.rollouts_per_prompt
     try:
-        built = name(**section) if callable(name) else losses.build(name, **section)
-        if not isinstance(built, losses.Estimator):  # else it fails deep inside a step
-            raise TypeError(f"{label} must return a losses.Estimator, got {built!r}")
+        label, built = losses.label(name), losses.estimator(name, section)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
     # Annotated rationales: M copies of the same one would only cost time.

@@ -6,13 +6,14 @@ error.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
 from qlog import losses
+from qlog.errors import ConfigError
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
 CHOICES = ("loss", "architecture", "world", "runs")
@@ -72,7 +73,8 @@ def default() -> ConfigDict:
                 "reward_threads": 32,
             },
             # ---- Learning ----
-            # The name of a recipe of qlog.losses, or a function that returns an Estimator
+            # A recipe of qlog.losses by its name, a losses.Recipe, or a function that returns an
+            # Estimator
             "loss": loss("garl", q=0.75),
             "optimizer": {
                 "learning_rate": 1e-6,  # peak
@@ -217,9 +219,19 @@ MUST_STAY = frozenset(
 )
 
 
-def loss(name: str | Callable, **arguments: Any) -> ConfigDict:
-    """The `loss` section: a recipe's name and all its arguments, those given and the defaults."""
-    known = {} if callable(name) else losses.arguments(name)
+def loss(name: losses.Loss, /, **arguments: Any) -> ConfigDict:
+    """The `loss` section: a loss and all its arguments, those given and the defaults.
+
+    Args:
+      name: a recipe's name, a `losses.Recipe`, or a function that returns a `losses.Estimator`.
+
+    Raises:
+      ConfigError: an unknown name, or a function without one.
+    """
+    try:
+        known = losses.arguments(name)
+    except ValueError as error:
+        raise ConfigError(f"config.loss: {error}.") from None
     return ConfigDict({"name": name, **known, **arguments}, convert_dict=False)
 
 
@@ -261,6 +273,8 @@ def to_json(config: ConfigDict) -> str:
     """The resolved config, sorted and indented; functions by their name."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, losses.Recipe):
+            return losses.label(value)
         # Without its module: that of a config file is called by how the file was loaded.
         if callable(value):
             return value.__qualname__
