@@ -258,8 +258,12 @@ def _tokenizer(config: ConfigDict) -> str:
     # On one device: the mesh is checked above.
     config = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
     prepared = experiment.prepare(config, jax.local_devices()[:1], train=False, evaluate=False)
-    vocabulary = prepared.policy.config.vocab_size
-    return f"{prepared.policy.valid_vocab} tokens, for {vocabulary} rows of the model"
+    vocabulary, formatter = prepared.policy.config.vocab_size, prepared.formatter
+    assert formatter  # `prepare` reads files
+    return (
+        f"{prepared.policy.valid_vocab} tokens, for {vocabulary} rows of the model; answers end "
+        f"with {formatter.tokenizer.describe_ends()}; chat template: {formatter.template_name}"
+    )
 
 
 def main(argv: list[str]) -> int:

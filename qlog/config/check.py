@@ -91,6 +91,7 @@ def check_config(config: ConfigDict) -> None:
                 f"config.profile.steps = {config.profile.steps!r} must hold whole numbers."
             )
     _check_architecture(config)
+    _check_tokenizer(config)
     _check_data(config)
     _check_slices(config)
     reward_scorers(config, build_estimator(config))
@@ -279,6 +280,51 @@ def _check_architecture(config: ConfigDict) -> None:
             )
 
 
+def _check_tokenizer(config: ConfigDict) -> None:
+    """What can be said about the tokenizer's fields without its files."""
+    # Not above, as in `_check_data`.
+    from qlog.data.chat_templates import BUILT_IN_NAME
+
+    section = config.tokenizer
+    for name in section.eos:
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"config.tokenizer.eos = {section.eos!r} must hold names of control tokens."
+            )
+    template, arguments = section.chat_template, section.chat_template_kwargs
+    if template not in ("", BUILT_IN_NAME) and not template.endswith(".jinja"):
+        raise ConfigError(
+            f"config.tokenizer.chat_template = {template!r} must be the path of a .jinja file, "
+            f"{BUILT_IN_NAME!r}, or '' for the model's own template"
+            f"{closest(template, (BUILT_IN_NAME,))}."
+        )
+    if not isinstance(arguments, ConfigDict):
+        raise ConfigError(
+            f"config.tokenizer.chat_template_kwargs = {arguments!r} must be a section of variables."
+        )
+    for key, value in arguments.items():
+        if template == BUILT_IN_NAME:
+            raise ConfigError(
+                f"config.tokenizer.chat_template_kwargs.{key} = {value!r} is not read by a "
+                "built-in template: remove it."
+            )
+        try:
+            json.dumps(value, default=dict)  # a ConfigDict in a list, say
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"config.tokenizer.chat_template_kwargs.{key} = {value!r} must be text, numbers, "
+                "lists or sections of these, as a template reads them."
+            ) from None
+    if config.data.style == "warm":
+        return
+    given = {f"chat_template_kwargs.{key}": value for key, value in arguments.items()}
+    for key, value in {**({"chat_template": template} if template else {}), **given}.items():
+        raise ConfigError(
+            f"config.tokenizer.{key} = {value!r} is read only by the warm style: set "
+            "config.data.style = 'warm', or remove it."
+        )
+
+
 def _check_data(config: ConfigDict) -> None:
     """The dataset exists, and reads every key that is set."""
     # Not above: tokenizers and grain take a second, and config files need only the schema.
@@ -295,11 +341,20 @@ def _check_data(config: ConfigDict) -> None:
                 f"not by {name!r}: remove it."
             )
         return
-    for section, key in (("data", "manual_dir"), ("data", "data_dir"), ("tokenizer", "path")):
-        if config[section][key]:
+    for section, key in (
+        ("data", "manual_dir"),
+        ("data", "data_dir"),
+        ("tokenizer", "path"),
+        ("tokenizer", "eos"),
+        ("tokenizer", "chat_template"),
+        ("tokenizer", "chat_template_kwargs"),
+    ):
+        value = config[section][key]
+        if value:
+            shown = value.to_dict() if isinstance(value, ConfigDict) else value
             raise ConfigError(
-                f"config.{section}.{key} = {config[section][key]!r} is not read by the synthetic "
-                f"task {name!r}: remove it."
+                f"config.{section}.{key} = {shown!r} is not read by the synthetic task {name!r}: "
+                "remove it."
             )
     fields = {field.name for field in dataclasses.fields(synthetic.World)}
     for key in world:

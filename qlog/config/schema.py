@@ -16,7 +16,7 @@ from qlog import losses
 from qlog.errors import ConfigError
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
-CHOICES = ("loss", "architecture", "world", "runs")
+CHOICES = ("loss", "architecture", "chat_template_kwargs", "world", "runs")
 # Keys whose value may be a function, or a list of functions, in the place of a name; what reads the
 # value checks it.
 FUNCTIONS = ("name", "reward", "grader", "metrics")
@@ -41,6 +41,13 @@ def default() -> ConfigDict:
                 "path": "",  # folder, file or Hub id; '' takes the one next to weights or model
                 "think_start": "<think>",  # piece that opens a rationale
                 "think_end": "</think>",  # piece that closes it
+                # Control tokens that end an answer, the one that closes gold answers first; ()
+                # takes those of the known families. A flag gives one, and may be repeated. Those of
+                # tokenizer_config.json and generation_config.json end an answer as well.
+                "eos": (),
+                # Of the warm style: a .jinja file, 'builtin', or '': the model's own, else built-in
+                "chat_template": "",
+                "chat_template_kwargs": {},  # variables for it, such as Llama 3's date_string
             },
             # ---- Data ----
             "data": {
@@ -161,6 +168,7 @@ MAY_CHANGE = frozenset(
         "architecture",
         "weights",
         "tokenizer.path",
+        "tokenizer.chat_template",
         "data.manual_dir",
         "data.data_dir",
         # Parameters come from the checkpoint. With a reference (a KL term) it must stay:
@@ -193,6 +201,8 @@ MUST_STAY = frozenset(
         "dtype",
         "tokenizer.think_start",
         "tokenizer.think_end",
+        "tokenizer.eos",
+        "tokenizer.chat_template_kwargs",
         "data.name",
         "data.style",
         "data.max_prompt_tokens",

@@ -22,7 +22,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         model: the fields of its DecoderConfig;
         weights: `models.huggingface.digest`, '' where no folder holds them (then the config says
           all);
-        tokenizer: `Tokenizer.digest`;
+        tokenizer: `Formatter.digest`, which the chat template is part of where it is used;
         splits: for each open split a digest of all ids in order and of 32 records spread over it,
           whole. Synthetic tasks have none: the config says all.
     """
@@ -32,7 +32,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     found = {
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
-        "tokenizer": formatter.tokenizer.digest,
+        "tokenizer": formatter.digest,
         "splits": {name: _digest(records) for name, records in experiment.records().items()},
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists

@@ -35,7 +35,8 @@ MAX_EXTRA_WORDS = 50  # `contains`: words beyond the gold; a copied paragraph ha
 MAX_COPIED_WORDS = 12  # `contains`: words beyond the gold that may be copied from the source
 
 _TAGS = re.compile(
-    r"</?think>|<\|[a-z_]{1,40}\|>|</?s>|<(?:eos|bos|pad|start_of_turn|end_of_turn)>",
+    r"</?think>|<\|[a-z_]{1,40}\|>|</?s>|<(?:eos|bos|pad|start_of_turn|end_of_turn)>"
+    r"|<｜[^<>｜]{1,40}｜>",  # DeepSeek's have fullwidth bars: <｜end▁of▁sentence｜>
     re.IGNORECASE,
 )
 _DASHES = {ord(dash): "-" for dash in "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"}
