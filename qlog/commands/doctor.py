@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from qlog import experiment, models
+from qlog import data, experiment, models
 from qlog.commands import entry
 from qlog.config import schema
 from qlog.config.check import check_config
@@ -131,7 +131,7 @@ def _versions() -> str:
 
 def _config(config: ConfigDict) -> str:
     check_config(config)
-    return f"{config.model}, {config.data.name} {config.data.style}, {config.loss.name}"
+    return f"{config.model}, {data.label(config.data.name)} {config.data.style}, {config.loss.name}"
 
 
 def _devices() -> str:

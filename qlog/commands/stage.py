@@ -23,7 +23,6 @@ from qlog import data, models
 from qlog.commands import entry
 from qlog.config import schema
 from qlog.config.check import check_config
-from qlog.data import builders
 from qlog.errors import ConfigError
 from qlog.experiment.files import tokenizer_path
 from qlog.storage import assets, paths
@@ -108,16 +107,13 @@ def _read_by(config: ConfigDict) -> list[Asset]:
                 ("tokenizer.path",),
             )
         )
-    if section.name in data.TASKS:
+    corpus = data.find_corpus(section.to_dict())
+    if corpus.asset:
         found.append(
             Asset(
                 f"config.data.name = {section.name!r}",
-                f"data/{builders.staged_name(section.name)}",
-                lambda: builders.prepare(
-                    section.name,
-                    manual_dir=section.manual_dir or None,
-                    data_dir=section.data_dir or None,
-                ),
+                corpus.asset,
+                lambda: pathlib.Path(corpus.prepare() or ""),
                 lambda name: True,
                 f"{section.name} {section.manual_dir}",
             )

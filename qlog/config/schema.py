@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from qlog import losses
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
-CHOICES = ("loss", "architecture", "world", "runs")
+CHOICES = ("loss", "architecture", "files", "fields", "world", "runs")
 
 
 def default() -> ConfigDict:
@@ -39,7 +39,14 @@ def default() -> ConfigDict:
             },
             # ---- Data ----
             "data": {
-                "name": "hotpotqa",  # finqa | hotpotqa | musique | multihop | multihop_text
+                # finqa | hotpotqa | musique | jsonl | parquet | multihop | multihop_text, or a
+                # function: its argument is a split's name, its result the examples. (The reference
+                # lets a text be replaced by a function.)
+                "name": FieldReference("hotpotqa", field_type=object),
+                # Of train, validation and test: a path, folder or glob, or a list of them
+                "files": {},
+                "fields": {},  # which key of a record is the id, source, answer, aliases, rationale
+                "description": "",  # the warm style opens with it; '' is the dataset's own
                 # Folder with the official raw files; '' takes those in QLOG_ASSETS, or downloads
                 "manual_dir": "",
                 # Folder of the prepared data; one in a bucket is only read; '' is a cache folder
@@ -148,6 +155,7 @@ MAY_CHANGE = frozenset(
         "tokenizer.path",
         "data.manual_dir",
         "data.data_dir",
+        "data.files",
         # Parameters come from the checkpoint. With a reference (a KL term) it must stay:
         # `check_same_run` sees to that.
         "init_from",
@@ -178,6 +186,8 @@ MUST_STAY = frozenset(
         "tokenizer.think_start",
         "tokenizer.think_end",
         "data.name",
+        "data.fields",
+        "data.description",
         "data.style",
         "data.max_prompt_tokens",
         "data.overlong",

@@ -398,7 +398,7 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first = identity(tmp_path / "a")
     assert first == json.loads(json.dumps(first)) == identity(tmp_path / "b")
-    assert set(first["splits"]) == {"train", "validation"} and first["weights"]
+    assert set(first["examples"]) == {"train", "validation"} and first["weights"]
     tensors = load_file(tmp_path / "b/model.safetensors")
     save_file({k: v + 1e-3 for k, v in tensors.items()}, tmp_path / "b/model.safetensors")
     other = identity(tmp_path / "b")
