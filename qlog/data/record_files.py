@@ -3,7 +3,7 @@
 `expand` lists the files that a config names, `local` brings them onto this host, `open_files` opens
 them. What is held in memory, for a file of 1e6 records of 1 KB:
 
-    a.jsonl        8 bytes a record: its place in the file, which is mapped and read when asked for
+    a.jsonl        24 MB: where each record is; it is read when it is asked for
     a.jsonl.gz     the text, unpacked: 1 GB
     a.json         of an array, the parsed records: a few GB
     a.parquet      the columns as Arrow has them: 1 GB
@@ -15,15 +15,15 @@ import bisect
 import datetime
 import decimal
 import gzip
+import io
 import itertools
 import json
 import math
-import mmap
-import pathlib
+import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from qlog.data import fields
 from qlog.errors import ConfigError, summary
@@ -131,18 +131,22 @@ class _Opened(Protocol):
 class _Lines:
     """JSON lines. Blank lines are left out; lines are numbered from 1 with them."""
 
-    def __init__(self, name: str, text: bytes | mmap.mmap):
-        self._name, self._text = name, text
-        # Places in the file, as int64: lists of Python's integers would take 4 times as much.
-        self._starts, self._numbers = array.array("q"), array.array("q")
-        start, number = len(_BOM) if text[: len(_BOM)] == _BOM else 0, 1
-        while start < len(text):
-            end = text.find(b"\n", start)
-            end = len(text) if end < 0 else end
-            if text[start:end].strip():
-                self._starts.append(start)
+    def __init__(self, name: str, file: BinaryIO):
+        self._name = name
+        # A file that can be read at any place stays on the disk. One that is unpacked is held. It
+        # is not mapped: a file that is cut short while it is mapped ends the process.
+        self._file = file if isinstance(file, io.BufferedReader) else None
+        self._held = b"" if self._file else file.read()
+        # int64 arrays: lists of Python's integers would take 4 times as much.
+        self._starts, self._sizes = array.array("q"), array.array("q")
+        self._numbers = array.array("q")
+        place = 0
+        for number, line in enumerate(file if self._file else io.BytesIO(self._held), 1):
+            if (line.removeprefix(_BOM) if number == 1 else line).strip():
+                self._starts.append(place)
+                self._sizes.append(len(line))
                 self._numbers.append(number)
-            start, number = end + 1, number + 1
+            place += len(line)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -151,9 +155,12 @@ class _Lines:
         return f"{self._name}:{self._numbers[index]}"
 
     def record(self, index: int) -> Record:
-        start = self._starts[index]
-        end = self._text.find(b"\n", start)
-        line = self._text[start : len(self._text) if end < 0 else end]
+        start, size = self._starts[index], self._sizes[index]
+        if self._file:
+            # Unlike seek and read, this is one step: threads share the file.
+            line = os.pread(self._file.fileno(), size, start)
+        else:
+            line = self._held[start : start + size]
         where = self.where(index)
         value = _parsed(line, where, "put one whole JSON object on each line")
         if not isinstance(value, dict):
@@ -167,10 +174,10 @@ class _Lines:
 class _Array:
     """One JSON array of records."""
 
-    def __init__(self, name: str, text: bytes | mmap.mmap):
+    def __init__(self, name: str, file: BinaryIO):
         self._name = name
         self._records = _parsed(
-            text[:], name, "it begins with [, so the whole file must be one array of objects"
+            file.read(), name, "it begins with [, so the whole file must be one array of objects"
         )
         for index, record in enumerate(self._records):
             if not isinstance(record, dict):
@@ -200,7 +207,7 @@ class _Parquet:
 
         self._name = name
         try:
-            table = pq.ParquetFile(path, memory_map=True).read()
+            table = pq.ParquetFile(path).read()
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(
                 f"{name} cannot be read as Parquet ({summary(error)}): download or write it again."
@@ -225,22 +232,13 @@ class _Parquet:
 def _open(file: File) -> _Opened:
     if file.path.lower().endswith(PARQUET_SUFFIXES):
         return _Parquet(file.name, file.path)
-    text = _text(file)
-    first = text[: len(_BOM) + 4096].removeprefix(_BOM).lstrip()[:1]
-    return (_Array if first == b"[" else _Lines)(file.name, text)
-
-
-def _text(file: File) -> bytes | mmap.mmap:
-    """The bytes of a JSON file: mapped, so that the system reads what is asked for, or unpacked."""
-    path = pathlib.Path(file.path)
+    is_packed = file.path.lower().endswith(".gz")
     try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path) as packed:
-                return packed.read()
-        if not path.stat().st_size:
-            return b""  # an empty file cannot be mapped
-        with path.open("rb") as opened:
-            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        opened = gzip.open(file.path) if is_packed else open(file.path, "rb")
+        # What the content is, not what the name says: both are called .json.
+        is_array = opened.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
+        opened.seek(0)
+        return (_Array if is_array else _Lines)(file.name, cast(BinaryIO, opened))
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
             f"{file.name} cannot be read ({summary(error)}): correct the path, or write it again."
