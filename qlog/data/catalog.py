@@ -27,6 +27,15 @@ Section = Mapping[str, Any]  # the `data` section of a config
 
 # What the warm style opens with where `data.description` is empty and nothing better is known.
 _OWN_DESCRIPTION = "Do the task below. Reply with the answer alone, without an explanation."
+# What a section that was not made from the schema may leave out.
+_DEFAULTS = {
+    "manual_dir": "",
+    "data_dir": "",
+    "files": {},
+    "fields": {},
+    "description": "",
+    "world": {},
+}
 _SUFFIXES = {"jsonl": JSON_SUFFIXES, "parquet": PARQUET_SUFFIXES}
 
 
@@ -67,8 +76,8 @@ def find_corpus(section: Section) -> Corpus:
     Raises:
       ConfigError: no such data, or a key that they do not read.
     """
-    name = section["name"]
-    kinds = _kinds()
+    section = {**_DEFAULTS, **section}
+    name, kinds = section["name"], _kinds()
     if callable(name):
         own.check_function(name)
         kind = _Kind(_function, frozenset())
