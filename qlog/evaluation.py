@@ -157,7 +157,9 @@ def _inputs(experiment: Experiment, parameters_from: str) -> dict[str, Any]:
         "rollout": [
             rollout[name] for name in ("rationale_budget", "answer_reserve", "closing_text")
         ],
-        "data": [data_[name] for name in ("name", "style", "max_prompt_tokens", "overlong")],
+        "data": [data.label(data_.name), data_.style, data_.max_prompt_tokens, data_.overlong],
+        "description": data_.description,
+        "fields": data_.fields.to_dict(),
         "world": data_.world.to_dict(),
     }
     return json.loads(json.dumps(found))
@@ -169,7 +171,7 @@ def _summarise(config: ConfigDict, rows: list[Row]) -> dict[str, float]:
     summary = accuracy.summarise(
         rows,
         k=config.evaluation.rollouts_per_prompt,
-        dataset=config.data.name,
+        dataset=data.label(config.data.name),
         grader=grader,
         metrics=metrics,
         example=_example,
@@ -284,7 +286,7 @@ def record(
     """
     digest = hashlib.sha256(schema.to_json(config).encode()).hexdigest()[:16]
     about = {
-        "data": config.data.name,
+        "data": data.label(config.data.name),
         "split": config.evaluation.split,
         "source": parameters_from,
         "step": step,

@@ -224,7 +224,7 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
     )
     train_data = experiment.train_data
     assert train_data is not None, "describe is for runs that train"
-    dataset = [f"{config.data.name}, {config.data.style}, {len(train_data):,} prompts"]
+    dataset = [f"{data.label(config.data.name)}, {config.data.style}, {len(train_data):,} prompts"]
     dataset += [f"{n} skipped over {field}" for field, n in train_data.skipped.items()]
     budgets = (
         f"prompt {config.data.max_prompt_tokens}, rationale {rollout.rationale_budget}, "

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from qlog import experiment, losses, models
+from qlog import data, experiment, losses, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
@@ -131,9 +131,8 @@ def _versions() -> str:
 
 def _config(config: ConfigDict) -> str:
     check_config(config)
-    return (
-        f"{config.model}, {config.data.name} {config.data.style}, {losses.label(config.loss.name)}"
-    )
+    name, loss = data.label(config.data.name), losses.label(config.loss.name)
+    return f"{config.model}, {name} {config.data.style}, {loss}"
 
 
 def _devices() -> str:

@@ -23,7 +23,7 @@ from qlog import data, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.data import builders, chat_templates, tokenizer_files
+from qlog.data import chat_templates, tokenizer_files
 from qlog.errors import ConfigError
 from qlog.experiment.files import chat_template_path, tokenizer_path
 from qlog.storage import assets, paths
@@ -123,16 +123,13 @@ def _read_by(config: ConfigDict) -> list[Asset]:
                 ("tokenizer.chat_template",),
             )
         )
-    if section.name in data.TASKS:
+    corpus = data.find_corpus(section.to_dict())
+    if corpus.asset:
         found.append(
             Asset(
                 f"config.data.name = {section.name!r}",
-                f"data/{builders.staged_name(section.name)}",
-                lambda: builders.prepare(
-                    section.name,
-                    manual_dir=section.manual_dir or None,
-                    data_dir=section.data_dir or None,
-                ),
+                corpus.asset,
+                lambda: pathlib.Path(corpus.prepare() or ""),
                 lambda name: True,
                 f"{section.name} {section.manual_dir}",
             )

@@ -16,7 +16,15 @@ from qlog import losses
 from qlog.errors import ConfigError
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
-CHOICES = ("loss", "architecture", "chat_template_kwargs", "world", "runs")
+CHOICES = (
+    "loss",
+    "architecture",
+    "chat_template_kwargs",
+    "files",
+    "fields",
+    "world",
+    "runs",
+)
 # Keys whose value may be a function, or a list of functions, in the place of a name; what reads the
 # value checks it.
 FUNCTIONS = ("name", "reward", "grader", "metrics")
@@ -51,7 +59,13 @@ def default() -> ConfigDict:
             },
             # ---- Data ----
             "data": {
-                "name": "hotpotqa",  # finqa | hotpotqa | musique | multihop | multihop_text
+                # finqa | hotpotqa | musique | jsonl | parquet | multihop | multihop_text, or a
+                # function: its argument is a split's name, its result the examples
+                "name": "hotpotqa",
+                # Of train, validation and test: a path, folder or glob, or a list of them
+                "files": {},
+                "fields": {},  # which key of a record is the id, source, answer, aliases, rationale
+                "description": "",  # the warm style opens with it; '' is the dataset's own
                 # Folder with the official raw files; '' takes those in QLOG_ASSETS, or downloads
                 "manual_dir": "",
                 # Folder of the prepared data; one in a bucket is only read; '' is a cache folder
@@ -171,6 +185,7 @@ MAY_CHANGE = frozenset(
         "tokenizer.chat_template",
         "data.manual_dir",
         "data.data_dir",
+        "data.files",
         # Parameters come from the checkpoint. With a reference (a KL term) it must stay:
         # `check_same_run` sees to that.
         "init_from",
@@ -204,6 +219,8 @@ MUST_STAY = frozenset(
         "tokenizer.eos",
         "tokenizer.chat_template_kwargs",
         "data.name",
+        "data.fields",
+        "data.description",
         "data.style",
         "data.max_prompt_tokens",
         "data.overlong",

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from qlog import data, losses, models
 from qlog.config.streams import Stream, stream_key
-from qlog.data.splits import Split
+from qlog.data.splits import Identified, Split
 from qlog.grading.scorers import Panel
 from qlog.learner.types import Microbatch
 from qlog.parallel import distributed, sharding
@@ -88,27 +88,23 @@ class Experiment:
         return per_shard * sharding.num_batch_shards(self.mesh)
 
     def write_split_ids(self, path: paths.Path) -> None:
-        """Writes which records each split holds, or compares them with what an earlier start wrote.
+        """Writes which examples each split holds, or compares them with what is written there.
 
-        Process 0 does it for all; every process must call. Examples of synthetic tasks are made
-        from the config, so they have nothing to write.
+        Process 0 does it for all; every process must call. Endless data are made from the config,
+        so they have nothing to write.
 
         Raises:
           ConfigError: on every process: the data have changed since the run began.
         """
-        if records := self.records():
-            distributed.once_per_run(lambda: data.write_ids(path, self.config.data.name, records))
+        splits = {name: _listed(each) for name, each in self.splits().items() if not each.endless}
+        if splits:
+            name = data.label(self.config.data.name)
+            distributed.once_per_run(lambda: data.write_ids(path, name, splits))
 
-    def records(self) -> dict[str, Split]:
-        """The records of each open split that has any; its examples were converted from them."""
-        splits = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
-        return {
-            name: dataset.source.records
-            for name, dataset in splits.items()
-            if dataset is not None
-            and isinstance(dataset.source, data.Converted)
-            and isinstance(dataset.source.records, Split)
-        }
+    def splits(self) -> dict[str, data.Dataset]:
+        """The open splits by name."""
+        opened = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
+        return {name: dataset for name, dataset in opened.items() if dataset is not None}
 
     def abstract_params(self) -> models.Params:
         """ShapeDtypeStructs of the parameters, with their places on the mesh."""
@@ -162,3 +158,9 @@ class Experiment:
             self.optimizer.init(params),
             self.estimator.transform.init(scores),
         )
+
+
+def _listed(dataset: data.Dataset) -> Identified:
+    """The official records, which know the split they come from; other data as they are."""
+    records = dataset.source.records if isinstance(dataset.source, data.Converted) else None
+    return records if isinstance(records, Split) else dataset

@@ -182,7 +182,7 @@ def test_real_data_and_tokenizers_that_are_missing(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer\.path.*does not exist"):
         prepare(tree, ONE)
     tree.data.world = {"people": 3}
-    with pytest.raises(ConfigError, match="read only by the synthetic tasks"):
+    with pytest.raises(ConfigError, match="read only by multihop, multihop_text: remove"):
         prepare(tree, ONE)
 
 
