@@ -17,13 +17,13 @@ import shlex
 from collections.abc import Callable, Iterable
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.commands import entry
-from qlog.config import schema
+from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.data import builders, chat_templates, tokenizer_files
+from qlog.data import chat_templates, tokenizer_files
 from qlog.errors import ConfigError
 from qlog.experiment.files import chat_template_path, tokenizer_path
 from qlog.storage import assets, paths
@@ -123,16 +123,13 @@ def _read_by(config: ConfigDict) -> list[Asset]:
                 ("tokenizer.chat_template",),
             )
         )
-    if section.name in data.TASKS:
+    corpus = data.find_corpus(section.to_dict())
+    if corpus.asset:
         found.append(
             Asset(
                 f"config.data.name = {section.name!r}",
-                f"data/{builders.staged_name(section.name)}",
-                lambda: builders.prepare(
-                    section.name,
-                    manual_dir=section.manual_dir or None,
-                    data_dir=section.data_dir or None,
-                ),
+                corpus.asset,
+                lambda: pathlib.Path(corpus.prepare() or ""),
                 lambda name: True,
                 f"{section.name} {section.manual_dir}",
             )
@@ -223,9 +220,7 @@ class _Flags:
     """The command's flags. Defined when it runs: other commands have flags of the same names."""
 
     def __init__(self):
-        self.config = config_flags.DEFINE_config_file(
-            "config", None, "Config file, with variants after a colon."
-        )
+        self.config = command_line.define()
         self.model = flags.DEFINE_string(
             "model", "", "A Hub id to copy besides, or instead of, what a config names."
         )
@@ -255,5 +250,4 @@ def main(given: _Flags, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _given = _Flags()
-    entry.run(functools.partial(main, _given), _given.config)
+    entry.run(functools.partial(main, _Flags()))

@@ -19,6 +19,7 @@ import concurrent.futures
 import contextlib
 import errno
 import fnmatch
+import glob
 import hashlib
 import os
 import pathlib
@@ -127,6 +128,43 @@ def local(
             "the name."
         )
     return found
+
+
+def names(spec: str, field: str) -> list[str]:
+    """The files that `spec` names, sorted: itself, those in its folder, or those that match a glob.
+
+    Args:
+      spec: a path or a glob, here or in a bucket.
+      field: as in `local`.
+
+    Returns:
+      Each as `spec` is written, relative or not. Hidden files of a folder are left out. [] where
+      nothing is there.
+
+    Raises:
+      ConfigError, PassingError: as `local`.
+    """
+    path = paths.parse(spec, field)
+    if paths.is_remote(path):
+        with _faults(f"{field} = {spec!r}"):
+            below = _listing(path)
+            if below is None:
+                system, where = paths.file_system(path)
+                scheme = spec.partition("://")[0]
+                found = paths.retried(lambda: system.glob(where))
+                return sorted(f"{scheme}://{name}" for name in found)
+    else:
+        folder = pathlib.Path(path)
+        if not folder.exists():
+            found = glob.glob(os.fspath(path), recursive=True)
+            return sorted(name for name in found if os.path.isfile(name))
+        below = {"": None}
+        if folder.is_dir():
+            files = (file for file in folder.rglob("*") if file.is_file())
+            below = dict.fromkeys(file.relative_to(folder).as_posix() for file in files)
+    # A cache of the Hub's client lies in a hidden folder of what it has downloaded.
+    visible = [name for name in below if not any(p.startswith(".") for p in name.split("/"))]
+    return sorted(f"{spec.rstrip('/')}/{name}" if name else spec for name in visible)
 
 
 def is_there(path: pathlib.Path) -> bool:

@@ -5,6 +5,7 @@ run then starts.
 """
 
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
@@ -23,9 +24,10 @@ from safetensors.numpy import load_file, save_file
 
 from qlog import experiment, models
 from qlog.commands import stage
-from qlog.config import paper
+from qlog.config import paper, schema
 from qlog.data import builders, tokenizers
 from qlog.errors import ConfigError, PassingError
+from qlog.experiment import files
 from qlog.experiment.contents import identity as contents_of
 from qlog.experiment.files import load_formatter
 from qlog.models import huggingface
@@ -289,6 +291,43 @@ def test_raw_and_prepared_data_may_be_in_a_bucket(place, monkeypatch):
             builders.prepare("musique", data_dir=str(place / "data"))
 
 
+def test_files_of_ones_own_may_be_in_a_bucket(place, monkeypatch, tmp_path):
+    line = lambda i: json.dumps({"id": f"{i}", "source": f"{i} + 1 =", "answer": i + 1}) + "\n"
+    for name, numbers in (
+        ("a/train-0.jsonl", [0, 1]),
+        ("a/train-1.jsonl", [2]),
+        ("a/dev.jsonl", [3]),
+    ):
+        paths.write(place / name, "".join(map(line, numbers)))
+    paths.write(place / "b.jsonl.gz", gzip.compress(line(4).encode()))
+    paths.write(place / "a/.hidden/train-2.jsonl", "not JSON")
+    config = schema.default()
+    config.data.name = "jsonl"
+    for spec, expected in (
+        ("a/train-*.jsonl", ["0", "1", "2"]),
+        ("a", ["0", "1", "2"]),
+        ("a/", ["0", "1", "2"]),
+        ("b.jsonl.gz", ["4"]),
+        (["b.jsonl.gz", "a/*-1.jsonl"], ["4", "2"]),
+    ):
+        several = spec if isinstance(spec, list) else [spec]
+        # A trailing slash would be lost in a path.
+        named = [f"{place}/{each}" for each in several]
+        validation = f"{place}/a/dev.jsonl"
+        config.data.files = {"train": named, "validation": validation, "test": validation}
+        prepared = files.prepare_data(config)
+        assert [e.id for e in files.open_source(config, "train", prepared)] == expected, spec
+    if paths.is_remote(place):
+        before = copies(tmp_path)
+        assert before
+        files.prepare_data(config)
+        assert copies(tmp_path) == before  # nothing is copied twice
+    for spec in ("none.jsonl", "none/*.jsonl", "none"):
+        config.data.files = {"train": f"{place}/{spec}"}
+        with pytest.raises(ConfigError, match=f"files.train = '{place}/.* is neither a file nor"):
+            files.prepare_data(config)
+
+
 # ---- One command, then a run ----
 
 _BUDGETS = [  # of two CPU cores
@@ -441,7 +480,7 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first = identity(tmp_path / "a")
     assert first == json.loads(json.dumps(first)) == identity(tmp_path / "b")
-    assert set(first["splits"]) == {"train", "validation"} and first["weights"]
+    assert set(first["examples"]) == {"train", "validation"} and first["weights"]
     tensors = load_file(tmp_path / "b/model.safetensors")
     save_file({k: v + 1e-3 for k, v in tensors.items()}, tmp_path / "b/model.safetensors")
     other = identity(tmp_path / "b")
@@ -452,7 +491,7 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
 
 _PREPARE = """
 import sys
-from qlog.config import paper
+from qlog.config import paper, schema
 from qlog.experiment import files
 from qlog.parallel import distributed
 
@@ -461,6 +500,39 @@ config.data.manual_dir = sys.argv[1]
 with distributed.processes("on"):
     print("prepared", files.prepare_data(config))
 """
+
+
+_OWN = """
+import sys
+from qlog.config import default
+from qlog.experiment import files
+from qlog.parallel import distributed
+
+config = default()
+config.data.name = "jsonl"
+config.data.files = {"train": sys.argv[1]}
+with distributed.processes("on"):
+    prepared = files.prepare_data(config)
+    print("opened", [e.id for e in files.open_source(config, "validation", prepared)])
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_process_of_a_host_copies_own_files_for_all(broken, google, tmp_path, monkeypatch):
+    for name, value in google.items():
+        monkeypatch.setenv(name, value)
+    bucket = paths.parse(f"gs://bucket/{tmp_path.name}")
+    text = "".join(f'{{"id": "i{i}", "source": "s", "answer": {i}}}\n' for i in range(20))
+    paths.write(bucket / "a.jsonl", text[:-5] if broken else text)
+    (tmp_path / "program.py").write_text(_OWN)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    program = [tmp_path / "program.py", f"{bucket}/*.jsonl"]
+    command = [sys.executable, "launch/local", "--processes=2", "--", *program]
+    printed = run(command, environment, status=2 if broken else 0)
+    assert printed.count("copying") == 1, printed
+    assert printed.count("a.jsonl:20 is not JSON" if broken else "opened ['i4', 'i15']") == 2, (
+        printed
+    )
 
 
 @pytest.mark.parametrize("broken", [False, True])
