@@ -291,7 +291,7 @@ def _check_tokenizer(config: ConfigDict) -> None:
 
     section = config.tokenizer
     for name in section.eos:
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name:
             raise ConfigError(
                 f"config.tokenizer.eos = {section.eos!r} must hold names of control tokens."
             )
