@@ -147,8 +147,9 @@ def test_my_data_reward_and_metric_from_a_wheel(folder, installed):
     rollouts = read_jsonl(folder / "out/rollouts.jsonl")
     assert "Add the numbers." in rollouts[0]["prompt"]
     assert json.loads((folder / "out/config.json").read_text())["loss"]["max_coefficient"] == 5
-    # The same command has nothing more to do; another file is another run.
-    assert "finished before" in _main(folder, installed, "--workdir=out").stdout
+    # The same command has nothing more to do.
+    again = _main(folder, installed, "--config.loss.max_coefficient=5", "--workdir=out")
+    assert "finished before" in again.stdout, again.stderr
 
 
 def test_a_mistake_in_it_is_one_sentence(folder, installed):
