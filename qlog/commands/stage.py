@@ -9,11 +9,14 @@ QLOG_ASSETS=gs://BUCKET/assets, runs on every host find it by the names that the
 ask neither the Hub nor a dataset's server. Uses no accelerator.
 """
 
+import atexit
 import dataclasses
 import functools
 import os
 import pathlib
 import shlex
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 
 from absl import flags, logging
@@ -23,7 +26,7 @@ from qlog import data, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.data import chat_templates, tokenizer_files
+from qlog.data import catalog, chat_templates, tokenizer_files
 from qlog.errors import ConfigError
 from qlog.experiment.files import chat_template_path, tokenizer_path
 from qlog.storage import assets, paths
@@ -134,6 +137,18 @@ def _read_by(config: ConfigDict) -> list[Asset]:
                 f"{section.name} {section.manual_dir}",
             )
         )
+    for split, specs in corpus.files.items():
+        if not all(map(paths.is_remote, specs)):  # every host reads a bucket by itself
+            found.append(
+                Asset(
+                    f"config.data.files.{split}",
+                    f"data/files/{split}",
+                    functools.partial(_linked, corpus, split),
+                    lambda name: True,
+                    str([os.path.abspath(spec) for spec in specs]),
+                    (f"data.files.{split}",),
+                )
+            )
     return found
 
 
@@ -178,6 +193,17 @@ def stage(wanted: Iterable[Asset], to: str, say: Callable[[str], object] = print
     say(f"Runs find this with {assets.ENVIRONMENT}={shlex.quote(str(target))}")
     if flags_:
         say(f"and, for what the config names by a local path, {shlex.join(flags_)}")
+
+
+def _linked(corpus: data.Corpus, split: str) -> pathlib.Path:
+    """A new folder with links to the files of a split, in their order."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="qlog-stage-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # The number also keeps apart two files of the same name. And no name begins with a split's:
+    # all are read as files of this one.
+    for i, file in enumerate(catalog.fetched_files(corpus.prepare())[split]):
+        (folder / f"{i:05d}-{pathlib.Path(file.path).name}").symlink_to(os.path.abspath(file.path))
+    return folder
 
 
 def _model(field: str, spec: str, weights: bool) -> Asset:

@@ -12,7 +12,7 @@ own), or a function that returns examples. A kind of data is one function here a
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qlog.data import builders, fields, hub, own, record_files, splits, synthetic
@@ -53,6 +53,7 @@ class Corpus:
       endless: examples are made when asked for, so only the first ones are measured.
       asset: the folder of the prepared data among staged assets, relative to QLOG_ASSETS; '' where
         `prepare` makes none.
+      files: by split, the paths that the config names, which hosts have to share.
     """
 
     task: Task
@@ -61,6 +62,7 @@ class Corpus:
     tokenizer: Tokenizer | None = None
     endless: bool = False
     asset: str = ""
+    files: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 class _Kind(NamedTuple):
@@ -105,7 +107,7 @@ def find_corpus(section: Section) -> Corpus:
 
 def label(name: str | Callable[..., Any]) -> str:
     """`data.name` as text; of a function its qualified name, as config.json keeps it."""
-    return name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}"
+    return name if isinstance(name, str) else name.__qualname__
 
 
 def _kinds() -> dict[str, _Kind]:
@@ -166,12 +168,13 @@ def _hub(section: Section) -> Corpus:
         TASKS[name],
         prepare=functools.partial(_fetch, specs, PARQUET_SUFFIXES + JSON_SUFFIXES),
         open=functools.partial(_open_hub, name),
+        files=specs,
     )
 
 
 def _open_hub(name: str, split: str, prepared: str | None) -> Converted:
     # The same rule on the same official ids: the same examples as from the official files.
-    files = _files(prepared)
+    files = fetched_files(prepared)
     available = [_OFFICIAL_SPLITS[each] for each in files]
     official = splits.official_split(name, split, available)
     on_hub = next(each for each, other in _OFFICIAL_SPLITS.items() if other == official)
@@ -217,11 +220,12 @@ def _own_files(section: Section) -> Corpus:
         Task(name, _OWN_DESCRIPTION),
         prepare=functools.partial(_fetch, specs, _SUFFIXES[name]),
         open=functools.partial(_open_own, reader),
+        files=specs,
     )
 
 
 def _open_own(reader: own.Reader, split: str, prepared: str | None) -> own.OwnExamples:
-    files = _files(prepared)
+    files = fetched_files(prepared)
     source = splits.own_source(split, list(files))
     examples = own.OwnExamples(RecordFiles(files[source]), reader)
     # Other splits may be drawn from these records: then this one is what is left of them.
@@ -257,8 +261,8 @@ def _fetch(specs: Mapping[str, list[str]], suffixes: tuple[str, ...]) -> str:
     return json.dumps(found)
 
 
-def _files(prepared: str | None) -> dict[str, list[File]]:
-    """What `_fetch` returned."""
+def fetched_files(prepared: str | None) -> dict[str, list[File]]:
+    """Of a corpus with `files`, what `prepare` returned: the files of each split, on this host."""
     assert prepared, "files are opened with what `prepare` returned"
     return {split: [File(*file) for file in files] for split, files in json.loads(prepared).items()}
 
@@ -267,7 +271,7 @@ def _files(prepared: str | None) -> dict[str, list[File]]:
 
 
 def _function(section: Section) -> Corpus:
-    function: Callable[[str], list[Example]] = section["name"]
+    function: Callable[[str], Sequence[Example]] = section["name"]
     return Corpus(
         Task(function.__name__, _OWN_DESCRIPTION),
         prepare=lambda: None,

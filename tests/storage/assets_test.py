@@ -328,6 +328,29 @@ def test_files_of_ones_own_may_be_in_a_bucket(place, monkeypatch, tmp_path):
             files.prepare_data(config)
 
 
+def test_files_of_ones_own_are_staged(place, tmp_path):
+    for folder, i in (("a", 0), ("b", 1)):
+        file = tmp_path / folder / "train.jsonl"
+        file.parent.mkdir()
+        file.write_text(json.dumps({"id": f"{i}", "source": "s", "answer": i}))
+    config = schema.default()
+    config.data.name = "jsonl"
+    config.weights, config.tokenizer.path = "random", ""
+    config.data.files = {
+        "train": str(tmp_path / "*" / "train.jsonl"),
+        "validation": "gs://bucket/elsewhere.jsonl",
+    }
+    wanted = stage.plan(config)
+    assert [asset.name for asset in wanted] == ["data/files/train"]
+    config.data.files = {"train": config.data.files.train}
+    said = []
+    stage.stage(stage.plan(config), str(place), said.append)
+    flag = re.search(r"--config.data.files.train=(\S+)", said[-1])[1]
+    config.data.files = {"train": flag}
+    source = files.open_source(config, "train", files.prepare_data(config))
+    assert [example.id for example in source] == ["0", "1"]
+
+
 # ---- One command, then a run ----
 
 _BUDGETS = [  # of two CPU cores
@@ -530,7 +553,7 @@ def test_one_process_of_a_host_copies_own_files_for_all(broken, google, tmp_path
     command = [sys.executable, "launch/local", "--processes=2", "--", *program]
     printed = run(command, environment, status=2 if broken else 0)
     assert printed.count("copying") == 1, printed
-    assert printed.count("a.jsonl:20 is not JSON" if broken else "opened ['i4', 'i15']") == 2, (
+    assert printed.count("a.jsonl:20 is not JSON" if broken else "opened ['i15', 'i14']") == 2, (
         printed
     )
 
