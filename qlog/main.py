@@ -1,16 +1,13 @@
 """The command line: `python -m qlog.main --config=configs/quickstart.py`."""
 
 import pathlib
-import sys
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 from qlog.commands import entry
+from qlog.config import command_line
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with variants after a colon."
-)
+_CONFIG = command_line.define()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate", "sample", "export", "compile"], "What to do."
@@ -57,23 +54,18 @@ def main(argv: list[str]) -> int:
             return modes.run(
                 _MODE.value,
                 _CONFIG.value,
-                _WORKDIR.value or default_workdir(sys.argv),
+                _WORKDIR.value or default_workdir(command_line.spec()),
                 checkpoint=_CHECKPOINT.value,
                 from_samples=_FROM_SAMPLES.value,
                 topology=_TOPOLOGY.value,
             )
 
 
-def default_workdir(argv: list[str]) -> str:
-    """runs/hotpotqa-cold,garl for --config=configs/hotpotqa.py:cold,garl.
-
-    Args:
-      argv: the command line, with one --config=... .
-    """
-    value = next(a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config=")))
-    path, _, variant = value.partition(":")
+def default_workdir(spec: str) -> str:
+    """runs/hotpotqa-cold,garl for the config configs/hotpotqa.py:cold,garl."""
+    path, _, variant = spec.partition(":")
     return f"runs/{pathlib.Path(path).stem}" + (f"-{variant}" if variant else "")
 
 
 if __name__ == "__main__":
-    entry.run(main, _CONFIG)
+    entry.run(main)

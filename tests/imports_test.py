@@ -17,13 +17,13 @@ FLOORS = """
     learner rollouts runs
     config policy records
     data models parallel
-    storage
-    console errors grading losses
+    grading storage
+    console errors losses
 """
 # All that these rooms may import from the rest of qlog.
 KNOWS = {
     "losses": set(),
-    "grading": set(),
+    "grading": {"errors"},
     "errors": set(),
     "console": set(),
     "storage": {"errors"},

@@ -23,8 +23,9 @@ import launch_fixtures
 import pytest
 from absl import flags as absl_flags
 from gcp_storage_emulator.server import create_server
-from ml_collections import config_flags
 from places import ROOT
+
+from qlog.config import command_line
 
 PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("README.md"))]
 DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", *PAGES]
@@ -150,9 +151,8 @@ def check_main_flags(words):
     for word in named:
         check_config(word.partition("=")[2])
     if named and not re.fullmatch(r"--config=(\.\.\.|mine\.py)", named[0]):
-        config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=own)
-        values(own)
-        _ = values.config.seed  # an override of a field that is not there says so
+        command_line.define(values=values)
+        command_line.parse(own, values)  # a field that is not there is an error
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--config") and value != "...":

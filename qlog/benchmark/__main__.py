@@ -8,15 +8,13 @@ Random weights and tokens: nothing is read or downloaded. Every rollout has the 
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from qlog.benchmark.report import report
 from qlog.commands import entry
+from qlog.config import command_line
 from qlog.parallel import process
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with variants after a colon."
-)
+_CONFIG = command_line.define()
 _PROMPT = flags.DEFINE_integer("prompt", 0, "Prompt tokens; 0 is data.max_prompt_tokens.")
 _RATIONALE = flags.DEFINE_integer(
     "rationale", 0, "Rationale tokens; 0 is rollout.rationale_budget."
@@ -43,4 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, _CONFIG)
+    entry.run(main)

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from qlog import data, experiment, models
+from qlog import data, experiment, losses, models
 from qlog.commands import entry
-from qlog.config import schema
+from qlog.config import command_line, schema
 from qlog.config.check import check_config
 from qlog.errors import ConfigError, summary
 from qlog.experiment import files
@@ -131,7 +131,10 @@ def _versions() -> str:
 
 def _config(config: ConfigDict) -> str:
     check_config(config)
-    return f"{config.model}, {data.label(config.data.name)} {config.data.style}, {config.loss.name}"
+    return (
+        f"{config.model}, {data.label(config.data.name)} {config.data.style}, "
+        f"{losses.label(config.loss.name)}"
+    )
 
 
 def _devices() -> str:
@@ -256,19 +259,20 @@ def _tokenizer(config: ConfigDict) -> str:
     # On one device: the mesh is checked above.
     config = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
     prepared = experiment.prepare(config, jax.local_devices()[:1], train=False, evaluate=False)
-    vocabulary = prepared.policy.config.vocab_size
-    return f"{prepared.policy.valid_vocab} tokens, for {vocabulary} rows of the model"
+    vocabulary, formatter = prepared.policy.config.vocab_size, prepared.formatter
+    assert formatter  # `prepare` reads files
+    return (
+        f"{prepared.policy.valid_vocab} tokens, for {vocabulary} rows of the model; answers end "
+        f"with {formatter.tokenizer.describe_ends()}; chat template: {formatter.template_name}"
+    )
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     # Not the global flags: other commands of the same process have flags of the same names.
     own = flags.FlagValues()
-    wanted = config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file of the planned run, with variants after a colon.",
-        flag_values=own,
+    wanted = command_line.define(
+        "Config file of the planned run, with variants after a colon.", own
     )
     workdir = flags.DEFINE_string(
         "workdir", "runs", "Where the run is to be kept.", flag_values=own
@@ -281,12 +285,11 @@ def main(argv: list[str]) -> int:
         flag_values=own,
     )
     try:
-        rest = own(argv)
+        rest = command_line.parse(argv, own)
         config = wanted.value
-        getattr(config, "seed", None)  # a file that did not load raises when it is first used
         entry.only_flags(rest)
     except (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-        print(f"qlog.commands.doctor: {entry.sentence(error, argv)}", file=sys.stderr)
+        print(f"qlog.commands.doctor: {entry.sentence(error)}", file=sys.stderr)
         return 2
     with distributed.processes(processes.value):
         return run(config, workdir.value)

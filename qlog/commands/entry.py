@@ -1,27 +1,24 @@
 """What the commands share: flags in, and a mistake out, in one sentence."""
 
-import functools
-import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags
 
+from qlog.config import command_line
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 from qlog.storage import paths
 
 
-def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> None:
+def run(main: Callable[[list[str]], int | None]) -> None:
     """`app.run(main)`, with mistakes told in one sentence on stderr instead of a traceback.
 
-    A wrong flag ends with status 2, an exception of `qlog.errors` with its own status.
-
-    Args:
-      config: the command's --config.
+    A wrong flag ends with status 2, an exception of `qlog.errors` with its own status. The command
+    has defined its --config by `command_line.define`.
     """
     try:
-        app.run(main, flags_parser=functools.partial(_parse, config))
+        app.run(main, flags_parser=_parse)
     except QLOG_ERRORS as error:
         _fail(str(error), error.status)
     except Stop as stop:
@@ -32,14 +29,12 @@ def run(main: Callable[[list[str]], int | None], config: flags.FlagHolder) -> No
         raise
 
 
-def _parse(config: flags.FlagHolder, argv: list[str]) -> list[str]:
+def _parse(argv: list[str]) -> list[str]:
     """What is left of the command line when the flags are read."""
     try:
-        rest = flags.FLAGS(argv)
-        getattr(config.value, "seed", None)  # a file that did not load raises when it is used
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-        _fail(sentence(error, argv))
+        return command_line.parse(argv)
+    except (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        _fail(sentence(error))
 
 
 def only_flags(argv: list[str]) -> None:
@@ -52,24 +47,11 @@ def only_flags(argv: list[str]) -> None:
         raise ConfigError(f"what is {argv[1]!r}? Settings are given as --config.section.key=value")
 
 
-def sentence(error: Exception, argv: list[str]) -> str:
-    """What is wrong with the command line, in one sentence.
-
-    Args:
-      error: what parsing the flags raised.
-      argv: the command line.
-    """
+def sentence(error: Exception) -> str:
+    """One sentence from what `command_line.parse` raised."""
     text = str(error)
-    if isinstance(error, (AttributeError, KeyError)):
-        # --config.train.stepz=3 raises an error whose text begins with the name 'stepz'.
-        key = re.match(r"\W*(\w*)", text)[1]
-        for flag in argv:
-            if key in flag.partition("=")[0].split(".")[1:]:
-                similar = re.search(r'Did you mean "(\w+)"', text)
-                remedy = "qlog/config/schema.py lists them all."
-                if similar:
-                    remedy = f"did you mean {similar[1]!r}?"
-                return f"{flag}: the config has no field {key!r}; {remedy}"
+    if isinstance(error, (AttributeError, KeyError, TypeError)):  # raised by the config file itself
+        text = f"--config: {type(error).__name__}: {text}"
     # When a config file raises, config_flags puts the traceback into the message of its own error.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     text = lines[-1] if "Traceback" in text else " ".join(lines)

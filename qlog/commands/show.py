@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from qlog.config import command_line
 from qlog.data import Example, Formatter, Tokenizer, pipeline
 from qlog.errors import QLOG_ERRORS
 from qlog.experiment import files
@@ -43,6 +44,8 @@ def report(
         over = "-" if limit is None else f"{(column > limit.tokens).sum():,}"
         most = "-" if limit is None else f"{limit.tokens:,}"
         yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{most:>9}{over:>9}"
+    yield f"chat template: {formatter.template_name}"
+    yield f"answers end with: {formatter.tokenizer.describe_ends()}"
     # Prompts once more, in a sentence: theirs is the limit that a user can raise, and
     # config.data.overlong says whether a longer one is an error or is skipped.
     over = (lengths[:, 0] > limits.prompt.tokens).sum()
@@ -97,17 +100,17 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
         print("name a config file first, as in configs/hotpotqa.py:warm", file=sys.stderr)
         return 2
-    # The first argument becomes the flag that config_flags reads. The flags are defined in a
+    # The first argument becomes the flag that names the config. The flags are defined in a
     # FlagValues of this call, so that a second call in the process can define them again.
     argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    config = command_line.define(values=values)
     split = flags.DEFINE_string("split", "train", "train, validation or test", flag_values=values)
     num_examples = flags.DEFINE_integer(
         "examples", 1, "how many examples to print", flag_values=values
     )
     try:
-        values(argv)
+        command_line.parse(argv, values)
         source, formatter, limits = _open(config.value, split.value)
         for line in report(source, formatter, limits, range(min(num_examples.value, len(source)))):
             print(line)

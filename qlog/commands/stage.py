@@ -20,15 +20,15 @@ import tempfile
 from collections.abc import Callable, Iterable
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.commands import entry
-from qlog.config import schema
+from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.data import catalog
+from qlog.data import catalog, chat_templates, tokenizer_files
 from qlog.errors import ConfigError
-from qlog.experiment.files import tokenizer_path
+from qlog.experiment.files import chat_template_path, tokenizer_path
 from qlog.storage import assets, paths
 
 
@@ -44,6 +44,7 @@ class Asset:
       spec: what the config names; it tells apart two assets of the same `name`.
       flags: config fields that a run has to set to use it; () where the name that the config has
         already finds it.
+      companions: names of files next to a single file that go there with it.
     """
 
     what: str
@@ -52,6 +53,7 @@ class Asset:
     is_wanted: Callable[[str], bool]
     spec: str
     flags: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
 
 
 def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
@@ -109,6 +111,19 @@ def _read_by(config: ConfigDict) -> list[Asset]:
                 _files_of_model(weights=False),
                 str(path),
                 ("tokenizer.path",),
+                companions=tokenizer_files.NAMES,
+            )
+        )
+    if config.tokenizer.chat_template not in ("", chat_templates.BUILT_IN_NAME):
+        spec = config.tokenizer.chat_template
+        found.append(
+            Asset(
+                f"config.tokenizer.chat_template = {spec!r}",
+                f"chat_templates/{_last(spec)}",
+                lambda: chat_template_path(config) or pathlib.Path(spec),
+                lambda name: True,
+                spec,
+                ("tokenizer.chat_template",),
             )
         )
     corpus = data.find_corpus(section.to_dict())
@@ -158,7 +173,11 @@ def stage(wanted: Iterable[Asset], to: str, say: Callable[[str], object] = print
     for asset in wanted:
         source = pathlib.Path(asset.fetch())
         folder = source.parent if source.is_file() else source
-        names = [source.name] if source.is_file() else list(filter(asset.is_wanted, files(source)))
+        if source.is_file():
+            names = [name for name in asset.companions if (folder / name).is_file()]
+            names.append(source.name)  # the one that runs look for is copied last
+        else:
+            names = list(filter(asset.is_wanted, files(source)))
         if not names:
             raise ConfigError(
                 f"{asset.what}: {source} holds no files that a run reads: correct the name."
@@ -227,9 +246,7 @@ class _Flags:
     """The command's flags. Defined when it runs: other commands have flags of the same names."""
 
     def __init__(self):
-        self.config = config_flags.DEFINE_config_file(
-            "config", None, "Config file, with variants after a colon."
-        )
+        self.config = command_line.define()
         self.model = flags.DEFINE_string(
             "model", "", "A Hub id to copy besides, or instead of, what a config names."
         )
@@ -259,5 +276,4 @@ def main(given: _Flags, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _given = _Flags()
-    entry.run(functools.partial(main, _given), _given.config)
+    entry.run(functools.partial(main, _Flags()))

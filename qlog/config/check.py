@@ -18,7 +18,8 @@ from qlog import losses, models
 from qlog.config import schema
 from qlog.config.schema import CHOICES
 from qlog.errors import ConfigError
-from qlog.grading import graders
+from qlog.grading import scorers
+from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
 from qlog.parallel import sharding
 
@@ -28,6 +29,7 @@ _LIMITS = {
     "rollout.rationale_budget": (0, math.inf),
     "rollout.answer_reserve": (1, math.inf),
     "rollout.prompts_per_wave": (0, math.inf),
+    "rollout.reward_threads": (1, 1024),
     "rollout.temperature": (1e-3, math.inf),
     "train.steps": (1, math.inf),
     "train.prompts_per_step": (1, math.inf),
@@ -89,9 +91,11 @@ def check_config(config: ConfigDict) -> None:
                 f"config.profile.steps = {config.profile.steps!r} must hold whole numbers."
             )
     _check_architecture(config)
+    _check_tokenizer(config)
     _check_data(config)
     _check_slices(config)
-    build_estimator(config)
+    reward_scorers(config, build_estimator(config))
+    evaluation_scorers(config)
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
@@ -162,24 +166,14 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     """The loss that `config.loss` names, for M = rollout.rollouts_per_prompt rollouts.
 
     Raises:
-      ConfigError: unknown name or argument, a value out of range, a reward that is no grader's
-        name, too few rollouts, a transform that reads scores which the estimator does not ask for.
+      ConfigError: unknown name or argument, a value out of range, too few rollouts, a transform
+        that reads scores which the estimator does not ask for.
     """
     section = dict(config.loss)
     name = section.pop("name")
-    if callable(name) and not hasattr(name, "__qualname__"):
-        raise ConfigError(
-            f"config.loss.name is an object of type {type(name).__name__}, which has no name that "
-            "config.json could keep: give a function made with def that returns the Estimator."
-        )
-    label = name.__qualname__ if callable(name) else name
     num_rollouts = config.rollout.rollouts_per_prompt
     try:
-        built = name(**section) if callable(name) else losses.build(name, **section)
-        if not isinstance(built, losses.Estimator):  # else it fails deep inside a step
-            raise TypeError(f"{label} must return a losses.Estimator, got {built!r}")
-        if built.reward is not None:
-            graders.by_name(built.reward)
+        label, built = losses.label(name), losses.estimator(name, section)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
     # Annotated rationales: M copies of the same one would only cost time.
@@ -196,6 +190,47 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
         )
     _check_transform(built, config.train.prompts_per_step, num_rollouts)
     return built
+
+
+def reward_scorers(config: ConfigDict, estimator: losses.Estimator) -> tuple[Scorer, ...]:
+    """What scores sampled answers in training: `rollout.reward`, or the estimator's own grader.
+
+    Returns:
+      Scorers of distinct names; () where the estimator asks for no reward.
+
+    Raises:
+      ConfigError: an unknown name, a function that cannot be called, a reward that nothing reads.
+    """
+    value = config.rollout.reward
+    if estimator.reward is None:
+        if value != "":
+            raise ConfigError(
+                f"config.rollout.reward = {value!r} is read by nothing: the loss learns from the "
+                "gold answers' probabilities and samples no answers; remove it, or take a loss "
+                "with a reward (grpo, rloo, maxrl). evaluation.metrics measures without one."
+            )
+        return ()
+    if isinstance(value, (list, tuple)) and not value:
+        raise ConfigError(f"config.rollout.reward = {value!r} names nothing: '' is the loss's own.")
+    own = value == ""
+    return scorers.read(
+        estimator.reward if own else value, "config.loss.reward" if own else "config.rollout.reward"
+    )
+
+
+def evaluation_scorers(config: ConfigDict) -> tuple[Scorer, tuple[Scorer, ...]]:
+    """`evaluation.grader` and `evaluation.metrics`.
+
+    Raises:
+      ConfigError: an unknown name, a function that cannot be called, several graders.
+    """
+    graders = scorers.read(config.evaluation.grader, "config.evaluation.grader")
+    if len(graders) != 1:
+        raise ConfigError(
+            f"config.evaluation.grader = {config.evaluation.grader!r} must be one grader: name the "
+            "others in evaluation.metrics."
+        )
+    return graders[0], scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
 
 
 def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts: int) -> None:
@@ -223,7 +258,7 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         if key not in known:
             value = "" if isinstance(config[key], ConfigDict) else f" = {config[key]!r}"
             raise ConfigError(f"{name}{value} is read by nothing{closest(key, known)}.")
-        if key in CHOICES:
+        if key in CHOICES or key in schema.FUNCTIONS:
             continue  # checked by what was chosen there
         if isinstance(known[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):
@@ -232,8 +267,6 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
             continue
         wanted, value = type(known[key]), config[key]
         if wanted is float and type(value) is int:
-            continue
-        if name == "config.data.name" and callable(value):
             continue
         if type(value) is not wanted:  # isinstance would take True for an int
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
@@ -249,17 +282,66 @@ def _check_architecture(config: ConfigDict) -> None:
             )
 
 
+def _check_tokenizer(config: ConfigDict) -> None:
+    """What can be said about the tokenizer's fields without its files."""
+    # Not above, as in `_check_data`.
+    from qlog.data.chat_templates import BUILT_IN_NAME
+
+    section = config.tokenizer
+    for name in section.eos:
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"config.tokenizer.eos = {section.eos!r} must hold names of control tokens."
+            )
+    template, arguments = section.chat_template, section.chat_template_kwargs
+    if template not in ("", BUILT_IN_NAME) and not template.endswith(".jinja"):
+        raise ConfigError(
+            f"config.tokenizer.chat_template = {template!r} must be the path of a .jinja file, "
+            f"{BUILT_IN_NAME!r}, or '' for the model's own template"
+            f"{closest(template, (BUILT_IN_NAME,))}."
+        )
+    if not isinstance(arguments, ConfigDict):
+        raise ConfigError(
+            f"config.tokenizer.chat_template_kwargs = {arguments!r} must be a section of variables."
+        )
+    for key, value in arguments.items():
+        if template == BUILT_IN_NAME:
+            raise ConfigError(
+                f"config.tokenizer.chat_template_kwargs.{key} = {value!r} is not read by a "
+                "built-in template: remove it."
+            )
+        try:
+            json.dumps(value, default=dict)  # a ConfigDict in a list, say
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"config.tokenizer.chat_template_kwargs.{key} = {value!r} must be text, numbers, "
+                "lists or sections of these, as a template reads them."
+            ) from None
+    if config.data.style == "warm":
+        return
+    given = {f"chat_template_kwargs.{key}": value for key, value in arguments.items()}
+    for key, value in {**({"chat_template": template} if template else {}), **given}.items():
+        raise ConfigError(
+            f"config.tokenizer.{key} = {value!r} is read only by the warm style: set "
+            "config.data.style = 'warm', or remove it."
+        )
+
+
 def _check_data(config: ConfigDict) -> None:
     """The data exist, as far as no file has to be read, and every key that is set is read."""
     # Not above: tokenizers and grain take a second, and config files need only the schema.
     from qlog.data import find_corpus, label
 
     corpus = find_corpus(config.data.to_dict())
-    if corpus.tokenizer is not None and config.tokenizer.path:
-        raise ConfigError(
-            f"config.tokenizer.path = {config.tokenizer.path!r} is not read by "
-            f"{label(config.data.name)!r}, which brings its own tokenizer: remove it."
-        )
+    if corpus.tokenizer is None:
+        return
+    for key in ("path", "eos", "chat_template", "chat_template_kwargs"):
+        if value := config.tokenizer[key]:
+            shown = value.to_dict() if isinstance(value, ConfigDict) else value
+            raise ConfigError(
+                f"config.tokenizer.{key} = {shown!r} is not read by "
+                f"{label(config.data.name)!r}, which brings its own tokenizer: remove it."
+            )
 
 
 def _check_slices(config: ConfigDict) -> None:

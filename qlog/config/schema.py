@@ -6,20 +6,25 @@ error.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
 from qlog import losses
+from qlog.errors import ConfigError
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
-CHOICES = ("loss", "architecture", "files", "fields", "world", "runs")
+CHOICES = ("loss", "architecture", "chat_template_kwargs", "files", "fields", "world", "runs")
+# Keys whose value may be a function, or a list of functions, in the place of a name; what reads the
+# value checks it.
+FUNCTIONS = ("name", "reward", "grader", "metrics")
 
 
 def default() -> ConfigDict:
     """Every field of a run with its default. Lengths are in tokens."""
-    return ConfigDict(
+    return _open(
         {
             "seed": 0,  # data order, sampling keys, random weights
             # ---- Model ----
@@ -36,13 +41,19 @@ def default() -> ConfigDict:
                 "path": "",  # folder, file or Hub id; '' takes the one next to weights or model
                 "think_start": "<think>",  # piece that opens a rationale
                 "think_end": "</think>",  # piece that closes it
+                # Control tokens that end an answer, the one that closes gold answers first; ()
+                # takes those of the known families. A flag gives one, and may be repeated. Those of
+                # tokenizer_config.json and generation_config.json end an answer as well.
+                "eos": (),
+                # Of the warm style: a .jinja file, 'builtin', or '': the model's own, else built-in
+                "chat_template": "",
+                "chat_template_kwargs": {},  # variables for it, such as Llama 3's date_string
             },
             # ---- Data ----
             "data": {
                 # finqa | hotpotqa | musique | jsonl | parquet | multihop | multihop_text, or a
-                # function: its argument is a split's name, its result the examples. (The reference
-                # lets a text be replaced by a function.)
-                "name": FieldReference("hotpotqa", field_type=object),
+                # function: its argument is a split's name, its result the examples
+                "name": "hotpotqa",
                 # Of train, validation and test: a path, folder or glob, or a list of them
                 "files": {},
                 "fields": {},  # which key of a record is the id, source, answer, aliases, rationale
@@ -66,9 +77,17 @@ def default() -> ConfigDict:
                 # Of a shard: prompts whose rollouts have caches in memory at a time; 0 is all
                 "prompts_per_wave": 0,
                 "closing_text": "",  # written before a forced thinking-end token
+                # Of sampled answers, for losses that ask for one: the name of a grader, a function
+                # (qlog/grading/README.md), or a list of these or of (one, weight), which are added;
+                # '' is the loss's own
+                "reward": "",
+                # Answers that are scored at a time, in training and evaluation; 1 for functions
+                # that only the main thread may call
+                "reward_threads": 32,
             },
             # ---- Learning ----
-            # The name of a recipe of qlog.losses, or a function that returns an Estimator
+            # A recipe of qlog.losses by its name, a losses.Recipe, or a function that returns an
+            # Estimator
             "loss": loss("garl", q=0.75),
             "optimizer": {
                 "learning_rate": 1e-6,  # peak
@@ -112,6 +131,8 @@ def default() -> ConfigDict:
                 "top_k": 0,
                 "top_p": 1.0,
                 "without_rationale": False,  # evaluate a second time, with a budget of 0
+                "grader": "contains",  # which answers count as right: as rollout.reward
+                "metrics": (),  # means that are reported besides: a list as rollout.reward
             },
             "checkpoint": {
                 "every": 50,  # steps between checkpoints, and the last step
@@ -153,6 +174,7 @@ MAY_CHANGE = frozenset(
         "architecture",
         "weights",
         "tokenizer.path",
+        "tokenizer.chat_template",
         "data.manual_dir",
         "data.data_dir",
         "data.files",
@@ -163,6 +185,7 @@ MAY_CHANGE = frozenset(
         "attention",
         "mesh",
         "rollout.prompts_per_wave",
+        "rollout.reward_threads",
         "train.prompts_per_microbatch",
         "train.rollouts_per_microbatch",
         "train.remat",
@@ -185,6 +208,8 @@ MUST_STAY = frozenset(
         "dtype",
         "tokenizer.think_start",
         "tokenizer.think_end",
+        "tokenizer.eos",
+        "tokenizer.chat_template_kwargs",
         "data.name",
         "data.fields",
         "data.description",
@@ -197,6 +222,7 @@ MUST_STAY = frozenset(
         "rollout.answer_reserve",
         "rollout.temperature",
         "rollout.closing_text",
+        "rollout.reward",
         "loss",
         "optimizer.learning_rate",
         "optimizer.warmup_steps",
@@ -212,9 +238,19 @@ MUST_STAY = frozenset(
 )
 
 
-def loss(name: str | Callable, **arguments: Any) -> ConfigDict:
-    """The `loss` section: a recipe's name and all its arguments, those given and the defaults."""
-    known = {} if callable(name) else losses.arguments(name)
+def loss(name: losses.Loss, /, **arguments: Any) -> ConfigDict:
+    """The `loss` section: a loss and all its arguments, those given and the defaults.
+
+    Args:
+      name: a recipe's name, a `losses.Recipe`, or a function that returns a `losses.Estimator`.
+
+    Raises:
+      ConfigError: an unknown name, or a function without one.
+    """
+    try:
+        known = losses.arguments(name)
+    except ValueError as error:
+        raise ConfigError(f"config.loss: {error}.") from None
     return ConfigDict({"name": name, **known, **arguments}, convert_dict=False)
 
 
@@ -227,7 +263,18 @@ def merge(config: ConfigDict, changes: Mapping[str, Any] | ConfigDict) -> Config
             merged[key] = merge(config[key], value)
         else:
             merged[key] = value
-    return ConfigDict(merged)
+    return _open(merged)
+
+
+def _open(tree: Mapping[str, Any]) -> ConfigDict:
+    """A ConfigDict that lets keys in FUNCTIONS change their type; it would refuse otherwise."""
+    config = ConfigDict(tree)
+    for key in config:
+        if isinstance(config[key], ConfigDict) and key not in CHOICES:
+            config[key] = _open(config[key])
+        elif key in FUNCTIONS:
+            config[key] = FieldReference(config[key], field_type=object)
+    return config
 
 
 def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -242,11 +289,14 @@ def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved config, sorted and indented; functions by their qualified name."""
+    """The resolved config, sorted and indented; functions by their name."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, losses.Recipe):
+            return losses.label(value)
+        # Without its module: that of a config file is called by how the file was loaded.
         if callable(value):
-            return f"{value.__module__}.{value.__qualname__}"
+            return value.__qualname__
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)

@@ -55,7 +55,9 @@ def _choose(name: str) -> Variant:
 
 def _set_q(config: ConfigDict, value: str) -> None:
     if "q" not in config.loss:
-        raise ConfigError(f"variant q={value} is not read by the loss {config.loss.name!r}.")
+        raise ConfigError(
+            f"variant q={value} is not read by the loss {losses.label(config.loss.name)!r}."
+        )
     try:
         config.loss.q = float(value)
     except ValueError:

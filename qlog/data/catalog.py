@@ -83,13 +83,19 @@ def find_corpus(section: Section) -> Corpus:
     if callable(name):
         own.check_function(name)
         kind = _Kind(_function, frozenset())
-    elif name in kinds:
+    elif isinstance(name, str) and name in kinds:
         kind = kinds[name]
     else:
         raise ConfigError(
             f"{fields.NAME} = {name!r} is unknown{fields.closest(str(name), kinds)}: use one of "
             f"{', '.join(kinds)}, or a function."
         )
+    for key in ("files", "fields", "world"):
+        if not isinstance(section[key], Mapping):
+            raise ConfigError(
+                f"config.data.{key} = {section[key]!r} must be a section, such as "
+                '{"train": "train.jsonl"} for the files.'
+            )
     # A key that nothing reads would be ignored without a word.
     for key in sorted(frozenset().union(*(each.reads for each in kinds.values())) - kind.reads):
         if value := section[key]:
@@ -106,8 +112,8 @@ def find_corpus(section: Section) -> Corpus:
 
 
 def label(name: str | Callable[..., Any]) -> str:
-    """`data.name` as text; of a function its qualified name, as config.json keeps it."""
-    return name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}"
+    """`data.name` as text; of a function its name, as config.json keeps it."""
+    return name if isinstance(name, str) else name.__qualname__
 
 
 def _kinds() -> dict[str, _Kind]:

@@ -15,6 +15,9 @@ FIELDS = "config.data.fields"
 TOKENIZER = "config.tokenizer.path"
 THINK_START = "config.tokenizer.think_start"
 THINK_END = "config.tokenizer.think_end"
+EOS = "config.tokenizer.eos"
+CHAT_TEMPLATE = "config.tokenizer.chat_template"
+CHAT_TEMPLATE_KWARGS = "config.tokenizer.chat_template_kwargs"
 
 
 def closest(value: str, choices: Iterable[str]) -> str:

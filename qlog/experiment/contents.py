@@ -21,7 +21,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         model: the fields of its DecoderConfig;
         weights: `models.huggingface.digest`, '' where no folder holds them (then the config says
           all);
-        tokenizer: `Tokenizer.digest`;
+        tokenizer: `Formatter.digest`, which the chat template is part of where it is used;
         examples: for each open split a digest of all ids in order (of endless data the first ones)
           and of 32 examples spread over it, whole. A checkpoint of an older version has "splits"
           instead, digests of records, which nothing is compared with.
@@ -32,7 +32,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     found = {
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
-        "tokenizer": formatter.tokenizer.digest,
+        "tokenizer": formatter.digest,
         "examples": {name: _digest(split) for name, split in experiment.splits().items()},
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
@@ -63,11 +63,9 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
       ConfigError: a part differs.
     """
-    parts = [
-        (part, before[part], now[part])
-        for part in ("model", "weights", "tokenizer")
-        if part in before
-    ]
+    parts = [(part, before[part], now[part]) for part in ("weights", "tokenizer") if part in before]
+    if "model" in before:
+        parts.insert(0, ("model", _with_new_fields(before["model"]), now["model"]))
     for name, old in before.get("examples", {}).items():
         parts.append((f"split {name}", old, now["examples"].get(name, old)))
     for part, old, new in parts:
@@ -76,6 +74,14 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
                 f"--workdir: the run there has another {part} ({old or 'none'}, not "
                 f"{new or 'none'}): use another --workdir, or what the run began with."
             )
+
+
+def _with_new_fields(model: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a DecoderConfig, with the defaults of those that did not exist yet."""
+    try:
+        return json.loads(json.dumps(dataclasses.asdict(models.DecoderConfig(**model))))
+    except (ConfigError, TypeError):  # fields that are no decoder today differ from any
+        return model
 
 
 def check_hosts(mine: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from qlog import data, models
-from qlog.data import pipeline
+from qlog.data import chat_templates, pipeline, tokenizer_files
 from qlog.errors import ConfigError
 from qlog.parallel import distributed
 from qlog.storage import assets
@@ -67,6 +67,9 @@ def load_formatter(config: ConfigDict) -> data.Formatter:
         distributed.once_per_host(lambda: str(tokenizer_path(config))),
         think_start=config.tokenizer.think_start,
         think_end=config.tokenizer.think_end,
+        eos=tuple(filter(None, config.tokenizer.eos)),  # the flag --...eos= gives ("",)
+        chat_template=_chat_template(config),
+        chat_template_kwargs=config.tokenizer.chat_template_kwargs.to_dict(),
     )
     return data.Formatter(tokenizer, named.task, config.data.style, config.rollout.closing_text)
 
@@ -91,7 +94,32 @@ def tokenizer_path(config: ConfigDict) -> pathlib.Path:
             )
     if models.huggingface.is_hub_id(path):
         return models.huggingface.resolve(path, weights=False, field=field)
-    return assets.local(path, field, lambda name: not name.endswith(".safetensors"))
+    return assets.local(
+        path,
+        field,
+        lambda name: not name.endswith(".safetensors"),
+        companions=tokenizer_files.NAMES,
+    )
+
+
+def chat_template_path(config: ConfigDict) -> pathlib.Path | None:
+    """The local file that config.tokenizer.chat_template names, fetched where it must be.
+
+    None where it names no file.
+
+    Raises:
+      ConfigError, PassingError: as `storage.assets.local`.
+    """
+    spec = config.tokenizer.chat_template
+    if spec in ("", chat_templates.BUILT_IN_NAME):
+        return None
+    return assets.local(spec, "config.tokenizer.chat_template")
+
+
+def _chat_template(config: ConfigDict) -> str:
+    """config.tokenizer.chat_template, with a file in a bucket as the path of its local copy."""
+    found = functools.partial(chat_template_path, config)
+    return distributed.once_per_host(lambda: str(found() or "")) or config.tokenizer.chat_template
 
 
 def model_shape(config: ConfigDict) -> models.DecoderConfig:
@@ -111,7 +139,7 @@ def model_shape(config: ConfigDict) -> models.DecoderConfig:
             "a Hugging Face folder, or a Hub id such as Qwen/Qwen3-0.6B."
         )
     try:
-        return dataclasses.replace(shape, **config.architecture)
+        return dataclasses.replace(shape, **config.architecture.to_dict())
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.architecture: {error}.") from None
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from qlog import data, losses, models
 from qlog.config.streams import Stream, stream_key
 from qlog.data.splits import Identified, Split
-from qlog.grading import graders
+from qlog.grading.scorers import Panel
 from qlog.learner.types import Microbatch
 from qlog.parallel import distributed, sharding
 from qlog.policy import Policy
@@ -27,7 +27,7 @@ from qlog.storage import paths
 class Experiment:
     """The parts of a run. None of them holds parameters.
 
-    Replace data, formatter or grader to train with your own:
+    Replace data or formatter to train with your own:
     `dataclasses.replace(prepare(config), train_data=mine)`. A loss of your own is a function in
     `config.loss`: how rollouts are drawn and data are read follows from it.
 
@@ -40,9 +40,8 @@ class Experiment:
       sampling: how rollouts of training are drawn.
       evaluation_sampling: how rollouts of evaluation are drawn.
       formatter: from examples to tokens and back; None in an experiment of shapes.
-      grader: scores sampled answers for the reward, by the function of `graders.GRADERS` that the
-        estimator names (exact match where it names none); counts its failures. None in one of
-        shapes.
+      reward: scores sampled answers, as `config.rollout.reward` or else the estimator names it;
+        without scorers where the estimator asks for no reward. None in an experiment of shapes.
       train_data: prompts with their gold answers; None where nothing is trained.
       evaluation_data: the split that is evaluated; None where nothing is.
       weights: local folder that parameters begin with; None where they are random or come from
@@ -57,7 +56,7 @@ class Experiment:
     sampling: Sampling
     evaluation_sampling: Sampling
     formatter: data.Formatter | None
-    grader: graders.Grader | None
+    reward: Panel | None
     train_data: data.Dataset | None
     evaluation_data: data.Dataset | None
     weights: pathlib.Path | None = None

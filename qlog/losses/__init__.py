@@ -41,7 +41,16 @@ from qlog.losses.normalization import (
     zero_pathwise,
 )
 from qlog.losses.q_schedules import adaptive_q, q_for_pace, schedule, scheduled
-from qlog.losses.recipes import RECIPES, Recipe, arguments, build
+from qlog.losses.recipes import (
+    RECIPES,
+    Loss,
+    Recipe,
+    argument_types,
+    arguments,
+    build,
+    estimator,
+    label,
+)
 from qlog.losses.resampling import RESAMPLING, resample_posterior
 from qlog.losses.surrogates import add_kl, clipped, kl_estimate, linear, token_measurements
 from qlog.losses.transforms import (
@@ -80,6 +89,7 @@ from qlog.losses.types import (
 __all__ = [
     "Coefficients",
     "Estimator",
+    "Loss",
     "LossTransform",
     "Measured",
     "RECIPES",
@@ -95,6 +105,7 @@ __all__ = [
     "aggregate",
     "amplification",
     "amplify",
+    "argument_types",
     "arguments",
     "attenuate",
     "attenuation",
@@ -105,6 +116,7 @@ __all__ = [
     "clip_coefficients",
     "clipped",
     "coefficients",
+    "estimator",
     "exp_q",
     "from_reward",
     "garl",
@@ -115,6 +127,7 @@ __all__ = [
     "j_q",
     "jackknife",
     "kl_estimate",
+    "label",
     "leave_one_out_baseline",
     "linear",
     "log_amplification",

@@ -51,6 +51,12 @@ def measurements(state: LossState) -> Values:
     return found
 
 
+# What `measure_groups` measures, where the estimator has it.
+OF_GROUPS = frozenset(
+    {"p_hat", "log_p_hat", "ess", "no_signal", "effective_reward", "effective_reward_max"}
+)
+
+
 def measure_groups(
     q: Commitment | None,
     normalized: bool = True,

@@ -1,4 +1,4 @@
-"""Named estimators that a config can build: `build('garl', q=0.75)`.
+"""Estimators that a config can build: `build('garl', q=0.75)`, by name, object or function.
 
 A `Recipe` joins a function that makes a loss transform, one that makes a surrogate, and what a
 trainer must provide. Its arguments are those of both functions, plus, where the transform takes
@@ -7,8 +7,8 @@ trainer must provide. Its arguments are those of both functions, plus, where the
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast, get_args, get_type_hints
 
 import optax
 
@@ -22,6 +22,7 @@ from qlog.losses.types import (
     LossTransform,
     Rationale,
     Surrogate,
+    abstract_scores,
     check_needs,
 )
 
@@ -63,6 +64,7 @@ class Recipe:
       rationale: as in `Estimator`.
       answer: as in `Estimator`.
       reward: as in `Estimator`.
+      is_reward_weight: as in `Estimator`.
       min_rollouts: smallest M that the estimator is defined for, or a function of its arguments, a
         mapping from name to value, that returns it.
       overrides: defaults of arguments, by name, for recipes that differ only in these.
@@ -79,6 +81,7 @@ class Recipe:
     rationale: Rationale = "sampled"
     answer: Answer = "gold"
     reward: str | None = None
+    is_reward_weight: bool = False
     min_rollouts: int | Callable[[Arguments], int] = 1
     overrides: Arguments = field(default_factory=dict)
 
@@ -140,6 +143,7 @@ class Recipe:
             rationale=self.rationale,
             answer=self.answer,
             reward=self.reward,
+            is_reward_weight=self.is_reward_weight,
             reference=bool(arguments.get("kl_weight", 0.0)),
             min_rollouts=least(arguments) if callable(least) else least,
         )
@@ -217,10 +221,18 @@ RECIPES: dict[str, Recipe] = {
     "trice": Recipe(aliases.trice, q=1.0),
     # Gold answers, after the rationales whose sampled answers were right.
     "star": Recipe(
-        aliases.star, normalize=False, reward="exact_match", weight=group_stats.log_reward
+        aliases.star,
+        normalize=False,
+        reward="exact_match",
+        is_reward_weight=True,
+        weight=group_stats.log_reward,
     ),
     "maxrl": Recipe(
-        aliases.maxrl, answer="sampled", reward="exact_match", weight=group_stats.log_reward
+        aliases.maxrl,
+        answer="sampled",
+        reward="exact_match",
+        is_reward_weight=True,
+        weight=group_stats.log_reward,
     ),
     "grpo": Recipe(
         aliases.grpo,
@@ -241,39 +253,219 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def _find(name: str) -> Recipe:
-    if name not in RECIPES:
+# ---- A function as a loss ----
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function that returns an `Estimator`, called with arguments as a `Recipe` is.
+
+    With an argument `q` it gets those of a schedule, too. The standard measurements come with it,
+    of the coefficients that its transform returns, unless the transform keeps some of them itself.
+    """
+
+    function: Callable[..., Estimator]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument with its default, `inspect.Parameter.empty` for none."""
+        own = _own_arguments(self.function)
+        return (SCHEDULE if "q" in own else {}) | own
+
+    def __call__(self, **given: Any) -> Estimator:
+        """The estimator, with a schedule and measurements.
+
+        Raises:
+          TypeError, ValueError: an unknown argument, a missing one, a value out of range, or the
+            function returned something else.
+        """
+        own, known = _own_arguments(self.function), self.arguments
+        unknown = sorted(set(given) - set(known))
+        if unknown and not _takes_any(self.function):
+            raise TypeError(
+                f"{label(self.function)}: unknown argument {', '.join(unknown)}; it reads "
+                f"{', '.join(known) or 'none'}{closest(unknown[0], known)}"
+            )
+        values = known | given
+        for name, value in values.items():
+            if value is inspect.Parameter.empty:
+                raise TypeError(
+                    f"{label(self.function)}: argument {name} has no default: give it a value"
+                )
+        # Arguments of the schedule are ours, unless the function has them itself.
+        passed = {n: v for n, v in values.items() if n in own or n not in SCHEDULE}
+        if "q" not in own or set(own) & set(SCHEDULE):
+            built = self._build(passed)
+            return replace(built, transform=_with_measurements(built, None))
+        # What a trainer must provide does not depend on q: it is taken at the first step.
+        q = values["q"]
+        built = self._build(passed | {"q": q(0) if callable(q) else q})
+
+        def at_q(q: Commitment) -> LossTransform:
+            return _with_measurements(self._build(passed | {"q": q}), q)
+
+        return replace(built, transform=_over_steps(at_q, values))
+
+    def _build(self, passed: Arguments) -> Estimator:
+        built = self.function(**passed)
+        if not isinstance(built, Estimator):  # else it fails deep inside a step
+            raise TypeError(f"{label(self.function)} must return a losses.Estimator, got {built!r}")
+        return built
+
+
+def _own_arguments(function: Callable) -> dict[str, Any]:
+    """The parameters of a function that have names, with their defaults."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some built-in functions tell nothing
+        return {}
+    return {
+        p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+
+
+def _takes_any(function: Callable) -> bool:
+    """Whether it has **arguments, or does not tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return True
+    return any(p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def _with_measurements(estimator: Estimator, q: Commitment | None) -> LossTransform:
+    """Its transform, with the standard measurements behind it unless it keeps some itself."""
+    scores = estimator.measured(abstract_scores(1, max(2, estimator.min_rollouts)))
+    kept = gauges.measurements(estimator.transform.init(scores))
+    if kept.keys() & gauges.OF_GROUPS:
+        return estimator.transform
+    weight = group_stats.log_likelihood
+    if estimator.rationale == "annotated":
+        weight = None
+    elif estimator.answer == "sampled":
+        weight = group_stats.log_reward
+    # `normalized`: whether the function divides by M^q is not known, so nothing is divided here.
+    return chain(estimator.transform, gauges.measure_groups(q, normalized=True, weight=weight))
+
+
+# ---- A loss by its name, as an object, or as a function ----
+
+# A key of `RECIPES`, a recipe that has no name there, or a function that returns an Estimator.
+Loss = str | Recipe | Callable[..., Estimator]
+
+
+def _find(loss: Loss) -> Recipe | _Function:
+    """Raises ValueError for an unknown name, or an object that `label` has no text for."""
+    if isinstance(loss, Recipe):
+        return loss
+    if callable(loss):
+        label(loss)
+        return _Function(loss)
+    if not isinstance(loss, str) or loss not in RECIPES:
         raise ValueError(
-            f"no loss is called {name!r}; there are {', '.join(sorted(RECIPES))}"
-            + closest(name, RECIPES)
+            f"no loss is called {loss!r}; there are {', '.join(sorted(RECIPES))}"
+            + closest(loss, RECIPES)
         )
-    return RECIPES[name]
+    return RECIPES[loss]
 
 
-def arguments(name: str) -> dict[str, Any]:
-    """The arguments of a recipe with their defaults; ValueError for an unknown name."""
-    return _find(name).arguments
-
-
-def build(name: str, *, num_rollouts: int | None = None, **given: Any) -> Estimator:
-    """The estimator called `name`, for configs and command lines.
-
-    Args:
-      name: a key of `RECIPES`.
-      num_rollouts: M, when it is known, so that an estimator undefined for it is refused here.
-      given: arguments of the recipe; `arguments(name)` lists them.
+def label(loss: Loss) -> str:
+    """Text that tells losses apart, in config.json too: 'garl', or 'Recipe(mine.hard_garl)'.
 
     Raises:
-      ValueError: the message names the recipe, the argument, its value and the allowed range.
+      ValueError: a function without a name, of which two could not be told apart.
     """
-    recipe = _find(name)
-    try:
-        estimator = recipe(**given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    if num_rollouts is not None and num_rollouts < estimator.min_rollouts:
+    if isinstance(loss, str):
+        return loss
+    if not isinstance(loss, Recipe):
+        return _name_of(loss)
+    parts = [_name_of(loss.transform)]
+    for each in fields(loss)[1:]:
+        value = getattr(loss, each.name)
+        usual = {} if each.name == "overrides" else each.default
+        if value != usual:
+            shown = _name_of(value) if callable(value) else repr(value)
+            parts.append(f"{each.name}={shown}")
+    return f"Recipe({', '.join(parts)})"
+
+
+def _name_of(function: Callable) -> str:
+    name = getattr(function, "__qualname__", "<lambda>")
+    if "<lambda>" in name:
         raise ValueError(
-            f"{name} needs at least {estimator.min_rollouts} rollouts per prompt for its "
+            f"{function!r}, of type {type(function).__name__}, has no name that config.json could "
+            "keep: give a function made with def"
+        )
+    return f"{function.__module__}.{name}"
+
+
+def arguments(loss: Loss) -> dict[str, Any]:
+    """The arguments of a loss with their defaults, without those that have none.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    found = _find(loss).arguments.items()
+    return {name: value for name, value in found if value is not inspect.Parameter.empty}
+
+
+def argument_types(loss: Loss) -> dict[str, Any]:
+    """The type of each argument of a loss, for command lines: `float`, `int | None`, `Any`.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    recipe = _find(loss)
+    functions = (
+        (recipe.transform, recipe.surrogate) if isinstance(recipe, Recipe) else (recipe.function,)
+    )
+    annotated: dict[str, Any] = {}
+    for function in functions:
+        try:
+            annotated |= get_type_hints(function)
+        except (NameError, TypeError):  # an annotation that only a type checker can read
+            continue
+    types = {}
+    for name, default in recipe.arguments.items():
+        hint = annotated.get(name, Any)
+        # The default tells more than a hint such as Commitment, which arrays fit, too.
+        is_value = isinstance(default, (bool, int, float, str, tuple))
+        is_optional = type(None) in get_args(hint)
+        types[name] = (
+            hint if not is_value else type(default) | None if is_optional else type(default)
+        )
+    return types
+
+
+def estimator(loss: Loss, given: Arguments) -> Estimator:
+    """The estimator of a loss with arguments; those that are not given have their defaults.
+
+    Raises:
+      ValueError: the message names the loss, the argument, its value and the allowed range.
+    """
+    recipe = _find(loss)
+    try:
+        return recipe(**given)
+    except (TypeError, ValueError) as error:
+        prefix = "" if isinstance(recipe, _Function) else f"{label(loss)}: "
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def build(loss: Loss, /, *, num_rollouts: int | None = None, **given: Any) -> Estimator:
+    """`estimator`, with the arguments as keywords.
+
+    Args:
+      loss: a key of `RECIPES`, a `Recipe`, or a function that returns an `Estimator`.
+      num_rollouts: M, when it is known, so that an estimator undefined for it is refused here.
+      given: arguments of the loss; `arguments(loss)` lists them.
+
+    Raises:
+      ValueError: the message names the loss, the argument, its value and the allowed range.
+    """
+    built = estimator(loss, given)
+    if num_rollouts is not None and num_rollouts < built.min_rollouts:
+        raise ValueError(
+            f"{label(loss)} needs at least {built.min_rollouts} rollouts per prompt for its "
             f"leave-one-out statistics, got {num_rollouts}"
         )
-    return estimator
+    return built

@@ -4,6 +4,7 @@ QLOG_ASSETS names a folder, gs://BUCKET/... or s3://BUCKET/..., filled by `qlog.
 
     models/OWNER/NAME            a Hugging Face folder; config.json was written last
     tokenizers/NAME              tokenizers that are not on the Hub
+    chat_templates/NAME          chat templates of the user's
     data/NAME-VERSION            a prepared dataset; ids.json was written last
 
 It is searched before any network is. What lies in a bucket is copied into the user's cache folder,
@@ -25,7 +26,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import filelock
@@ -99,7 +100,10 @@ def find(
 
 
 def local(
-    spec: str | os.PathLike, field: str, wanted: Callable[[str], bool] | None = None
+    spec: str | os.PathLike,
+    field: str,
+    wanted: Callable[[str], bool] | None = None,
+    companions: Sequence[str] = (),
 ) -> pathlib.Path:
     """`spec` as a path on this host: a local one as it is, or the copy of what a bucket has there.
 
@@ -107,6 +111,8 @@ def local(
       spec: a local path (~ is expanded; it need not exist), or a folder or a file in a bucket.
       field: the flag or the config field that named it, for messages.
       wanted: which files of a bucket's folder to copy; all by default.
+      companions: names of files that are copied along with a single file of a bucket, where they
+        lie next to it there.
 
     Raises:
       ConfigError: the bucket holds nothing there, or this user may not read it; the disk is full.
@@ -115,7 +121,7 @@ def local(
     path = paths.parse(spec, field)
     if not paths.is_remote(path):
         return pathlib.Path(path)
-    found = _find(path, field, bool, wanted)
+    found = _find(path, field, bool, wanted, companions)
     if found is None:
         raise ConfigError(
             f"{field} = {os.fspath(spec)!r} holds no files: stage them (launch/stage), or correct "
@@ -267,6 +273,7 @@ def _find(
     field: str,
     is_complete: Callable[[set[str]], bool],
     wanted: Callable[[str], bool] | None,
+    companions: Sequence[str] = (),
 ) -> pathlib.Path | None:
     """The local folder or file of a path, as `find` and `local` want it."""
     if not paths.is_remote(path):
@@ -279,6 +286,12 @@ def _find(
         listing = _listing(path)
         if not listing or not is_complete(set(listing)):
             return None
+        if set(listing) == {""} and companions:
+            # Looked for by name, since the folder around a file may be a whole bucket.
+            beside = {name: _listing(path.parent / name) for name in companions}
+            files = {name: found[""] for name, found in beside.items() if found and "" in found}
+            files[path.name] = listing[""]
+            return _copy(path.parent, dict(sorted(files.items()))) / path.name
         chosen = {n: e for n, e in sorted(listing.items()) if not n or wanted is None or wanted(n)}
         return _copy(path, chosen) if chosen else None
 

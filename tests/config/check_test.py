@@ -128,14 +128,18 @@ def _alone():
 
 
 OWN_LOSSES = {
-    "M = 1": (_two, {"q": 0.5}, 1, r"rollouts_per_prompt = 1: .*'_two' needs at least 2"),
+    "M = 1": (_two, {"q": 0.5}, 1, r"rollouts_per_prompt = 1: .*_two' needs at least 2"),
     "M of a transform": (_alone, {}, 1, r"config\.loss: M, the rollouts per prompt, must be at"),
-    "M for annotated": (_annotated, {}, 4, r"rollouts_per_prompt = 4: .*'_annotated'.*set it to 1"),
-    "a recipe": (losses.RECIPES["garl"], {}, 4, r"config\.loss\.name is an object of type Recipe"),
+    "M for annotated": (_annotated, {}, 4, r"rollouts_per_prompt = 4: .*_annotated'.*set it to 1"),
+    "lambda": (losses.Recipe(lambda q=1.0: losses.garl(q)), {}, 4, r"of type function.*with def"),
+    "argument": (_two, {"qq": 0.5}, 4, r"_two: unknown argument qq; .* \(did you mean 'q'\?\)"),
+    "no argument": (tiny.graded_garl, {}, 4, r"graded_garl: argument q has no default: give it"),
+    "q": (tiny.graded_garl, {"q": 2.0}, 4, r"config\.loss: q must be in \[0, 1\], got 2\.0"),
+    "schedule": (tiny.graded_garl, {"q": 1.0, "q_end": 0.5}, 4, r"q_end=0\.5 is not read with"),
     "partial": (functools.partial(_two, q=1.0), {}, 4, r"of type partial.*made with def"),
-    "reward": (_misspelt, {}, 4, r"config\.loss: reward = 'exact_mach' is not a grader: .*match"),
+    "reward": (_misspelt, {}, 4, r"config\.loss\.reward = 'exact_mach' is not a grader: .*match"),
     "unmeasured score": (_without_reward, {}, 4, r"config\.loss: .* reads scores\.reward, which"),
-    "no estimator": (dict, {}, 4, r"config\.loss: dict must return a losses\.Estimator"),
+    "no estimator": (dict, {}, 4, r"config\.loss: .*dict must return a losses\.Estimator"),
 }
 
 
@@ -143,9 +147,8 @@ OWN_LOSSES = {
 def test_mistakes_of_a_loss_given_as_a_function_are_named(case):
     function, arguments, num_rollouts, message = OWN_LOSSES[case]
     changes = {"rollout": {"rollouts_per_prompt": num_rollouts}}
-    config = tiny.config(**changes, loss=schema.loss(function, **arguments))
     with pytest.raises(ConfigError, match=message) as caught:
-        check_config(config)
+        check_config(tiny.config(**changes, loss=schema.loss(function, **arguments)))
     assert "\n" not in str(caught.value)
 
 
@@ -215,11 +218,8 @@ def test_the_config_is_written_as_json():
 
 
 def test_default_workdir_is_named_after_the_config():
-    assert (
-        default_workdir(["x", "--config=configs/hotpotqa.py:cold,garl"])
-        == "runs/hotpotqa-cold,garl"
-    )
-    assert default_workdir(["x", "--config=configs/quickstart.py"]) == "runs/quickstart"
+    assert default_workdir("configs/hotpotqa.py:cold,garl") == "runs/hotpotqa-cold,garl"
+    assert default_workdir("configs/quickstart.py") == "runs/quickstart"
 
 
 @pytest.mark.parametrize(

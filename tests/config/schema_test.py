@@ -87,6 +87,6 @@ def test_the_name_of_the_data_may_become_a_function_and_a_text_again():
     config = schema.default()
     config.data.name = my_examples
     saved = json.loads(schema.to_json(config))
-    assert saved["data"]["name"] == f"{__name__}.{my_examples.__qualname__}"
+    assert saved["data"]["name"] == my_examples.__qualname__
     config.data.name = "jsonl"
     assert config.data.name == "jsonl"

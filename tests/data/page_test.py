@@ -67,8 +67,8 @@ def test_the_function_trains_and_resumes_by_its_name(folder):
     splits = trained(names["get_config"](), folder / "run")
     assert len(splits["train"]["ids"]) == len(splits["validation"]["ids"]) == 100
     written = json.loads((folder / "run/config.json").read_text())
-    assert written["data"]["name"] == "my_config.sums"
-    assert "my_config.sums" in (folder / "run/results.json").read_text()
+    assert written["data"]["name"] == "sums"
+    assert '"data": "sums"' in (folder / "run/results.json").read_text()
     trained(names["get_config"](), folder / "run")
 
 

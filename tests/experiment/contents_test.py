@@ -1,6 +1,7 @@
 """What a run is made of: a resumed run notices other examples, whatever they are read from."""
 
 import dataclasses
+import json
 
 import jax
 import pytest
@@ -67,3 +68,12 @@ def test_what_json_does_not_have_is_no_matter():
 def test_two_examples_with_the_same_id_are_refused():
     with pytest.raises(ConfigError, match="examples 3 and 7 have the same id '3': give each"):
         of([*made(7), made(4)[3]])
+
+
+def test_a_field_that_the_decoder_got_later_is_no_other_model():
+    now = {"model": json.loads(json.dumps(dataclasses.asdict(tiny.SHAPE))), "examples": {}}
+    older = {name: value for name, value in now["model"].items() if name != "layer_rope"}
+    contents.check_same_parts({"model": older}, now)
+    for other in (older | {"width": 2 * older["width"]}, older | {"depth": 3}, {}):
+        with pytest.raises(ConfigError, match="the run there has another model"):
+            contents.check_same_parts({"model": other}, now)

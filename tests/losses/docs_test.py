@@ -1,5 +1,6 @@
 """The page about the losses: its examples run, its new estimator trains, its commands work."""
 
+import json
 import pathlib
 import re
 
@@ -11,17 +12,11 @@ import tiny
 
 from qlog import losses
 from qlog.config import schema
+from qlog.errors import ConfigError
 from qlog.losses.theory import exact, plots, study
 
 PAGE = pathlib.Path(losses.__file__).with_name("README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-
-
-@pytest.fixture
-def own_recipes(monkeypatch):
-    """Recipes that an example adds are gone after the test."""
-    monkeypatch.setattr(losses.recipes, "RECIPES", dict(losses.RECIPES))
-    monkeypatch.setattr(losses, "RECIPES", losses.recipes.RECIPES)
 
 
 def test_composition_examples(capsys):
@@ -35,8 +30,8 @@ def test_composition_examples(capsys):
     np.testing.assert_allclose(names["sums"].loss, 1.5 * np.sum(weights), rtol=1e-5)
 
 
-def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
-    names = {}
+def test_the_new_estimator_trains_the_quickstart(tmp_path):
+    names = {"__name__": "mine"}
     exec(EXAMPLES[3], names)
     scores = losses.Scores(log_w=jnp.log(jnp.array([[0.1, 0.3]])))
     transform = names["hard_garl"](0.5)
@@ -59,8 +54,20 @@ def test_the_new_estimator_trains_the_quickstart(own_recipes, tmp_path):
     }
     run = schema.merge(schema.merge(config, config.runs.hard), short)
     tiny.run(run, tmp_path, jax.devices()[:1])
-    assert "hard_garl" in (tmp_path / "config.json").read_text()
+    assert '"name": "Recipe(mine.hard_garl)"' in (tmp_path / "config.json").read_text()
     assert '"q": 0.75' in (tmp_path / "metrics.jsonl").read_text()
+
+    # The function of the next example trains it, too, on its schedule.
+    exec(EXAMPLES[4], names)
+    run = schema.merge(run, {"loss": names["section"], "train": {"steps": 3}})
+    tiny.run(run, tmp_path / "careful", jax.devices()[:1])
+    rows = map(json.loads, (tmp_path / "careful/metrics.jsonl").read_text().splitlines())
+    np.testing.assert_allclose(
+        [row["q"] for row in rows if row["phase"] == "train"], [1, 0.99, 0.98]
+    )
+    with pytest.raises(ConfigError, match="config.loss = .*mine.careful.*which began with"):
+        other = schema.merge(run, {"loss": schema.loss(losses.Recipe(names["hard_garl"]))})
+        tiny.run(other, tmp_path / "careful", jax.devices()[:1])
 
 
 def test_the_table_has_every_recipe_and_the_page_every_shared_argument():

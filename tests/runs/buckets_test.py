@@ -82,14 +82,14 @@ def progress(self, step, text):
         os.kill(os.getpid(), signal.SIGKILL)
 
 log.RunLog.progress = progress
-entry.run(main.main, main._CONFIG)
+entry.run(main.main)
 """
 _UNSHARED = """
 import os, sys
 from qlog import main
 from qlog.commands import entry
 sys.argv[-1] += os.environ["JAX_PROCESS_ID"]
-entry.run(main.main, main._CONFIG)
+entry.run(main.main)
 """
 
 

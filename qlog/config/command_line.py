@@ -1,0 +1,401 @@
+"""Every field of a config is a flag: `--config=FILE --config.loss.max_coefficient=5`.
+
+The config file is read by ml_collections' `config_flags`. Its own overrides reach only keys that
+the file has set, and take their type from the value there, so they know neither None nor the keys
+of an empty section. Here a value takes its type from where the key is read: the schema's default,
+the recipe's signature, `DecoderConfig`, `World`. A key that nothing describes takes a Python or
+JSON literal, else the text itself.
+
+Flags are applied in their order, after the file and its variants: the last one wins. Those of
+`config.runs` come after all others, since an entry changes the config that they make.
+"""
+
+import ast
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from qlog import losses
+from qlog.config import schema
+from qlog.errors import ConfigError
+from qlog.losses.checks import closest
+
+_NAME = "config"
+_SETTING = re.compile(rf"--?(no)?{_NAME}\.([^=]+)(?:=(.*))?", re.DOTALL)
+_BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+_WORDS = {"true": True, "false": False, "null": None}  # as JSON spells them
+_NO_VALUE = object()
+
+
+class Setting(NamedTuple):
+    """One flag that sets one field."""
+
+    flag: str  # as it was given, for messages
+    path: tuple[str, ...]  # ("train", "steps")
+    text: str
+
+
+# ---- The flag, and reading a command line ----
+
+
+def define(
+    help_text: str = "Config file, with variants after a colon.",
+    values: flags.FlagValues = flags.FLAGS,
+) -> flags.FlagHolder:
+    """Defines --config. `parse` with the same `values` then reads it and all --config.x=y."""
+    # With an empty command line of its own, config_flags looks for no overrides: they are ours.
+    return config_flags.DEFINE_config_file(_NAME, None, help_text, flag_values=values, sys_argv=[])
+
+
+def parse(
+    argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, known_only: bool = False
+) -> list[str]:
+    """Reads a command line: the flags of `values`, and the settings of its --config.
+
+    Args:
+      argv: the program's name first.
+      known_only: whether flags that `values` does not have are left over, instead of an error.
+
+    Returns:
+      The program's name, and what is left besides flags.
+
+    Raises:
+      ConfigError: a field that does not exist, or a value of another type.
+      flags.Error, OSError, ...: another flag is wrong, or the config file cannot be read.
+    """
+    program, *words = argv
+    words = values.read_flags_from_files(words, force_gnu=False)  # --flagfile
+    words, settings = split(words)
+    rest = values([program, *words], known_only=known_only)
+    config = values[_NAME].value
+    getattr(config, "seed", None)  # a file that did not load raises when it is first used
+    if config is None:
+        if settings:
+            raise ConfigError(f"{settings[0].flag} needs --config=FILE, the config that it changes")
+        return rest
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"--config={spec(values)}: get_config must return a ConfigDict, got "
+            f"{type(config).__name__}: start from qlog.config.default()"
+        )
+    apply(config, settings)
+    return rest
+
+
+def spec(values: flags.FlagValues = flags.FLAGS) -> str:
+    """What --config named: configs/hotpotqa.py:cold,garl."""
+    return typing.cast(Any, values[_NAME]).config_filename
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[Setting]]:
+    """The words that set no field, and the settings: --config.x=y or --config.x y."""
+    rest, settings = [], []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if word == "--":  # flags end here
+            return [*rest, word, *words[position:]], settings
+        match = _SETTING.fullmatch(word)
+        if not match:
+            rest.append(word)
+            continue
+        negated, path, text = match.groups()
+        flag = word
+        if negated:  # --noconfig.x, as absl spells False
+            text = "false" if text is None else text
+        elif text is None:
+            # A word that looks like a flag is no value, but -1 is. Without a value it says True.
+            after = words[position] if position < len(words) else "--"
+            if after.startswith("-") and not re.match(r"-[\d.]", after):
+                text = "true"
+            else:
+                text, flag = after, f"{word} {after}"
+                position += 1
+        settings.append(Setting(flag, tuple(path.split(".")), text))
+    return rest, settings
+
+
+# ---- Setting fields ----
+
+
+def apply(config: ConfigDict, settings: Sequence[Setting]) -> None:
+    """Changes `config` in place.
+
+    Raises:
+      ConfigError: a field that does not exist, or a value of another type.
+    """
+    entries: dict[str, list[Setting]] = {}
+    with config.unlocked(), config.ignore_type():
+        plain = []
+        for setting in settings:
+            if setting.path[0] == "runs" and len(setting.path) > 2:
+                entries.setdefault(setting.path[1], []).append(setting)
+            else:
+                plain.append(setting)
+        _apply_to_run(config, plain)
+        for name, changes in entries.items():
+            _apply_to_entry(config, name, changes)
+
+
+def _apply_to_run(config: ConfigDict, settings: Sequence[Setting]) -> None:
+    """Changes the config of one run. The loss is chosen first: it decides what there is to set."""
+    names = [setting for setting in settings if setting.path == ("loss", "name")]
+    if names:
+        _choose_loss(config, names[-1])
+    for setting in settings:
+        if setting.path != ("loss", "name"):
+            _set(config, setting)
+
+
+def _choose_loss(config: ConfigDict, setting: Setting) -> None:
+    """Another loss: its own defaults, and what was set to another value than the old one's default.
+
+    An argument of the old loss that the new one does not have goes with the old one.
+    """
+    try:
+        known = losses.arguments(setting.text)
+    except ValueError as error:
+        raise ConfigError(f"{setting.flag}: {error}.") from None
+    given = dict(config.loss)
+    usual = losses.arguments(given.pop("name"))
+    kept = {
+        name: value
+        for name, value in given.items()
+        if name in known and value != usual.get(name, _NO_VALUE)
+    }
+    config.loss = schema.loss(setting.text, **kept)
+
+
+def _apply_to_entry(config: ConfigDict, name: str, settings: Sequence[Setting]) -> None:
+    """--config.runs.NAME.x=y: changes what differs in one of several runs."""
+    if name not in config.runs:
+        raise ConfigError(
+            f"{settings[0].flag}: config.runs has no run {name!r}{closest(name, config.runs)}; "
+            f"its runs are {', '.join(config.runs) or 'none'}."
+        )
+    entry = config.runs[name]
+    run = schema.merge(config, {**entry, "runs": {}})
+    path_of = lambda setting: setting.path[2:]
+    _apply_to_run(run, [setting._replace(path=path_of(setting)) for setting in settings])
+    for setting in settings:
+        path = path_of(setting)
+        # `merge` replaces these sections whole, so the entry has to hold them whole.
+        for depth, key in enumerate(path, 1):
+            if key in schema.CHOICES:
+                path = path[:depth]
+                break
+        source, target = run, entry
+        for key in path[:-1]:
+            source = source[key]
+            if key not in target:
+                target[key] = ConfigDict()
+            target = target[key]
+        target[path[-1]] = source[path[-1]]
+
+
+def _set(config: ConfigDict, setting: Setting) -> None:
+    """Sets one field, or one key of an open section; sections that lead to it are made."""
+    *sections, last = setting.path
+    node, known = config, _types_in(config, ())
+    for depth, key in enumerate(sections, 1):
+        wanted = _look_up(known, key, setting)
+        path = setting.path[:depth]
+        if isinstance(wanted, ConfigDict):
+            known = _types_in(config, path)
+        elif wanted is Any:
+            known = None
+        else:  # a record, such as architecture.rope_scaling
+            known = next((_hints(t) for t in _options(wanted) if dataclasses.is_dataclass(t)), None)
+            if known is None:
+                raise ConfigError(
+                    f"{setting.flag}: config.{'.'.join(path)} is a value and has no key "
+                    f"{setting.path[depth]!r}."
+                )
+        if node.get(key) is None:
+            node[key] = ConfigDict()
+        if not isinstance(node[key], (ConfigDict, dict)):
+            raise ConfigError(
+                f"{setting.flag}: config.{'.'.join(path)} = {node[key]!r} has no keys in this "
+                "config: set it whole."
+            )
+        node = node[key]
+    wanted = _look_up(known, last, setting)
+    if isinstance(wanted, ConfigDict):
+        node[last] = _section(node.get(last, ConfigDict()), wanted, setting)
+    else:
+        node[last] = _value(setting, wanted)
+
+
+def _section(old: ConfigDict, default: ConfigDict, setting: Setting) -> ConfigDict:
+    """A whole section as a literal: {"a": 1}. An open one is replaced, another one is changed."""
+    value = _literal(setting.text)
+    if not isinstance(value, dict):
+        example = "name" if "name" in default else next(iter(default), "KEY")
+        raise ConfigError(
+            f"{setting.flag}: config.{'.'.join(setting.path)} is a section: set its keys, as in "
+            f"--config.{'.'.join(setting.path)}.{example}=..."
+        )
+    is_open = setting.path[-1] in schema.CHOICES or not default
+    return ConfigDict(value) if is_open else schema.merge(old, value)
+
+
+# ---- The type of a field, from where it is read ----
+
+
+def _types_in(config: ConfigDict, path: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """The keys of a section with their types, a ConfigDict for a section; None: any key goes."""
+    if path in _READERS:
+        return _READERS[path](config)
+    section = schema.default()
+    for key in path:
+        section = section[key]
+    if path and (path[-1] in schema.CHOICES or not section):
+        return None
+    is_section = lambda value: isinstance(value, ConfigDict)
+    return {
+        key: value if is_section(value) else Any if value is None else type(value)
+        for key, value in section.items()
+    }
+
+
+def _loss_types(config: ConfigDict) -> Mapping[str, Any]:
+    return {"name": str, **losses.argument_types(config.loss.name)}
+
+
+def _architecture_types(config: ConfigDict) -> Mapping[str, Any]:
+    from qlog.models import DecoderConfig
+
+    return _hints(DecoderConfig)
+
+
+def _world_types(config: ConfigDict) -> Mapping[str, Any]:
+    # Not above: tokenizers and grain take a second, and few command lines ask for it.
+    from qlog.data.synthetic import World
+
+    return _hints(World)
+
+
+_READERS: dict[tuple[str, ...], Callable[[ConfigDict], Mapping[str, Any]]] = {
+    ("loss",): _loss_types,
+    ("architecture",): _architecture_types,
+    ("data", "world"): _world_types,
+}
+
+
+def _hints(record: Any) -> Mapping[str, Any]:
+    """The types of a dataclass's fields."""
+    return typing.get_type_hints(record)
+
+
+def _look_up(known: Mapping[str, Any] | None, key: str, setting: Setting) -> Any:
+    """The type of a key, Any where any key goes."""
+    if known is None:
+        return Any
+    if key not in known:
+        similar = closest(key, known).strip(" ()")
+        raise ConfigError(
+            f"{setting.flag}: the config has no field {key!r}; "
+            + (similar or f"there are {', '.join(known)}.")
+        )
+    return known[key]
+
+
+def _options(wanted: Any) -> tuple[Any, ...]:
+    """(int, NoneType) for int | None; (int,) for int."""
+    is_union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
+    return typing.get_args(wanted) if is_union else (wanted,)
+
+
+# ---- From text to a value ----
+
+
+def _value(setting: Setting, wanted: Any) -> Any:
+    """The value that the text stands for in a field of the type `wanted`.
+
+    Raises:
+      ConfigError: none does.
+    """
+    text, options = setting.text, _options(wanted)
+    if text in ("None", "null") and (types.NoneType in options or Any in options):
+        return None
+    expected = []
+    # Text last: where a field takes a number or a word, 3 is the number.
+    for option in sorted(options, key=lambda option: option is str):
+        if dataclasses.is_dataclass(option):
+            words, read = f"a dictionary of {', '.join(_hints(option))}", _record
+        else:
+            words, read = _KINDS.get(typing.get_origin(option) or option, ("", None))
+        if read is None:  # functions, arrays: no text stands for them; Any: a literal
+            continue
+        try:
+            return read(text, option)
+        except ValueError:
+            expected.append(words)
+    if not expected:
+        return _literal(text)
+    raise ConfigError(
+        f"config.{'.'.join(setting.path)} = {text!r} must be {' or '.join(expected)}."
+    )
+
+
+def _bool(text: str, option: Any) -> bool:
+    if text.lower() not in _BOOLS:
+        raise ValueError(text)
+    return _BOOLS[text.lower()]
+
+
+def _tuple(text: str, option: Any) -> tuple[Any, ...]:
+    """12,13 or (12, 13) or [12, 13]; of words without quotes: <|im_end|>,<|endoftext|>."""
+    value = _literal(text)
+    if not isinstance(value, (tuple, list)):
+        parts = (part.strip() for part in text.split(","))
+        value = [_literal(part) for part in parts if part]
+    item = (typing.get_args(option) or (Any,))[0]
+    if item is not Any and not all(type(each) is item for each in value):
+        raise ValueError(text)
+    return tuple(value)
+
+
+def _record(text: str, option: Any) -> ConfigDict:
+    value = _literal(text)
+    if not isinstance(value, dict) or not value.keys() <= _hints(option).keys():
+        raise ValueError(text)
+    return ConfigDict(value)
+
+
+def _choice(text: str, option: Any) -> str:
+    if text not in typing.get_args(option):
+        raise ValueError(text)
+    return text
+
+
+_KINDS: dict[Any, tuple[str, Callable[[str, Any], Any]]] = {
+    bool: ("true or false", _bool),
+    int: ("a whole number", lambda text, option: int(text)),
+    float: ("a number", lambda text, option: float(text)),
+    str: ("text", lambda text, option: text),
+    tuple: ("values with commas between them, such as 12,13", _tuple),
+    typing.Literal: ("one of its words", _choice),
+}
+
+
+def _literal(text: str) -> Any:
+    """A Python or JSON literal, else the text itself."""
+    if text in _WORDS:
+        return _WORDS[text]
+    for read in (ast.literal_eval, json.loads):
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if value is None or isinstance(value, (bool, int, float, str, tuple, list, dict)):
+            return value
+    return text

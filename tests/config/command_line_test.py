@@ -1,0 +1,273 @@
+"""Every field of a config is a flag, through the parser that the commands use."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+from places import ROOT
+
+from qlog import losses, models
+from qlog.config import check_config, command_line, schema
+from qlog.data import synthetic
+from qlog.errors import ConfigError
+
+QUICKSTART = f"--config={ROOT / 'configs/quickstart.py'}"
+
+
+def read(*words, config=QUICKSTART):
+    """The config that a command gets of these words."""
+    values = flags.FlagValues()
+    command_line.define(values=values)
+    rest = command_line.parse(["program", config, *words], values)
+    assert rest == ["program"]
+    return values.config
+
+
+def at(config, path):
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def same(one, another):
+    """Whether two sections hold the same; == of a ConfigDict wants them locked alike, too."""
+    return one.to_dict() == another.to_dict()
+
+
+def other(value):
+    """Another value of the same type, and the text of its flag."""
+    if isinstance(value, bool):
+        return not value, str(not value)
+    if isinstance(value, (int, float)):
+        return value + 3, repr(value + 3)
+    if isinstance(value, tuple):
+        return (12, "a b"), "12,a b"
+    assert isinstance(value, str) or value is None
+    return f"x{value}", f"x{value}"
+
+
+# ---- Every field ----
+
+FIELDS = {k: v for k, v in schema.fields(schema.default()).items() if not isinstance(v, ConfigDict)}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_of_the_schema(field):
+    wanted, text = other(FIELDS[field])
+    for words in ([f"--config.{field}={text}"], [f"--config.{field}", text]):
+        got = at(read(*words), field)
+        assert got == wanted and type(got) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    "recipe, key",
+    [(recipe, key) for recipe in losses.RECIPES for key in losses.arguments(recipe)],
+)
+def test_every_argument_of_every_recipe(recipe, key):
+    default = losses.arguments(recipe)[key]
+    wanted, text = (5, "5") if default is None else other(default)
+    given = [f"--config.loss.name={recipe}", f"--config.loss.{key}={text}"]
+    loss = read(*given).loss
+    assert same(loss, schema.loss(recipe, **{key: wanted})) and type(loss[key]) is type(wanted)
+    if default is None:
+        assert same(read(*given, f"--config.loss.{key}=None").loss, schema.loss(recipe))
+    # A recipe as an object in the config file has the same arguments.
+    config = ConfigDict({"loss": schema.loss(losses.RECIPES[recipe])})
+    command_line.apply(config, command_line.split(given[1:])[1])
+    assert config.loss[key] == wanted
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(models.DecoderConfig), ids=lambda f: f.name)
+def test_every_key_of_the_architecture(field):
+    texts = {"layer_windows": "0,512", "rope_scaling": '{"factor": 8.0, "original_length": null}'}
+    value = getattr(models.PRESETS["qwen3_0p6b"], field.name)
+    text = texts.get(field.name) or (other(value)[1] if value is not None else "2")
+    got = at(read(f"--config.architecture.{field.name}={text}"), f"architecture.{field.name}")
+    if field.name == "layer_windows":
+        assert got == (0, 512)
+    elif field.name == "rope_scaling":
+        assert got.to_dict() == {"factor": 8.0, "original_length": None}
+    else:
+        assert str(got) == text or got == float(text)
+        assert "float" not in str(field.type) or type(got) is float
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(synthetic.World), ids=lambda f: f.name)
+def test_every_key_of_a_world(field):
+    wanted, text = other(field.default)
+    got = read(f"--config.data.world.{field.name}={text}").data.world[field.name]
+    assert got == wanted and type(got) is type(wanted)
+
+
+def test_keys_of_an_open_section_take_literals_and_text(monkeypatch):
+    monkeypatch.setattr(schema, "CHOICES", (*schema.CHOICES, "files"))
+    default = schema.default()
+    with default.unlocked():
+        default.data.files = {}
+    monkeypatch.setattr(schema, "default", default.copy_and_resolve_references)
+    got = read(
+        "--config.data.files.train=a.jsonl",
+        '--config.data.files.test=["a", "b"]',
+        "--config.data.files.flag=false",
+        "--config.data.files.nothing=null",
+        "--config.data.files.id=007",
+        "--config.data.files.deep.key=1.5",
+    ).data.files.to_dict()
+    assert got == {
+        "train": "a.jsonl",
+        "test": ["a", "b"],
+        "flag": False,
+        "nothing": None,
+        "id": "007",
+        "deep": {"key": 1.5},
+    }
+    assert read('--config.data.files={"train": "b"}').data.files.to_dict() == {"train": "b"}
+
+
+# ---- Spellings, order ----
+
+
+def test_spellings():
+    config = read(
+        "-config.train.steps=7",
+        "--config.mesh.data",
+        "-1",
+        "--config.evaluation.without_rationale",
+        "--noconfig.loss.pathwise",
+        "--config.profile.steps=(12, 13)",
+        "--config.rollout.closing_text=a=b, c",
+        "--config.data.name=",
+        "--config.optimizer.eps=1",
+    )
+    assert config.train.steps == 7 and config.mesh.data == -1
+    assert config.evaluation.without_rationale is True and config.loss.pathwise is False
+    assert config.profile.steps == (12, 13)
+    assert config.rollout.closing_text == "a=b, c" and config.data.name == ""
+    assert config.optimizer.eps == 1.0 and type(config.optimizer.eps) is float
+    assert read("--config.profile.steps=").profile.steps == ()
+    assert read("--config.profile.steps=3").profile.steps == (3,)
+    assert len(read("--config.runs={}").runs) == 0
+
+
+def test_the_last_flag_wins_and_a_file_is_changed_after_its_variants():
+    assert read("--config.seed=1", "--config.seed=2").seed == 2
+    file = f"--config={ROOT / 'configs/hotpotqa.py'}:warm,paft,q=0.25"
+    config = read("--config.loss.k=4", "--config.data.style=cold", config=file)
+    assert same(config.loss, schema.loss("paft", q=0.25, k=4)) and config.data.style == "cold"
+    values = flags.FlagValues()
+    command_line.define(values=values)
+    command_line.parse(["program", "--config.seed=3", *file.split("=", 1)], values)
+    assert values.config.seed == 3 and command_line.spec(values) == file.partition("=")[2]
+
+
+def test_words_after_two_dashes_are_no_flags():
+    rest, settings = command_line.split(["--a", "--", "--config.seed=1"])
+    assert rest == ["--a", "--", "--config.seed=1"] and not settings
+
+
+# ---- Another loss ----
+
+
+def test_another_recipe_keeps_what_was_chosen_and_what_it_has():
+    file = f"--config={ROOT / 'configs/hotpotqa.py'}:q=0.25"
+    config = read("--config.loss.name=paft", config=file)
+    assert same(config.loss, schema.loss("paft", q=0.25))
+    # The order of the two flags has no meaning: the name decides what there is to set.
+    for words in (["name=paft", "k=3"], ["k=3", "name=paft"]):
+        got = read(*[f"--config.loss.{word}" for word in words], config=file).loss
+        assert same(got, schema.loss("paft", q=0.25, k=3))
+    # GARL's baseline goes with it, and GRPO's own default of aggregation comes.
+    given = ["--config.loss.name=grpo", "--config.loss.clip_high=0.3"]
+    assert same(read(*given, config=file).loss, schema.loss("grpo", clip_high=0.3))
+    with pytest.raises(ConfigError, match="loss.baseline=none: the config has no field 'baseline'"):
+        read("--config.loss.name=paft", "--config.loss.baseline=none")
+
+
+# ---- Several runs ----
+
+
+def test_an_entry_of_several_runs():
+    config = read(
+        "--config.runs.base.train.steps=5",
+        "--config.runs.garl_q075.loss.max_coefficient=2",
+        "--config.runs.grpo.optimizer.b2=0.5",
+        "--config.runs.grpo.loss.name=maxrl",
+        "--config.loss.q=0.5",
+        "--config.runs.grpo.data.world.hops=2",
+    )
+    assert config.runs.base.train.to_dict() == {"steps": 5, "prompts_per_step": 32}
+    assert same(config.runs.garl_q075.loss, schema.loss("garl", q=0.75, max_coefficient=2))
+    grpo = schema.merge(config, {**config.runs.grpo, "runs": {}})
+    assert same(grpo.loss, schema.loss("maxrl")) and grpo.optimizer.b2 == 0.5
+    assert grpo.data.world.hops == 2 and grpo.data.world.people == 6
+    check_config(grpo)
+    assert config.data.world.hops == 3 and config.loss.q == 0.5
+    with pytest.raises(
+        ConfigError, match="has no run 'bas' .did you mean 'base'\\?.; its runs are"
+    ):
+        read("--config.runs.bas.seed=1")
+
+
+# ---- Mistakes ----
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    {
+        "train.steps=abc": r"config\.train\.steps = 'abc' must be a whole number\.",
+        "train.steps=1.5": r"config\.train\.steps = '1\.5' must be a whole number\.",
+        "train.steps=": r"config\.train\.steps = '' must be a whole number\.",
+        "train.steps=None": r"config\.train\.steps = 'None' must be a whole number\.",
+        "optimizer.b1=x": r"config\.optimizer\.b1 = 'x' must be a number\.",
+        "loss.pathwise=maybe": r"config\.loss\.pathwise = 'maybe' must be true or false\.",
+        "loss.clip_lo=1": r"has no field 'clip_lo'; there are name, q, baseline",
+        "loss.max_coeficient=1": r"did you mean 'max_coefficient'\?$",
+        "loss.name=gral": r"no loss is called 'gral'.*did you mean 'garl'",
+        "loss=garl": r"config\.loss is a section: set its keys, as in --config\.loss\.name=",
+        "seed.x=1": r"config\.seed is a value and has no key 'x'",
+        "trian.steps=1": r"no field 'trian'; did you mean 'train'\?$",
+        "train.=1": r"no field ''",
+        "architecture.num_layer=2": r"did you mean 'num_layers'\?$",
+        "architecture.num_layers=two": r"num_layers = 'two' must be a whole number",
+        "architecture.layer_windows=a": r"layer_windows = 'a' must be values with commas",
+        "architecture.rope_scaling=8": r"= '8' must be a dictionary of factor, original_length",
+        "architecture.rope_scaling={'fac': 8}": r"must be a dictionary of factor, original_length",
+        "architecture.rope_scaling.fac=8": r"did you mean 'factor'",
+        "data.world.hop=2": r"no field 'hop'; did you mean 'hops'\?$",
+    }.items(),
+)
+def test_mistakes_are_told_in_one_sentence(word, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(f"--config.{word}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_config(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config():\n    return {'seed': 1}\n")
+    with pytest.raises(ConfigError, match="must return a ConfigDict, got dict: start from"):
+        read("--config.seed=1", config=f"--config={file}")
+    values = flags.FlagValues()
+    command_line.define(values=values)
+    with pytest.raises(ConfigError, match="--config.seed=1 needs --config=FILE"):
+        command_line.parse(["program", "--config.seed=1"], values)
+
+
+def test_the_command_trains_with_what_its_flags_say(tmp_path):
+    words = ["--config", "configs/quickstart.py", "--config.runs={}", "--config.train.steps", "1"]
+    words += ["--config.loss.max_coefficient=5", "--config.loss.k=4", "--config.loss.name=paft"]
+    words += ["--config.architecture.num_layers=1", "--config.data.world.hops=2"]
+    words += ["--config.train.prompts_per_step=8", "--config.rollout.rollouts_per_prompt=2"]
+    words += ["--config.evaluation.every=0", "--config.evaluation.prompts=8"]
+    words += ["--config.evaluation.prompts_per_batch=8", "--config.profile.steps=12,13"]
+    words += ["--noconfig.evaluation.without_rationale", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "qlog.main", *words]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    assert written["loss"]["name"] == "paft" and written["loss"]["k"] == 4
+    assert written["loss"]["max_coefficient"] == 5 and written["profile"]["steps"] == [12, 13]
+    assert written["architecture"]["num_layers"] == 1 and written["data"]["world"]["hops"] == 2
