@@ -6,7 +6,9 @@ records train, validation and test have), builders/ (the official files, prepare
 record_files.py (JSON lines and Parquet), own.py (your own records and functions as examples),
 hub.py (the official datasets as the Hugging Face Hub has them), catalog.py (which of all this a
 config names), tokenizer_files.py, tokenizers.py, chat_templates.py, formatting.py (token ids),
-pipeline.py (padded batches), fields.py (names in errors). README.md shows how to train on your own data.
+pipeline.py (padded batches), fields.py (names in errors).
+
+README.md shows how to train on your own data.
 """
 
 from qlog.data.builders import prepare
