@@ -261,9 +261,7 @@ def _estimator_call(config: ConfigDict) -> str:
     """`config.loss` as a call, such as garl(q=0.75)."""
     arguments = dict(config.loss)
     name = arguments.pop("name")
-    if not isinstance(name, str):
-        name = name.__qualname__
-    else:  # what differs from the recipe's defaults, and q always
-        usual = losses.arguments(name)
-        arguments = {k: v for k, v in arguments.items() if k == "q" or v != usual[k]}
-    return f"{name}({', '.join(f'{k}={v}' for k, v in arguments.items())})"
+    # What differs from the loss's defaults, and q always.
+    usual = losses.arguments(name)
+    arguments = {k: v for k, v in arguments.items() if k == "q" or v != usual.get(k)}
+    return f"{losses.label(name)}({', '.join(f'{k}={v}' for k, v in arguments.items())})"

@@ -38,6 +38,7 @@ ONLY_IN = {
     "tensorflow_datasets": {"data"},
     "tokenizers": {"data"},
     "sentencepiece": {"data"},
+    "jinja2": {"data"},
     "torch": {"benchmark"},
     "tensorflow": set(),
     "transformers": {"benchmark"},

@@ -131,10 +131,8 @@ def _versions() -> str:
 
 def _config(config: ConfigDict) -> str:
     check_config(config)
-    return (
-        f"{config.model}, {data.label(config.data.name)} {config.data.style}, "
-        f"{losses.label(config.loss.name)}"
-    )
+    name, loss = data.label(config.data.name), losses.label(config.loss.name)
+    return f"{config.model}, {name} {config.data.style}, {loss}"
 
 
 def _devices() -> str:

@@ -336,11 +336,12 @@ def _check_data(config: ConfigDict) -> None:
     if corpus.tokenizer is None:
         return
     for key in ("path", "eos", "chat_template", "chat_template_kwargs"):
-        if value := config.tokenizer[key]:
+        value = config.tokenizer[key]
+        if value:
             shown = value.to_dict() if isinstance(value, ConfigDict) else value
             raise ConfigError(
-                f"config.tokenizer.{key} = {shown!r} is not read by "
-                f"{label(config.data.name)!r}, which brings its own tokenizer: remove it."
+                f"config.tokenizer.{key} = {shown!r} is not read by {label(config.data.name)!r}, "
+                "which brings its own tokenizer: remove it."
             )
 
 

@@ -16,7 +16,15 @@ from qlog import losses
 from qlog.errors import ConfigError
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
-CHOICES = ("loss", "architecture", "chat_template_kwargs", "files", "fields", "world", "runs")
+CHOICES = (
+    "loss",
+    "architecture",
+    "chat_template_kwargs",
+    "files",
+    "fields",
+    "world",
+    "runs",
+)
 # Keys whose value may be a function, or a list of functions, in the place of a name; what reads the
 # value checks it.
 FUNCTIONS = ("name", "reward", "grader", "metrics")

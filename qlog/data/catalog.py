@@ -112,7 +112,7 @@ def find_corpus(section: Section) -> Corpus:
 
 
 def label(name: str | Callable[..., Any]) -> str:
-    """`data.name` as text; of a function its name, as config.json keeps it."""
+    """`data.name` as text; of a function its qualified name, as config.json keeps it."""
     return name if isinstance(name, str) else name.__qualname__
 
 

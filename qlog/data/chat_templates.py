@@ -118,6 +118,7 @@ class ChatTemplate:
         Raises:
           ConfigError: it is not Jinja, or a variable is read by nothing or belongs to qlog.
         """
+        # Jinja passes over variables that it does not need: a misspelt one would change nothing.
         for name in self._arguments:
             field = f"{fields.CHAT_TEMPLATE_KWARGS}.{name} = {self._arguments[name]!r}"
             if name in _RESERVED:
@@ -244,6 +245,8 @@ def _tojson(
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up: templates are written for exactly these settings."""
+    # Immutable: a template cannot change the lists and dicts that it is given. The sandbox refuses
+    # attributes that begin with an underscore, by which Python objects lead out of it.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,

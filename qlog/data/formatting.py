@@ -45,9 +45,11 @@ def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) ->
 
     The text in `content` never becomes a control token. The ids are otherwise those of
     transformers' apply_chat_template with add_generation_prompt, and then what opens or closes the
-    rationale, unless the template has written it.
+    rationale, unless the template has written it. A vocabulary without a known chat template gets
+    the content and a newline instead of a turn.
 
     Args:
+      content: what the user says, any text.
       thinking: True ends the prompt with the thinking-start token and a newline, so the first
         sampled token belongs to the rationale. False ends it in the template's own way of not
         thinking or, where it has none, with an empty rationale and the separator, so the first
@@ -55,9 +57,8 @@ def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) ->
 
     Raises:
       ConfigError: the model's own template raises, or closes the rationale although thinking is on.
-
-    A vocabulary without a known chat template gets the content and a newline instead of a turn.
     """
+    # ---- The turn ----
     start = tokenizer.token(tokenizer.think_start_id)
     end = tokenizer.token(tokenizer.think_end_id)
     template = tokenizer.chat_template
@@ -77,7 +78,10 @@ def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) ->
                 f"set {fields.CHAT_TEMPLATE_KWARGS} so that it does not, or {fields.CHAT_TEMPLATE} "
                 f"to {chat_templates.BUILT_IN_NAME!r}."
             )
-    is_open = _last(parts) == (True, start)  # DeepSeek-R1's template opens the rationale itself
+    # ---- The rationale: opened, or opened and closed ----
+    # DeepSeek-R1's template opens it itself. GLM's writes no newline behind the token; then none is
+    # added, since the model has learned to write what follows.
+    is_open = _last(parts) == (True, start)
     if thinking:
         return compose(tokenizer, parts if is_open else [*parts, (True, start), (False, "\n")])
     if is_open and parts[-1] != (True, start):
@@ -106,6 +110,7 @@ def _rendered(
     """
     content, disguise = _disguised(tokenizer, content, template)
     text = template.render(content, thinking=thinking)
+    # What lies between two control tokens of the template is plain, and is encoded as such.
     parts: list[tuple[bool, str]] = []
     plain_from = 0
     for span in tokenizer.control_spans(text):

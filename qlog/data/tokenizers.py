@@ -132,6 +132,7 @@ class Tokenizer:
                     f"{field} = {name!r} already begins, ends or pads sequences: "
                     "name a control token without another use."
                 )
+        # ---- Ends, beginning and padding ----
         self.control = dict(control)
         self.vocab_size = vocab_size
         self.think_start_id = control[think_start]
@@ -144,6 +145,8 @@ class Tokenizer:
                 f"{where} has no end-of-sequence token that qlog knows "
                 f"({', '.join(_EOS_NAMES)}): name one of its control tokens in {fields.EOS}."
             )
+        # The names of the known families go before the files: a folder that has got its
+        # tokenizer_config.json later keeps its prompts.
         tokens = files.special_tokens or {}
         pads = (*_PAD_NAMES, tokens.get("pad_token", ""))
         self.pad_id = next((control[n] for n in pads if n in control), self.eos_ids[-1])
@@ -189,6 +192,8 @@ class Tokenizer:
                 )
             source = f"{fields.EOS} = {name!r}" if named_by_user else f"{name!r}"
             found.setdefault(self.control[name], source)
+        # Chat models often have several ends, and only some of them in each file (Llama 3: of a
+        # turn, of a message, of a text). One that is overlooked lets answers run on.
         if name := (files.special_tokens or {}).get("eos_token"):
             id_ = self._id_of("eos_token", name, files.special_tokens_file)
             found.setdefault(id_, f"{files.special_tokens_file}: eos_token = {name!r}")

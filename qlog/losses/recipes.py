@@ -370,7 +370,7 @@ def _find(loss: Loss) -> Recipe | _Function:
 
 
 def label(loss: Loss) -> str:
-    """Text that tells losses apart, in config.json too: 'garl', or 'Recipe(mine.hard_garl)'.
+    """Text that tells losses apart, in config.json too: 'garl', or 'Recipe(hard_garl)'.
 
     Raises:
       ValueError: a function without a name, of which two could not be told apart.
@@ -396,7 +396,7 @@ def _name_of(function: Callable) -> str:
             f"{function!r}, of type {type(function).__name__}, has no name that config.json could "
             "keep: give a function made with def"
         )
-    return f"{function.__module__}.{name}"
+    return name  # without its module: that of a config file is called by how the file was loaded
 
 
 def arguments(loss: Loss) -> dict[str, Any]:

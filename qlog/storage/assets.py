@@ -286,7 +286,7 @@ def _find(
         listing = _listing(path)
         if not listing or not is_complete(set(listing)):
             return None
-        if set(listing) == {""} and companions:
+        if companions and set(listing) == {""}:
             # Looked for by name, since the folder around a file may be a whole bucket.
             beside = {name: _listing(path.parent / name) for name in companions}
             files = {name: found[""] for name, found in beside.items() if found and "" in found}

@@ -63,6 +63,36 @@ WRONG = {
         r"config\.data\.world\.people = 99 must be from",
     ),
     "unread path": ({"tokenizer": {"path": "x"}}, r"config\.tokenizer\.path = 'x' is not read"),
+    "ends": ({"tokenizer": {"eos": (3,)}}, r"config\.tokenizer\.eos = \(3,\) must hold names"),
+    "unread ends": ({"tokenizer": {"eos": ("</s>",)}}, r"tokenizer\.eos = \('</s>',\) is not read"),
+    "template": (
+        {"tokenizer": {"chat_template": "built-in"}},
+        r"config\.tokenizer\.chat_template = 'built-in' must be .*did you mean 'builtin'",
+    ),
+    "template of a synthetic task": (
+        {"tokenizer": {"chat_template": "x.jinja"}, "data": {"style": "warm"}},
+        r"config\.tokenizer\.chat_template = 'x\.jinja' is not read by the synthetic task",
+    ),
+    "template of the cold style": (
+        {"tokenizer": {"chat_template": "x.jinja"}},
+        r"config\.tokenizer\.chat_template = 'x\.jinja' is read only by the warm style",
+    ),
+    "variables of the cold style": (
+        {"tokenizer": {"chat_template_kwargs": {"date_string": "x"}}},
+        r"config\.tokenizer\.chat_template_kwargs\.date_string = 'x' is read only by the warm",
+    ),
+    "variables of a built-in template": (
+        {"tokenizer": {"chat_template": "builtin", "chat_template_kwargs": {"a": 1}}},
+        r"config\.tokenizer\.chat_template_kwargs\.a = 1 is not read by a built-in template",
+    ),
+    "variables without names": (
+        {"tokenizer": {"chat_template_kwargs": "date"}},
+        r"config\.tokenizer\.chat_template_kwargs = 'date' must be a section",
+    ),
+    "variables of another type": (
+        {"tokenizer": {"chat_template_kwargs": {"a": {1, 2}}}},
+        r"config\.tokenizer\.chat_template_kwargs\.a = \{1, 2\} must be text, numbers",
+    ),
     "prompt budget": (
         {"data": {"max_prompt_tokens": 8}},
         r"config\.data\.max_prompt_tokens = 8 is too small",

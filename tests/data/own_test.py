@@ -340,7 +340,6 @@ class Lazy:
         ([example(extra=3)], r"\[0\] has the extra 3, which must be a mapping"),
         (Lazy(), r"my_examples\('train'\)\[0\] raised KeyError: 'no such page'"),
     ],
-    ids=repr,
 )
 def test_what_a_function_returns_is_checked(returned, message):
     def my_examples(split):

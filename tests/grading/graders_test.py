@@ -26,6 +26,8 @@ NO_ANSWERS = [
     "Paris <|im_end|>",
     "<THINK> Paris",
     "Paris</s>",
+    "Paris<｜end▁of▁sentence｜>",
+    "<｜User｜>Paris",
     "Paris " * 1000,
     "Paris" + " " * 5000,
 ]

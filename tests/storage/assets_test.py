@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from qlog.data import builders, tokenizers
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment import files
 from qlog.experiment.contents import identity as contents_of
+from qlog.experiment.files import load_formatter
 from qlog.models import huggingface
 from qlog.storage import assets, paths
 
@@ -121,6 +123,47 @@ def test_a_bucket_is_copied_once_and_again_when_it_changes(place, tmp_path):
     changed = assets.local(place, "config.model")
     assert changed != folder and (changed / "a.json").read_text() == "9"
     assert (folder / "a.json").read_text() == "1"  # a run that began with it still reads it
+
+
+def test_a_tokenizer_that_is_one_file_comes_with_its_neighbours(place, tmp_path):
+    template = "{{ messages[0].content }}"
+    files = {
+        "mine.json": json.dumps(byte_level_spec()),
+        "tokenizer_config.json": json.dumps({"chat_template": template}),
+        "generation_config.json": json.dumps({"eos_token_id": [258, 7]}),
+        "weights.safetensors": "large",
+        "sub/chat_template.jinja": "of another model",
+    }
+    for name, text in files.items():
+        paths.write(place / name, text)
+    paths.write(place / "own/x.jinja", template + "!")
+    config = paper.experiment("warm", dataset="hotpotqa", total_budget=192, max_prompt_tokens=512)
+    config.tokenizer.path = str(place / "mine.json")
+    tokenizer = load_formatter(config).tokenizer
+    assert tokenizer.path.name == "mine.json" and tokenizer.eos_ids == (258, 256, 7)
+    assert tokenizer.chat_template.source == template
+    if paths.is_remote(place):
+        copied = {p.name for p in tokenizer.path.parent.iterdir()}
+        assert copied == {"mine.json", "tokenizer_config.json", "generation_config.json"}
+    config.tokenizer.chat_template = str(place / "own/x.jinja")
+    assert load_formatter(config).tokenizer.chat_template.source == template + "!"
+    # Staged, they lie next to each other again, and the flags name them.
+    said = []
+    wanted = [a for a in stage.plan(config) if a.name.startswith(("tokenizers/", "chat_"))]
+    stage.stage(wanted, str(tmp_path / "to"), said.append)
+    staged = set(stage.files(tmp_path / "to"))
+    folder = "tokenizers/mine.json"
+    assert staged == {
+        f"{folder}/mine.json",
+        f"{folder}/tokenizer_config.json",
+        f"{folder}/generation_config.json",
+        "chat_templates/x.jinja/x.jinja",
+    }
+    flags = dict(word.split("=") for word in shlex.split(said[-1]) if word.startswith("--"))
+    config.tokenizer.path = flags["--config.tokenizer.path"]
+    config.tokenizer.chat_template = flags["--config.tokenizer.chat_template"]
+    again = load_formatter(config).tokenizer
+    assert again.eos_ids == tokenizer.eos_ids and again.chat_template.source == template + "!"
 
 
 def test_what_is_missing_or_out_of_reach_is_a_sentence(place, monkeypatch):
