@@ -268,8 +268,6 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         wanted, value = type(known[key]), config[key]
         if wanted is float and type(value) is int:
             continue
-        if name == "config.data.name" and callable(value):
-            continue
         if type(value) is not wanted:  # isinstance would take True for an int
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
 
