@@ -247,9 +247,7 @@ def _estimator_call(config: ConfigDict) -> str:
     """`config.loss` as a call, such as garl(q=0.75)."""
     arguments = dict(config.loss)
     name = arguments.pop("name")
-    if not isinstance(name, str):
-        name = name.__qualname__
-    else:  # what differs from the recipe's defaults, and q always
-        usual = losses.arguments(name)
-        arguments = {k: v for k, v in arguments.items() if k == "q" or v != usual[k]}
-    return f"{name}({', '.join(f'{k}={v}' for k, v in arguments.items())})"
+    usual = losses.arguments(name)
+    # What differs from the defaults, and q always.
+    shown = {k: v for k, v in arguments.items() if k == "q" or k not in usual or v != usual[k]}
+    return f"{losses.label(name)}({', '.join(f'{k}={v}' for k, v in shown.items())})"
