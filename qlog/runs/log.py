@@ -11,6 +11,7 @@ there the lines are in segments: metrics/000050.jsonl begins with a line of step
 segment begins after the next `flush`. `read_jsonl(workdir / "metrics.jsonl")` reads either.
 """
 
+import itertools
 import json
 import pathlib
 import time
@@ -81,7 +82,15 @@ class RunLog:
         if project := config.logging.wandb:
             save = lambda text: self._save(workdir / "wandb.json", text)
             open_ = lambda: WandB(project, workdir, start_step, config, save)
-            self._trackers.append(Harmless(open_, "W&B"))
+            wandb = Harmless(open_, "W&B")
+            # What is in the log already: W&B takes what it has not got. TensorBoard has it all.
+            for line in kept["metrics"]:
+                # Numbers that are not finite are text in the log.
+                values = {k: float(v) for k, v in line.items() if k not in ("step", "phase")}
+                wandb.scalars(line["step"], line["phase"], values)
+            for step, lines in itertools.groupby(kept["rollouts"], lambda line: line["step"]):
+                wandb.rollouts(step, [_without_step(line) for line in lines])
+            self._trackers.append(wandb)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -208,6 +217,10 @@ class _Segments:
 
     def close(self) -> None:
         self.flush()
+
+
+def _without_step(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name != "step"}
 
 
 # ---- Reading, and dropping what will be written again ----

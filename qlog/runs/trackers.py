@@ -95,6 +95,7 @@ class TensorBoard:
 # ---- Weights & Biases ----
 
 PATIENCE = 30.0  # seconds for W&B's server at the start of a run, and again at its end
+_FLUSH = 1.0  # seconds between writes of W&B's file
 
 
 class WandB:
@@ -105,8 +106,12 @@ class WandB:
 
     A resumed run does again the steps after its checkpoint. Their rows are in W&B already, where
     rows cannot be taken back, so they are not sent a second time. They hold the same numbers, since
-    a run resumes bit for bit. How far W&B got is what its server says (the run's summary), and
-    offline, where no server can tell, the record in the workdir's wandb.json.
+    a run resumes bit for bit.
+
+    The other way round, `RunLog` offers all lines that it keeps, and what W&B has not got is sent:
+    rows that a kill cost, or those of a run that began without W&B. How far W&B got is what its
+    server says (the run's summary), and offline, where no server can tell, the record in the
+    workdir's wandb.json; there a kill may cost the rows of the last second.
 
     Args:
       project: "project" or "entity/project".
@@ -249,6 +254,8 @@ def _start(**arguments: Any) -> "wandb.Run":
             save_code=False,
             init_timeout=PATIENCE,
             finish_timeout=PATIENCE,
+            # W&B's own process ends with ours. A kill costs what it had not written, at most this.
+            x_transaction_log_flush_interval=_FLUSH,
         )
 
     wandb.setup(settings=settings())
@@ -262,7 +269,7 @@ def _start(**arguments: Any) -> "wandb.Run":
     except Exception as error:
         if not is_online:
             raise
-        say(f"W&B does not answer ({summary(error)}).")
+        say(f"W&B does not answer ({summary(error)}): the next start of this run tries again.")
         wandb.teardown()  # the run that did not begin holds its id
         return wandb.init(**arguments, mode="offline", settings=settings())
 

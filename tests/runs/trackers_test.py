@@ -2,10 +2,10 @@
 
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -180,19 +180,45 @@ def test_without_a_checkpoint_it_is_a_new_run(tmp_path):
     assert ids[0] != ids[1]
 
 
+_RUNS = """
+import pathlib, sys, time
+sys.path[:0] = ["tests", "tests/runs"]
+import trackers_test as t
+log = t.RunLog(pathlib.Path(sys.argv[1]), 0, t.config(train={"steps": 100}))
+for step in range(4):
+    log.scalars(step, "train", {"loss": float(step)})
+time.sleep(600)
+"""
+
+
 def test_a_run_whose_process_is_killed_goes_on(tmp_path):
-    code = (
-        "import os, signal, sys, pathlib; sys.path[:0] = ['tests', 'tests/runs'];"
-        "import trackers_test as t; w = pathlib.Path(sys.argv[1]);"
-        "log = t.RunLog(w, 0, t.config(train={'steps': 100}));"
-        "[log.scalars(step, 'train', {'loss': float(step)}) for step in range(4)];"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    process = subprocess.Popen([sys.executable, "-c", _RUNS, tmp_path], cwd=ROOT)
+    train = lambda: [
+        line["step"]
+        for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime)
+        for line in lines(history(records(file)), "train")
+    ]
+    deadline = time.monotonic() + 120
+    while train() != [0, 1, 2, 3] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
     log_steps(tmp_path, 2, 6)
-    rows = [row for of in offline_runs(tmp_path).values() for row in history(of)]
-    assert [line["step"] for line in lines(rows, "train")] == list(range(6))
+    wandb.teardown()
+    assert train() == list(range(6))
+
+
+def test_a_run_that_begins_without_it_is_sent_whole(tmp_path):
+    began = config(train={"steps": 100}, logging={"wandb": ""})
+    with RunLog(tmp_path, 0, began) as log:
+        for step in range(3):
+            log.scalars(step, "train", {"loss": step / 2, "kl": float("nan")})
+        log.rollouts(1, [{"prompt": "p"}])
+    assert not (tmp_path / "wandb.json").exists()
+    log_steps(tmp_path, 2, 4)
+    (of,) = offline_runs(tmp_path).values()
+    assert [line["loss"] for line in lines(history(of), "train")] == [0, 0.5, 2, 3]
+    assert [line["step"] for line in lines(history(of), "rollouts")] == [1]
 
 
 # ---- W&B fails ----
