@@ -94,7 +94,8 @@ class TensorBoard:
 
 # ---- Weights & Biases ----
 
-PATIENCE = 30.0  # seconds for W&B's server at the start of a run, and again at its end
+PATIENCE = 30.0  # seconds for an answer of W&B's server at the start of a run
+_AT_THE_END = 10.0  # seconds for the last uploads: a preempted host may have little more
 _FLUSH = 1.0  # seconds between writes of W&B's file
 
 
@@ -253,7 +254,7 @@ def _start(**arguments: Any) -> "wandb.Run":
             quiet=True,
             save_code=False,
             init_timeout=PATIENCE,
-            finish_timeout=PATIENCE,
+            finish_timeout=_AT_THE_END,
             # W&B's own process ends with ours. A kill costs what it had not written, at most this.
             x_transaction_log_flush_interval=_FLUSH,
         )

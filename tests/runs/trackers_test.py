@@ -2,11 +2,15 @@
 
 import json
 import os
+import pathlib
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import time
 
+import buckets
 import jax
 import pytest
 import tiny
@@ -18,6 +22,7 @@ from qlog.config import check_config, schema
 from qlog.errors import ConfigError
 from qlog.runs import trackers
 from qlog.runs.log import RunLog, read_jsonl
+from qlog.storage import paths
 
 ONE = jax.devices()[:1]
 
@@ -219,6 +224,28 @@ def test_a_run_that_begins_without_it_is_sent_whole(tmp_path):
     (of,) = offline_runs(tmp_path).values()
     assert [line["loss"] for line in lines(history(of), "train")] == [0, 0.5, 2, 3]
     assert [line["step"] for line in lines(history(of), "rollouts")] == [1]
+
+
+def test_a_bucket_keeps_the_id_and_a_disk_the_files(monkeypatch, capsys):
+    with buckets.google() as (_, clients):
+        for name, value in clients.items():
+            monkeypatch.setenv(name, value)
+        workdir = paths.parse(f"gs://{buckets.BUCKET}/tracked", "--workdir")
+        log_steps(workdir, 0, 4)
+        began = json.loads(paths.read(workdir / "wandb.json"))
+        log_steps(workdir, 2, 6)
+        ended = json.loads(paths.read(workdir / "wandb.json"))
+        assert "wandb" not in paths.names(workdir)
+    assert began["id"] == ended["id"] and ended["steps"] == {"train": 5, "validation": 5}
+    wandb.teardown()
+    said = re.findall(r"W&B: offline, in (\S+):", capsys.readouterr().out)
+    rows = []
+    for folder in map(pathlib.Path, said):  # a disk keeps what is still to be uploaded
+        (file,) = folder.glob("*.wandb")
+        assert began["id"] in file.name
+        rows += history(records(file))
+        shutil.rmtree(folder.parent.parent)
+    assert [line["step"] for line in lines(rows, "train")] == list(range(6))
 
 
 # ---- W&B fails ----
