@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.config import schema
+from qlog.config.check import evaluation_scorers
 from qlog.config.streams import Stream, stream_key
 from qlog.console import ProgressLine, clock, say
 from qlog.errors import ConfigError
@@ -36,9 +37,8 @@ _BARE = "no_rationale/"  # before the names of metrics without a rationale
 
 
 class Row(accuracy.Row):
-    """A question and its n samples: what is graded, and what only the sampler knows."""
+    """A question and its n samples: what is scored, and what only the sampler knows."""
 
-    rationales: list[str]  # n texts, without the thinking-end token
     log_w: list[float]  # n numbers, log p(gold answer | prompt, rationale), in nats
     log_p: float  # log of the mean of w: the estimate of log p(gold answer | prompt)
     forced: list[bool]  # n flags: the rationale's budget was spent
@@ -85,10 +85,14 @@ def evaluate(
     summary = {}
     for prefix, sampling in passes.items():
         file = samples and _samples_file(samples, prefix)
-        rows = _sample_all(experiment, params, sampling, file, parameters_from, interrupts)
-        # On the first process only: bootstrap intervals take seconds, and the others have no rows.
+        partial = _PartialSamples(file, _inputs(experiment, parameters_from)) if file else None
+        rows = _sample_all(experiment, params, sampling, partial, parameters_from, interrupts)
+        # On the first process only: scoring takes seconds, and the others have no rows.
         found = distributed.once_per_run(lambda rows=rows: _summarise(experiment.config, rows))
         summary |= _prefixed(prefix, found)
+        # Not before: if a scorer stopped the run, the next start has nothing to sample again.
+        if partial and jax.process_index() == 0:
+            partial.remove()
     return summary
 
 
@@ -96,13 +100,12 @@ def _sample_all(
     experiment: Experiment,
     params: models.Params,
     sampling: sampler.Sampling,
-    file: Path | None,
+    partial: "_PartialSamples | None",
     parameters_from: str,
     interrupts: Interrupts | None,
 ) -> list[Row]:
     """All rows, on the first process; [] on the others."""
     is_first_process = jax.process_index() == 0
-    partial = _PartialSamples(file, _inputs(experiment, parameters_from)) if file else None
     rows: list[Row] = []
 
     # Resume: the first process reads the rows that are saved, and tells the others their number.
@@ -154,7 +157,9 @@ def _inputs(experiment: Experiment, parameters_from: str) -> dict[str, Any]:
         "rollout": [
             rollout[name] for name in ("rationale_budget", "answer_reserve", "closing_text")
         ],
-        "data": [data_[name] for name in ("name", "style", "max_prompt_tokens", "overlong")],
+        "data": [data.label(data_.name), data_.style, data_.max_prompt_tokens, data_.overlong],
+        "description": data_.description,
+        "fields": data_.fields.to_dict(),
         "world": data_.world.to_dict(),
     }
     return json.loads(json.dumps(found))
@@ -162,10 +167,15 @@ def _inputs(experiment: Experiment, parameters_from: str) -> dict[str, Any]:
 
 def _summarise(config: ConfigDict, rows: list[Row]) -> dict[str, float]:
     """`accuracy.summarise`, and the means of the fields that only the sampler knows."""
+    grader, metrics = evaluation_scorers(config)
     summary = accuracy.summarise(
         rows,
         k=config.evaluation.rollouts_per_prompt,
-        dataset=config.data.name,
+        dataset=data.label(config.data.name),
+        grader=grader,
+        metrics=metrics,
+        example=_example,
+        threads=config.rollout.reward_threads,
         seed=config.seed,
     )
     numbers = np.array(
@@ -177,6 +187,19 @@ def _summarise(config: ConfigDict, rows: list[Row]) -> dict[str, float]:
         "budget_hits": float(forced),
         "truncated_answers": float(1 - complete),
     }
+
+
+def _example(row: accuracy.Row) -> data.Example:
+    """The example of a row, for scorers; without its annotated rationale."""
+    answer, *aliases = row["golds"]
+    return data.Example(
+        id=row["id"],
+        source=row.get("source") or "",
+        answer=answer,
+        aliases=tuple(aliases),
+        official_answer=str(row.get("official_answer") or ""),
+        extra=row.get("extra") or {},
+    )
 
 
 def _prefixed(prefix: str, summary: dict[str, float]) -> dict[str, float]:
@@ -239,8 +262,11 @@ class _PartialSamples:
         _write_rows(self._part(first), rows)
 
     def finish(self, rows: list[Row]) -> None:
-        """Writes the file of all rows in the place of the parts."""
+        """Writes the file of all rows."""
         _write_rows(self._file, rows)
+
+    def remove(self) -> None:
+        """Removes the parts."""
         self._folder.rmtree()
 
     def _part(self, first: int) -> Path:
@@ -260,12 +286,12 @@ def record(
     """
     digest = hashlib.sha256(schema.to_json(config).encode()).hexdigest()[:16]
     about = {
-        "data": config.data.name,
+        "data": data.label(config.data.name),
         "split": config.evaluation.split,
         "source": parameters_from,
         "step": step,
         "config": digest,
-        "evaluation": config.evaluation.to_dict(),
+        "evaluation": json.loads(schema.to_json(config.evaluation)),
     }
     return json.dumps(about | {"metrics": metrics}, indent=2, sort_keys=True)
 
@@ -413,6 +439,9 @@ def _rows(
             golds=[example.answer, *example.aliases],
             official_answer=example.official_answer,
             source=example.source,
+            prompt=formatter.tokenizer.decode(
+                batch.tokens[index, : batch.lengths[index]].tolist(), show_control=True
+            ),
             answers=[text.answer for text in texts],
             rationales=[text.rationale for text in texts],
             log_w=log_w[local].tolist(),
@@ -420,5 +449,7 @@ def _rows(
             forced=rollouts.forced[local].tolist(),
             complete=rollouts.complete[local].tolist(),
         )
+        if example.extra:
+            row["extra"] = dict(example.extra)
         found.append({"index": int(index), "row": row})
     return found

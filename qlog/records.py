@@ -64,7 +64,10 @@ class Groups(NamedTuple):
     golds: Golds  # [B, ...]
     rollouts: Rollouts  # [B, M, ...]
     log_w: Array  # float32 [B, M]
-    reward: Array  # float32 [B, M], of the sampled answers; 0 where none are graded
+    reward: Array  # float32 [B, M], of the sampled answers; 0 where none are scored
+    # By name of the scorer: float32 [B, M], what it scored before its weight, which `reward` is the
+    # sum of; {} where there is no reward
+    reward_parts: dict[str, Array]
     lane_steps: int  # as in `Samples`
 
 

@@ -16,12 +16,15 @@ from jax import Array
 
 from qlog import data, losses, models
 from qlog.config.streams import StepStream
+from qlog.console import ProgressLine
+from qlog.errors import TrainingError
 from qlog.experiment import Experiment
+from qlog.grading.scorers import Failures, Sample
 from qlog.learner.gradient import batch_gradient, merge, reference_log_probs
 from qlog.learner.optimizer import apply_update
 from qlog.learner.trajectories import annotated, with_gold_answer, with_sampled_answer
 from qlog.learner.types import LearnerBatch, Objective, StepSums, UpdateMetrics
-from qlog.parallel import batch_placement, process
+from qlog.parallel import batch_placement, distributed, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Groups, Prompts, Rollouts, TrainState, Trajectories
 from qlog.rollouts import sampler
@@ -78,6 +81,8 @@ def collect(
 
     Raises:
       Stop: a signal came.
+      TrainingError: a scorer of the reward fails too often, or the reward is one that the loss
+        cannot take.
     """
     config, estimator = experiment.config, experiment.estimator
     # ---- Prompts and gold answers to the devices, split over prompts.
@@ -88,7 +93,13 @@ def collect(
         rollouts = annotated(*put((batch.rationale, batch.rationale_lengths)))
         none = jnp.zeros(rollouts.lengths.shape)
         return Groups(
-            prompts=prompts, golds=golds, rollouts=rollouts, log_w=none, reward=none, lane_steps=0
+            prompts=prompts,
+            golds=golds,
+            rollouts=rollouts,
+            log_w=none,
+            reward=none,
+            reward_parts={},
+            lane_steps=0,
         )
     # ---- Rollouts, and log w: the gold answer is scored on the caches that decoding leaves.
     with watch("decode") as ready:
@@ -107,17 +118,20 @@ def collect(
                 interrupts,
             )
         )
-    # ---- Rewards, for losses that ask for them: answers are graded as text, on the host.
-    reward = jnp.zeros_like(log_w)
+    # ---- Rewards, for losses that ask for them: answers are scored as text, on the host.
+    reward, parts = jnp.zeros_like(log_w), {}
     if estimator.reward:
+        assert experiment.reward, "an experiment of shapes has no rollouts"
         with watch("reward"):
-            reward = put(_rewards(experiment, rollouts, batch))
+            scores = _rewards(experiment, rollouts, batch, interrupts)
+            reward, parts = put((_summed(experiment, scores), scores))
     return Groups(
         prompts=prompts,
         golds=golds,
         rollouts=rollouts,
         log_w=log_w,
         reward=reward,
+        reward_parts=parts,
         lane_steps=lane_steps,
     )
 
@@ -231,21 +245,92 @@ def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
     return with_gold_answer(rollouts, groups.golds, length)
 
 
-def _rewards(experiment: Experiment, rollouts: Rollouts, batch: data.PromptBatch) -> np.ndarray:
-    """The grader's scores of the sampled answers, float32 [B, M]; 0 for prompts of other processes.
+def _rewards(
+    experiment: Experiment,
+    rollouts: Rollouts,
+    batch: data.PromptBatch,
+    interrupts: Interrupts | None,
+) -> dict[str, np.ndarray]:
+    """What each scorer of the reward says of the sampled answers: float32 [B, M] by its name.
 
-    Which grader: the estimator's `reward` names one of `grading.graders.GRADERS`.
+    The same on every process, though each scores only the prompts that it owns: a function may say
+    something else when it is called again, and processes that share a tensor group must agree.
+
+    Raises:
+      ScorerError: a scorer fails too often; on every process.
     """
     mesh, num_prompts = experiment.mesh, len(batch.examples)
-    formatter, grader = experiment.formatter, experiment.grader
-    assert formatter and grader, "an experiment of shapes has no rollouts"
-    # Each process grades the prompts that its devices hold. `local` has them only, so a prompt has
-    # an index there and another one, `b`, in the batch.
+    panel = experiment.reward
+    assert panel, "an experiment of shapes has no rollouts"
+    # `local` has the prompts of this process only, so a prompt has an index there and another one,
+    # `b`, in the batch.
     local = batch_placement.local_batch(mesh, rollouts)
-    reward = np.zeros((num_prompts, experiment.rollouts_per_prompt), np.float32)
-    for index, b in enumerate(batch_placement.local_prompts(mesh, num_prompts)):
-        example = batch.examples[b]
-        golds = (example.answer, *example.aliases)
-        for m, (_, answer) in enumerate(rollout_texts(formatter, local, index)):
-            reward[b, m] = grader(answer, golds)
+    owned = set(batch_placement.owned_prompts(mesh, num_prompts).tolist())
+    held = batch_placement.local_prompts(mesh, num_prompts).tolist()
+    places = {b: index for index, b in enumerate(held) if b in owned}
+    samples = [
+        sample
+        for b, index in places.items()
+        for sample in _samples(experiment, local, index, batch, b)
+    ]
+    line = ProgressLine()
+
+    def done(number: int) -> None:
+        if interrupts:
+            interrupts.beat()  # slow scorers are no standstill
+        line.show(f"scoring rollouts: {number}/{len(samples)}")
+
+    found = panel.score(samples, done)
+    # ---- All prompts to all processes, and the failures of all ----
+    num_rollouts = experiment.rollouts_per_prompt
+    values = {
+        name: scores.reshape(-1, num_rollouts).tolist() for name, scores in found.values.items()
+    }
+    mine = {"prompts": list(places), "values": values, "failures": found.failures}
+    everyone = distributed.gather([mine])
+    parts = {name: np.zeros((num_prompts, num_rollouts), np.float32) for name in values}
+    for its in everyone:
+        if not its["prompts"]:
+            continue  # it owns none
+        for name, part in parts.items():
+            part[its["prompts"]] = its["values"][name]
+        # Each process counts the failures of all, so that they stop together.
+        failures = {name: Failures(*failed) for name, failed in its["failures"].items()}
+        panel.count(len(its["prompts"]) * num_rollouts, failures)
+    return parts
+
+
+def _summed(experiment: Experiment, scores: dict[str, np.ndarray]) -> np.ndarray:
+    """The reward, float32 [B, M], from the scores of its parts.
+
+    Raises:
+      TrainingError: a negative one, for a loss that reads it as a probability.
+    """
+    assert experiment.reward, "an experiment of shapes has no rollouts"
+    reward = experiment.reward.total(scores).astype(np.float32)
+    if experiment.estimator.is_reward_weight and (reward < 0).any():
+        raise TrainingError(
+            f"config.rollout.reward gave {reward.min():.3g}: this loss takes the reward for the "
+            "answer's probability of being right, which is not negative; shift the reward, or use "
+            "a loss that takes its differences (grpo, rloo)."
+        )
     return reward
+
+
+def _samples(
+    experiment: Experiment, rollouts: Rollouts, index: int, batch: data.PromptBatch, b: int
+) -> Iterator[Sample]:
+    """The M sampled answers of a prompt, as scorers take them.
+
+    Args:
+      rollouts: numpy arrays [b, M, ...].
+      index: of the prompt in them.
+      b: of the prompt in the batch.
+    """
+    formatter, example = experiment.formatter, batch.examples[b]
+    assert formatter, "an experiment of shapes has no rollouts"
+    ids = batch.tokens[b, : batch.lengths[b]].tolist()
+    prompt = formatter.tokenizer.decode(ids, show_control=True)
+    golds = [example.answer, *example.aliases]
+    for rationale, answer in rollout_texts(formatter, rollouts, index):
+        yield Sample(prompt, rationale, answer, golds, example.source, example)

@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 
 from qlog import data, evaluation, train_metrics
 from qlog.config import schema
-from qlog.config.check import check_config, check_same_run
+from qlog.config.check import check_config, check_same_run, evaluation_scorers
 from qlog.config.streams import Stream, stream_key
 from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.experiment import Experiment
 from qlog.experiment.contents import check_same_parts, identity
+from qlog.grading.scorers import ScorerError
 from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState
@@ -154,6 +155,10 @@ def run(
                     training.evaluate()
                 claim.check()
                 stop.check()
+        except ScorerError:
+            # Nothing is wrong with the state: the same command goes on when the function is mended.
+            training.save()
+            raise
         except Stop:
             # ---- Interrupted: the same command goes on from here ----
             training.save()
@@ -335,7 +340,7 @@ class _Training:
         # Scores under other settings do not compare: their description tells them apart.
         what = (
             f"{metric} of {config.prompts or 'all'} questions, {split}, "
-            f"temperature {config.temperature}"
+            f"temperature {config.temperature}, {evaluation_scorers(self._config)[0].name}"
         )
         self._saved.score(self.step, self.metrics[metric], what)
 

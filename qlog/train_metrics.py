@@ -39,6 +39,11 @@ def measure(
         values |= _rollout_metrics(groups, sums.mismatch)
     if estimator.reward:
         values["reward"] = groups.reward.mean()
+        for name, scores in groups.reward_parts.items():
+            values[f"reward/{name}"] = scores.mean()
+        if experiment.reward:
+            for name, failed in experiment.reward.failures.items():
+                values[f"reward/{name}/errors"] = failed.number  # so far
         values["truncated_answers"] = 1 - groups.rollouts.complete.mean()
     values |= _speeds(experiment, groups, sums.surrogate.tokens, watch.seconds)
     # One transfer for all: a transfer for each number would wait for the devices each time.
@@ -166,8 +171,8 @@ def rollout_rows(
     formatter = experiment.formatter
     assert formatter, "an experiment of shapes has no rollouts"
     # The prompts may lie on devices of several processes: the gathering is a collective.
-    sampled = (groups.rollouts, groups.log_w, groups.reward)
-    rollouts, log_w, reward = batch_placement.gather_to_host(
+    sampled = (groups.rollouts, groups.log_w, groups.reward, groups.reward_parts)
+    rollouts, log_w, reward, parts = batch_placement.gather_to_host(
         experiment.mesh, jax.tree.map(lambda x: x[:num_prompts], sampled)
     )
     lines = []
@@ -185,6 +190,7 @@ def rollout_rows(
                     "gold": batch.examples[b].answer,
                     "log_w": float(log_w[b, m]),
                     "reward": float(reward[b, m]),
+                    **{f"reward/{name}": float(scores[b, m]) for name, scores in parts.items()},
                     "forced": bool(rollouts.forced[b, m]),
                 }
             )
@@ -218,7 +224,7 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
     )
     train_data = experiment.train_data
     assert train_data is not None, "describe is for runs that train"
-    dataset = [f"{config.data.name}, {config.data.style}, {len(train_data):,} prompts"]
+    dataset = [f"{data.label(config.data.name)}, {config.data.style}, {len(train_data):,} prompts"]
     dataset += [f"{n} skipped over {field}" for field, n in train_data.skipped.items()]
     budgets = (
         f"prompt {config.data.max_prompt_tokens}, rationale {rollout.rationale_budget}, "
@@ -238,16 +244,24 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
         ),
         "budgets": budgets,
         "estimator": _estimator_call(config),
+        **_reward_line(experiment),
         "steps": f"{train.steps}" + (f", resuming at {start_step}" if start_step else ""),
         "workdir": workdir,
     }
+
+
+def _reward_line(experiment: Experiment) -> dict[str, str]:
+    """The reward as a sum, such as exact_match + 0.2 in_brackets; {} where there is none."""
+    scorers = experiment.reward.scorers if experiment.reward else ()
+    terms = [(f"{s.weight:g} " if s.weight != 1 else "") + s.name for s in scorers]
+    return {"reward": " + ".join(terms)} if terms else {}
 
 
 def _estimator_call(config: ConfigDict) -> str:
     """`config.loss` as a call, such as garl(q=0.75)."""
     arguments = dict(config.loss)
     name = arguments.pop("name")
+    # What differs from the loss's defaults, and q always.
     usual = losses.arguments(name)
-    # What differs from the defaults, and q always.
-    shown = {k: v for k, v in arguments.items() if k == "q" or k not in usual or v != usual[k]}
-    return f"{losses.label(name)}({', '.join(f'{k}={v}' for k, v in shown.items())})"
+    arguments = {k: v for k, v in arguments.items() if k == "q" or v != usual.get(k)}
+    return f"{losses.label(name)}({', '.join(f'{k}={v}' for k, v in arguments.items())})"

@@ -17,13 +17,13 @@ FLOORS = """
     learner rollouts runs
     config policy records
     data models parallel
-    storage
-    console errors grading losses
+    grading storage
+    console errors losses
 """
 # All that these rooms may import from the rest of qlog.
 KNOWS = {
     "losses": set(),
-    "grading": set(),
+    "grading": {"errors"},
     "errors": set(),
     "console": set(),
     "storage": {"errors"},
@@ -38,6 +38,7 @@ ONLY_IN = {
     "tensorflow_datasets": {"data"},
     "tokenizers": {"data"},
     "sentencepiece": {"data"},
+    "jinja2": {"data"},
     "torch": {"benchmark"},
     "tensorflow": set(),
     "transformers": {"benchmark"},

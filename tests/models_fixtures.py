@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qlog import models
 from qlog.models.families import FAMILIES
@@ -32,6 +33,12 @@ CONFIGS = {
     ),
     # Equal layers with a window, which keep it static.
     "windowed": tiny("qwen2", layer_windows=(5,)),
+    # Unequal layers: the second has no RoPE, and the others have YaRN's.
+    "smollm3": tiny(
+        "smollm3",
+        layer_rope=(True, False),
+        rope_scaling=models.RopeScaling(4.0, 8, 0.5, 2.0, rope_type="yarn"),
+    ),
     "untied": tiny(
         "llama",
         tied_embeddings=False,
@@ -45,3 +52,13 @@ def random_params(config, dtype=jnp.float32):
     rng = np.random.default_rng(1)
     draw = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
     return jax.tree.map(draw, models.shapes(config, dtype))
+
+
+@pytest.fixture
+def own_families():
+    """Families and presets that a test registers are gone after it."""
+    before = [(table, dict(table)) for table in (FAMILIES, models.PRESETS)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)

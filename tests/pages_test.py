@@ -31,7 +31,7 @@ def test_files_that_a_page_names_exist(page):
 
 
 def test_a_room_that_newcomers_look_for_has_a_page():
-    for room in ("aot", "learner", "losses", "models", "parallel", "rollouts"):
+    for room in ("aot", "grading", "learner", "losses", "models", "parallel", "rollouts"):
         page = (ROOT / "qlog" / room / "README.md").read_text()
         files = {file.name for file in (ROOT / "qlog" / room).glob("*.py")} - {"__init__.py"}
         assert not [file for file in files if file not in page], room

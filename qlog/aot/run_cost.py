@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from qlog.data import splits
+from qlog.data import label, splits
 from qlog.errors import ConfigError
 from qlog.storage import paths
 
@@ -101,9 +101,10 @@ def roofline(config: ConfigDict, topology: str, results: Iterable[Mapping[str, A
                 share = row["phases"]["decode"] / row["seconds"]
             return Roofline(row["chips"], row["seconds"], 1.0 if share is None else share)
     raise ConfigError(
-        f"--slice={topology}: no roofline is known there for {config.model}, {config.data.name}, "
-        f"{config.train.prompts_per_step} x {config.rollout.rollouts_per_prompt} rollouts a step "
-        f"of {config.rollout.rationale_budget} tokens: run python -m qlog.main --mode=compile "
+        f"--slice={topology}: no roofline is known there for {config.model}, "
+        f"{label(config.data.name)}, {config.train.prompts_per_step} x "
+        f"{config.rollout.rollouts_per_prompt} rollouts a step of "
+        f"{config.rollout.rationale_budget} tokens: run python -m qlog.main --mode=compile "
         f"--topology={topology} with the flags of the run, and give the compile_*.json that it "
         "writes into its workdir as --roofline=FILE."
     )
@@ -135,12 +136,12 @@ def estimate(config: ConfigDict, mode: str, step: Roofline) -> Estimate:
 def _prompts(config: ConfigDict) -> int:
     """Prompts of one evaluation: all of the split, or as many as config.evaluation.prompts."""
     split = config.evaluation.split
-    size = splits.SIZES.get(config.data.name, {}).get(split)
+    size = splits.SIZES.get(label(config.data.name), {}).get(split)
     limit = config.evaluation.prompts
     if size is None and not limit:
         raise ConfigError(
-            f"config.data.name = {config.data.name!r}: the size of its split {split!r} is not "
-            "known, so its evaluation has no price: set config.evaluation.prompts."
+            f"config.data.name = {label(config.data.name)!r}: the size of its split {split!r} "
+            "is not known, so its evaluation has no price: set config.evaluation.prompts."
         )
     return min(filter(None, (size, limit)))
 

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from qlog import experiment, losses, models
+from qlog import data, experiment, losses, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
@@ -131,9 +131,8 @@ def _versions() -> str:
 
 def _config(config: ConfigDict) -> str:
     check_config(config)
-    return (
-        f"{config.model}, {config.data.name} {config.data.style}, {losses.label(config.loss.name)}"
-    )
+    name, loss = data.label(config.data.name), losses.label(config.loss.name)
+    return f"{config.model}, {name} {config.data.style}, {loss}"
 
 
 def _devices() -> str:
@@ -258,8 +257,12 @@ def _tokenizer(config: ConfigDict) -> str:
     # On one device: the mesh is checked above.
     config = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}})
     prepared = experiment.prepare(config, jax.local_devices()[:1], train=False, evaluate=False)
-    vocabulary = prepared.policy.config.vocab_size
-    return f"{prepared.policy.valid_vocab} tokens, for {vocabulary} rows of the model"
+    vocabulary, formatter = prepared.policy.config.vocab_size, prepared.formatter
+    assert formatter  # `prepare` reads files
+    return (
+        f"{prepared.policy.valid_vocab} tokens, for {vocabulary} rows of the model; answers end "
+        f"with {formatter.tokenizer.describe_ends()}; chat template: {formatter.template_name}"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ from qlog.aot import compile_run, weak_scaling
 from qlog.commands import several_runs
 from qlog.config.check import check_config
 from qlog.console import say
+from qlog.data import tokenizer_files
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, prepare
 from qlog.parallel import distributed, interrupts
@@ -150,6 +151,8 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     copied = []
     if tokenizer.path:  # None of a synthetic task's, which `save` writes
         copied = models.huggingface.tokenizer_files(tokenizer.path.parent)
+    if tokenizer.chat_template:  # `save` writes the one that prompts were written in
+        copied = [file for file in copied if file.name != tokenizer_files.TEMPLATE]
     distributed.once_per_run(lambda: str(tokenizer.save(folder)))
     # Other libraries take the ids at which to stop from the model's config.
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}

@@ -44,6 +44,8 @@ def report(
         over = "-" if limit is None else f"{(column > limit.tokens).sum():,}"
         most = "-" if limit is None else f"{limit.tokens:,}"
         yield f"{name:<12}" + "".join(f"{q:>9,}" for q in quantiles) + f"{most:>9}{over:>9}"
+    yield f"chat template: {formatter.template_name}"
+    yield f"answers end with: {formatter.tokenizer.describe_ends()}"
     # Prompts once more, in a sentence: theirs is the limit that a user can raise, and
     # config.data.overlong says whether a longer one is an error or is skipped.
     over = (lengths[:, 0] > limits.prompt.tokens).sum()

@@ -9,11 +9,14 @@ QLOG_ASSETS=gs://BUCKET/assets, runs on every host find it by the names that the
 ask neither the Hub nor a dataset's server. Uses no accelerator.
 """
 
+import atexit
 import dataclasses
 import functools
 import os
 import pathlib
 import shlex
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 
 from absl import flags, logging
@@ -23,9 +26,9 @@ from qlog import data, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.data import builders
+from qlog.data import catalog, chat_templates, tokenizer_files
 from qlog.errors import ConfigError
-from qlog.experiment.files import tokenizer_path
+from qlog.experiment.files import chat_template_path, tokenizer_path
 from qlog.storage import assets, paths
 
 
@@ -41,6 +44,7 @@ class Asset:
       spec: what the config names; it tells apart two assets of the same `name`.
       flags: config fields that a run has to set to use it; () where the name that the config has
         already finds it.
+      companions: names of files next to a single file that go there with it.
     """
 
     what: str
@@ -49,6 +53,7 @@ class Asset:
     is_wanted: Callable[[str], bool]
     spec: str
     flags: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
 
 
 def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
@@ -106,22 +111,44 @@ def _read_by(config: ConfigDict) -> list[Asset]:
                 _files_of_model(weights=False),
                 str(path),
                 ("tokenizer.path",),
+                companions=tokenizer_files.NAMES,
             )
         )
-    if section.name in data.TASKS:
+    if config.tokenizer.chat_template not in ("", chat_templates.BUILT_IN_NAME):
+        spec = config.tokenizer.chat_template
+        found.append(
+            Asset(
+                f"config.tokenizer.chat_template = {spec!r}",
+                f"chat_templates/{_last(spec)}",
+                lambda: chat_template_path(config) or pathlib.Path(spec),
+                lambda name: True,
+                spec,
+                ("tokenizer.chat_template",),
+            )
+        )
+    corpus = data.find_corpus(section.to_dict())
+    if corpus.asset:
         found.append(
             Asset(
                 f"config.data.name = {section.name!r}",
-                f"data/{builders.staged_name(section.name)}",
-                lambda: builders.prepare(
-                    section.name,
-                    manual_dir=section.manual_dir or None,
-                    data_dir=section.data_dir or None,
-                ),
+                corpus.asset,
+                lambda: pathlib.Path(corpus.prepare() or ""),
                 lambda name: True,
                 f"{section.name} {section.manual_dir}",
             )
         )
+    for split, specs in corpus.files.items():
+        if not all(map(paths.is_remote, specs)):  # every host reads a bucket by itself
+            found.append(
+                Asset(
+                    f"config.data.files.{split}",
+                    f"data/files/{split}",
+                    functools.partial(_linked, corpus, split),
+                    lambda name: True,
+                    str([os.path.abspath(spec) for spec in specs]),
+                    (f"data.files.{split}",),
+                )
+            )
     return found
 
 
@@ -146,7 +173,11 @@ def stage(wanted: Iterable[Asset], to: str, say: Callable[[str], object] = print
     for asset in wanted:
         source = pathlib.Path(asset.fetch())
         folder = source.parent if source.is_file() else source
-        names = [source.name] if source.is_file() else list(filter(asset.is_wanted, files(source)))
+        if source.is_file():
+            names = [name for name in asset.companions if (folder / name).is_file()]
+            names.append(source.name)  # the one that runs look for is copied last
+        else:
+            names = list(filter(asset.is_wanted, files(source)))
         if not names:
             raise ConfigError(
                 f"{asset.what}: {source} holds no files that a run reads: correct the name."
@@ -162,6 +193,17 @@ def stage(wanted: Iterable[Asset], to: str, say: Callable[[str], object] = print
     say(f"Runs find this with {assets.ENVIRONMENT}={shlex.quote(str(target))}")
     if flags_:
         say(f"and, for what the config names by a local path, {shlex.join(flags_)}")
+
+
+def _linked(corpus: data.Corpus, split: str) -> pathlib.Path:
+    """A new folder with links to the files of a split, in their order."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="qlog-stage-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # The number also keeps apart two files of the same name. And no name begins with a split's:
+    # all are read as files of this one.
+    for i, file in enumerate(catalog.fetched_files(corpus.prepare())[split]):
+        (folder / f"{i:05d}-{pathlib.Path(file.path).name}").symlink_to(os.path.abspath(file.path))
+    return folder
 
 
 def _model(field: str, spec: str, weights: bool) -> Asset:

@@ -20,7 +20,8 @@ from qlog import losses, models
 from qlog.config import schema
 from qlog.config.schema import CHOICES
 from qlog.errors import ConfigError
-from qlog.grading import graders
+from qlog.grading import scorers
+from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
 from qlog.parallel import sharding
 
@@ -30,6 +31,7 @@ _LIMITS = {
     "rollout.rationale_budget": (0, math.inf),
     "rollout.answer_reserve": (1, math.inf),
     "rollout.prompts_per_wave": (0, math.inf),
+    "rollout.reward_threads": (1, 1024),
     "rollout.temperature": (1e-3, math.inf),
     "train.steps": (1, math.inf),
     "train.prompts_per_step": (1, math.inf),
@@ -92,9 +94,11 @@ def check_config(config: ConfigDict) -> None:
             )
     _check_trackers(config)
     _check_architecture(config)
+    _check_tokenizer(config)
     _check_data(config)
     _check_slices(config)
-    build_estimator(config)
+    reward_scorers(config, build_estimator(config))
+    evaluation_scorers(config)
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
@@ -146,8 +150,10 @@ def check_same_run(before: Mapping[str, Any], config: ConfigDict) -> None:
         may_change -= {"init_from"}  # the reference is the model that training began with
     # Through JSON as `before` was: tuples are lists, functions their names.
     new = schema.fields(json.loads(schema.to_json(config)))
-    old = schema.fields(before)
-    # A field that is only in one of the two comes from another version of the schema: None.
+    # A run of an older version, whose schema lacked a field, had what is its default now.
+    default = schema.fields(json.loads(schema.to_json(schema.default())))
+    old = default | schema.fields(before)
+    # A field that the schema has no more is None in the new one.
     for field in sorted(set(old) | set(new)):
         section = field.partition(".")[0]
         if field in may_change or section in may_change:
@@ -163,16 +169,14 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     """The loss that `config.loss` names, for M = rollout.rollouts_per_prompt rollouts.
 
     Raises:
-      ConfigError: unknown name or argument, a value out of range, a reward that is no grader's
-        name, too few rollouts, a transform that reads scores which the estimator does not ask for.
+      ConfigError: unknown name or argument, a value out of range, too few rollouts, a transform
+        that reads scores which the estimator does not ask for.
     """
     section = dict(config.loss)
     name = section.pop("name")
     num_rollouts = config.rollout.rollouts_per_prompt
     try:
         label, built = losses.label(name), losses.estimator(name, section)
-        if built.reward is not None:
-            graders.by_name(built.reward)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
     # Annotated rationales: M copies of the same one would only cost time.
@@ -189,6 +193,47 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
         )
     _check_transform(built, config.train.prompts_per_step, num_rollouts)
     return built
+
+
+def reward_scorers(config: ConfigDict, estimator: losses.Estimator) -> tuple[Scorer, ...]:
+    """What scores sampled answers in training: `rollout.reward`, or the estimator's own grader.
+
+    Returns:
+      Scorers of distinct names; () where the estimator asks for no reward.
+
+    Raises:
+      ConfigError: an unknown name, a function that cannot be called, a reward that nothing reads.
+    """
+    value = config.rollout.reward
+    if estimator.reward is None:
+        if value != "":
+            raise ConfigError(
+                f"config.rollout.reward = {value!r} is read by nothing: the loss learns from the "
+                "gold answers' probabilities and samples no answers; remove it, or take a loss "
+                "with a reward (grpo, rloo, maxrl). evaluation.metrics measures without one."
+            )
+        return ()
+    if isinstance(value, (list, tuple)) and not value:
+        raise ConfigError(f"config.rollout.reward = {value!r} names nothing: '' is the loss's own.")
+    own = value == ""
+    return scorers.read(
+        estimator.reward if own else value, "config.loss.reward" if own else "config.rollout.reward"
+    )
+
+
+def evaluation_scorers(config: ConfigDict) -> tuple[Scorer, tuple[Scorer, ...]]:
+    """`evaluation.grader` and `evaluation.metrics`.
+
+    Raises:
+      ConfigError: an unknown name, a function that cannot be called, several graders.
+    """
+    graders = scorers.read(config.evaluation.grader, "config.evaluation.grader")
+    if len(graders) != 1:
+        raise ConfigError(
+            f"config.evaluation.grader = {config.evaluation.grader!r} must be one grader: name the "
+            "others in evaluation.metrics."
+        )
+    return graders[0], scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
 
 
 def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts: int) -> None:
@@ -216,7 +261,7 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         if key not in known:
             value = "" if isinstance(config[key], ConfigDict) else f" = {config[key]!r}"
             raise ConfigError(f"{name}{value} is read by nothing{closest(key, known)}.")
-        if key in CHOICES:
+        if key in CHOICES or key in schema.FUNCTIONS:
             continue  # checked by what was chosen there
         if isinstance(known[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):
@@ -225,6 +270,8 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
             continue
         wanted, value = type(known[key]), config[key]
         if wanted is float and type(value) is int:
+            continue
+        if name == "config.data.name" and callable(value):
             continue
         if type(value) is not wanted:  # isinstance would take True for an int
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
@@ -267,36 +314,67 @@ def _check_architecture(config: ConfigDict) -> None:
             )
 
 
-def _check_data(config: ConfigDict) -> None:
-    """The dataset exists, and reads every key that is set."""
-    # Not above: tokenizers and grain take a second, and config files need only the schema.
-    from qlog.data import TASKS, synthetic
+def _check_tokenizer(config: ConfigDict) -> None:
+    """What can be said about the tokenizer's fields without its files."""
+    # Not above, as in `_check_data`.
+    from qlog.data.chat_templates import BUILT_IN_NAME
 
-    name, known = config.data.name, (*synthetic.TASKS, *TASKS)
-    if name not in known:
-        raise ConfigError(f"config.data.name = {name!r} is unknown: use one of {', '.join(known)}.")
-    world = config.data.world
-    if name not in synthetic.TASKS:
-        for key in world:
+    section = config.tokenizer
+    for name in section.eos:
+        if not isinstance(name, str):
             raise ConfigError(
-                f"config.data.world.{key} = {world[key]!r} is read only by the synthetic tasks, "
-                f"not by {name!r}: remove it."
+                f"config.tokenizer.eos = {section.eos!r} must hold names of control tokens."
             )
+    template, arguments = section.chat_template, section.chat_template_kwargs
+    if template not in ("", BUILT_IN_NAME) and not template.endswith(".jinja"):
+        raise ConfigError(
+            f"config.tokenizer.chat_template = {template!r} must be the path of a .jinja file, "
+            f"{BUILT_IN_NAME!r}, or '' for the model's own template"
+            f"{closest(template, (BUILT_IN_NAME,))}."
+        )
+    if not isinstance(arguments, ConfigDict):
+        raise ConfigError(
+            f"config.tokenizer.chat_template_kwargs = {arguments!r} must be a section of variables."
+        )
+    for key, value in arguments.items():
+        if template == BUILT_IN_NAME:
+            raise ConfigError(
+                f"config.tokenizer.chat_template_kwargs.{key} = {value!r} is not read by a "
+                "built-in template: remove it."
+            )
+        try:
+            json.dumps(value, default=dict)  # a ConfigDict in a list, say
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"config.tokenizer.chat_template_kwargs.{key} = {value!r} must be text, numbers, "
+                "lists or sections of these, as a template reads them."
+            ) from None
+    if config.data.style == "warm":
         return
-    for section, key in (("data", "manual_dir"), ("data", "data_dir"), ("tokenizer", "path")):
-        if config[section][key]:
+    given = {f"chat_template_kwargs.{key}": value for key, value in arguments.items()}
+    for key, value in {**({"chat_template": template} if template else {}), **given}.items():
+        raise ConfigError(
+            f"config.tokenizer.{key} = {value!r} is read only by the warm style: set "
+            "config.data.style = 'warm', or remove it."
+        )
+
+
+def _check_data(config: ConfigDict) -> None:
+    """The data exist, as far as no file has to be read, and every key that is set is read."""
+    # Not above: tokenizers and grain take a second, and config files need only the schema.
+    from qlog.data import find_corpus, label
+
+    corpus = find_corpus(config.data.to_dict())
+    if corpus.tokenizer is None:
+        return
+    for key in ("path", "eos", "chat_template", "chat_template_kwargs"):
+        value = config.tokenizer[key]
+        if value:
+            shown = value.to_dict() if isinstance(value, ConfigDict) else value
             raise ConfigError(
-                f"config.{section}.{key} = {config[section][key]!r} is not read by the synthetic "
-                f"task {name!r}: remove it."
+                f"config.tokenizer.{key} = {shown!r} is not read by {label(config.data.name)!r}, "
+                "which brings its own tokenizer: remove it."
             )
-    fields = {field.name for field in dataclasses.fields(synthetic.World)}
-    for key in world:
-        if key not in fields:
-            raise ConfigError(
-                f"config.data.world.{key} = {world[key]!r} is read by nothing: the "
-                f"task has {', '.join(sorted(fields))}."
-            )
-    synthetic.World(**world)  # raises for values out of range
 
 
 def _check_slices(config: ConfigDict) -> None:

@@ -10,17 +10,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
 from qlog import losses
 from qlog.errors import ConfigError
 
 # Sections whose keys are the arguments of what was chosen there; the reader of each checks them.
-CHOICES = ("loss", "architecture", "world", "runs")
+CHOICES = (
+    "loss",
+    "architecture",
+    "chat_template_kwargs",
+    "files",
+    "fields",
+    "world",
+    "runs",
+)
+# Keys whose value may be a function, or a list of functions, in the place of a name; what reads the
+# value checks it.
+FUNCTIONS = ("name", "reward", "grader", "metrics")
 
 
 def default() -> ConfigDict:
     """Every field of a run with its default. Lengths are in tokens."""
-    return ConfigDict(
+    return _open(
         {
             "seed": 0,  # data order, sampling keys, random weights
             # ---- Model ----
@@ -37,10 +49,23 @@ def default() -> ConfigDict:
                 "path": "",  # folder, file or Hub id; '' takes the one next to weights or model
                 "think_start": "<think>",  # piece that opens a rationale
                 "think_end": "</think>",  # piece that closes it
+                # Control tokens that end an answer, the one that closes gold answers first; ()
+                # takes those of the known families. A flag gives one, and may be repeated. Those of
+                # tokenizer_config.json and generation_config.json end an answer as well.
+                "eos": (),
+                # Of the warm style: a .jinja file, 'builtin', or '': the model's own, else built-in
+                "chat_template": "",
+                "chat_template_kwargs": {},  # variables for it, such as Llama 3's date_string
             },
             # ---- Data ----
             "data": {
-                "name": "hotpotqa",  # finqa | hotpotqa | musique | multihop | multihop_text
+                # finqa | hotpotqa | musique | jsonl | parquet | multihop | multihop_text, or a
+                # function: its argument is a split's name, its result the examples
+                "name": "hotpotqa",
+                # Of train, validation and test: a path, folder or glob, or a list of them
+                "files": {},
+                "fields": {},  # which key of a record is the id, source, answer, aliases, rationale
+                "description": "",  # the warm style opens with it; '' is the dataset's own
                 # Folder with the official raw files; '' takes those in QLOG_ASSETS, or downloads
                 "manual_dir": "",
                 # Folder of the prepared data; one in a bucket is only read; '' is a cache folder
@@ -60,6 +85,13 @@ def default() -> ConfigDict:
                 # Of a shard: prompts whose rollouts have caches in memory at a time; 0 is all
                 "prompts_per_wave": 0,
                 "closing_text": "",  # written before a forced thinking-end token
+                # Of sampled answers, for losses that ask for one: the name of a grader, a function
+                # (qlog/grading/README.md), or a list of these or of (one, weight), which are added;
+                # '' is the loss's own
+                "reward": "",
+                # Answers that are scored at a time, in training and evaluation; 1 for functions
+                # that only the main thread may call
+                "reward_threads": 32,
             },
             # ---- Learning ----
             # A recipe of qlog.losses by its name, a losses.Recipe, or a function that returns an
@@ -107,6 +139,8 @@ def default() -> ConfigDict:
                 "top_k": 0,
                 "top_p": 1.0,
                 "without_rationale": False,  # evaluate a second time, with a budget of 0
+                "grader": "contains",  # which answers count as right: as rollout.reward
+                "metrics": (),  # means that are reported besides: a list as rollout.reward
             },
             "checkpoint": {
                 "every": 50,  # steps between checkpoints, and the last step
@@ -153,8 +187,10 @@ MAY_CHANGE = frozenset(
         "architecture",
         "weights",
         "tokenizer.path",
+        "tokenizer.chat_template",
         "data.manual_dir",
         "data.data_dir",
+        "data.files",
         # Parameters come from the checkpoint. With a reference (a KL term) it must stay:
         # `check_same_run` sees to that.
         "init_from",
@@ -162,6 +198,7 @@ MAY_CHANGE = frozenset(
         "attention",
         "mesh",
         "rollout.prompts_per_wave",
+        "rollout.reward_threads",
         "train.prompts_per_microbatch",
         "train.rollouts_per_microbatch",
         "train.remat",
@@ -185,7 +222,11 @@ MUST_STAY = frozenset(
         "dtype",
         "tokenizer.think_start",
         "tokenizer.think_end",
+        "tokenizer.eos",
+        "tokenizer.chat_template_kwargs",
         "data.name",
+        "data.fields",
+        "data.description",
         "data.style",
         "data.max_prompt_tokens",
         "data.overlong",
@@ -195,6 +236,7 @@ MUST_STAY = frozenset(
         "rollout.answer_reserve",
         "rollout.temperature",
         "rollout.closing_text",
+        "rollout.reward",
         "loss",
         "optimizer.learning_rate",
         "optimizer.warmup_steps",
@@ -235,7 +277,18 @@ def merge(config: ConfigDict, changes: Mapping[str, Any] | ConfigDict) -> Config
             merged[key] = merge(config[key], value)
         else:
             merged[key] = value
-    return ConfigDict(merged)
+    return _open(merged)
+
+
+def _open(tree: Mapping[str, Any]) -> ConfigDict:
+    """A ConfigDict that lets keys in FUNCTIONS change their type; it would refuse otherwise."""
+    config = ConfigDict(tree)
+    for key in config:
+        if isinstance(config[key], ConfigDict) and key not in CHOICES:
+            config[key] = _open(config[key])
+        elif key in FUNCTIONS:
+            config[key] = FieldReference(config[key], field_type=object)
+    return config
 
 
 def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -250,13 +303,14 @@ def fields(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved config, sorted and indented; functions by their qualified name."""
+    """The resolved config, sorted and indented; functions by their name."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, losses.Recipe):
             return losses.label(value)
+        # Without its module: that of a config file is called by how the file was loaded.
         if callable(value):
-            return f"{value.__module__}.{value.__qualname__}"
+            return value.__qualname__
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)

@@ -3,14 +3,15 @@
 In reading order: examples.py (what a task is made of), tasks.py (FinQA, HotPotQA and MuSiQue as
 text, with finqa_program.py), synthetic.py (a task that makes its examples), splits.py (which
 records train, validation and test have), builders/ (the official files, prepared by TFDS),
-tokenizers.py, formatting.py (the chat templates), pipeline.py (padded batches), fields.py (names in
-errors).
-
-A dataset is added in three places: its builder and its name (builders/), the sizes of its splits
-(`splits.SIZES`), and its `Task`, which turns a record into text (`tasks.TASKS`).
+record_files.py (JSON lines and Parquet), own.py (your own records and functions as examples),
+hub.py (the official datasets as the Hugging Face Hub has them), catalog.py (which of all this a
+config names), tokenizers.py (with tokenizer_files.py, the small files next to a tokenizer),
+chat_templates.py, formatting.py (examples as token ids), pipeline.py (padded batches), fields.py
+(names in errors). README.md shows how to train on your own data.
 """
 
 from qlog.data.builders import prepare
+from qlog.data.catalog import Corpus, find_corpus, label
 from qlog.data.examples import Converted, Example, Task
 from qlog.data.formatting import Formatter
 from qlog.data.pipeline import (
@@ -29,6 +30,7 @@ from qlog.data.tokenizers import Tokenizer, load, word_level
 
 __all__ = [
     "Converted",
+    "Corpus",
     "Dataset",
     "Example",
     "Formatter",
@@ -39,6 +41,8 @@ __all__ = [
     "Task",
     "Tokenizer",
     "evaluation_batches",
+    "find_corpus",
+    "label",
     "load",
     "measure_lengths",
     "open_dataset",

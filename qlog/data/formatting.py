@@ -1,9 +1,12 @@
 """The one place where examples become token ids, for training, evaluation and sampling."""
 
+import hashlib
+import itertools
+import json
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-from qlog.data import fields
+from qlog.data import chat_templates, fields
+from qlog.data.chat_templates import ChatTemplate
 from qlog.data.examples import Example, Task
 from qlog.data.tokenizers import Tokenizer
 from qlog.errors import ConfigError
@@ -12,41 +15,9 @@ STYLES = ("warm", "cold")
 
 # What follows the thinking-end token before the answer, as Qwen3 writes it.
 SEPARATOR = "\n\n"
-
-
-class ChatTemplate(NamedTuple):
-    """One user turn as (is control token, text) parts around the content."""
-
-    before: tuple[tuple[bool, str], ...]
-    after: tuple[tuple[bool, str], ...]
-
-
-# Chosen by the control token that opens a turn. Qwen3's is equal to its published template.
-CHAT_TEMPLATES = {
-    "<|im_start|>": ChatTemplate(
-        ((True, "<|im_start|>"), (False, "user\n")),
-        ((True, "<|im_end|>"), (False, "\n"), (True, "<|im_start|>"), (False, "assistant\n")),
-    ),
-    "<|start_header_id|>": ChatTemplate(
-        (
-            (True, "<|start_header_id|>"),
-            (False, "user"),
-            (True, "<|end_header_id|>"),
-            (False, "\n\n"),
-        ),
-        (
-            (True, "<|eot_id|>"),
-            (True, "<|start_header_id|>"),
-            (False, "assistant"),
-            (True, "<|end_header_id|>"),
-            (False, "\n\n"),
-        ),
-    ),
-    "<start_of_turn>": ChatTemplate(
-        ((True, "<start_of_turn>"), (False, "user\n")),
-        ((True, "<end_of_turn>"), (False, "\n"), (True, "<start_of_turn>"), (False, "model\n")),
-    ),
-}
+# Characters to which Unicode gives no meaning: in the basic plane, and in the two last planes.
+_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+_PROBE = "How many are 2 and 3?"  # what a chat template is tried with
 
 
 def compose(tokenizer: Tokenizer, parts: Iterable[tuple[bool, str]]) -> list[int]:
@@ -72,24 +43,129 @@ def compose(tokenizer: Tokenizer, parts: Iterable[tuple[bool, str]]) -> list[int
 def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) -> list[int]:
     """One user turn in the tokenizer's chat template, up to where the model writes.
 
-    Args:
-      thinking: True ends the prompt with the thinking-start token and a newline, so the first
-        sampled token belongs to the rationale. False ends it with an empty rationale and the
-        separator, so the first sampled token belongs to the answer (Qwen3's
-        enable_thinking=False).
+    The text in `content` never becomes a control token. The ids are otherwise those of
+    transformers' apply_chat_template with add_generation_prompt, and then what opens or closes the
+    rationale, unless the template has written it. A vocabulary without a known chat template gets
+    the content and a newline instead of a turn.
 
-    A vocabulary without a known chat template gets the content and a newline instead of a turn.
+    Args:
+      content: what the user says, any text.
+      thinking: True ends the prompt with the thinking-start token and a newline, so the first
+        sampled token belongs to the rationale. False ends it in the template's own way of not
+        thinking or, where it has none, with an empty rationale and the separator, so the first
+        sampled token belongs to the answer (Qwen3's enable_thinking=False).
+
+    Raises:
+      ConfigError: the model's own template raises, or closes the rationale although thinking is on.
     """
-    template = next(
-        (t for opening, t in CHAT_TEMPLATES.items() if opening in tokenizer.control),
-        ChatTemplate((), ((False, "\n"),)),
-    )
-    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids += compose(tokenizer, (*template.before, (False, content), *template.after))
-    ids.append(tokenizer.think_start_id)
+    # ---- The turn ----
+    start = tokenizer.token(tokenizer.think_start_id)
+    end = tokenizer.token(tokenizer.think_end_id)
+    template = tokenizer.chat_template
+    if template is None:
+        parts = _built_in(tokenizer, content)
+    else:
+        parts = _rendered(tokenizer, template, content, thinking=True)
+        if not thinking:
+            own = _rendered(tokenizer, template, content, thinking=False)
+            # A template that writes the same in both cases knows no way of not thinking.
+            if own != parts and _last(own) != (True, start):
+                return compose(tokenizer, own)
+            parts = own
+        elif _last(parts) == (True, end):
+            raise ConfigError(
+                f"the chat template {template.path} closes the rationale although thinking is on: "
+                f"set {fields.CHAT_TEMPLATE_KWARGS} so that it does not, or {fields.CHAT_TEMPLATE} "
+                f"to {chat_templates.BUILT_IN_NAME!r}."
+            )
+    # ---- The rationale: opened, or opened and closed ----
+    # DeepSeek-R1's template opens it itself. GLM's writes no newline behind the token; then none is
+    # added, since the model has learned to write what follows.
+    is_open = _last(parts) == (True, start)
     if thinking:
-        return ids + tokenizer.encode("\n")
-    return ids + tokenizer.encode("\n\n") + [tokenizer.think_end_id] + tokenizer.encode(SEPARATOR)
+        return compose(tokenizer, parts if is_open else [*parts, (True, start), (False, "\n")])
+    if is_open and parts[-1] != (True, start):
+        parts.pop()  # the newline that the template has written behind it
+    opening = [] if is_open else [(True, start)]
+    return compose(tokenizer, [*parts, *opening, (False, "\n\n"), (True, end), (False, SEPARATOR)])
+
+
+def _built_in(tokenizer: Tokenizer, content: str) -> list[tuple[bool, str]]:
+    """The parts of a turn in one of qlog's own templates, and the token that opens every text."""
+    opening = chat_templates.opening(tokenizer.control)
+    turn = chat_templates.BUILT_IN[opening] if opening else chat_templates.NO_TURN
+    bos = [] if tokenizer.bos_id is None else [(True, tokenizer.token(tokenizer.bos_id))]
+    return [*bos, *turn.before, (False, content), *turn.after]
+
+
+def _rendered(
+    tokenizer: Tokenizer, template: ChatTemplate, content: str, *, thinking: bool
+) -> list[tuple[bool, str]]:
+    """The parts of a turn in the model's own template.
+
+    In the rendered text, control tokens that the template wrote and the same names in the user's
+    text look alike. So the latter are disguised before the template sees them: their first
+    character is replaced by one of Unicode's private use, which occurs nowhere else. Everything
+    else that the template does with the content (trim, length, startswith) sees the true text.
+    """
+    content, disguise = _disguised(tokenizer, content, template)
+    text = template.render(content, thinking=thinking)
+    # What lies between two control tokens of the template is plain, and is encoded as such.
+    parts: list[tuple[bool, str]] = []
+    plain_from = 0
+    for span in tokenizer.control_spans(text):
+        if not disguise.keys().isdisjoint(map(ord, text[span.start : span.stop])):
+            continue  # a normalizer has dropped the private character: it is the user's text still
+        if span.start > plain_from:
+            parts.append((False, text[plain_from : span.start].translate(disguise)))
+        parts.append((True, span.name))
+        plain_from = span.stop
+    if plain_from < len(text):
+        parts.append((False, text[plain_from:].translate(disguise)))
+    return parts
+
+
+def _disguised(
+    tokenizer: Tokenizer, content: str, template: ChatTemplate
+) -> tuple[str, dict[int, str]]:
+    """The content without control-token names, and what turns its private characters back."""
+    used = {*map(ord, content), *map(ord, template.source), *map(ord, str(template.variables))}
+    private = (code for code in itertools.chain(*_PRIVATE_USE) if code not in used)
+    codes: dict[str, int] = {}  # {a first character: the private one in its place}
+    # Again until none is left: without its first character, a name may show another one behind it.
+    while True:
+        letters = list(content)
+        for span in tokenizer.control_spans(content):
+            # The place may begin with spaces that the token would take with it.
+            at = next(i for i in range(span.start, span.stop) if not content[i].isspace())
+            if ord(content[at]) not in codes.values():
+                letters[at] = chr(codes.setdefault(content[at], next(private)))
+        changed = "".join(letters)
+        if changed == content:
+            return content, {code: letter for letter, code in codes.items()}
+        content = changed
+
+
+def _last(parts: Sequence[tuple[bool, str]]) -> tuple[bool, str] | None:
+    """The last part that is more than spaces and newlines."""
+    return next((part for part in reversed(parts) if part[0] or part[1].strip()), None)
+
+
+def _check_template(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    """Refuses a template that cannot be rendered, or that leaves out what the user says.
+
+    Raises:
+      ConfigError: as described.
+    """
+    template.check()
+    ids = chat_prompt(tokenizer, _PROBE)
+    # As text once more, since a tokenizer may write other characters than it was given.
+    if tokenizer.decode(tokenizer.encode(_PROBE)) not in tokenizer.decode(ids):
+        raise ConfigError(
+            f"the chat template {template.path} does not write the user's text: set "
+            f"{fields.CHAT_TEMPLATE} to the path of another .jinja file, or to "
+            f"{chat_templates.BUILT_IN_NAME!r}."
+        )
 
 
 class Formatter:
@@ -108,7 +184,7 @@ class Formatter:
       closing: ids of the closing text and the thinking-end token.
 
     Raises:
-      ConfigError: unknown style.
+      ConfigError: unknown style, or a chat template that cannot be used.
     """
 
     def __init__(
@@ -121,8 +197,34 @@ class Formatter:
         self.tokenizer = tokenizer
         self.task = task
         self.style = style
+        if style == "warm" and tokenizer.chat_template is not None:
+            _check_template(tokenizer, tokenizer.chat_template)
         closing = tokenizer.encode(closing_text) if closing_text else []
         self.closing = (*closing, tokenizer.think_end_id)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of what turns text into ids: tokenizer, and template where used."""
+        if self._template is None:
+            return self.tokenizer.digest
+        # Only the warm style reads a template: other runs keep the digest of their tokenizer.
+        parts = [self.tokenizer.digest, self._template.source, self._template.variables]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def template_name(self) -> str:
+        """Which chat template prompts are written in, for people."""
+        if self.style == "cold":
+            return "none (style 'cold')"
+        if self._template is not None:
+            whose = "given" if self._template.is_given else "the model's own"
+            return f"{self._template.path} ({whose})"
+        opening = chat_templates.opening(self.tokenizer.control)
+        return f"built-in, {opening}" if opening else "built-in, the text and a newline"
+
+    @property
+    def _template(self) -> ChatTemplate | None:
+        return self.tokenizer.chat_template if self.style == "warm" else None
 
     def prompt(self, example: Example) -> list[int]:
         """The prompt's ids; the next token is the first of the rationale."""

@@ -103,6 +103,10 @@ class Dataset:
     limits: Limits  # a longer example raises ConfigError when it is met
     widths: Lengths  # P, A and R of each batch; R is 1 without rationales
     skipped: dict[str, int]  # by the field of a limit: how many examples exceeded it, dropped
+    # Ids of the source's examples in their order, those that were skipped included; of an endless
+    # source only of the first ones, which were measured.
+    ids: Sequence[str]
+    endless: bool = False  # the source makes examples when asked for, and only some were measured
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -142,7 +146,7 @@ def open_dataset(
       name: where the examples came from, for messages.
 
     Raises:
-      ConfigError: no examples, examples over a limit, unknown `overlong`.
+      ConfigError: no examples, examples over a limit, two with the same id, unknown `overlong`.
     """
     if overlong not in OVERLONG:
         raise ConfigError(
@@ -155,10 +159,12 @@ def open_dataset(
         )
     size = len(source)
     if not size:
-        raise ConfigError(f"{name} has no examples: check the split and {fields.MANUAL_DIR}.")
-    lengths = measure_lengths(
-        source, formatter, num_examples=measure, rationales=limits.rationale is not None
-    )
+        raise ConfigError(
+            f"{name} has no examples: check the split, {fields.FILES} and {fields.MANUAL_DIR}."
+        )
+    num_measured = size if measure is None else min(measure, size)
+    ids, lengths = _measure(source, formatter, num_measured, limits.rationale is not None)
+    _check_distinct(ids, name)
     if overlong == "error":
         _check_lengths(lengths, limits, name)
     over = _over(lengths, limits)  # bool [measured, 3]
@@ -184,7 +190,7 @@ def open_dataset(
         for limit, n in zip(limits, over.sum(axis=0), strict=True)
         if limit is not None and n
     }
-    return Dataset(source, kept, formatter, limits, widths, skipped)
+    return Dataset(source, kept, formatter, limits, widths, skipped, ids, measure is not None)
 
 
 def measure_lengths(
@@ -205,9 +211,37 @@ def measure_lengths(
       int32 [N, 3]: tokens of prompt, gold answer and annotated rationale.
     """
     size = len(source) if num_examples is None else min(num_examples, len(source))
-    measure = lambda index: _lengths(_encode(formatter, source[index], rationales))
+    return _measure(source, formatter, size, rationales)[1]
+
+
+def _measure(
+    source: Source, formatter: Formatter, size: int, rationales: bool
+) -> tuple[list[str], np.ndarray]:
+    """Ids and lengths, int32 [size, 3], of the first examples; each is read once."""
+
+    def measure(index: int) -> tuple[str, Lengths]:
+        encoded = _encode(formatter, source[index], rationales)
+        return encoded.example.id, _lengths(encoded)
+
     with concurrent.futures.ThreadPoolExecutor() as pool:  # the tokenizers release the GIL
-        return np.array(list(pool.map(measure, range(size))), np.int32).reshape(size, 3)
+        measured = list(pool.map(measure, range(size)))
+    lengths = np.array([lengths for _, lengths in measured], np.int32).reshape(size, 3)
+    return [example_id for example_id, _ in measured], lengths
+
+
+def _check_distinct(ids: Sequence[str], name: str) -> None:
+    """Raises ConfigError if two examples have the same id.
+
+    Sampling keys come from ids, so both would get the same rollouts; evaluation keeps its rows by
+    id.
+    """
+    first: dict[str, int] = {}
+    for index, example_id in enumerate(ids):
+        if first.setdefault(example_id, index) != index:
+            raise ConfigError(
+                f"{name}: examples {first[example_id]} and {index} have the same id "
+                f"{example_id!r}: give each example its own."
+            )
 
 
 def train_batches(

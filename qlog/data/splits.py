@@ -14,6 +14,12 @@ choice depends on the set of ids only: not on their order in a file, nor on a ge
 The official test files of HotPotQA and MuSiQue have no answers, so both evaluation sets come from
 dev. Where an official split has fewer records than needed, all its records are used: if validation
 and test both come from it, in proportion to the paper's sizes. Splits never overlap.
+
+Files of your own are their splits. A validation or test split for which no file is named is drawn
+from train by the same kind of rule: train's ids ordered by sha256("qlog-splits-1/own/train/<id>"),
+the first tenth for validation, the next tenth for test, of those two that have no file; at least 1
+and at most 500 records each. What is left is train. This holds whichever split is opened, and
+whether or not the others are.
 """
 
 import hashlib
@@ -21,7 +27,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from qlog.data import builders, fields
 from qlog.errors import ConfigError
@@ -35,7 +41,19 @@ SIZES = {
     "hotpotqa": {"train": 9067, "validation": 342, "test": 343},
     "musique": {"train": 9985, "validation": 579, "test": 445},
 }
+_OWN_SHARE, _OWN_MOST = 10, 500  # a drawn split has a tenth of the records, at most so many
 _SOURCES = {"train": ("train",), "validation": ("dev",), "test": ("test", "dev")}
+
+
+class Records(Protocol):
+    """Random access to records whose ids are known."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Split(Sequence[dict[str, Any]]):
@@ -48,7 +66,7 @@ class Split(Sequence[dict[str, Any]]):
       official: the official split they come from.
     """
 
-    def __init__(self, records: builders.Records, indices: Sequence[int], official: str):
+    def __init__(self, records: Records, indices: Sequence[int], official: str):
         self._records = records
         self._indices = indices
         self.ids = [records.ids[index] for index in indices]
@@ -83,7 +101,7 @@ def official_split(name: str, split: str, available: Sequence[str]) -> str:
         return source
     raise ConfigError(
         f"{fields.NAME} = {name!r}: the {split} split comes from the official "
-        f"{' or '.join(_SOURCES[split])} file, but {fields.MANUAL_DIR} has only "
+        f"{' or '.join(_SOURCES[split])} file, but {fields.MANUAL_DIR} or {fields.FILES} has only "
         f"{', '.join(available)}: add the file."
     )
 
@@ -145,13 +163,75 @@ def open_split(
     return Split(records, choose(name, split, records.ids, available), official)
 
 
-def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -> None:
+def own_source(split: str, files: Sequence[str]) -> str:
+    """The split whose files of your own hold the records of `split`: itself, or train.
+
+    Args:
+      split: "train", "validation" or "test".
+      files: the splits for which files are named.
+
+    Raises:
+      ConfigError: an unknown split, or none of the files that it can come from.
+    """
+    if split not in NAMES:
+        raise ConfigError(f"the split {split!r} is unknown: use one of {', '.join(NAMES)}.")
+    for source in (split, "train"):
+        if source in files:
+            return source
+    raise ConfigError(
+        f"{fields.FILES} names only {' and '.join(files)}, and the {split} split was asked for: "
+        f"name its files in {fields.FILES}.{split}, or those of train, from which it is drawn."
+    )
+
+
+def choose_own(split: str, ids: Sequence[str], files: Sequence[str]) -> list[int] | None:
+    """Which records of files of your own belong to a split, in the order of the rule.
+
+    Args:
+      split, files: as in `own_source`.
+      ids: the ids of the records of `own_source`.
+
+    Returns:
+      Indices into `ids`; None where all of them do, in their own order.
+
+    Raises:
+      ConfigError: too few records to draw the split.
+    """
+    source = own_source(split, files)
+    drawn = [each for each in NAMES if own_source(each, [*files, "train"]) == "train"]
+    if source != "train" or drawn == ["train"]:
+        return None
+    held_out = [each for each in drawn if each != "train"]
+    if len(ids) < len(drawn):
+        if split == "train":  # nothing can be drawn, so all are left
+            return None
+        raise ConfigError(
+            f"{fields.FILES}.train has {len(ids)} records, and {len(drawn)} are needed to draw "
+            f"{split} from them: add records, or name its files in {fields.FILES}.{split}."
+        )
+    size = min(max(len(ids) // _OWN_SHARE, 1), _OWN_MOST)
+    # In the order of the hashes: what one split takes does not depend on the order of the file.
+    order = sorted(range(len(ids)), key=lambda index: _hash("own", "train", ids[index]))
+    if split == "train":
+        return order[size * len(held_out) :]
+    start = size * held_out.index(split)
+    return order[start : start + size]
+
+
+class Identified(Protocol):
+    """What knows the ids of its examples or records, in their order."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+
+def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Identified]) -> None:
     """Writes the ids of a run's splits as JSON, or checks them against what is already there.
 
     Args:
       path: the file, in the run's folder.
       name: the dataset.
-      splits: the opened splits by name, for instance {"train": ..., "validation": ...}.
+      splits: what is open by name, for instance {"train": ..., "validation": ...}.
 
     Raises:
       ConfigError: the file exists and lists other ids for one of the splits (the data has changed
@@ -173,19 +253,18 @@ def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Split]) -
                 f"{path} is damaged ({type(error).__name__}: {error}): restore it, or start a new "
                 "run."
             ) from error
-        for split, records in splits.items():
-            if written.get(split, records.ids) != records.ids:
+        for split, opened in splits.items():
+            if written.get(split, list(opened.ids)) != list(opened.ids):
                 raise ConfigError(
                     f"{path} lists other ids for the {split} split than {name} has now "
-                    f"({len(written[split])} and {len(records.ids)}): restore the data that the "
+                    f"({len(written[split])} and {len(opened.ids)}): restore the data that the "
                     "run began with, or start a new run."
                 )
-    for split, records in splits.items():
-        content["splits"][split] = {
-            "official_split": records.official,
-            "paper_size": SIZES[name][split],
-            "ids": list(records.ids),
-        }
+    for split, opened in splits.items():
+        about = {}
+        if isinstance(opened, Split):  # your own data come from no official split
+            about = {"official_split": opened.official, "paper_size": SIZES[name][split]}
+        content["splits"][split] = {**about, "ids": list(opened.ids)}
     paths.write(path, json.dumps(content, indent=1))
 
 

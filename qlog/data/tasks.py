@@ -5,7 +5,7 @@ first and the question last. Only supervised fine-tuning uses the rationales. Th
 answer, which follows the thinking-end token.
 """
 
-import pathlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -112,7 +112,7 @@ def open_examples(
     *,
     manual_dir: str | None = None,
     data_dir: str | None = None,
-    prepared: pathlib.Path | None = None,
+    prepared: str | os.PathLike | None = None,
 ) -> Converted:
     """The examples of one of the paper's splits; each is read when it is asked for.
 

@@ -8,6 +8,7 @@ The libraries do not offer this: their encoders look for control tokens in the t
 take the control tokens out of the tokenizer's file before the library reads it.
 """
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -15,12 +16,14 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
 import tokenizers as hf_tokenizers
 
-from qlog.data import fields
+from qlog.data import fields, tokenizer_files
+from qlog.data.chat_templates import BUILT_IN_NAME, ChatTemplate
+from qlog.data.tokenizer_files import TokenizerFiles
 from qlog.errors import ConfigError
 from qlog.storage import paths
 
@@ -34,9 +37,10 @@ _EOS_NAMES = (
     "<end_of_turn>",
     "<eos>",
     "</s>",
+    "<｜end▁of▁sentence｜>",  # DeepSeek's names have fullwidth bars
 )
 _PAD_NAMES = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>")
-_BOS_NAMES = ("<|begin_of_text|>", "<bos>")
+_BOS_NAMES = ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
 _QWEN_IDS = {
     "<|endoftext|>": 151643,
     "<|im_start|>": 151644,
@@ -45,6 +49,22 @@ _QWEN_IDS = {
     "</think>": 151668,
 }
 _QWEN_RANKS = 151643  # the size of Qwen's vocabulary without control tokens, by which it is known
+_NO_FILES = TokenizerFiles()
+
+
+class Span(NamedTuple):
+    """A place in a text where a tokenizer that knows its control tokens would find one.
+
+    Attributes:
+      start: index of the first character.
+      stop: index after the last one. Spaces around the name that the token takes with it belong to
+        the place.
+      name: the control token.
+    """
+
+    start: int
+    stop: int
+    name: str
 
 
 class Tokenizer:
@@ -54,13 +74,17 @@ class Tokenizer:
       vocab_size: the largest id + 1 (Qwen3: 151,669). The model's embedding may have more rows,
         which are padding.
       control: names and ids of all control tokens ("</think>": 151668, ...).
-      eos_ids: ids that end an answer; the first one closes each gold answer.
+      eos_ids: ids that end an answer; the first one closes each gold answer. They are those that
+        config.tokenizer.eos names (without it, the names of the known families), then eos_token of
+        tokenizer_config.json, then eos_token_id of generation_config.json.
       pad_id: fills the padding of batches. It may be one of `eos_ids`, so masks come from lengths
         and never from this id.
-      bos_id: the first token of each prompt; None for families without one.
+      bos_id: the first token of each prompt that no chat template of the model writes; None for
+        families without one.
       think_start_id: the token before a rationale.
       think_end_id: the token after it.
       path: the file that this tokenizer was read from; None if it was made in memory.
+      chat_template: how the model wants a user turn to be written; None: `chat_templates.BUILT_IN`.
     """
 
     def __init__(
@@ -72,7 +96,21 @@ class Tokenizer:
         think_start: str,
         think_end: str,
         path: pathlib.Path | None = None,
+        eos: Sequence[str] = (),
+        files: TokenizerFiles = _NO_FILES,
     ):
+        """Chooses the tokens with a meaning.
+
+        Args:
+          control, vocab_size, path: as the attributes.
+          eos_names: control tokens that are known to end a text, the one that closes answers first.
+          think_start, think_end: the control tokens around a rationale.
+          eos: control tokens that the user names instead of `eos_names`.
+          files: what the files next to the tokenizer say.
+
+        Raises:
+          ConfigError: one of these tokens is missing or has two meanings.
+        """
         where = path or "the tokenizer"
         marks = ((fields.THINK_START, think_start), (fields.THINK_END, think_end))
         for field, name in marks:
@@ -94,19 +132,31 @@ class Tokenizer:
                     f"{field} = {name!r} already begins, ends or pads sequences: "
                     "name a control token without another use."
                 )
-        if not eos_names:
-            raise ConfigError(
-                f"{where} has no end-of-sequence token that qlog knows "
-                f"({', '.join(_EOS_NAMES)}): add one to its added_tokens."
-            )
+        # ---- Ends, beginning and padding ----
         self.control = dict(control)
         self.vocab_size = vocab_size
-        self.eos_ids = tuple(control[name] for name in eos_names)
-        self.pad_id = next((control[n] for n in _PAD_NAMES if n in control), self.eos_ids[-1])
-        self.bos_id = next((control[n] for n in _BOS_NAMES if n in control), None)
         self.think_start_id = control[think_start]
         self.think_end_id = control[think_end]
         self.path = path
+        self.chat_template: ChatTemplate | None = None
+        self.eos_ids = self._ends(eos or eos_names, files, named_by_user=bool(eos))
+        if not self.eos_ids:
+            raise ConfigError(
+                f"{where} has no end-of-sequence token that qlog knows "
+                f"({', '.join(_EOS_NAMES)}): name one of its control tokens in {fields.EOS}."
+            )
+        # The names of the known families go before the files: a folder that has got its
+        # tokenizer_config.json later keeps its prompts.
+        tokens = files.special_tokens or {}
+        pads = (*_PAD_NAMES, tokens.get("pad_token", ""))
+        self.pad_id = next((control[n] for n in pads if n in control), self.eos_ids[-1])
+        known_bos = next((control[n] for n in _BOS_NAMES if n in control), None)
+        self.bos_id = known_bos
+        if known_bos is None and files.adds_bos and "bos_token" in tokens:
+            self.bos_id = self._id_of("bos_token", tokens["bos_token"], files.special_tokens_file)
+        # Whether the files add something to what the vocabulary alone says: see `digest`.
+        known_eos = tuple(control[name] for name in eos_names)
+        self._ends_as_known = (self.eos_ids, self.bos_id) == (known_eos, known_bos)
         self._names = {id_: name for name, id_ in control.items()}
         # The promise of this module, checked for each control token: its name, as text, becomes
         # plain pieces. A kind of tokenizer that keeps the names elsewhere is refused here.
@@ -121,6 +171,70 @@ class Tokenizer:
                 "and cannot be used safely; name a tokenizer.json of type BPE or "
                 "WordLevel, or a SentencePiece .model file."
             )
+
+    def _ends(
+        self, names: Sequence[str], files: TokenizerFiles, named_by_user: bool
+    ) -> tuple[int, ...]:
+        """The ids that end an answer, each once; the first one closes gold answers.
+
+        Raises:
+          ConfigError: one of them is not in the vocabulary, or is around a rationale.
+        """
+        found: dict[int, str] = {}  # {id: what named it}
+        for name in names:
+            if name not in self.control:
+                near = difflib.get_close_matches(name, self.control, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ConfigError(
+                    f"{fields.EOS} = {name!r} is not a control token of "
+                    f"{self.path or 'the tokenizer'}{hint}: name one of its {len(self.control)} "
+                    "control tokens."
+                )
+            source = f"{fields.EOS} = {name!r}" if named_by_user else f"{name!r}"
+            found.setdefault(self.control[name], source)
+        # Chat models often have several ends, and only some of them in each file (Llama 3: of a
+        # turn, of a message, of a text). One that is overlooked lets answers run on.
+        if name := (files.special_tokens or {}).get("eos_token"):
+            id_ = self._id_of("eos_token", name, files.special_tokens_file)
+            found.setdefault(id_, f"{files.special_tokens_file}: eos_token = {name!r}")
+        for id_ in files.eos_ids:
+            found.setdefault(id_, f"{files.generation_file}: eos_token_id = {id_}")
+        for id_, source in found.items():
+            if not 0 <= id_ < self.vocab_size:
+                raise ConfigError(
+                    f"{source} is outside the vocabulary of {self.vocab_size} tokens: take the "
+                    "file from the same folder as the tokenizer, or correct it."
+                )
+            if id_ in (self.think_start_id, self.think_end_id):
+                raise ConfigError(
+                    f"{source} ends answers, but it is {fields.THINK_START} or {fields.THINK_END}, "
+                    "which is around a rationale: name another token for one of the two."
+                )
+        return tuple(found)
+
+    def _id_of(self, key: str, name: str, file: pathlib.Path | None) -> int:
+        """The id of a control token that a file next to the tokenizer names."""
+        if name not in self.control:
+            raise ConfigError(
+                f"{file}: {key} = {name!r} is not a control token of {self.path}: take both files "
+                "from the same folder, or correct it."
+            )
+        return self.control[name]
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """{"eos_token": ..., "pad_token": ..., "bos_token": ...}, where there is such a token."""
+        ids = {"eos_token": self.eos_ids[0], "pad_token": self.pad_id, "bos_token": self.bos_id}
+        return {key: self._names[id_] for key, id_ in ids.items() if id_ in self._names}
+
+    def control_spans(self, text: str) -> list[Span]:
+        """Where a tokenizer that knows its control tokens would find them in `text`, in order.
+
+        Longer names go before those that they contain.
+        """
+        names = sorted(self.control, key=len, reverse=True)
+        found = re.finditer("|".join(map(re.escape, names)), text)
+        return [Span(match.start(), match.end(), match[0]) for match in found]
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; markup inside it becomes ordinary pieces, never a control token."""
@@ -150,6 +264,10 @@ class Tokenizer:
             for name, run in runs
         )
 
+    def describe_ends(self) -> str:
+        """The tokens that end an answer, by name and id, the one of gold answers first."""
+        return ", ".join(f"{self.token(id_)} ({id_})" for id_ in self.eos_ids)
+
     def token(self, id_: int) -> str:
         """One token as text, control tokens by name."""
         id_ = int(id_)
@@ -160,6 +278,8 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike) -> paths.Path:
         """Writes the tokenizer's file, unchanged, under the name that transformers looks for.
 
+        A chat template is written as chat_template.jinja, where transformers looks first.
+
         Args:
           folder: here or in a bucket.
 
@@ -168,14 +288,25 @@ class Tokenizer:
         """
         if self.path is None:
             raise ValueError("this tokenizer was made in memory from a file's text only")
-        target = paths.parse(folder) / f"tokenizer{self.path.suffix}"
-        paths.write(target, self.path.read_bytes())
-        return target
+        return self._save(folder, f"tokenizer{self.path.suffix}", self.path.read_bytes())
+
+    def _save(self, folder: str | os.PathLike, name: str, content: str | bytes) -> paths.Path:
+        folder = paths.parse(folder)
+        if self.chat_template is not None:
+            paths.write(folder / tokenizer_files.TEMPLATE, self.chat_template.source)
+        paths.write(folder / name, content)
+        return folder / name
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of its content and of the tokens chosen around rationales."""
+        """16 hexadecimal digits of its content and of the tokens chosen from it.
+
+        The chat template is not among them: `Formatter.digest` adds it where it is used.
+        """
         content = self._content() + f"{self.think_start_id} {self.think_end_id}".encode()
+        # Only what the content does not say by itself: runs without such files keep their digest.
+        if not self._ends_as_known:
+            content += f" {self.eos_ids} {self.bos_id}".encode()
         return hashlib.sha256(content).hexdigest()[:16]
 
     def _content(self) -> bytes:
@@ -196,6 +327,8 @@ class JsonTokenizer(Tokenizer):
         think_start: str,
         think_end: str,
         path: pathlib.Path | None = None,
+        eos: Sequence[str] = (),
+        files: TokenizerFiles = _NO_FILES,
     ):
         # ---- Which of the added tokens are control tokens ----
         added = _checked(spec.get("added_tokens") or [], path)
@@ -218,6 +351,7 @@ class JsonTokenizer(Tokenizer):
             "padding": None,
             "truncation": None,
             "model": _without(spec["model"], control),
+            "pre_tokenizer": _in_the_middle(spec.get("pre_tokenizer")),
         }
         try:
             self._plain = hf_tokenizers.Tokenizer.from_str(json.dumps(plain))
@@ -230,6 +364,10 @@ class JsonTokenizer(Tokenizer):
                     "is not in the vocabulary; this layout is not supported."
                 )
         self.spec = spec
+        try:
+            self._finder = _control_finder(spec, added)
+        except Exception as error:  # the library raises Exception itself
+            raise _no_tokenizer(path, error) from error
         special = {t["content"] for t in added if t.get("special")}
         super().__init__(
             control,
@@ -238,7 +376,20 @@ class JsonTokenizer(Tokenizer):
             think_start=think_start,
             think_end=think_end,
             path=path,
+            eos=eos,
+            files=files,
         )
+
+    def control_spans(self, text: str) -> list[Span]:
+        # By the library itself: names may be matched in normalized text, take spaces with them, or
+        # count only as whole words.
+        found = self._finder.encode(text, add_special_tokens=False)
+        names = map(self._finder.id_to_token, found.ids)
+        return [
+            Span(start, stop, name)
+            for name, (start, stop) in zip(names, found.offsets, strict=True)
+            if name in self.control
+        ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -248,9 +399,7 @@ class JsonTokenizer(Tokenizer):
         return self._plain.decode(ids, skip_special_tokens=False)
 
     def save(self, folder: str | os.PathLike) -> paths.Path:
-        target = paths.parse(folder) / "tokenizer.json"
-        paths.write(target, json.dumps(self.spec, ensure_ascii=False))
-        return target
+        return self._save(folder, "tokenizer.json", json.dumps(self.spec, ensure_ascii=False))
 
     def _content(self) -> bytes:
         return json.dumps(self.spec, sort_keys=True).encode()  # spaces in the file do not count
@@ -259,7 +408,15 @@ class JsonTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `*.model` (Gemma, T5), read without its control tokens."""
 
-    def __init__(self, path: pathlib.Path, *, think_start: str, think_end: str):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        think_start: str,
+        think_end: str,
+        eos: Sequence[str] = (),
+        files: TokenizerFiles = _NO_FILES,
+    ):
         from sentencepiece import sentencepiece_model_pb2  # needs protobuf
 
         schema: Any = sentencepiece_model_pb2  # its classes are made at run time
@@ -284,14 +441,16 @@ class SentencePieceTokenizer(Tokenizer):
         self._plain = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         # The file names the end of a text; the end of a turn is known by its name.
         end = model.pieces[self._plain.eos_id()].piece if self._plain.eos_id() >= 0 else None
-        eos = [n for n in _EOS_NAMES if n in control and (n == end or n == "<end_of_turn>")]
+        ends = [n for n in _EOS_NAMES if n in control and (n == end or n == "<end_of_turn>")]
         super().__init__(
             control,
             len(model.pieces),
-            eos_names=eos,
+            eos_names=ends,
             think_start=think_start,
             think_end=think_end,
             path=path,
+            eos=eos,
+            files=files,
         )
         self._file = path
 
@@ -306,15 +465,30 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load(
-    path: str | pathlib.Path, *, think_start: str = "<think>", think_end: str = "</think>"
+    path: str | pathlib.Path,
+    *,
+    think_start: str = "<think>",
+    think_end: str = "</think>",
+    eos: Sequence[str] = (),
+    chat_template: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
     """Reads a tokenizer from a file, or from a folder that holds one.
+
+    The files next to it count, too: tokenizer_config.json and special_tokens_map.json (special
+    tokens), generation_config.json (ends of answers) and the chat template, which is looked for in
+    chat_template.jinja, then tokenizer_config.json, then chat_template.json.
 
     Args:
       path: `tokenizer.json`, a SentencePiece `*.model`, or a folder with either. Of both the JSON
         file is read, as transformers does.
       think_start, think_end: the control tokens around a rationale. In a vocabulary without such
         tokens name two unused ones (Gemma "<unused0>", T5 "<extra_id_0>").
+      eos: control tokens that end an answer, the one that closes gold answers first; () takes those
+        of the known families.
+      chat_template: the path of a .jinja file, 'builtin' for `chat_templates.BUILT_IN`, or '' for
+        the model's own and, where it has none, the built-in one.
+      chat_template_kwargs: variables for the chat template besides those of the tokenizer.
 
     Raises:
       ConfigError: nothing to read at `path`, a file that is not a tokenizer, no such control token,
@@ -335,8 +509,46 @@ def load(
             f"{fields.TOKENIZER} = {path} does not exist: give a folder or a "
             "file with tokenizer.json or a SentencePiece *.model."
         )
+    files = tokenizer_files.read(path.parent, with_template=not chat_template)
+    tokenizer = _read(path, think_start, think_end, eos, files)
+    # ---- The chat template: a given file, or the model's own ----
+    is_given = chat_template not in ("", BUILT_IN_NAME)
+    source, template_file = files.template, files.template_file
+    if is_given:
+        template_file = pathlib.Path(chat_template).expanduser()
+        source = tokenizer_files.read_template(template_file)
+    if source is not None and template_file is not None:
+        # Without a file that names the special tokens, a template gets those that are known.
+        named = files.special_tokens
+        tokenizer.chat_template = ChatTemplate(
+            source,
+            template_file,
+            special_tokens=tokenizer.special_tokens if named is None else named,
+            arguments=chat_template_kwargs or {},
+            is_given=is_given,
+        )
+    elif chat_template_kwargs:
+        name = next(iter(chat_template_kwargs))
+        raise ConfigError(
+            f"{fields.CHAT_TEMPLATE_KWARGS}.{name} = {chat_template_kwargs[name]!r} is read by "
+            f"nothing, since {path} is used with a built-in chat template: remove it, or set "
+            f"{fields.CHAT_TEMPLATE} to the path of a .jinja file."
+        )
+    return tokenizer
+
+
+def _read(
+    path: pathlib.Path,
+    think_start: str,
+    think_end: str,
+    eos: Sequence[str],
+    files: TokenizerFiles,
+) -> Tokenizer:
+    """The tokenizer in a file, by its kind."""
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path, think_start=think_start, think_end=think_end)
+        return SentencePieceTokenizer(
+            path, think_start=think_start, think_end=think_end, eos=eos, files=files
+        )
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         vocab = spec["model"]["vocab"]
@@ -344,7 +556,9 @@ def load(
             raise TypeError("its vocabulary has ids that are not numbers")
     except (ValueError, KeyError, TypeError) as error:
         raise _no_tokenizer(path, error) from error
-    return JsonTokenizer(spec, think_start=think_start, think_end=think_end, path=path)
+    return JsonTokenizer(
+        spec, think_start=think_start, think_end=think_end, path=path, eos=eos, files=files
+    )
 
 
 def word_level(words: Sequence[str]) -> Tokenizer:
@@ -404,6 +618,40 @@ def _without(model: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, 
     pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     merges = [[a, b] for a, b in pairs if a in vocab and b in vocab and a + b in vocab]
     return {**model, "vocab": vocab, "merges": merges}
+
+
+def _in_the_middle(pre_tokenizer: Any) -> Any:
+    """The pre-tokenizer for text behind a control token.
+
+    Metaspace "first" puts a space in front of the first word of a whole prompt only. Texts here are
+    parts of prompts, and control tokens go before them.
+    """
+    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("prepend_scheme") == "first":
+        return {**pre_tokenizer, "prepend_scheme": "never"}
+    return pre_tokenizer
+
+
+def _control_finder(
+    spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]]
+) -> hf_tokenizers.Tokenizer:
+    """A tokenizer that finds the added tokens in a text, and makes one token of all between two.
+
+    It costs little: its vocabulary is one word, which stands for everything else.
+    """
+    unknown = ""  # no added token has this name
+    switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    finder = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{**switches, **token, "id": i} for i, token in enumerate(added, 1)],
+        "normalizer": spec.get("normalizer"),
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {unknown: 0}, "unk_token": unknown},
+    }
+    return hf_tokenizers.Tokenizer.from_str(json.dumps(finder))
 
 
 def _no_tokenizer(path: pathlib.Path | None, reason: object) -> ConfigError:

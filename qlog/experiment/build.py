@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 
 from qlog import models
 from qlog.config import schema
-from qlog.config.check import build_estimator, check_batches, check_config
+from qlog.config.check import build_estimator, check_batches, check_config, reward_scorers
 from qlog.errors import ConfigError
 from qlog.experiment import contents, files
 from qlog.experiment.parts import Experiment
-from qlog.grading import graders
+from qlog.grading.scorers import Panel
 from qlog.learner import optimizer
 from qlog.parallel import sharding
 from qlog.policy import Policy
@@ -71,7 +71,11 @@ def prepare(
     experiment = dataclasses.replace(
         experiment,
         formatter=formatter,
-        grader=graders.Grader(graders.by_name(experiment.estimator.reward or "exact_match")),
+        reward=Panel(
+            reward_scorers(config, experiment.estimator),
+            "config.rollout.reward",
+            config.rollout.reward_threads,
+        ),
         train_data=open_split("train", rationales=annotated) if train else None,
         evaluation_data=open_split(config.evaluation.split) if evaluate else None,
         weights=weights,
@@ -145,7 +149,7 @@ def _build(
         sampling=sampling,
         evaluation_sampling=evaluation_sampling(config, sampling),
         formatter=None,
-        grader=None,
+        reward=None,
         train_data=None,
         evaluation_data=None,
     )

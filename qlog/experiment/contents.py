@@ -5,13 +5,12 @@ import hashlib
 import json
 from typing import Any
 
-from qlog import models
-from qlog.data.splits import Split
+from qlog import data, models
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment.parts import Experiment
 from qlog.parallel import distributed
 
-_RECORDS_DIGESTED = 32  # records of each split that `identity` reads whole
+_EXAMPLES_DIGESTED = 32  # examples of each split that `identity` reads whole
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
@@ -22,9 +21,10 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         model: the fields of its DecoderConfig;
         weights: `models.huggingface.digest`, '' where no folder holds them (then the config says
           all);
-        tokenizer: `Tokenizer.digest`;
-        splits: for each open split a digest of all ids in order and of 32 records spread over it,
-          whole. Synthetic tasks have none: the config says all.
+        tokenizer: `Formatter.digest`, which the chat template is part of where it is used;
+        examples: for each open split a digest of all ids in order (of endless data the first ones)
+          and of 32 examples spread over it, whole. A checkpoint of an older version has "splits"
+          instead, digests of records, which nothing is compared with.
     """
     weights, formatter = experiment.weights, experiment.formatter
     assert formatter, "an experiment of shapes has no identity"
@@ -32,19 +32,25 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     found = {
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
-        "tokenizer": formatter.tokenizer.digest,
-        "splits": {name: _digest(records) for name, records in experiment.records().items()},
+        "tokenizer": formatter.digest,
+        "examples": {name: _digest(split) for name, split in experiment.splits().items()},
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
 
 
-def _digest(records: Split) -> str:
-    # All ids tell records that were added, left out or moved. A few whole records tell an edited
+def _digest(dataset: data.Dataset) -> str:
+    # All ids tell examples that were added, left out or moved. A few whole examples tell an edited
     # release, and spare reading gigabytes at every start.
-    num_read = min(len(records), _RECORDS_DIGESTED)
-    sample = [records[i * len(records) // num_read] for i in range(num_read)]
-    text = json.dumps([list(records.ids), sample], sort_keys=True)
+    num_read = min(len(dataset), _EXAMPLES_DIGESTED)
+    sample = [dataset[i * len(dataset) // num_read] for i in range(num_read)]
+    content = [list(dataset.ids), [vars(example) for example in sample]]
+    text = json.dumps(content, sort_keys=True, default=_type_name)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _type_name(value: object) -> str:
+    """For what `Example.extra` holds and JSON does not have: its text may name a memory address."""
+    return type(value).__name__
 
 
 def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -57,19 +63,25 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
       ConfigError: a part differs.
     """
-    parts = [
-        (part, before[part], now[part])
-        for part in ("model", "weights", "tokenizer")
-        if part in before
-    ]
-    for name, old in before.get("splits", {}).items():
-        parts.append((f"split {name}", old, now["splits"].get(name, old)))
+    parts = [(part, before[part], now[part]) for part in ("weights", "tokenizer") if part in before]
+    if "model" in before:
+        parts.insert(0, ("model", _with_new_fields(before["model"]), now["model"]))
+    for name, old in before.get("examples", {}).items():
+        parts.append((f"split {name}", old, now["examples"].get(name, old)))
     for part, old, new in parts:
         if old != new:
             raise ConfigError(
                 f"--workdir: the run there has another {part} ({old or 'none'}, not "
                 f"{new or 'none'}): use another --workdir, or what the run began with."
             )
+
+
+def _with_new_fields(model: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a DecoderConfig, with the defaults of those that did not exist yet."""
+    try:
+        return json.loads(json.dumps(dataclasses.asdict(models.DecoderConfig(**model))))
+    except (ConfigError, TypeError):  # fields that are no decoder today differ from any
+        return model
 
 
 def check_hosts(mine: dict[str, Any]) -> None:

@@ -7,12 +7,21 @@ import pathlib
 from ml_collections import ConfigDict
 
 from qlog import data, models
-from qlog.data import pipeline, synthetic
+from qlog.data import chat_templates, pipeline, tokenizer_files
 from qlog.errors import ConfigError
 from qlog.parallel import distributed
 from qlog.storage import assets
 
-_LENGTHS_MEASURED = 256  # examples of a synthetic split, which has no end of them
+_LENGTHS_MEASURED = 256  # examples of an endless source
+
+
+def corpus(config: ConfigDict) -> data.Corpus:
+    """The data that config.data names; reads no file.
+
+    Raises:
+      ConfigError: as `data.find_corpus`.
+    """
+    return data.find_corpus(config.data.to_dict())
 
 
 def resolve(spec: str, field: str, weights: bool = False) -> pathlib.Path:
@@ -53,16 +62,16 @@ def load_formatter(config: ConfigDict) -> data.Formatter:
         rollouts need.
       PassingError: as `tokenizer_path`.
     """
-    if world := _world(config):
-        task, tokenizer = synthetic.TASKS[config.data.name], world.tokenizer()
-    else:
-        task = data.TASKS[config.data.name]
-        tokenizer = data.load(
-            distributed.once_per_host(lambda: str(tokenizer_path(config))),
-            think_start=config.tokenizer.think_start,
-            think_end=config.tokenizer.think_end,
-        )
-    return data.Formatter(tokenizer, task, config.data.style, config.rollout.closing_text)
+    named = corpus(config)
+    tokenizer = named.tokenizer or data.load(
+        distributed.once_per_host(lambda: str(tokenizer_path(config))),
+        think_start=config.tokenizer.think_start,
+        think_end=config.tokenizer.think_end,
+        eos=tuple(filter(None, config.tokenizer.eos)),  # the flag --...eos= gives ("",)
+        chat_template=_chat_template(config),
+        chat_template_kwargs=config.tokenizer.chat_template_kwargs.to_dict(),
+    )
+    return data.Formatter(tokenizer, named.task, config.data.style, config.rollout.closing_text)
 
 
 def tokenizer_path(config: ConfigDict) -> pathlib.Path:
@@ -85,7 +94,34 @@ def tokenizer_path(config: ConfigDict) -> pathlib.Path:
             )
     if models.huggingface.is_hub_id(path):
         return models.huggingface.resolve(path, weights=False, field=field)
-    return assets.local(path, field, lambda name: not name.endswith(".safetensors"))
+    return assets.local(
+        path,
+        field,
+        lambda name: not name.endswith(".safetensors"),
+        companions=tokenizer_files.NAMES,
+    )
+
+
+def chat_template_path(config: ConfigDict) -> pathlib.Path | None:
+    """The local file that config.tokenizer.chat_template names, fetched where it must be.
+
+    None where it names no file.
+
+    Raises:
+      ConfigError, PassingError: as `storage.assets.local`.
+    """
+    spec = config.tokenizer.chat_template
+    if spec in ("", chat_templates.BUILT_IN_NAME):
+        return None
+    return assets.local(spec, "config.tokenizer.chat_template")
+
+
+def _chat_template(config: ConfigDict) -> str:
+    """config.tokenizer.chat_template, with a file in a bucket as the path of its local copy."""
+    if config.data.style == "cold":
+        return chat_templates.BUILT_IN_NAME  # not read: a faulty template does no harm
+    found = functools.partial(chat_template_path, config)
+    return distributed.once_per_host(lambda: str(found() or "")) or config.tokenizer.chat_template
 
 
 def model_shape(config: ConfigDict) -> models.DecoderConfig:
@@ -105,29 +141,20 @@ def model_shape(config: ConfigDict) -> models.DecoderConfig:
             "a Hugging Face folder, or a Hub id such as Qwen/Qwen3-0.6B."
         )
     try:
-        return dataclasses.replace(shape, **config.architecture)
+        return dataclasses.replace(shape, **config.architecture.to_dict())
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.architecture: {error}.") from None
 
 
-def prepare_data(config: ConfigDict) -> pathlib.Path | None:
-    """The folder of the prepared dataset, made or copied once per host; None of a synthetic task.
+def prepare_data(config: ConfigDict) -> str | None:
+    """Downloads or copies the data once per host; what it returns is for `open_source`.
 
     Every process must call it.
 
     Raises:
-      ConfigError, PassingError: as `data.prepare`.
+      ConfigError, PassingError: the data cannot be fetched, or fetched now.
     """
-    section = config.data
-    if section.name in synthetic.TASKS:
-        return None
-    prepared = functools.partial(
-        data.prepare,
-        section.name,
-        manual_dir=section.manual_dir or None,
-        data_dir=section.data_dir or None,
-    )
-    return pathlib.Path(distributed.once_per_host(lambda: str(prepared())))
+    return distributed.once_per_host(corpus(config).prepare)
 
 
 def data_limits(config: ConfigDict, rationales: bool) -> data.Limits:
@@ -143,7 +170,7 @@ def data_limits(config: ConfigDict, rationales: bool) -> data.Limits:
     )
 
 
-def open_source(config: ConfigDict, split: str, prepared: pathlib.Path | None) -> pipeline.Source:
+def open_source(config: ConfigDict, split: str, prepared: str | None) -> pipeline.Source:
     """The examples of a split.
 
     Args:
@@ -152,32 +179,31 @@ def open_source(config: ConfigDict, split: str, prepared: pathlib.Path | None) -
     Raises:
       ConfigError: an unknown split, or records that cannot be read.
     """
-    if world := _world(config):
-        return synthetic.open_examples(config.data.name, split, world)
-    return data.open_examples(config.data.name, split, prepared=prepared)
+    return corpus(config).open(split, prepared)
 
 
 def open_split(
     config: ConfigDict,
     formatter: data.Formatter,
-    prepared: pathlib.Path | None,
+    prepared: str | None,
     split: str,
     rationales: bool = False,
 ) -> data.Dataset:
-    """A split, every example of it within the config's budgets."""
+    """A split, every example of it within the config's budgets.
+
+    Args:
+      prepared: what `prepare_data` returned.
+      rationales: whether batches have annotated rationales.
+
+    Raises:
+      ConfigError: as `open_source` and `data.open_dataset`.
+    """
     section = config.data
     return data.open_dataset(
         open_source(config, split, prepared),
         formatter,
         data_limits(config, rationales),
         overlong=section.overlong,
-        measure=None if prepared else _LENGTHS_MEASURED,
-        name=f"config.data.name = {section.name!r}, split {split!r}",
+        measure=_LENGTHS_MEASURED if corpus(config).endless else None,
+        name=f"config.data.name = {data.label(section.name)!r}, split {split!r}",
     )
-
-
-def _world(config: ConfigDict) -> synthetic.World | None:
-    """The world of a synthetic task; None of a real dataset."""
-    if config.data.name in synthetic.TASKS:
-        return synthetic.World(**config.data.world)
-    return None

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from qlog import data, losses, models
 from qlog.config.streams import Stream, stream_key
-from qlog.data.splits import Split
-from qlog.grading import graders
+from qlog.data.splits import Identified, Split
+from qlog.grading.scorers import Panel
 from qlog.learner.types import Microbatch
 from qlog.parallel import distributed, sharding
 from qlog.policy import Policy
@@ -27,7 +27,7 @@ from qlog.storage import paths
 class Experiment:
     """The parts of a run. None of them holds parameters.
 
-    Replace data, formatter or grader to train with your own:
+    Replace data or formatter to train with your own:
     `dataclasses.replace(prepare(config), train_data=mine)`. A loss of your own is a function in
     `config.loss`: how rollouts are drawn and data are read follows from it.
 
@@ -40,9 +40,8 @@ class Experiment:
       sampling: how rollouts of training are drawn.
       evaluation_sampling: how rollouts of evaluation are drawn.
       formatter: from examples to tokens and back; None in an experiment of shapes.
-      grader: scores sampled answers for the reward, by the function of `graders.GRADERS` that the
-        estimator names (exact match where it names none); counts its failures. None in one of
-        shapes.
+      reward: scores sampled answers, as `config.rollout.reward` or else the estimator names it;
+        without scorers where the estimator asks for no reward. None in an experiment of shapes.
       train_data: prompts with their gold answers; None where nothing is trained.
       evaluation_data: the split that is evaluated; None where nothing is.
       weights: local folder that parameters begin with; None where they are random or come from
@@ -57,7 +56,7 @@ class Experiment:
     sampling: Sampling
     evaluation_sampling: Sampling
     formatter: data.Formatter | None
-    grader: graders.Grader | None
+    reward: Panel | None
     train_data: data.Dataset | None
     evaluation_data: data.Dataset | None
     weights: pathlib.Path | None = None
@@ -89,27 +88,23 @@ class Experiment:
         return per_shard * sharding.num_batch_shards(self.mesh)
 
     def write_split_ids(self, path: paths.Path) -> None:
-        """Writes which records each split holds, or compares them with what an earlier start wrote.
+        """Writes which examples each split holds, or compares them with what is written there.
 
-        Process 0 does it for all; every process must call. Examples of synthetic tasks are made
-        from the config, so they have nothing to write.
+        Process 0 does it for all; every process must call. Endless data are made from the config,
+        so they have nothing to write.
 
         Raises:
           ConfigError: on every process: the data have changed since the run began.
         """
-        if records := self.records():
-            distributed.once_per_run(lambda: data.write_ids(path, self.config.data.name, records))
+        splits = {name: _listed(each) for name, each in self.splits().items() if not each.endless}
+        if splits:
+            name = data.label(self.config.data.name)
+            distributed.once_per_run(lambda: data.write_ids(path, name, splits))
 
-    def records(self) -> dict[str, Split]:
-        """The records of each open split that has any; its examples were converted from them."""
-        splits = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
-        return {
-            name: dataset.source.records
-            for name, dataset in splits.items()
-            if dataset is not None
-            and isinstance(dataset.source, data.Converted)
-            and isinstance(dataset.source.records, Split)
-        }
+    def splits(self) -> dict[str, data.Dataset]:
+        """The open splits by name."""
+        opened = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
+        return {name: dataset for name, dataset in opened.items() if dataset is not None}
 
     def abstract_params(self) -> models.Params:
         """ShapeDtypeStructs of the parameters, with their places on the mesh."""
@@ -163,3 +158,9 @@ class Experiment:
             self.optimizer.init(params),
             self.estimator.transform.init(scores),
         )
+
+
+def _listed(dataset: data.Dataset) -> Identified:
+    """The official records, which know the split they come from; other data as they are."""
+    records = dataset.source.records if isinstance(dataset.source, data.Converted) else None
+    return records if isinstance(records, Split) else dataset

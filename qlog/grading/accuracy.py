@@ -1,17 +1,21 @@
 """Accuracy of sampled answers: pass@k, majority vote and intervals, from nothing but saved rows.
 
 A row is one question with its n sampled answers, as evaluation writes it to disk. `summarise`
-computes every number from such rows, so another grader or metric needs no new samples. A new metric
-is a new line in `_columns`.
+computes every number from such rows, so another grader or metric needs no new samples. Metrics that
+are computed for everybody are lines of `_columns`; a config adds its own (scorers.py).
 """
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from qlog.grading import graders
+from qlog.grading import graders, scorers
+from qlog.grading.scorers import Panel, Sample, Scorer
+
+CONTAINS = scorers.read("contains", "grader")[0]
 
 
 class Row(TypedDict):
@@ -22,6 +26,9 @@ class Row(TypedDict):
     answers: list[str]  # n texts, those after the thinking-end token
     official_answer: NotRequired[str | float | None]  # FinQA's executed answer, exe_ans
     source: NotRequired[str | None]  # `Example.source`, the text in which copies are looked for
+    prompt: NotRequired[str]  # as the model reads it, control tokens by name
+    rationales: NotRequired[list[str]]  # n texts, without the thinking-end token
+    extra: NotRequired[Mapping[str, Any]]  # `Example.extra`, where there is any
 
 
 def pass_at_k(n: int | np.ndarray, c: int | np.ndarray, k: int) -> np.ndarray:
@@ -111,14 +118,17 @@ def summarise(
     *,
     k: int = 16,
     dataset: str = "",
-    grade: graders.Grade = graders.contains,
+    grader: Scorer = CONTAINS,
+    metrics: Sequence[Scorer] = (),
+    example: Callable[[Row], Any] = lambda row: types.SimpleNamespace(**row),
+    threads: int = 1,
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, float]:
     """Every number of an evaluation, computed from its rows. Accuracies are in [0, 1].
 
     Of fewer than k samples per question all are taken. The names are
-      p@1, p@k, m@k: single-sample accuracy, unbiased pass@k and majority vote under `grade`;
+      p@1, p@k, m@k: single-sample accuracy, unbiased pass@k and majority vote under `grader`;
         where n > k, m@k is the mean over the n // k consecutive votes of k samples.
       p@1/low, p@1/high, ...: their bootstrap interval over questions.
       exact_match: mean of exact match with the gold answer, without aliases.
@@ -129,27 +139,36 @@ def summarise(
       answer/words: mean length in words of the answers that are not rejected.
       answer/copy_rate: share of answers of over graders.MAX_COPIED_WORDS words that are copied
         from the source, where rows have one.
+      metrics/NAME, metrics/NAME/low, metrics/NAME/high: mean of a scorer of `metrics`, and its
+        interval; metrics/NAME/errors: how many of its calls failed, and count as 0.
       questions, samples (per question), grader/errors: numbers of.
 
     Args:
       rows: ids must be distinct; all rows have the same number of answers.
       k: samples of pass@k and of a vote.
       dataset: "musique" drops HotPotQA's yes/no rule from f1, as MuSiQue's own script does.
-      grade: (answer, golds, *, source) -> [0, 1], right from 0.5 on; counted by `graders.Grader`.
+      grader: says which answers are right: those with a score of at least 0.5.
+      metrics: scorers of distinct names; their weights are not used.
+      example: gives what scorers get as `example` from a row.
+      threads: of `Panel`.
       level: coverage of the intervals, in (0, 1).
       seed: of the bootstrap.
 
     Raises:
       ValueError: no rows, a missing field, a repeated id, or unequal numbers of answers.
-      graders.GraderError: more than 1% of calls of a grader failed.
+      scorers.ScorerError: more than 1% of calls of a scorer failed.
     """
     num_samples = _check(rows)
     k = min(k, num_samples)
-    counted = graders.Grader(grade)
-    columns = _columns(counted, dataset)
+    columns = _columns(dataset)
     if not any(row.get("official_answer") for row in rows):
         del columns["numeric/"]
     scores = {name: _score(rows, column) for name, column in columns.items()}
+    # ---- By functions that a config may name: on threads, their failures counted ----
+    samples = [sample for row in rows for sample in _samples(row, example(row))]
+    graded = _panel_scores(Panel([grader], "config.evaluation.grader", threads), samples)
+    measured = _panel_scores(Panel(metrics, "config.evaluation.metrics", threads), samples)
+    scores[""] = graded.values[grader.name].reshape(len(rows), num_samples)
 
     summary: dict[str, float] = {}
     winners = _winners(rows, k)
@@ -168,11 +187,39 @@ def summarise(
             )
     # The other columns are plain means over all samples.
     summary |= {name: float(scores[name].mean()) for name in scores if not _is_prefix(name)}
+    for name, values in measured.values.items():
+        per_question = values.reshape(len(rows), num_samples).mean(axis=1)
+        summary[f"metrics/{name}"] = float(per_question.mean())
+        summary[f"metrics/{name}/low"], summary[f"metrics/{name}/high"] = bootstrap_interval(
+            per_question, level=level, seed=seed
+        )
+        summary[f"metrics/{name}/errors"] = measured.failures[name].number
     return (
         summary
         | _lengths(rows)
-        | {"questions": len(rows), "samples": num_samples, "grader/errors": counted.errors}
+        | {
+            "questions": len(rows),
+            "samples": num_samples,
+            "grader/errors": graded.failures[grader.name].number,
+        }
     )
+
+
+def _samples(row: Row, example: Any) -> list[Sample]:
+    """What scorers are called with, for each answer of a row."""
+    # Rows of older files have no prompt; those written by hand may have no rationales.
+    prompt, source = row.get("prompt") or "", row.get("source") or ""
+    rationales = row.get("rationales") or [""] * len(row["answers"])
+    return [
+        Sample(prompt, rationale, answer, row["golds"], source, example)
+        for rationale, answer in zip(rationales, row["answers"], strict=True)
+    ]
+
+
+def _panel_scores(panel: Panel, samples: Sequence[Sample]) -> scorers.Scores:
+    found = panel.score(samples)
+    panel.count(len(samples), found.failures)
+    return found
 
 
 def _is_prefix(name: str) -> bool:
@@ -183,17 +230,16 @@ def _is_prefix(name: str) -> bool:
 Column = Callable[[Row, str], float]  # (row, one of its answers) -> score in [0, 1]
 
 
-def _columns(grade: graders.Grade, dataset: str) -> dict[str, Column]:
+def _columns(dataset: str) -> dict[str, Column]:
     """What is computed for each answer of each row, by the name (or prefix) of its metrics.
 
-    "NAME/" is the prefix of p@1, p@k and m@k, where an answer is right from a score of 0.5 on; ""
-    likewise. "NAME" is a metric itself, the mean of the scores.
+    "NAME/" is the prefix of p@1, p@k and m@k, where an answer is right from a score of 0.5 on.
+    "NAME" is a metric itself, the mean of the scores.
     """
     f1 = (
         functools.partial(graders.squad_f1, closed=()) if dataset == "musique" else graders.squad_f1
     )
     return {
-        "": lambda row, answer: grade(answer, row["golds"], source=row.get("source", "")),
         "exact_match": lambda row, answer: graders.exact_match(answer, row["golds"][0]),
         "em": lambda row, answer: graders.squad_em(answer, row["golds"]),
         "f1": lambda row, answer: f1(answer, row["golds"]),
@@ -214,6 +260,7 @@ _FIELDS = (
     ("answers", _are_texts, "a list of strings"),
     ("official_answer", lambda value: isinstance(value, (str, float, int, type(None))), "a number"),
     ("source", lambda value: isinstance(value, (str, type(None))), "a string"),
+    ("prompt", lambda value: isinstance(value, (str, type(None))), "a string"),
 )
 
 
@@ -229,6 +276,11 @@ def _check(rows: Sequence[Mapping[str, Any]]) -> int:
     if len(set(ids)) < len(ids):
         repeated = next(id_ for index, id_ in enumerate(ids) if id_ in ids[:index])
         raise ValueError(f"the samples hold question {repeated!r} more than once")
+    for index, row in enumerate(rows):
+        if len(row.get("rationales") or row["answers"]) != len(row["answers"]):
+            raise ValueError(
+                f"row {index} of the samples has other numbers of rationales and answers"
+            )
     sizes = {len(row["answers"]) for row in rows}
     if len(sizes) > 1:
         raise ValueError(

@@ -14,21 +14,16 @@ counts). Text that is no answer scores 0 with every grader: empty or blank text,
 | `finqa_numeric`        | metrics numeric/   | the number is FinQA's executed answer, at the      |
 |                        |                    | precision written                                  |
 
-To add a grader, write its function here. As a reward it also needs a line in `GRADERS`, the table
-that turns the reward's name in an estimator into a function. As a metric of evaluation it needs a
-line in `accuracy._columns`.
-
-`Grader` wraps a grader, counts exceptions, and stops the run when more than 1% of calls fail.
+A grader of your own needs no line here: a config names its function (scorers.py). One that should
+have a name is a function here and a line in `GRADERS`.
 """
 
 import collections
 import decimal
 import functools
-import logging
 import math
 import re
 import string
-import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +35,8 @@ MAX_EXTRA_WORDS = 50  # `contains`: words beyond the gold; a copied paragraph ha
 MAX_COPIED_WORDS = 12  # `contains`: words beyond the gold that may be copied from the source
 
 _TAGS = re.compile(
-    r"</?think>|<\|[a-z_]{1,40}\|>|</?s>|<(?:eos|bos|pad|start_of_turn|end_of_turn)>",
+    r"</?think>|<\|[a-z_]{1,40}\|>|</?s>|<(?:eos|bos|pad|start_of_turn|end_of_turn)>"
+    r"|<｜[^<>｜]{1,40}｜>",  # DeepSeek's have fullwidth bars: <｜end▁of▁sentence｜>
     re.IGNORECASE,
 )
 _DASHES = {ord(dash): "-" for dash in "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"}
@@ -308,74 +304,29 @@ def _means_percent(gold: str, value: decimal.Decimal) -> bool:
 
 # ---- Graders by name ----
 
+
+def numeric(answer: str, golds: Sequence[str], example: Any) -> float:
+    """`finqa_numeric` on the executed answer of a FinQA example, or else on its gold answer."""
+    return finqa_numeric(answer, example.official_answer or golds[0], gold=golds[0])
+
+
+# What `rollout.reward`, `evaluation.grader` and `evaluation.metrics` may name. Each is called with
+# keywords, as `scorers` says.
 GRADERS: dict[str, Grade] = {
     "exact_match": exact_match,
     "contains": contains,
     "squad_em": squad_em,
     "squad_f1": squad_f1,
+    "numeric": numeric,
 }
 
 
 def by_name(name: str) -> Grade:
-    """The grader of `GRADERS` that a reward names.
+    """The grader of `GRADERS` of this name.
 
     Raises:
-      ValueError: there is none of this name.
+      ValueError: there is none.
     """
     if name not in GRADERS:
-        raise ValueError(f"reward = {name!r} is not a grader: use one of {', '.join(GRADERS)}")
+        raise ValueError(f"{name!r} is not a grader: use one of {', '.join(GRADERS)}")
     return GRADERS[name]
-
-
-# ---- Counting failures ----
-
-
-class GraderError(RuntimeError):
-    """Raised by `Grader` when too many calls fail: then scores of 0 say nothing about answers."""
-
-
-class Grader:
-    """Calls a grader and counts. Exceptions score 0 and are logged; above 1% they stop the run.
-
-    Args:
-      grade: any function (answer, golds, **kwargs) -> float.
-      max_error_rate: the share of calls that may fail; the first 100 calls count as 100.
-
-    Attributes:
-      calls: how many so far.
-      errors: how many of them failed; an evaluation reports them as `grader/errors`.
-
-    Raises (when called):
-      GraderError: errors > max_error_rate * max(calls, 100); it names the last exception.
-    """
-
-    def __init__(self, grade: Grade, *, max_error_rate: float = 0.01):
-        self.grade = grade
-        self.name = getattr(grade, "__name__", type(grade).__name__)
-        self.max_error_rate = max_error_rate
-        self.calls = 0
-        self.errors = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, answer: str, golds: str | Sequence[str], **kwargs: Any) -> float:
-        try:
-            score, error = float(self.grade(answer, golds, **kwargs)), None
-            if not 0.0 <= score <= 1.0:
-                raise ValueError(f"the score {score} is not in [0, 1]")
-        except Exception as caught:  # a user's grader may raise anything
-            score, error = 0.0, caught
-        # Under a lock: a caller may grade on several threads. The first 100 calls count as 100, so
-        # that one failure at the start does not stop a run.
-        with self._lock:
-            self.calls += 1
-            self.errors += error is not None
-            is_over = self.errors > self.max_error_rate * max(self.calls, 100)
-        if error is not None:
-            described = f"{type(error).__name__}: {error}"
-            if is_over:
-                raise GraderError(
-                    f"grader {self.name!r} failed on {self.errors} of {self.calls} answers, more "
-                    f"than the {self.max_error_rate:.0%} allowed; the last failure was {described}"
-                ) from error
-            logging.warning("grader %r failed on %.200r: %s", self.name, answer, described)
-        return score

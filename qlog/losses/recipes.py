@@ -64,6 +64,7 @@ class Recipe:
       rationale: as in `Estimator`.
       answer: as in `Estimator`.
       reward: as in `Estimator`.
+      is_reward_weight: as in `Estimator`.
       min_rollouts: smallest M that the estimator is defined for, or a function of its arguments, a
         mapping from name to value, that returns it.
       overrides: defaults of arguments, by name, for recipes that differ only in these.
@@ -80,6 +81,7 @@ class Recipe:
     rationale: Rationale = "sampled"
     answer: Answer = "gold"
     reward: str | None = None
+    is_reward_weight: bool = False
     min_rollouts: int | Callable[[Arguments], int] = 1
     overrides: Arguments = field(default_factory=dict)
 
@@ -141,6 +143,7 @@ class Recipe:
             rationale=self.rationale,
             answer=self.answer,
             reward=self.reward,
+            is_reward_weight=self.is_reward_weight,
             reference=bool(arguments.get("kl_weight", 0.0)),
             min_rollouts=least(arguments) if callable(least) else least,
         )
@@ -218,10 +221,18 @@ RECIPES: dict[str, Recipe] = {
     "trice": Recipe(aliases.trice, q=1.0),
     # Gold answers, after the rationales whose sampled answers were right.
     "star": Recipe(
-        aliases.star, normalize=False, reward="exact_match", weight=group_stats.log_reward
+        aliases.star,
+        normalize=False,
+        reward="exact_match",
+        is_reward_weight=True,
+        weight=group_stats.log_reward,
     ),
     "maxrl": Recipe(
-        aliases.maxrl, answer="sampled", reward="exact_match", weight=group_stats.log_reward
+        aliases.maxrl,
+        answer="sampled",
+        reward="exact_match",
+        is_reward_weight=True,
+        weight=group_stats.log_reward,
     ),
     "grpo": Recipe(
         aliases.grpo,
@@ -359,7 +370,7 @@ def _find(loss: Loss) -> Recipe | _Function:
 
 
 def label(loss: Loss) -> str:
-    """Text that tells losses apart, in config.json too: 'garl', or 'Recipe(mine.hard_garl)'.
+    """Text that tells losses apart, in config.json too: 'garl', or 'Recipe(hard_garl)'.
 
     Raises:
       ValueError: a function without a name, of which two could not be told apart.
@@ -385,7 +396,7 @@ def _name_of(function: Callable) -> str:
             f"{function!r}, of type {type(function).__name__}, has no name that config.json could "
             "keep: give a function made with def"
         )
-    return f"{function.__module__}.{name}"
+    return name  # without its module: that of a config file is called by how the file was loaded
 
 
 def arguments(loss: Loss) -> dict[str, Any]:

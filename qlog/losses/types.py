@@ -157,6 +157,8 @@ class Estimator:
       answer: 'gold' or 'sampled', the answer that the path coefficient multiplies.
       reward: name of the grader of sampled answers, such as 'exact_match'; None: no answers are
         sampled and `Scores.reward` stays missing.
+      is_reward_weight: whether the transform takes the reward for a weight, such as a probability:
+        then a negative one has no meaning, and trainers refuse it.
       reference: whether the surrogate reads log-probabilities under reference parameters.
       min_rollouts: smallest M for which the estimator is defined.
 
@@ -169,6 +171,7 @@ class Estimator:
     rationale: Rationale = "sampled"
     answer: Answer = "gold"
     reward: str | None = None
+    is_reward_weight: bool = False
     reference: bool = False
     min_rollouts: int = 1
 
@@ -182,8 +185,11 @@ class Estimator:
         if not callable(self.surrogate):
             raise TypeError(f"Estimator.surrogate must be a function, got {self.surrogate!r}")
         check_needs("Estimator", self.rationale, self.answer, self.reward)
-        if not isinstance(self.reference, bool):
-            raise TypeError(f"Estimator.reference must be True or False, got {self.reference!r}")
+        for name in ("is_reward_weight", "reference"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"Estimator.{name} must be True or False, got {getattr(self, name)!r}"
+                )
         check_integer("Estimator.min_rollouts", self.min_rollouts)
         if self.rationale == "annotated" and self.min_rollouts > 1:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The decoder, its presets, and weights in and out (`models.huggingface`)."""
 
 from qlog.models import flops, huggingface
-from qlog.models.config import PRESETS, DecoderConfig
+from qlog.models.config import PRESETS, DecoderConfig, register
 from qlog.models.config_json import from_hf_config, to_hf_config
 from qlog.models.decoder import (
     Params,
@@ -20,6 +20,7 @@ from qlog.models.decoder import (
     whole_tiles,
 )
 from qlog.models.execution import REMAT, Execution
+from qlog.models.families import Family
 from qlog.models.rope import RopeScaling
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "REMAT",
     "DecoderConfig",
     "Execution",
+    "Family",
     "Params",
     "Prefix",
     "RopeScaling",
@@ -40,6 +42,7 @@ __all__ = [
     "huggingface",
     "init",
     "prefill",
+    "register",
     "score_step",
     "shapes",
     "to_hf_config",

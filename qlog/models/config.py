@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypeVar
 
 from qlog.errors import ConfigError
-from qlog.models.families import FAMILIES
+from qlog.models.families import FAMILIES, Family
 from qlog.models.rope import RopeScaling
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,9 @@ class DecoderConfig:
     query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: head_dim
     # How many latest tokens a query sees, itself included, cycled over the layers; 0: all.
     layer_windows: tuple[int, ...] = (0,)
+    # Whether queries and keys are rotated by their position, cycled over the layers (SmolLM3: three
+    # of four layers). Where they are not, attention sees the order of tokens by causality alone.
+    layer_rope: tuple[bool, ...] = (True,)
     local_rope_theta: float | None = None  # of layers with a window; None: rope_theta
     rope_scaling: RopeScaling | None = None  # of layers that do not use local_rope_theta
     max_positions: int = 40_960  # trained context, in tokens; only written to config.json on export
@@ -44,8 +50,14 @@ class DecoderConfig:
     def __post_init__(self):
         # A config file spells tuples as lists and a RopeScaling as a dictionary.
         object.__setattr__(self, "layer_windows", tuple(self.layer_windows))
+        object.__setattr__(self, "layer_rope", tuple(self.layer_rope))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        elif not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ConfigError(
+                f"DecoderConfig.rope_scaling = {self.rope_scaling!r}: the fields of a RopeScaling, "
+                "such as {'rope_type': 'yarn', 'factor': 4.0, 'original_length': 32768}"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
@@ -67,6 +79,11 @@ class DecoderConfig:
                 f"DecoderConfig.layer_windows = {self.layer_windows}: one or more lengths, "
                 "0 for a layer that sees everything"
             )
+        if not self.layer_rope or not all(type(has_rope) is bool for has_rope in self.layer_rope):
+            raise ConfigError(
+                f"DecoderConfig.layer_rope = {self.layer_rope}: one or more of True and False, "
+                "False for a layer without RoPE"
+            )
 
     @property
     def num_groups(self) -> int:
@@ -76,12 +93,67 @@ class DecoderConfig:
     @property
     def windows(self) -> tuple[int, ...]:
         """The sliding window of each of the `num_layers` layers, 0 where there is none."""
-        cycle = len(self.layer_windows)
-        return tuple(self.layer_windows[layer % cycle] for layer in range(self.num_layers))
+        return self._of_each_layer(self.layer_windows)
+
+    @property
+    def has_rope(self) -> tuple[bool, ...]:
+        """Whether each of the `num_layers` layers has RoPE."""
+        return self._of_each_layer(self.layer_rope)
+
+    def _of_each_layer(self, cycle: tuple[_T, ...]) -> tuple[_T, ...]:
+        return tuple(cycle[layer % len(cycle)] for layer in range(self.num_layers))
 
 
-PRESETS = {
-    name: DecoderConfig(family=family.name, **family.traits, **fields)
-    for family in FAMILIES.values()
-    for name, fields in family.presets.items()
+def _presets_of(family: Family) -> dict[str, DecoderConfig]:
+    return {
+        name: DecoderConfig(family=family.name, **family.traits, **fields)
+        for name, fields in family.presets.items()
+    }
+
+
+# Name for config.model -> the decoder, of all families.
+PRESETS: dict[str, DecoderConfig] = {
+    name: config for family in FAMILIES.values() for name, config in _presets_of(family).items()
 }
+_BUILT_IN = frozenset(FAMILIES)
+
+
+def register(family: Family) -> None:
+    """Adds a family from outside of qlog, and its presets, for the rest of this process.
+
+    A config file calls it at its top level: every process of a run reads the config file, before
+    anything looks for a model. A second call with the same name replaces the first family, as
+    running a notebook's cell again does.
+
+    Raises:
+      ConfigError: a name or model_type that another family has, or a preset that is no decoder.
+    """
+    if family.name in _BUILT_IN:
+        raise ConfigError(
+            f"models.register: qlog has a family {family.name!r} already; choose another name."
+        )
+    for other in FAMILIES.values():
+        if family.model_type == other.model_type and family.name != other.name:
+            raise ConfigError(
+                f"models.register: family {other.name!r} reads model_type {family.model_type!r} "
+                f"already, so {family.name!r} needs another one."
+            )
+    for name in family.presets:
+        if name in PRESETS and PRESETS[name].family != family.name:
+            raise ConfigError(
+                f"models.register: family {PRESETS[name].family!r} has a preset {name!r} already; "
+                "choose another name."
+            )
+    # DecoderConfig looks the family up, so it goes in first and comes out again if a preset fails.
+    before = FAMILIES.get(family.name)
+    FAMILIES[family.name] = family
+    try:
+        presets = _presets_of(family)
+    except (ConfigError, TypeError) as error:
+        del FAMILIES[family.name]
+        if before:
+            FAMILIES[family.name] = before
+        raise ConfigError(f"models.register: a preset of {family.name!r}: {error}") from None
+    for name in [name for name, config in PRESETS.items() if config.family == family.name]:
+        del PRESETS[name]
+    PRESETS.update(presets)

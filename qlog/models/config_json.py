@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from qlog.errors import ConfigError
 from qlog.models.config import DecoderConfig
 from qlog.models.families import FAMILIES, Family
-from qlog.models.families.family import Fields, is_positive
+from qlog.models.families.family import Fields, is_positive, write_scaling
 
 # DecoderConfig field -> field of config.json.
 _FIELDS = {
@@ -110,25 +110,19 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     # RoPE at the top level is the old spelling: transformers 5 still reads it, and older ones read
     # no other.
     fields["rope_theta"] = config.rope_theta
-    scaling = config.rope_scaling
-    if scaling and scaling.original_length is None:
-        fields["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
-    elif scaling:
-        fields["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency,
-            "high_freq_factor": scaling.high_frequency,
-            "original_max_position_embeddings": scaling.original_length,
-        }
+    if config.rope_scaling:
+        fields["rope_scaling"] = write_scaling(config.rope_scaling)
     fields |= family.write(vars(config), config.windows)
     # Reading it again shows what was lost, whatever it is.
     understood = from_hf_config(fields)
     for field in dataclasses.fields(config):
         ours, read = getattr(config, field.name), getattr(understood, field.name)
-        # Different cycles may spell the same windows.
-        is_same = field.name == "layer_windows" and config.windows == understood.windows
-        if ours != read and not is_same:
+        # Different cycles may spell the same layers.
+        is_same = ours == read or (
+            (field.name == "layer_windows" and config.windows == understood.windows)
+            or (field.name == "layer_rope" and config.has_rope == understood.has_rope)
+        )
+        if not is_same:
             raise ConfigError(
                 f"DecoderConfig.{field.name} = {ours!r} cannot be written for family "
                 f"{config.family!r}: its config.json would mean {read!r}."
@@ -160,14 +154,16 @@ def _family_of(fields: Fields) -> Family:
     with_images = ", ".join(f.text_part_of for f in FAMILIES.values() if f.text_part_of)
     raise ConfigError(
         f"config.json: model_type {model_type!r} is not supported; qlog's decoder covers "
-        f"{model_types} and the text part of {with_images}."
+        f"{model_types} and the text part of {with_images}; `models.register` adds a family."
     )
 
 
 def _with_defaults(fields: Fields, family: Family) -> dict[str, Any]:
     """All fields that reading needs; ConfigError for one that has no default."""
-    # A null means the default, as a field that is left out.
-    found = {**family.defaults, **{k: v for k, v in fields.items() if v is not None}}
+    # A null means the default, as a field that is left out; of a nullable field it means none.
+    none = {name for name in family.nullable if fields.get(name, ...) is None}
+    defaults = {name: value for name, value in family.defaults.items() if name not in none}
+    found = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
     # Defaults that follow from other fields: one key/value head per query head, and heads that
     # share the width.
     if "num_attention_heads" in found:

@@ -1,4 +1,4 @@
-"""One decoder for all families (Qwen, Llama, Gemma), as pure functions.
+"""One decoder for all families (Qwen, Llama, Gemma, Mistral, SmolLM3), as pure functions.
 
 There are four passes over it, and they share layers and parameters:
   - `extend`: rows of tokens over a prefix, differentiable; training, and the plain forward pass;
@@ -8,7 +8,8 @@ There are four passes over it, and they share layers and parameters:
 
 Flax Linen holds a layer's parameters and arithmetic. Everything else is plain JAX: the stack is a
 `lax.scan` over stacked layer parameters, and caches are explicit pytrees. What differs between
-families is a field of DecoderConfig; what differs between layers is their sliding window.
+families is a field of DecoderConfig; what differs between layers is their sliding window, and
+whether they have RoPE.
 
 Axes: B prompts, M rollouts or rows of each, R tokens, P slots of a prompt, S slots of a rollout,
 D width, K key/value heads, G query heads per key/value head, C head size, L layers, V vocabulary.
@@ -110,7 +111,7 @@ class Block(nn.Module):
         """Only for `init`: uses every parameter once, with queries in place of attention."""
         return self.finish(x, self.heads(x, turn)[0])
 
-    def heads(self, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
+    def heads(self, x: Array, turn: Rotation | None) -> tuple[Array, Array, Array]:
         """x [B, M, R, D] -> queries [B, M, R, K, G, C], scaled; keys and values [B, M, R, K, C]."""
         cfg = self.config
         normed = self.attention_norm(x)
@@ -243,9 +244,9 @@ def extend(
     rotations = _rotations(config, positions)
 
     def layer(x: Array, inputs: _LayerInputs) -> tuple[Array, None]:
-        weights, cache, window, _ = inputs
-        window = config.windows[0] if window is None else window
-        queries, new = _heads(config, execution, weights, x, rotations.of(window))
+        weights, cache = inputs.weights, inputs.cache
+        window, has_rope = inputs.kind(config)
+        queries, new = _heads(config, execution, weights, x, rotations.of(window, has_rope))
         visible = layouts.Visible(positions, window, config.num_groups)
         segments = [visible.new_tokens(new, first)]
         if prefix is not None and cache is not None:
@@ -254,7 +255,7 @@ def extend(
         return execution.constrain(_finish(config, execution, weights, x, mixed)), None
 
     cache: Any = None if prefix is None else (prefix.keys, prefix.values)  # [L, B, K, P, C] each
-    inputs = _LayerInputs(params["layers"], cache, _windows_to_scan(config), None)
+    inputs = _LayerInputs(params["layers"], cache, *_kinds_to_scan(config))
     hidden, _ = _scan(layer, _embed(params, config, tokens, execution), inputs, config, execution)
     return _final_norm(params, config, hidden)
 
@@ -280,9 +281,8 @@ def prefill(
     rotations = _rotations(config, positions)
 
     def layer(x: Array, inputs: _LayerInputs) -> tuple[Array, KeysAndValues]:
-        weights, _, window, is_last = inputs
-        window = config.windows[0] if window is None else window
-        queries, new = _heads(config, execution, weights, x, rotations.of(window))
+        weights, (window, has_rope) = inputs.weights, inputs.kind(config)
+        queries, new = _heads(config, execution, weights, x, rotations.of(window, has_rope))
 
         def output() -> Array:
             visible = layouts.Visible(positions, window, config.num_groups)
@@ -293,10 +293,10 @@ def prefill(
         # for every layer, so the compiler cannot leave the last one's attention and MLP out by
         # itself. The condition does, forward and backward. Taking the last layer out of the scan
         # would instead copy the other layers' weights out of their stacked arrays.
-        return jax.lax.cond(is_last, lambda: x, output), new
+        return jax.lax.cond(inputs.is_last, lambda: x, output), new
 
     is_last = jnp.arange(config.num_layers) == config.num_layers - 1
-    inputs = _LayerInputs(params["layers"], None, _windows_to_scan(config), is_last)
+    inputs = _LayerInputs(params["layers"], None, *_kinds_to_scan(config), is_last)
     hidden = _embed(params, config, tokens, execution)
     _, (keys, values) = _scan(layer, hidden, inputs, config, execution)  # [L, B, K, 1, P, C]
     return Prefix(keys.squeeze(3), values.squeeze(3), lengths)
@@ -330,8 +330,9 @@ def decode_step(
     rotations = _rotations(config, positions)
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
     hidden, layers = _embed(params, config, tokens, execution), []
-    for weights, cache, own, window in _layers(params, config, prefix, suffix):
-        queries, new = _heads(config, execution, weights, hidden, rotations.of(window))
+    for weights, cache, own, window, has_rope in _layers(params, config, prefix, suffix):
+        turn = rotations.of(window, has_rope)
+        queries, new = _heads(config, execution, weights, hidden, turn)
         # Written first, so that the token sees itself in its slot.
         keys, values = own
         own = write(keys, new[0].astype(keys.dtype)), write(values, new[1].astype(values.dtype))
@@ -375,8 +376,9 @@ def score_step(
     positions = (prefix.lengths[:, None] + lengths)[..., None] + jnp.arange(tokens.shape[-1])
     rotations = _rotations(config, positions)
     hidden = _embed(params, config, tokens, execution)
-    for weights, cache, own, window in _layers(params, config, prefix, suffix):
-        queries, new = _heads(config, execution, weights, hidden, rotations.of(window))
+    for weights, cache, own, window, has_rope in _layers(params, config, prefix, suffix):
+        turn = rotations.of(window, has_rope)
+        queries, new = _heads(config, execution, weights, hidden, turn)
         visible = layouts.Visible(positions, window, config.num_groups)
         segments = [
             visible.prefix(_cast(cache, execution.dtype), prefix.lengths),
@@ -396,8 +398,14 @@ class _LayerInputs(NamedTuple):
 
     weights: Params
     cache: KeysAndValues | None  # of the prefix
-    window: Array | None  # int32; None: all layers are equal, and config.windows[0] is static
-    is_last: Array | None  # bool
+    window: Array | None  # int32; None: all layers have the same, and config.windows[0] is static
+    has_rope: Array | None  # bool; None: all layers have the same, and config.has_rope[0] is static
+    is_last: Array | None = None  # bool
+
+    def kind(self, config: DecoderConfig) -> tuple[int | Array, bool | Array]:
+        """Inside of the scan: this layer's window, and whether it has RoPE."""
+        window = config.windows[0] if self.window is None else self.window
+        return window, config.has_rope[0] if self.has_rope is None else self.has_rope
 
 
 def _embed(params: Params, config: DecoderConfig, tokens: Array, execution: Execution) -> Array:
@@ -410,7 +418,7 @@ def _embed(params: Params, config: DecoderConfig, tokens: Array, execution: Exec
 
 
 def _heads(
-    config: DecoderConfig, execution: Execution, weights: Params, x: Array, turn: Rotation
+    config: DecoderConfig, execution: Execution, weights: Params, x: Array, turn: Rotation | None
 ) -> tuple[Array, KeysAndValues]:
     """Queries [B, M, R, K, G, C], and new keys and values as caches hold them, [B, K, M, R, C]."""
     block = Block(config, execution.dtype)
@@ -439,12 +447,17 @@ def _final_norm(params: Params, config: DecoderConfig, hidden: Array) -> Array:
     return normalised
 
 
-def _windows_to_scan(config: DecoderConfig) -> Array | None:
-    """int32 [L], or None for equal layers, whose window stays a number known at compile time.
+def _kinds_to_scan(config: DecoderConfig) -> tuple[Array | None, Array | None]:
+    """`_LayerInputs.window` and `.has_rope`: [L], or None where all layers are equal.
 
-    Without windows, masks are then causal as far as kernels can tell, and cost nothing.
+    What is None stays known at compile time. Without windows, masks are then causal as far as
+    kernels can tell, and cost nothing, whichever layers have RoPE.
     """
-    return None if len(set(config.windows)) == 1 else jnp.array(config.windows)
+    window, has_rope = (
+        None if len(set(each)) == 1 else jnp.array(each)
+        for each in (config.windows, config.has_rope)
+    )
+    return window, has_rope
 
 
 def _scan(
@@ -461,19 +474,29 @@ def _scan(
     return jax.lax.scan(layer, hidden, inputs, unroll=unroll)
 
 
+class _Layer(NamedTuple):
+    """One layer as a loop visits it."""
+
+    weights: Params
+    cache: KeysAndValues  # of the prefix, [B, K, P, C] each
+    own: KeysAndValues  # of the suffix, [B, K, M, S, C] each
+    window: int
+    has_rope: bool
+
+
 def _layers(
     params: Params, config: DecoderConfig, prefix: Prefix, suffix: Suffix
-) -> Iterator[tuple[Params, KeysAndValues, KeysAndValues, int]]:
-    """Yields each layer's weights, keys and values of the prefix and of the suffix, and window.
+) -> Iterator[_Layer]:
+    """Yields the layers in their order.
 
     The loop over it is unrolled, unlike `_scan`: every layer then updates its suffix in place,
     where a scan would copy stacked caches in and out of each step.
     """
     parts = map(_unstacked, (params["layers"], prefix.keys, prefix.values))
-    for weights, keys, values, own, window in zip(
-        *parts, suffix.layers, config.windows, strict=True
+    for weights, keys, values, own, window, has_rope in zip(
+        *parts, suffix.layers, config.windows, config.has_rope, strict=True
     ):
-        yield weights, (keys, values), own, window
+        yield _Layer(weights, (keys, values), own, window, has_rope)
 
 
 def empty_suffix(
@@ -498,8 +521,23 @@ class _Rotations(NamedTuple):
     everywhere: Rotation
     local: Rotation | None  # of layers with a window, where they have a frequency of their own
 
-    def of(self, window: int | Array) -> Rotation:
-        """The rotation of a layer by its window, an int or a traced int32."""
+    def of(self, window: int | Array, has_rope: bool | Array) -> Rotation | None:
+        """The rotation of a layer; None for one without RoPE.
+
+        Args:
+          window: of the layer, an int or a traced int32.
+          has_rope: whether the layer has RoPE, a bool or a traced one.
+        """
+        if has_rope is False:
+            return None
+        turn = self._by_window(window)
+        if isinstance(has_rope, bool):
+            return turn
+        # A scan runs one body for all layers: where a layer has no RoPE, a rotation by no angle.
+        cos, sin = turn
+        return jnp.where(has_rope, cos, 1), jnp.where(has_rope, sin, 0)
+
+    def _by_window(self, window: int | Array) -> Rotation:
         if self.local is None:
             return self.everywhere
         if isinstance(window, int):

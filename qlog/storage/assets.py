@@ -4,6 +4,7 @@ QLOG_ASSETS names a folder, gs://BUCKET/... or s3://BUCKET/..., filled by `qlog.
 
     models/OWNER/NAME            a Hugging Face folder; config.json was written last
     tokenizers/NAME              tokenizers that are not on the Hub
+    chat_templates/NAME          chat templates of the user's
     data/NAME-VERSION            a prepared dataset; ids.json was written last
 
 It is searched before any network is. What lies in a bucket is copied into the user's cache folder,
@@ -18,13 +19,14 @@ import concurrent.futures
 import contextlib
 import errno
 import fnmatch
+import glob
 import hashlib
 import os
 import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import filelock
@@ -98,7 +100,10 @@ def find(
 
 
 def local(
-    spec: str | os.PathLike, field: str, wanted: Callable[[str], bool] | None = None
+    spec: str | os.PathLike,
+    field: str,
+    wanted: Callable[[str], bool] | None = None,
+    companions: Sequence[str] = (),
 ) -> pathlib.Path:
     """`spec` as a path on this host: a local one as it is, or the copy of what a bucket has there.
 
@@ -106,6 +111,8 @@ def local(
       spec: a local path (~ is expanded; it need not exist), or a folder or a file in a bucket.
       field: the flag or the config field that named it, for messages.
       wanted: which files of a bucket's folder to copy; all by default.
+      companions: names of files that are copied along with a single file of a bucket, where they
+        lie next to it there.
 
     Raises:
       ConfigError: the bucket holds nothing there, or this user may not read it; the disk is full.
@@ -114,13 +121,50 @@ def local(
     path = paths.parse(spec, field)
     if not paths.is_remote(path):
         return pathlib.Path(path)
-    found = _find(path, field, bool, wanted)
+    found = _find(path, field, bool, wanted, companions)
     if found is None:
         raise ConfigError(
             f"{field} = {os.fspath(spec)!r} holds no files: stage them (launch/stage), or correct "
             "the name."
         )
     return found
+
+
+def names(spec: str, field: str) -> list[str]:
+    """The files that `spec` names, sorted: itself, those in its folder, or those that match a glob.
+
+    Args:
+      spec: a path or a glob, here or in a bucket.
+      field: as in `local`.
+
+    Returns:
+      Each as `spec` is written, relative or not. Hidden files of a folder are left out. [] where
+      nothing is there.
+
+    Raises:
+      ConfigError, PassingError: as `local`.
+    """
+    path = paths.parse(spec, field)
+    if paths.is_remote(path):
+        with _faults(f"{field} = {spec!r}"):
+            below = _listing(path)
+            if below is None:
+                system, where = paths.file_system(path)
+                scheme = spec.partition("://")[0]
+                found = paths.retried(lambda: system.glob(where))
+                return sorted(f"{scheme}://{name}" for name in found)
+    else:
+        folder = pathlib.Path(path)
+        if not folder.exists():
+            found = glob.glob(os.fspath(path), recursive=True)
+            return sorted(name for name in found if os.path.isfile(name))
+        below = {"": None}
+        if folder.is_dir():
+            files = (file for file in folder.rglob("*") if file.is_file())
+            below = dict.fromkeys(file.relative_to(folder).as_posix() for file in files)
+    # A cache of the Hub's client lies in a hidden folder of what it has downloaded.
+    visible = [name for name in below if not any(p.startswith(".") for p in name.split("/"))]
+    return sorted(f"{spec.rstrip('/')}/{name}" if name else spec for name in visible)
 
 
 def is_there(path: pathlib.Path) -> bool:
@@ -229,6 +273,7 @@ def _find(
     field: str,
     is_complete: Callable[[set[str]], bool],
     wanted: Callable[[str], bool] | None,
+    companions: Sequence[str] = (),
 ) -> pathlib.Path | None:
     """The local folder or file of a path, as `find` and `local` want it."""
     if not paths.is_remote(path):
@@ -241,6 +286,12 @@ def _find(
         listing = _listing(path)
         if not listing or not is_complete(set(listing)):
             return None
+        if companions and set(listing) == {""}:
+            # Looked for by name, since the folder around a file may be a whole bucket.
+            beside = {name: _listing(path.parent / name) for name in companions}
+            files = {name: found[""] for name, found in beside.items() if found and "" in found}
+            files[path.name] = listing[""]
+            return _copy(path.parent, dict(sorted(files.items()))) / path.name
         chosen = {n: e for n, e in sorted(listing.items()) if not n or wanted is None or wanted(n)}
         return _copy(path, chosen) if chosen else None
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 
 import data_fixtures
 import jax
@@ -11,12 +12,12 @@ import tiny
 import trees
 from places import ROOT
 
-from qlog import models
+from qlog import data, models
 from qlog.commands import modes
 from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.errors import ConfigError, PassingError
-from qlog.experiment import prepare
+from qlog.experiment import files, prepare
 from qlog.runs import checkpoints
 
 ONE = jax.devices()[:1]
@@ -146,6 +147,27 @@ def test_a_folder_is_trained_exported_and_read_again(trained):
     assert "as it was" in (exported / "tokenizer_config.json").read_text()
     with pytest.raises(ConfigError, match="export needs a folder of its own"):
         modes.run("export", config, workdir)
+
+
+def test_an_export_has_the_template_that_prompts_were_written_in(trained, tmp_path):
+    config, workdir, _ = trained
+    shutil.copytree(workdir, tmp_path / "run", ignore=lambda *_: {"export"})
+    model = pathlib.Path(shutil.copytree(config.model, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("the model's own")
+    given = tmp_path / "given.jinja"
+    given.write_text("Q: {{ messages[0].content }} A:\n")
+    warm = {"data": {"style": "warm"}, "model": str(model), "weights": str(model)}
+    tokenizer = {"chat_template": str(given), "eos": ("<|endoftext|>",)}
+    config = schema.merge(config, {**warm, "tokenizer": tokenizer})
+    assert modes.run("export", config, tmp_path / "run") == 0
+    exported = tmp_path / "run/export"
+    assert (exported / "chat_template.jinja").read_text() == given.read_text()
+    # eos_token_id 7 of the model's generation_config.json ends answers still.
+    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [256, 7]
+    again = {"model": str(exported), "weights": str(exported), "tokenizer": {"chat_template": ""}}
+    reread = prepare(schema.merge(config, again), train=False, evaluate=False).formatter
+    example = data.Example("1", "Why?", "a")
+    assert reread.prompt(example) == files.load_formatter(config).prompt(example)
 
 
 def test_what_is_exported_is_what_the_config_names(trained, tmp_path):

@@ -28,6 +28,8 @@ def test_report_counts_what_exceeds_the_limits(byte_level):
         "prompt",
         *map(str, (overhead + 1, overhead + 9, overhead + 90, overhead + 90, overhead + 6, 2)),
     ]
+    assert "chat template: none (style 'cold')" in lines
+    assert "answers end with: <|im_end|> (258), <|endoftext|> (256)" in lines
     assert any(line.startswith("2 of 4 prompts exceed config.data.max_") for line in lines)
     prompt = "\n".join(lines)
     assert "\n" + "x" * 5 + HOSTILE + "\n⟦<think>⟧\n" in prompt
@@ -45,7 +47,8 @@ def get_config(style):
         data=dict(name="musique", style=style, manual_dir={str(shared / "data" / "musique")!r},
                   data_dir={str(tmp_path / "prepared")!r}, max_prompt_tokens=2000),
         tokenizer=dict(path={str(shared / "tokenizers" / "qwen3")!r}, think_start="<think>",
-                       think_end="</think>"),
+                       think_end="</think>", eos=(), chat_template="",
+                       chat_template_kwargs={{}}),
         rollout=dict(closing_text="", answer_reserve=128, rationale_budget=1920))
 """)
     command = ["show", f"{config}:cold", "--examples=2", "--config.data.max_prompt_tokens=2100"]

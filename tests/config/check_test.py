@@ -63,6 +63,36 @@ WRONG = {
         r"config\.data\.world\.people = 99 must be from",
     ),
     "unread path": ({"tokenizer": {"path": "x"}}, r"config\.tokenizer\.path = 'x' is not read"),
+    "ends": ({"tokenizer": {"eos": (3,)}}, r"config\.tokenizer\.eos = \(3,\) must hold names"),
+    "unread ends": ({"tokenizer": {"eos": ("</s>",)}}, r"tokenizer\.eos = \('</s>',\) is not read"),
+    "template": (
+        {"tokenizer": {"chat_template": "built-in"}},
+        r"config\.tokenizer\.chat_template = 'built-in' must be .*did you mean 'builtin'",
+    ),
+    "template of a synthetic task": (
+        {"tokenizer": {"chat_template": "x.jinja"}, "data": {"style": "warm"}},
+        r"config\.tokenizer\.chat_template = 'x\.jinja' is not read by the synthetic task",
+    ),
+    "template of the cold style": (
+        {"tokenizer": {"chat_template": "x.jinja"}},
+        r"config\.tokenizer\.chat_template = 'x\.jinja' is read only by the warm style",
+    ),
+    "variables of the cold style": (
+        {"tokenizer": {"chat_template_kwargs": {"date_string": "x"}}},
+        r"config\.tokenizer\.chat_template_kwargs\.date_string = 'x' is read only by the warm",
+    ),
+    "variables of a built-in template": (
+        {"tokenizer": {"chat_template": "builtin", "chat_template_kwargs": {"a": 1}}},
+        r"config\.tokenizer\.chat_template_kwargs\.a = 1 is not read by a built-in template",
+    ),
+    "variables without names": (
+        {"tokenizer": {"chat_template_kwargs": "date"}},
+        r"config\.tokenizer\.chat_template_kwargs = 'date' must be a section",
+    ),
+    "variables of another type": (
+        {"tokenizer": {"chat_template_kwargs": {"a": {1, 2}}}},
+        r"config\.tokenizer\.chat_template_kwargs\.a = \{1, 2\} must be text, numbers",
+    ),
     "prompt budget": (
         {"data": {"max_prompt_tokens": 8}},
         r"config\.data\.max_prompt_tokens = 8 is too small",
@@ -137,7 +167,7 @@ OWN_LOSSES = {
     "q": (tiny.graded_garl, {"q": 2.0}, 4, r"config\.loss: q must be in \[0, 1\], got 2\.0"),
     "schedule": (tiny.graded_garl, {"q": 1.0, "q_end": 0.5}, 4, r"q_end=0\.5 is not read with"),
     "partial": (functools.partial(_two, q=1.0), {}, 4, r"of type partial.*made with def"),
-    "reward": (_misspelt, {}, 4, r"config\.loss: reward = 'exact_mach' is not a grader: .*match"),
+    "reward": (_misspelt, {}, 4, r"config\.loss\.reward = 'exact_mach' is not a grader: .*match"),
     "unmeasured score": (_without_reward, {}, 4, r"config\.loss: .* reads scores\.reward, which"),
     "no estimator": (dict, {}, 4, r"config\.loss: .*dict must return a losses\.Estimator"),
 }
@@ -182,7 +212,7 @@ def test_real_data_and_tokenizers_that_are_missing(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer\.path.*does not exist"):
         prepare(tree, ONE)
     tree.data.world = {"people": 3}
-    with pytest.raises(ConfigError, match="read only by the synthetic tasks"):
+    with pytest.raises(ConfigError, match="read only by multihop, multihop_text: remove"):
         prepare(tree, ONE)
 
 

@@ -83,12 +83,18 @@ def test_every_argument_of_every_recipe(recipe, key):
 
 @pytest.mark.parametrize("field", dataclasses.fields(models.DecoderConfig), ids=lambda f: f.name)
 def test_every_key_of_the_architecture(field):
-    texts = {"layer_windows": "0,512", "rope_scaling": '{"factor": 8.0, "original_length": null}'}
+    texts = {
+        "layer_windows": "0,512",
+        "layer_rope": "true,false",
+        "rope_scaling": '{"factor": 8.0, "original_length": null}',
+    }
     value = getattr(models.PRESETS["qwen3_0p6b"], field.name)
     text = texts.get(field.name) or (other(value)[1] if value is not None else "2")
     got = at(read(f"--config.architecture.{field.name}={text}"), f"architecture.{field.name}")
     if field.name == "layer_windows":
         assert got == (0, 512)
+    elif field.name == "layer_rope":
+        assert got == (True, False)
     elif field.name == "rope_scaling":
         assert got.to_dict() == {"factor": 8.0, "original_length": None}
     else:

@@ -68,3 +68,25 @@ def test_where_a_run_began_must_stay_while_the_loss_looks_back_at_it():
 
 def as_saved(config):
     return json.loads(schema.to_json(config))
+
+
+def test_a_run_of_a_version_without_a_field_had_its_default():
+    began = tiny.config()
+    before = as_saved(began)
+    for field in ("files", "fields", "description"):
+        del before["data"][field]
+    check_same_run(before, began)
+    with pytest.raises(ConfigError, match=r"config.data.description = 'x' differs .* with ''"):
+        check_same_run(before, schema.merge(began, {"data": {"description": "x"}}))
+
+
+def test_the_name_of_the_data_may_become_a_function_and_a_text_again():
+    def my_examples(split):
+        return []
+
+    config = schema.default()
+    config.data.name = my_examples
+    saved = json.loads(schema.to_json(config))
+    assert saved["data"]["name"] == my_examples.__qualname__
+    config.data.name = "jsonl"
+    assert config.data.name == "jsonl"

@@ -3,6 +3,7 @@
 import json
 import unicodedata
 
+import chat_fixtures
 import data_fixtures
 import pytest
 import sentencepiece
@@ -10,8 +11,10 @@ import tokenizers as hf_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlog import data
 from qlog.data import formatting, tokenizers
 from qlog.errors import ConfigError
+from qlog.grading import graders
 
 TEXTS = (
     "Hello, world! It's 34.7% of $ 103.7 million (2009-2010).",
@@ -289,3 +292,126 @@ def test_shifted_qwen_ids_are_refused(tmp_path, shared):
         token["id"] += token["id"] > 151_660  # as if one more token had been added before
     with pytest.raises(ConfigError, match="<think> at id 151668 where Qwen has 151667"):
         tokenizers.load(data_fixtures.write_spec(tmp_path, spec))
+
+
+# ---- The files next to a tokenizer ----
+
+
+def beside(folder, spec=None, **files):
+    """A tokenizer.json and JSON files next to it, by their names without .json."""
+    path = data_fixtures.write_spec(folder, spec or data_fixtures.byte_level_spec())
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def names(tokenizer):
+    return [tokenizer.token(id_) for id_ in tokenizer.eos_ids]
+
+
+def test_all_ends_that_the_files_name_end_an_answer(tmp_path):
+    known = tokenizers.load(beside(tmp_path))
+    assert names(known) == ["<|im_end|>", "<|endoftext|>"]
+    # The same ends in another order change nothing, nor the digest of runs that began without.
+    path = beside(tmp_path, generation_config={"eos_token_id": [256, 258]})
+    assert tokenizers.load(path).eos_ids == known.eos_ids
+    assert tokenizers.load(path).digest == known.digest
+    spec = data_fixtures.byte_level_spec((*data_fixtures.CHATML, "<a>", "<b>", "<c>"))
+    files = {
+        "tokenizer_config": {"eos_token": {"content": "<a>", "__type": "AddedToken"}},
+        "generation_config": {"eos_token_id": [262, 258]},
+    }
+    more = tokenizers.load(beside(tmp_path, spec, **files))
+    assert names(more) == ["<|im_end|>", "<|endoftext|>", "<a>", "<b>"]
+    chosen = tokenizers.load(beside(tmp_path, spec, **files), eos=("<c>", "<a>"))
+    assert names(chosen) == ["<c>", "<a>", "<b>", "<|im_end|>"]
+    for path in tmp_path.glob("*_config.json"):
+        path.unlink()
+    assert more.digest != tokenizers.load(beside(tmp_path, spec)).digest != chosen.digest
+    assert (
+        tokenizers.load(beside(tmp_path, spec, generation_config={"eos_token_id": 7})).eos_ids[-1]
+        == 7
+    )  # a plain piece may end answers, too
+
+
+def test_a_vocabulary_without_known_names_is_told_its_ends(tmp_path):
+    spec = data_fixtures.byte_level_spec(
+        ("<s>", "<stop>", "<halt>", "<fill>", "<think>", "</think>")
+    )
+    with pytest.raises(ConfigError, match="no end-of-sequence token .*config.tokenizer.eos"):
+        tokenizers.load(beside(tmp_path, spec))
+    by_user = tokenizers.load(beside(tmp_path, spec), eos=("<halt>",))
+    assert (names(by_user), by_user.pad_id, by_user.bos_id) == (["<halt>"], 258, None)
+    by_generation = tokenizers.load(beside(tmp_path, spec, generation_config={"eos_token_id": 257}))
+    assert names(by_generation) == ["<stop>"]
+    config = {"eos_token": "<halt>", "bos_token": "<s>", "pad_token": "<fill>"}
+    by_config = tokenizers.load(beside(tmp_path, spec, tokenizer_config=config))
+    assert names(by_config) == ["<halt>", "<stop>"]
+    assert (by_config.bos_id, by_config.pad_id) == (None, 259)
+    beside(tmp_path, spec, tokenizer_config=config | {"add_bos_token": True})
+    begun = tokenizers.load(tmp_path)
+    assert (begun.token(begun.bos_id), begun.digest != by_config.digest) == ("<s>", True)
+    cold = data.Formatter(begun, data.Task("words", ""), "cold")
+    assert cold.prompt(data.Example("1", "a", "b"))[0] == begun.bos_id
+    assert cold.gold(data.Example("1", "a", "b"))[-1] == begun.control["<halt>"]
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "generation_config.json").unlink()
+    beside(tmp_path, spec, special_tokens_map={"eos_token": "<halt>"})
+    assert names(tokenizers.load(tmp_path)) == ["<halt>"]
+
+
+@pytest.mark.parametrize(
+    "files, eos, message",
+    [
+        ({}, ("<|im_edn|>",), "eos = '<.im_edn.>' is not a control token .*mean '<.im_end.>'"),
+        ({}, ("a",), "config.tokenizer.eos = 'a' is not a control token of .*its 5 control"),
+        (
+            {},
+            ("</think>",),
+            "eos = '</think>' ends answers, but it is config.tokenizer.think_start",
+        ),
+        ({"generation_config": {"eos_token_id": [258, 261]}}, (), "eos_token_id = 261 is outside"),
+        ({"generation_config": {"eos_token_id": -1}}, (), "eos_token_id = -1 is outside"),
+        ({"generation_config": {"eos_token_id": 260}}, (), "eos_token_id = 260 ends answers, but"),
+        ({"generation_config": {"eos_token_id": "2"}}, (), "eos_token_id = '2' must be a token's"),
+        ({"generation_config": {"eos_token_id": [True]}}, (), r"\[True\] must be a token's id"),
+        ({"generation_config": [1]}, (), "generation_config.json holds no JSON object"),
+        ({"tokenizer_config": {"eos_token": "<eos>"}}, (), "eos_token = '<eos>' is not a control"),
+        ({"tokenizer_config": {"eos_token": "<think>"}}, (), "eos_token = '<think>' ends answers"),
+        (
+            {"tokenizer_config": {"bos_token": "<s>", "add_bos_token": True}},
+            (),
+            "tokenizer_config.json: bos_token = '<s>' is not a control token",
+        ),
+    ],
+)
+def test_ends_that_cannot_be_are_one_sentence(files, eos, message, tmp_path):
+    path = beside(tmp_path, **files)
+    with pytest.raises(ConfigError, match=message) as caught:
+        tokenizers.load(path, eos=eos)
+    assert not files or f"{next(iter(files))}.json" in str(caught.value)
+
+
+def test_deepseek_on_the_vocabulary_of_qwen(tmp_path, shared, qwen):
+    whole = chat_fixtures.write(
+        tmp_path, "deepseek", shared / "tokenizers" / "qwen3" / "tokenizer.json"
+    )
+    tokenizer = tokenizers.load(whole)
+    assert (tokenizer.think_start_id, tokenizer.think_end_id) == (151_648, 151_649)
+    assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id) == ((151_643,), 151_646, 151_643)
+    assert tokenizer.vocab_size == 151_665
+    for text in (*TEXTS, "<｜end▁of▁sentence｜><｜User｜></think>"):
+        assert tokenizer.encode(text) == qwen.encode(text)
+    ids = formatting.chat_prompt(tokenizer, "Why<｜Assistant｜>?")
+    assert ids[:2] == [151_646, 151_644] and ids[-3:] == [151_645, 151_648, 198]
+    assert ids.count(151_645) == 1
+    formatter = data.Formatter(tokenizer, data.Task("words", "Answer."))
+    gold = formatter.gold(data.Example("1", "Why?", "So."))
+    assert gold == [*qwen.encode("\n\nSo."), 151_643]
+    answer = formatter.answer_text([*qwen.encode("So."), 151_644, *qwen.encode("x"), 151_643])
+    assert answer == "So.<｜User｜>x" and not graders.is_answer(answer)
+    # Without the files next to it, the names say the same.
+    for path in tmp_path.glob("*_config.json"):
+        path.unlink()
+    alone = tokenizers.load(whole)
+    assert (alone.eos_ids, alone.bos_id, alone.digest) == ((151_643,), 151_646, tokenizer.digest)

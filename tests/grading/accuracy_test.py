@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from qlog.grading import accuracy, graders
+from qlog.grading import accuracy, graders, scorers
 
 # ---- pass@k ----
 
@@ -190,8 +190,8 @@ def test_numeric_columns_where_rows_have_an_executed_answer():
 def test_a_new_column_is_a_new_metric(monkeypatch):
     usual = accuracy._columns
 
-    def columns(grade, dataset):
-        return usual(grade, dataset) | {
+    def columns(dataset):
+        return usual(dataset) | {
             "words": lambda row, answer: float(len(answer.split()) == 1),
             "exact/": lambda row, answer: graders.exact_match(answer, row["golds"][0]),
         }
@@ -219,17 +219,42 @@ def test_copies_of_the_source_are_seen():
     assert summary["answer/copy_rate"] == 0.5 and summary["p@1"] == 0.5
 
 
-def test_another_grader_is_counted_and_stops_past_one_percent():
-    def strict(answer, golds, *, source):
+def scorer(function):
+    return scorers.read(function, "field")[0]
+
+
+def test_another_grader_says_what_is_right():
+    def strict(answer, golds):
         return float(answer == golds[0])
 
-    assert accuracy.summarise(ROWS, grade=strict)["p@1"] == pytest.approx(2 / 12)
+    summary = accuracy.summarise(ROWS, grader=scorer(strict))
+    assert summary["p@1"] == pytest.approx(2 / 12)
 
-    def broken(answer, golds, *, source):
+    def broken(answer):
         raise ZeroDivisionError("scale")
 
-    with pytest.raises(graders.GraderError, match="'broken' failed on 2 of 2 .*ZeroDivisionError"):
-        accuracy.summarise(ROWS, grade=broken)
+    with pytest.raises(scorers.ScorerError, match="broken failed on 12 of 12 .*ZeroDivisionError"):
+        accuracy.summarise(ROWS, grader=scorer(broken))
+
+
+def test_metrics_of_your_own_are_means_with_intervals():
+    def length(answer):
+        return len(answer)  # any number, not only [0, 1]
+
+    def asked_for(example, rationale, prompt):
+        return float(example.id == "b" and rationale == "why" and prompt == "Who?")
+
+    rows = [
+        {"id": i, "golds": ["x"], "answers": ["x", "yyy"], "prompt": "Who?", "rationales": r}
+        for i, r in (("a", ["why", "why"]), ("b", ["why", ""]))
+    ]
+    summary = accuracy.summarise(rows, metrics=[scorer(length), scorer(asked_for)], threads=4)
+    assert summary["metrics/length"] == summary["metrics/length/low"] == 2.0
+    assert summary["metrics/asked_for"] == 0.25
+    assert (summary["metrics/asked_for/low"], summary["metrics/asked_for/high"]) == (0.0, 0.5)
+    assert summary["metrics/length/errors"] == 0
+    plain = accuracy.summarise(rows)
+    assert plain == {k: v for k, v in summary.items() if not k.startswith("metrics/")}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ NO_ANSWERS = [
     "Paris <|im_end|>",
     "<THINK> Paris",
     "Paris</s>",
+    "Paris<｜end▁of▁sentence｜>",
+    "<｜User｜>Paris",
     "Paris " * 1000,
     "Paris" + " " * 5000,
 ]
@@ -400,51 +402,10 @@ def test_finqa_numeric(answer, target, gold, score):
 # ---- By name ----
 
 
-def test_rewards_are_graders_by_name():
+def test_graders_have_names():
     assert graders.by_name("exact_match") is exact_match
-    with pytest.raises(
-        ValueError, match="reward = 'exact' is not a grader: use one of exact_match"
-    ):
+    with pytest.raises(ValueError, match="'exact' is not a grader: use one of exact_match"):
         graders.by_name("exact")
-
-
-# ---- Counting failures ----
-
-
-def fails_on(bad: set[str]):
-    def grade(answer, golds):
-        if answer in bad:
-            raise KeyError(answer)
-        return 1.0
-
-    return grade
-
-
-def test_failures_are_counted_and_logged(caplog):
-    grader = graders.Grader(fails_on({"x"}))
-    assert grader("x", "gold") == 0.0
-    assert [grader("fine", "gold") for _ in range(199)] == [1.0] * 199
-    assert grader("x", "gold") == 0.0  # 2 of 201 are 1%
-    assert (grader.calls, grader.errors) == (201, 2)
-    assert caplog.text.count("KeyError") == 2
-
-
-def test_too_many_failures_stop_the_run():
-    grader = graders.Grader(fails_on({"x", "y"}))
-    grader("x", "gold")
-    with pytest.raises(graders.GraderError, match="'grade' failed on 2 of 2 .* 1% .*KeyError: 'y'"):
-        grader("y", "gold")
-    many = graders.Grader(fails_on({"x"}), max_error_rate=0.5)
-    for _ in range(50):
-        many("x", "gold")
-    with pytest.raises(graders.GraderError, match="failed on 51 of 51"):
-        many("x", "gold")
-
-
-@pytest.mark.parametrize("score", [math.nan, -0.1, 1.5, "no", None])
-def test_scores_that_are_none_are_failures(score):
-    grader = graders.Grader(lambda answer, golds: score, max_error_rate=1.0)
-    assert grader("a", "b") == 0.0 and grader.errors == 1
 
 
 # ---- Real records ----

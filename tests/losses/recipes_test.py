@@ -169,7 +169,7 @@ def test_a_recipe_as_an_object_is_what_its_name_is(name):
 def test_labels_tell_recipes_apart():
     recipe = losses.Recipe(losses.paft)
     assert losses.label("paft") == "paft"
-    assert losses.label(recipe) == "Recipe(qlog.losses.aliases.paft)"
+    assert losses.label(recipe) == "Recipe(paft)"
     changed = [
         losses.Recipe(losses.garl),
         losses.Recipe(losses.paft, losses.clipped),

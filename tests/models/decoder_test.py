@@ -52,7 +52,7 @@ def continuation_of(hidden, starts, size):
     return jnp.take_along_axis(hidden.reshape(B, M, *hidden.shape[-2:]), index[..., None], axis=2)
 
 
-@families("qwen3", "gemma3")
+@families("qwen3", "gemma3", "smollm3")
 def test_group_is_m_separate_sequences_in_values_and_gradients(config):
     params = random_params(config)
     prompts, rollouts, _ = random_tokens()
@@ -107,7 +107,7 @@ def test_prompts_compute_of_the_last_layer_only_keys_and_values(monkeypatch, rem
     )
 
 
-@families("qwen3", "gemma3", "windowed")
+@families("qwen3", "gemma3", "windowed", "smollm3")
 def test_cached_decode_and_score_equal_the_full_forward(config):
     params = random_params(config)
     prompts, rollouts, answers = random_tokens()
@@ -146,6 +146,24 @@ def test_a_window_of_w_sees_w_tokens_its_own_included():
     last = jit(separate, static_argnums=1)(params, config, tokens)[:, 0, -1]
     changed = np.abs(last - last[0]).max(-1) > 1e-6
     assert changed.tolist() == [False] * 7 + [True] * 5
+
+
+@pytest.mark.parametrize("layers", [1, 2], ids=["known when compiling", "chosen in a scan"])
+def test_without_rope_the_order_of_what_is_seen_does_not_matter(layers):
+    """Alone; as one of two layers, the other of which has RoPE but adds nothing to the stream."""
+    cycle = (False,) if layers == 1 else (False, True)
+    config = dataclasses.replace(CONFIGS["qwen3"], num_layers=layers, layer_rope=cycle)
+    params = random_params(config)
+    for name in ("o_proj", "down_proj"):
+        kernel = params["layers"][name]["kernel"]
+        params["layers"][name]["kernel"] = kernel.at[1:].set(0)
+    forward = jit(models.extend, static_argnums=1)
+    tokens = np.stack([np.arange(12), [3, 1, 10, 4, 2, 6, 0, 5, 9, 7, 8, 11]])[:, None]
+    with_rope = dataclasses.replace(config, layer_rope=(True,))
+    ordered, shuffled = forward(params, config, tokens)[:, 0, -1]
+    np.testing.assert_allclose(ordered, shuffled, atol=1e-5)
+    ordered, shuffled = forward(params, with_rope, tokens)[:, 0, -1]
+    assert np.abs(ordered - shuffled).max() > 1e-3
 
 
 def dense_attention(queries, segments):

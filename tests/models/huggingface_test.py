@@ -16,13 +16,14 @@ from safetensors.numpy import load_file, save_file
 from qlog import models
 from qlog.errors import ConfigError, PassingError
 from qlog.models import huggingface
+from qlog.models.families import FAMILIES
 
 forward = jit(models.extend, static_argnums=1)
 prefill = jit(models.prefill, static_argnums=1)
 decode_step = jit(models.decode_step, static_argnums=1)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_greedy_continuation_equal_those_of_transformers(family):
     """Against tests/testdata/golden, which transformers wrote (make_golden.py)."""
     config = huggingface.read_config(GOLDEN / family)
@@ -49,7 +50,7 @@ def test_logits_and_greedy_continuation_equal_those_of_transformers(family):
     assert continuation == expected["greedy"].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen3", "untied", "golden gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "untied", "smollm3", "golden gemma3"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_export_and_load_are_bit_equal(name, dtype, tmp_path):
     if name in CONFIGS:

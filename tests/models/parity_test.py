@@ -1,5 +1,7 @@
 """The decoder against transformers on random weights; needs the extra `parity`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from testdata.golden import make_golden  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 from qlog import models  # noqa: E402
-from qlog.models import huggingface  # noqa: E402
+from qlog.models import huggingface, rope  # noqa: E402
 
 pytestmark = pytest.mark.parity
 FAMILIES = list(make_golden.MODELS)
@@ -107,6 +110,35 @@ def test_sliding_windows_that_qwen_can_switch_on(family, tmp_path):
     assert np.abs(theirs - our_logits(params, config, tokens)).max() < 1e-4
 
 
+@torch.no_grad()
+def test_smollm3_with_windows_on_layers_without_rope_and_yarn_on_the_others(tmp_path):
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    model = reference(
+        "smollm3",
+        **SHAPES["deep"],
+        use_sliding_window=True,
+        sliding_window=6,
+        no_rope_layer_interval=3,
+        rope_scaling=yarn,
+    )
+    params, config = ours(model, tmp_path)
+    assert config.has_rope == (True, True, False) * 2 + (True,)
+    assert config.windows == (0, 0, 6) * 2 + (0,)
+    tokens, _ = prompts(model)
+    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(theirs - our_logits(params, config, tokens)).max() < 1e-4
+
+
+@torch.no_grad()
+def test_mistral_without_windows(tmp_path):
+    model = reference("mistral", **SHAPES["deep"], sliding_window=None)
+    params, config = ours(model, tmp_path)
+    assert config.windows == (0,) * 7
+    tokens, _ = prompts(model)
+    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(theirs - our_logits(params, config, tokens)).max() < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family, tmp_path):
@@ -145,6 +177,46 @@ def test_long_contexts_and_far_positions(family, tmp_path):
         difference = np.abs(theirs - our_logits(params, config, tokens, start)).max()
         print(f"{family} {length} tokens from {start}: {difference:.1e}")
         assert difference < 1e-4, (length, start, difference)
+
+
+YARNS = {
+    "plain": {},
+    "exact bounds": dict(truncate=False),
+    "own bounds": dict(beta_fast=16, beta_slow=2.5),
+    "deepseek": dict(mscale=1.0, mscale_all_dim=0.7),
+    "own magnitude": dict(attention_factor=1.3),
+}
+
+
+@pytest.mark.parametrize("options", YARNS)
+@torch.no_grad()
+def test_yarn_by_frequency_and_by_logits(options, tmp_path):
+    """Frequencies bit for bit; of size 128 torch rounds some powers of the base differently."""
+    scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    scaling |= YARNS[options]
+    for size, theta, length in ((8, 1e4, 16), (64, 1e6, 4096), (128, 1e6, 32_768)):
+        own = scaling | dict(rope_theta=theta, original_max_position_embeddings=length)
+        config = transformers.Qwen3Config(
+            head_dim=size, rope_parameters=own, max_position_embeddings=4 * length
+        )
+        theirs, magnitude = ROPE_INIT_FUNCTIONS["yarn"](config)
+        read = models.from_hf_config(config.to_dict())
+        mine = rope.frequencies(size, theta, read.rope_scaling)
+        assert read.rope_scaling.magnitude == magnitude
+        np.testing.assert_array_max_ulp(mine, theirs.numpy(), size == 128)
+
+    model = reference("qwen3", **SHAPES["deep"], rope_scaling=scaling)
+    params, config = ours(model, tmp_path / "theirs")
+    tokens, _ = prompts(model, length=60)
+    theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(theirs - our_logits(params, config, tokens)).max() < 1e-4
+    plain = dataclasses.replace(config, rope_scaling=None)
+    assert np.abs(theirs - our_logits(params, plain, tokens)).max() > 1e-2
+    huggingface.export(params, config, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    )
+    np.testing.assert_array_equal(again(torch.from_numpy(tokens)).logits.numpy(), theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -30,11 +30,20 @@ def get_config(steps=2):
         train={"steps": steps, "prompts_per_step": 8, "rollouts_prompts": 1},
         evaluation={"every": 2, "prompts": 11, "prompts_per_batch": 1},
         loss=schema.loss(tiny.graded_garl, q=0.75),
+        rollout={"reward": [("exact_match", 1.0), (words, 0.5)]},
         optimizer={"eps": 1e-3},
         mesh={"data": 4, "fsdp": 2},
     )
     tree.architecture.num_layers = 1
     return tree
+
+
+def words(rationale):
+    """A reward; notes each of its calls."""
+    if file := os.environ.get("TEST_CALLS"):
+        with open(file, "a") as calls:
+            calls.write("called\n")
+    return len(rationale.split())
 
 
 _LOCAL = (sys.executable, str(ROOT / "launch/local"), "--processes=2")
@@ -75,6 +84,7 @@ def several(layout, tmp_path_factory, compilation_cache):
         f"--workdir={workdir}",
         *[f"--config.mesh.{axis}={size}" for axis, size in mesh.items()],
         JAX_COMPILATION_CACHE_DIR=compilation_cache,
+        TEST_CALLS=str(workdir / "calls"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return workdir, result.stdout
@@ -120,6 +130,12 @@ def test_several_processes_draw_the_rollouts_of_one(several, one):
     for a, b in zip(theirs, ours, strict=True):
         for name in ("step", "id", "prompt", "rationale", "answer", "reward", "forced"):
             assert a[name] == b[name]
+
+
+def test_each_rollout_is_scored_by_one_process(several):
+    """Also where several hold its prompt: a function may say something else the second time."""
+    calls = (several[0] / "calls").read_text().splitlines()
+    assert len(calls) == 2 * 8 * 4  # steps, prompts, rollouts
 
 
 def test_only_the_first_process_writes(several, layout):

@@ -5,10 +5,12 @@ run then starts.
 """
 
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,10 +24,12 @@ from safetensors.numpy import load_file, save_file
 
 from qlog import experiment, models
 from qlog.commands import stage
-from qlog.config import paper
+from qlog.config import paper, schema
 from qlog.data import builders, tokenizers
 from qlog.errors import ConfigError, PassingError
+from qlog.experiment import files
 from qlog.experiment.contents import identity as contents_of
+from qlog.experiment.files import load_formatter
 from qlog.models import huggingface
 from qlog.storage import assets, paths
 
@@ -119,6 +123,47 @@ def test_a_bucket_is_copied_once_and_again_when_it_changes(place, tmp_path):
     changed = assets.local(place, "config.model")
     assert changed != folder and (changed / "a.json").read_text() == "9"
     assert (folder / "a.json").read_text() == "1"  # a run that began with it still reads it
+
+
+def test_a_tokenizer_that_is_one_file_comes_with_its_neighbours(place, tmp_path):
+    template = "{{ messages[0].content }}"
+    files = {
+        "mine.json": json.dumps(byte_level_spec()),
+        "tokenizer_config.json": json.dumps({"chat_template": template}),
+        "generation_config.json": json.dumps({"eos_token_id": [258, 7]}),
+        "weights.safetensors": "large",
+        "sub/chat_template.jinja": "of another model",
+    }
+    for name, text in files.items():
+        paths.write(place / name, text)
+    paths.write(place / "own/x.jinja", template + "!")
+    config = paper.experiment("warm", dataset="hotpotqa", total_budget=192, max_prompt_tokens=512)
+    config.tokenizer.path = str(place / "mine.json")
+    tokenizer = load_formatter(config).tokenizer
+    assert tokenizer.path.name == "mine.json" and tokenizer.eos_ids == (258, 256, 7)
+    assert tokenizer.chat_template.source == template
+    if paths.is_remote(place):
+        copied = {p.name for p in tokenizer.path.parent.iterdir()}
+        assert copied == {"mine.json", "tokenizer_config.json", "generation_config.json"}
+    config.tokenizer.chat_template = str(place / "own/x.jinja")
+    assert load_formatter(config).tokenizer.chat_template.source == template + "!"
+    # Staged, they lie next to each other again, and the flags name them.
+    said = []
+    wanted = [a for a in stage.plan(config) if a.name.startswith(("tokenizers/", "chat_"))]
+    stage.stage(wanted, str(tmp_path / "to"), said.append)
+    staged = set(stage.files(tmp_path / "to"))
+    folder = "tokenizers/mine.json"
+    assert staged == {
+        f"{folder}/mine.json",
+        f"{folder}/tokenizer_config.json",
+        f"{folder}/generation_config.json",
+        "chat_templates/x.jinja/x.jinja",
+    }
+    flags = dict(word.split("=") for word in shlex.split(said[-1]) if word.startswith("--"))
+    config.tokenizer.path = flags["--config.tokenizer.path"]
+    config.tokenizer.chat_template = flags["--config.tokenizer.chat_template"]
+    again = load_formatter(config).tokenizer
+    assert again.eos_ids == tokenizer.eos_ids and again.chat_template.source == template + "!"
 
 
 def test_what_is_missing_or_out_of_reach_is_a_sentence(place, monkeypatch):
@@ -244,6 +289,66 @@ def test_raw_and_prepared_data_may_be_in_a_bucket(place, monkeypatch):
     if paths.is_remote(place):
         with pytest.raises(ConfigError, match="data_dir = .* holds no files: stage"):
             builders.prepare("musique", data_dir=str(place / "data"))
+
+
+def test_files_of_ones_own_may_be_in_a_bucket(place, monkeypatch, tmp_path):
+    line = lambda i: json.dumps({"id": f"{i}", "source": f"{i} + 1 =", "answer": i + 1}) + "\n"
+    for name, numbers in (
+        ("a/train-0.jsonl", [0, 1]),
+        ("a/train-1.jsonl", [2]),
+        ("a/dev.jsonl", [3]),
+    ):
+        paths.write(place / name, "".join(map(line, numbers)))
+    paths.write(place / "b.jsonl.gz", gzip.compress(line(4).encode()))
+    paths.write(place / "a/.hidden/train-2.jsonl", "not JSON")
+    config = schema.default()
+    config.data.name = "jsonl"
+    for spec, expected in (
+        ("a/train-*.jsonl", ["0", "1", "2"]),
+        ("a", ["0", "1", "2"]),
+        ("a/", ["0", "1", "2"]),
+        ("b.jsonl.gz", ["4"]),
+        (["b.jsonl.gz", "a/*-1.jsonl"], ["4", "2"]),
+    ):
+        several = spec if isinstance(spec, list) else [spec]
+        # A trailing slash would be lost in a path.
+        named = [f"{place}/{each}" for each in several]
+        validation = f"{place}/a/dev.jsonl"
+        config.data.files = {"train": named, "validation": validation, "test": validation}
+        prepared = files.prepare_data(config)
+        assert [e.id for e in files.open_source(config, "train", prepared)] == expected, spec
+    if paths.is_remote(place):
+        before = copies(tmp_path)
+        assert before
+        files.prepare_data(config)
+        assert copies(tmp_path) == before  # nothing is copied twice
+    for spec in ("none.jsonl", "none/*.jsonl", "none"):
+        config.data.files = {"train": f"{place}/{spec}"}
+        with pytest.raises(ConfigError, match=f"files.train = '{place}/.* is neither a file nor"):
+            files.prepare_data(config)
+
+
+def test_files_of_ones_own_are_staged(place, tmp_path):
+    for folder, i in (("a", 0), ("b", 1)):
+        file = tmp_path / folder / "train.jsonl"
+        file.parent.mkdir()
+        file.write_text(json.dumps({"id": f"{i}", "source": "s", "answer": i}))
+    config = schema.default()
+    config.data.name = "jsonl"
+    config.weights, config.tokenizer.path = "random", ""
+    config.data.files = {
+        "train": str(tmp_path / "*" / "train.jsonl"),
+        "validation": "gs://bucket/elsewhere.jsonl",
+    }
+    wanted = stage.plan(config)
+    assert [asset.name for asset in wanted] == ["data/files/train"]
+    config.data.files = {"train": config.data.files.train}
+    said = []
+    stage.stage(stage.plan(config), str(place), said.append)
+    flag = re.search(r"--config.data.files.train=(\S+)", said[-1])[1]
+    config.data.files = {"train": flag}
+    source = files.open_source(config, "train", files.prepare_data(config))
+    assert [example.id for example in source] == ["0", "1"]
 
 
 # ---- One command, then a run ----
@@ -398,7 +503,7 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first = identity(tmp_path / "a")
     assert first == json.loads(json.dumps(first)) == identity(tmp_path / "b")
-    assert set(first["splits"]) == {"train", "validation"} and first["weights"]
+    assert set(first["examples"]) == {"train", "validation"} and first["weights"]
     tensors = load_file(tmp_path / "b/model.safetensors")
     save_file({k: v + 1e-3 for k, v in tensors.items()}, tmp_path / "b/model.safetensors")
     other = identity(tmp_path / "b")
@@ -409,7 +514,7 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
 
 _PREPARE = """
 import sys
-from qlog.config import paper
+from qlog.config import paper, schema
 from qlog.experiment import files
 from qlog.parallel import distributed
 
@@ -418,6 +523,39 @@ config.data.manual_dir = sys.argv[1]
 with distributed.processes("on"):
     print("prepared", files.prepare_data(config))
 """
+
+
+_OWN = """
+import sys
+from qlog.config import default
+from qlog.experiment import files
+from qlog.parallel import distributed
+
+config = default()
+config.data.name = "jsonl"
+config.data.files = {"train": sys.argv[1]}
+with distributed.processes("on"):
+    prepared = files.prepare_data(config)
+    print("opened", [e.id for e in files.open_source(config, "validation", prepared)])
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_process_of_a_host_copies_own_files_for_all(broken, google, tmp_path, monkeypatch):
+    for name, value in google.items():
+        monkeypatch.setenv(name, value)
+    bucket = paths.parse(f"gs://bucket/{tmp_path.name}")
+    text = "".join(f'{{"id": "i{i}", "source": "s", "answer": {i}}}\n' for i in range(20))
+    paths.write(bucket / "a.jsonl", text[:-5] if broken else text)
+    (tmp_path / "program.py").write_text(_OWN)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    program = [tmp_path / "program.py", f"{bucket}/*.jsonl"]
+    command = [sys.executable, "launch/local", "--processes=2", "--", *program]
+    printed = run(command, environment, status=2 if broken else 0)
+    assert printed.count("copying") == 1, printed
+    assert printed.count("a.jsonl:20 is not JSON" if broken else "opened ['i15', 'i14']") == 2, (
+        printed
+    )
 
 
 @pytest.mark.parametrize("broken", [False, True])

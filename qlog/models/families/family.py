@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from qlog.errors import ConfigError
-from qlog.models.rope import RopeScaling
+from qlog.models.rope import RopeScaling, yarn_magnitude
 
+_T = TypeVar("_T")
 Fields = Mapping[str, Any]  # fields of a config.json, or of a DecoderConfig
 
 # Leaf of params -> tensor of a safetensors file; "{}" is the layer's number.
@@ -53,6 +54,9 @@ class Family:
     write: Callable[[Fields, tuple[int, ...]], dict[str, Any]]
     # Name for config.model -> DecoderConfig fields besides the traits.
     presets: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
+    # Fields of config.json in which null says "none" (no window), where in all others it says what
+    # leaving the field out says: the default.
+    nullable: frozenset[str] = frozenset()
     # model_type of checkpoints with images whose `text_config` is a model of this family.
     text_part_of: str | None = None
     # Leaf of params -> tensor of a safetensors file, as TENSORS.
@@ -83,8 +87,9 @@ def read_rope(rope: Fields) -> Rope:
     Raises ConfigError for kinds that `models.rope` does not know.
     """
 
-    def number(name: str) -> float:
-        value: Any = rope.get(name)
+    def number(name: str, default: float | None = None) -> float:
+        # A null or a 0 stands for the default, as in transformers; without a default it is refused.
+        value: Any = rope.get(name) or default
         if not is_positive(value):
             raise ConfigError(
                 f"config.json: {name} = {value!r} of the RoPE {rope} must be a number above 0."
@@ -105,12 +110,58 @@ def read_rope(rope: Fields) -> Rope:
             number("low_freq_factor"),
             number("high_freq_factor"),
         )
+    elif kind == "yarn":
+        scaling = _read_yarn(rope, number)
     else:
         raise ConfigError(
             f"config.json: RoPE scaling of type {kind!r} is not supported; qlog's decoder knows "
-            "'default', 'linear' and 'llama3'."
+            "'default', 'linear', 'llama3' and 'yarn'."
         )
     return Rope(number("rope_theta"), scaling)
+
+
+def _read_yarn(rope: Fields, number: Callable[..., float]) -> RopeScaling:
+    factor = number("factor")
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is not None:
+        attention_factor = number("attention_factor")
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        # DeepSeek's way to say it: how much cos and sin grow, over how much scores shrink.
+        attention_factor = yarn_magnitude(factor, number("mscale"))
+        attention_factor /= yarn_magnitude(factor, number("mscale_all_dim"))
+    truncate = rope.get("truncate", True)
+    if type(truncate) is not bool:
+        raise ConfigError(
+            f"config.json: truncate = {truncate!r} of the RoPE {rope} must be true or false."
+        )
+    return RopeScaling(
+        factor,
+        int(number("original_max_position_embeddings")),
+        number("beta_slow", 1.0),
+        number("beta_fast", 32.0),
+        rope_type="yarn",
+        attention_factor=attention_factor,
+        truncate=truncate,
+    )
+
+
+def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    """config.json's rope_scaling: what `read_rope` reads."""
+    fields = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+    if scaling.rope_type == "linear":
+        return fields
+    fields["original_max_position_embeddings"] = scaling.original_length
+    if scaling.rope_type == "llama3":
+        fields["low_freq_factor"] = scaling.low_frequency
+        fields["high_freq_factor"] = scaling.high_frequency
+        return fields
+    fields |= {"beta_slow": scaling.low_frequency, "beta_fast": scaling.high_frequency}
+    # The rest is seldom said, and not every reader knows it.
+    if scaling.attention_factor is not None:
+        fields["attention_factor"] = scaling.attention_factor
+    if not scaling.truncate:
+        fields["truncate"] = False
+    return fields
 
 
 def rope_of_all_layers(fields: Fields) -> dict[str, Any]:
@@ -145,11 +196,15 @@ def read_windows(
         is_sliding = [kind == "sliding_attention" for kind in kinds]
     else:
         is_sliding = [slides(layer) for layer in range(num_layers)]
-    windows = tuple(window if sliding else 0 for sliding in is_sliding)
-    for cycle in range(1, num_layers):
-        if all(windows[layer] == windows[layer % cycle] for layer in range(num_layers)):
-            return windows[:cycle]
-    return windows
+    return shortest_cycle(tuple(window if sliding else 0 for sliding in is_sliding))
+
+
+def shortest_cycle(layers: tuple[_T, ...]) -> tuple[_T, ...]:
+    """The shortest beginning that, repeated, spells out all layers."""
+    for cycle in range(1, len(layers)):
+        if all(layers[layer] == layers[layer % cycle] for layer in range(len(layers))):
+            return layers[:cycle]
+    return layers
 
 
 def layer_types(windows: tuple[int, ...]) -> list[str]:

@@ -1,6 +1,6 @@
 """Makes the folders next to this file: a tiny model per family and what transformers says of it.
 
-    pip install torch==2.13.0 transformers && python tests/testdata/golden/make_golden.py
+    pip install torch==2.13.0 transformers && python tests/testdata/golden/make_golden.py [FAMILY]
 
 Each folder is a Hugging Face model with random bfloat16 weights, and expected.npz:
   tokens int64 [2, T], lengths int64 [2]: two right-padded sequences;
@@ -11,6 +11,7 @@ Written with torch 2.13.0 and transformers 5.23.0.
 
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -62,6 +63,21 @@ MODELS = {
             rope_scaling=dict(rope_type="linear", factor=8.0),
         ),
     ),
+    # All layers see four tokens; heads that do not share the width.
+    "mistral": (
+        transformers.MistralConfig,
+        dict(tie_word_embeddings=False, rope_theta=1e4, sliding_window=4, rms_norm_eps=1e-5),
+    ),
+    # The second of three layers has no RoPE.
+    "smollm3": (
+        transformers.SmolLM3Config,
+        dict(
+            tie_word_embeddings=True,
+            rope_theta=1e4,
+            num_hidden_layers=3,
+            no_rope_layer_interval=2,
+        ),
+    ),
 }
 LENGTHS = (14, 9)
 
@@ -83,7 +99,10 @@ def random_model(config, seed):
 @torch.no_grad()
 def main():
     here = pathlib.Path(__file__).parent
+    wanted = sys.argv[1:] or list(MODELS)
     for seed, (name, (config_class, fields)) in enumerate(MODELS.items()):
+        if name not in wanted:
+            continue
         fields = _COMMON | fields
         fields = {key: value for key, value in fields.items() if key != "head_dim" or value}
         model = random_model(config_class(**fields), seed)

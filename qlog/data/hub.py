@@ -1,0 +1,169 @@
+"""FinQA, HotPotQA and MuSiQue as the Hugging Face Hub has them -> their official records.
+
+Layouts differ in names and nesting. A list of objects may also be an object of lists, which is how
+the library `datasets` stores a Sequence of objects. What is read here, and where it was seen:
+
+    hotpotqa  hotpotqa/hotpot_qa, distractor (its features are in the catalogue of TFDS)
+              id; context {title, sentences}; supporting_facts {title, sent_id}
+    musique   bdsaglam/musique, answerable; dgslibisey/MuSiQue (code that reads them)
+              the official names
+    finqa     wujian123/finqa (code that reads it)
+              the official names, qa nested
+              rootsautomation/FinQA (its card)
+              qa flattened; exe_ans is text, gold_inds JSON text
+              ibm-research/finqa (its script)
+              qa flattened; the program is called program_re; gold_inds a list; no exe_ans
+              dreamerdeo/finqa (its script)
+              qa flattened; the list of gold_inds is called gold_evidence; no exe_ans
+
+`final_result` and `final_res` of the last two are what the annotator wrote for the last step, and
+not the executed value that the official script scores. So the program is executed: its value is
+`exe_ans`. A record without both is refused.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qlog.data import fields, finqa_program, record_files
+from qlog.data.record_files import RecordFiles
+from qlog.errors import ConfigError, summary
+
+Record = Mapping[str, Any]
+
+
+class HubRecords(Sequence[dict[str, Any]]):
+    """Records of the Hub with the official field names; each is read when it is asked for.
+
+    Args:
+      name: 'finqa', 'hotpotqa' or 'musique'.
+      records: the files' records, in any of the layouts above.
+
+    Attributes:
+      ids: the records' ids.
+
+    Raises:
+      ConfigError: a record in another layout, or two with the same id.
+    """
+
+    def __init__(self, name: str, records: RecordFiles):
+        self._name, self._records = name, records
+        key = "_id" if name == "hotpotqa" else "id"
+        self.ids: Sequence[str] = record_files.unique_ids(records, lambda index: self[index][key])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index):
+        record = self._records[index]
+        try:
+            return OFFICIAL[self._name](record)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else summary(error)
+            raise ConfigError(
+                f"{self._records.where(index)} is not a record of {self._name} in a layout of the "
+                f"Hub that qlog knows ({what}): the layouts are listed in qlog/data/README.md; "
+                f"other ones are read with {fields.NAME} = 'jsonl' or 'parquet'."
+            ) from error
+
+
+def hotpotqa_record(record: Record) -> dict[str, Any]:
+    """A HotPotQA record -> the official names."""
+    return {
+        **record,
+        "_id": _text(record.get("_id") or record["id"], "id"),
+        "question": _text(record["question"], "question"),
+        "answer": _text(record["answer"], "answer"),
+        "context": _pairs(record["context"], "title", "sentences"),
+        "supporting_facts": _pairs(record["supporting_facts"], "title", "sent_id"),
+    }
+
+
+def musique_record(record: Record) -> dict[str, Any]:
+    """A MuSiQue record -> the official names."""
+    # The full release has each question twice, once with paragraphs that do not answer it.
+    if record.get("answerable") is False:
+        raise ValueError("it is not answerable: use the configuration 'answerable'")
+    return {
+        **record,
+        "id": _text(record["id"], "id"),
+        "question": _text(record["question"], "question"),
+        "answer": _text(record["answer"], "answer"),
+        "answer_aliases": list(record["answer_aliases"]),
+        "paragraphs": _objects(record["paragraphs"]),
+        "question_decomposition": _objects(record["question_decomposition"]),
+    }
+
+
+def finqa_record(record: Record) -> dict[str, Any]:
+    """A FinQA record -> the official names, and what the official example is made of."""
+    qa = record.get("qa", record)
+    table = [[str(cell) for cell in row] for row in record["table"]]
+    program = qa.get("program") or qa["program_re"]
+    return {
+        "id": _text(record["id"], "id"),
+        "pre_text": list(record["pre_text"]),
+        "post_text": list(record["post_text"]),
+        "table": table,
+        "qa": {
+            "question": _text(qa["question"], "question"),
+            "answer": _text(qa["answer"], "answer"),
+            "program": _text(program, "program"),
+            "exe_ans": _executed(qa.get("exe_ans"), program, table),
+            "gold_inds": _evidence(qa["gold_inds"] if "gold_inds" in qa else qa["gold_evidence"]),
+        },
+    }
+
+
+OFFICIAL: dict[str, Callable[[Record], dict[str, Any]]] = {
+    "finqa": finqa_record,
+    "hotpotqa": hotpotqa_record,
+    "musique": musique_record,
+}
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"its {name} is {value!r}, which is not text")
+    return value
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """A list of objects, which may be stored as an object of lists."""
+    if not isinstance(value, Mapping):
+        return [dict(each) for each in value]
+    columns = [value[key] for key in value]
+    if not all(isinstance(column, list) for column in columns):
+        raise TypeError(f"a list or an object of lists is wanted, not {value!r}")
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _pairs(value: Any, first: str, second: str) -> list[list[Any]]:
+    """Objects with two fields as the official pairs; pairs stay as they are."""
+    if isinstance(value, list) and all(isinstance(pair, list) for pair in value):
+        return value
+    return [[each[first], each[second]] for each in _objects(value)]
+
+
+def _executed(value: Any, program: str, table: Sequence[Sequence[str]]) -> float | str:
+    """The executed value of a FinQA record: a number, 'yes' or 'no'."""
+    if value is None or value == "":
+        value = finqa_program.run(program, table)[-1].value
+        return value if isinstance(value, str) else round(value, 5)
+    if value in ("yes", "no"):
+        return value
+    number = float(value)  # numbers and words in one column are text in Parquet
+    if not math.isfinite(number):
+        raise ValueError(f"its exe_ans is {value!r}")
+    return number
+
+
+def _evidence(value: Any) -> dict[str, str]:
+    """The annotated evidence by its place; lists of it have lost the places."""
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, Mapping):
+        value = {str(index): text for index, text in enumerate(value)}
+    # In Parquet an object has the keys of all records: those of other records are null.
+    return {place: text for place, text in value.items() if text is not None}

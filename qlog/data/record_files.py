@@ -1,0 +1,345 @@
+"""Files of records: JSON lines, JSON arrays and Parquet, here or in a bucket, by random access.
+
+`expand` lists the files that a config names, `local` brings them onto this host, `open_files` opens
+them. What is held in memory, for a file of 1e6 records of 1 KB:
+
+    a.jsonl        24 MB: where each record is; it is read when it is asked for
+    a.jsonl.gz     the text, unpacked: 1 GB
+    a.json         of an array, the parsed records: a few GB
+    a.parquet      the columns as Arrow has them: 1 GB
+"""
+
+import array
+import base64
+import bisect
+import datetime
+import decimal
+import gzip
+import io
+import itertools
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+
+from qlog.data import fields
+from qlog.errors import ConfigError, summary
+from qlog.storage import assets
+
+Record = dict[str, Any]  # one record, values as JSON has them
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+PARQUET_SUFFIXES = (".parquet",)
+# How files and folders are named after a split: train-00000-of-00002.parquet, dev.json, test/...
+_SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z0-9])", re.IGNORECASE)
+_MEANS_VALIDATION = ("validation", "valid", "val", "dev")
+_BOM = b"\xef\xbb\xbf"  # U+FEFF in UTF-8, which some editors write first
+
+
+class File(NamedTuple):
+    """One file of records."""
+
+    name: str  # as the user named it, for messages
+    path: str  # on this host; until `local` has fetched it, the address in a bucket
+
+
+# ---- Which files ----
+
+
+def expand(specs: Sequence[str], split: str, field: str, suffixes: Sequence[str]) -> list[str]:
+    """The files that the entries of `config.data.files` name.
+
+    Args:
+      specs: paths, folders or globs, here or in a bucket. Of a folder in which files or folders
+        are named after splits, as on the Hugging Face Hub, those of `split` are taken.
+      split: 'train', 'validation' or 'test'.
+      field: the config field that names them, for messages.
+      suffixes: the kinds of files that are wanted.
+
+    Raises:
+      ConfigError: nothing is there, or nothing of a kind that can be read.
+      PassingError: the bucket cannot be reached now.
+    """
+    found: dict[str, None] = {}  # in order, each file once
+    for spec in specs:
+        names = assets.names(spec, field)
+        if not names:
+            raise ConfigError(
+                f"{field} = {spec!r} is neither a file nor a folder, and no file matches it: "
+                "correct the path (relative ones begin at the current folder)."
+            )
+        folder = spec.rstrip("/") + "/"
+        readable = [name for name in names if name.lower().endswith(tuple(suffixes))]
+        if all(name.startswith(folder) for name in names):
+            readable = _of_split([name[len(folder) :] for name in readable], split)
+            readable = [folder + name for name in readable]
+        if not readable:
+            raise ConfigError(
+                f"{field} = {spec!r} holds no file of the {split} split whose name ends with "
+                f"{' or '.join(suffixes)}: correct the path or {fields.NAME}."
+            )
+        found |= dict.fromkeys(readable)
+    return list(found)
+
+
+def _of_split(names: Sequence[str], split: str) -> list[str]:
+    """Of a folder's files those of a split; all, where no name says a split."""
+    # Parquet first: a snapshot of the Hub may hold JSON files about the data next to it.
+    names = [name for name in names if name.endswith(PARQUET_SUFFIXES)] or list(names)
+    splits = {name: _split_of(name) for name in names}
+    if not any(splits.values()):
+        return names
+    return [name for name in names if splits[name] == split]
+
+
+def _split_of(name: str) -> str:
+    """The split that a path's parts are named after, the nearest to the file first; '' if none."""
+    for part in reversed(name.split("/")):
+        if match := _SPLIT_NAME.match(part):
+            word = match[1].lower()
+            return "validation" if word in _MEANS_VALIDATION else word
+    return ""
+
+
+def local(names: Sequence[str], field: str) -> list[File]:
+    """The files on this host; those of a bucket are copied into the user's cache folder.
+
+    Raises:
+      ConfigError, PassingError: as `assets.local`.
+    """
+    return [File(name, str(assets.local(name, field))) for name in names]
+
+
+# ---- One file ----
+
+
+class _Opened(Protocol):
+    """Random access to the records of one file."""
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> Record: ...
+
+    def where(self, index: int) -> str:
+        """The file and the line or row, for messages."""
+        ...
+
+
+class _Lines:
+    """JSON lines. Blank lines are left out; lines are numbered from 1 with them."""
+
+    def __init__(self, name: str, file: BinaryIO):
+        self._name = name
+        # A file that can be read at any place stays on the disk. One that is unpacked is held. It
+        # is not mapped: a file that is cut short while it is mapped ends the process.
+        self._file = file if isinstance(file, io.BufferedReader) else None
+        self._held = b"" if self._file else file.read()
+        # int64 arrays: lists of Python's integers would take 4 times as much.
+        self._starts, self._sizes = array.array("q"), array.array("q")
+        self._numbers = array.array("q")
+        place = 0
+        for number, line in enumerate(file if self._file else io.BytesIO(self._held), 1):
+            if (line.removeprefix(_BOM) if number == 1 else line).strip():
+                self._starts.append(place)
+                self._sizes.append(len(line))
+                self._numbers.append(number)
+            place += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, index: int) -> str:
+        return f"{self._name}:{self._numbers[index]}"
+
+    def record(self, index: int) -> Record:
+        start, size = self._starts[index], self._sizes[index]
+        if self._file:
+            # Unlike seek and read, this is one step: threads share the file.
+            line = os.pread(self._file.fileno(), size, start)
+        else:
+            line = self._held[start : start + size]
+        where = self.where(index)
+        value = _parsed(line, where, "put one whole JSON object on each line")
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{where} holds a JSON {_json_type(value)} and not an object: put one "
+                'object such as {"source": ..., "answer": ...} on each line.'
+            )
+        return value
+
+
+class _Array:
+    """One JSON array of records."""
+
+    def __init__(self, name: str, file: BinaryIO):
+        self._name = name
+        self._records = _parsed(
+            file.read(), name, "it begins with [, so the whole file must be one array of objects"
+        )
+        for index, record in enumerate(self._records):
+            if not isinstance(record, dict):
+                raise ConfigError(
+                    f"{self.where(index)} is a JSON {_json_type(record)} and not an object: the "
+                    "array must hold objects."
+                )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def where(self, index: int) -> str:
+        return f"{self._name}, element {index}"
+
+    def record(self, index: int) -> Record:
+        return self._records[index]
+
+
+class _Parquet:
+    """The rows of a Parquet file, numbered from 0."""
+
+    def __init__(self, name: str, path: str):
+        # Not above: most runs read no Parquet.
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        self._name = name
+        try:
+            table = pq.ParquetFile(path).read()
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"{name} cannot be read as Parquet ({summary(error)}): download or write it again."
+            ) from error
+        for index, column in enumerate(table.schema):
+            # 0.1 of a float32 would read 0.10000000149011612; through text it is 0.1.
+            if column.type in (pa.float16(), pa.float32()):
+                digits = pc.cast(pc.cast(table.column(index), pa.string()), pa.float64())
+                table = table.set_column(index, column.name, digits)
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def where(self, index: int) -> str:
+        return f"{self._name}, row {index}"
+
+    def record(self, index: int) -> Record:
+        return _as_json(self._table.slice(index, 1).to_pylist()[0])
+
+
+def _open(file: File) -> _Opened:
+    if file.path.lower().endswith(PARQUET_SUFFIXES):
+        return _Parquet(file.name, file.path)
+    is_packed = file.path.lower().endswith(".gz")
+    try:
+        opened = gzip.open(file.path) if is_packed else open(file.path, "rb")
+        # What the content is, not what the name says: both are called .json.
+        is_array = opened.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
+        opened.seek(0)
+        return (_Array if is_array else _Lines)(file.name, cast(BinaryIO, opened))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(
+            f"{file.name} cannot be read ({summary(error)}): correct the path, or write it again."
+        ) from error
+
+
+def _parsed(text: bytes, where: str, remedy: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not UTF-8 ({error.reason}): save it as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        # Python counts columns from the line's beginning, and a cut line ends where it was cut.
+        raise ConfigError(f"{where} is not JSON ({summary(error)}): {remedy}.") from error
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON value")
+
+
+def _json_type(value: object) -> str:
+    kinds = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return kinds.get(type(value), "number")
+
+
+def _as_json(value: Any) -> Any:
+    """A value of Arrow as JSON would hold it; NaN, which pandas writes for missing, is None."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(each) for each in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+# ---- All files of a split ----
+
+
+class RecordFiles(Sequence[Record]):
+    """The records of some files, one file after the other. Threads may share the object.
+
+    Args:
+      files: from `local`.
+
+    Raises:
+      ConfigError: a file that cannot be read, or no record in all of them.
+    """
+
+    def __init__(self, files: Sequence[File]):
+        self._files = [_open(file) for file in files]
+        # Record i is in the last file whose first record is at most i.
+        sizes = [len(file) for file in self._files]
+        self._firsts = list(itertools.accumulate(sizes, initial=0))
+        if not len(self):
+            raise ConfigError(
+                f"{' and '.join(file.name for file in files)}: no records are in there; name a "
+                f"file with records in {fields.FILES}."
+            )
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def __getitem__(self, index):
+        file, place = self._place(index)
+        return file.record(place)
+
+    def where(self, index: int) -> str:
+        """The file and line (from 1), row or element (from 0) of a record, for messages."""
+        file, place = self._place(index)
+        return file.where(place)
+
+    def _place(self, index: int) -> tuple[_Opened, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = bisect.bisect_right(self._firsts, index) - 1
+        return self._files[number], index - self._firsts[number]
+
+
+def unique_ids(records: RecordFiles, id_of: Callable[[int], str]) -> list[str]:
+    """The id of each record.
+
+    Args:
+      id_of: the id of record i.
+
+    Raises:
+      ConfigError: two records have the same id; both places are named.
+    """
+    first: dict[str, int] = {}
+    for index in range(len(records)):
+        record_id = id_of(index)
+        other = first.setdefault(record_id, index)
+        if other != index:
+            raise ConfigError(
+                f"{records.where(other)} and {records.where(index)} have the same id "
+                f"{record_id!r}, or are the same record where the file has no ids: leave one out."
+            )
+    return list(first)

@@ -1,0 +1,365 @@
+"""Own data: what fields mean, which records are refused, how splits are drawn; functions."""
+
+import gzip
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlog import data
+from qlog.config import schema
+from qlog.errors import ConfigError
+
+DATA = schema.default().data.to_dict()
+ONE = '{"id": "a", "source": "1 + 1 =", "answer": "2"}\n'
+
+
+def opened(split="train", **changes):
+    corpus = data.find_corpus({**DATA, "name": "jsonl", **changes})
+    return corpus.open(split, corpus.prepare())
+
+
+def read(tmp_path, text, name="a.jsonl", **changes):
+    """The examples of one file, which is both train and evaluation data."""
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return list(opened("validation", files={"validation": str(path)}, **changes))
+
+
+def numbered(size):
+    return [{"id": f"id-{i}", "source": f"{i} + 1 =", "answer": i + 1} for i in range(size)]
+
+
+def lines(records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+# ---- Records and fields ----
+
+
+def test_fields_have_the_names_of_the_parts_and_the_rest_is_extra(tmp_path):
+    record = {
+        "id": 7,
+        "source": "Où?\u2028 Là.",
+        "answer": "Paris",
+        "aliases": ["Paris, France", "Paris", "Paris, France"],
+        "rationale": "It is the capital.",
+        "level": {"hops": 2},
+    }
+    assert read(tmp_path, json.dumps(record, ensure_ascii=False)) == [
+        data.Example(
+            id="7",
+            source="Où?\u2028 Là.",
+            answer="Paris",
+            aliases=("Paris, France",),
+            rationale="It is the capital.",
+            extra={"level": {"hops": 2}},
+        )
+    ]
+
+
+def test_fields_name_keys_of_any_record(tmp_path):
+    record = {
+        "qid": "q1",
+        "passage": {"text": "Amy is five."},
+        "ask": "How old is {Amy}?",
+        "answers": {"texts": ["5", "five"]},
+    }
+    fields = {"id": "qid", "answer": "answers.texts.0", "aliases": "answers.texts"}
+    for source, text in (
+        ("ask", "How old is {Amy}?"),
+        (["passage.text", "ask"], "Amy is five.\n\nHow old is {Amy}?"),
+        ("{passage.text}\nQ: {ask} {{}}", "Amy is five.\nQ: How old is {Amy}? {}"),
+    ):
+        (example,) = read(tmp_path, lines([record]), fields={**fields, "source": source})
+        assert (example.id, example.source, example.answer) == ("q1", text, "5")
+        assert example.aliases == ("five",)
+        assert example.extra["passage"] == record["passage"] and "ask" not in example.extra
+
+
+def test_answers_are_written_as_json_writes_them(tmp_path):
+    answers = "0.50 3 -0.0 1e-7 true false 12345678901234567890 3.0".split()
+    text = "".join(f'{{"source": "s{i}", "answer": {a}}}\n' for i, a in enumerate(answers))
+    assert [example.answer for example in read(tmp_path, text)] == [
+        "0.5",
+        "3",
+        "-0.0",
+        "1e-07",
+        "true",
+        "false",
+        "12345678901234567890",
+        "3.0",
+    ]
+
+
+def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
+    records = [{"source": f"{i}", "answer": i} for i in range(3)]
+    first = [example.id for example in read(tmp_path, lines(records))]
+    assert len(set(first)) == 3
+    assert first[::-1] == [example.id for example in read(tmp_path, lines(records[::-1]))]
+    with pytest.raises(ConfigError, match=r"a.jsonl:2 and .*a.jsonl:5 have the same id"):
+        read(tmp_path, "\n" + lines([*records, records[0]]))
+    with pytest.raises(ConfigError, match=r"a.jsonl:1 has no field 'uid'"):
+        read(tmp_path, lines(records), fields={"id": "uid"})
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "a.jsonl: no records are in there"),
+        ("\n \r\n", "a.jsonl: no records are in there"),
+        (ONE + ONE[:20], "a.jsonl:2 is not JSON .*: put one whole JSON object on each line"),
+        (ONE + ONE, "a.jsonl:1 and .*a.jsonl:2 have the same id 'a'"),
+        ("hello\n", "a.jsonl:1 is not JSON"),
+        (json.dumps({"source": "s"}, indent=1), "a.jsonl:1 is not JSON"),
+        (ONE + "[1]", "a.jsonl:2 holds a JSON array and not an object"),
+        ("null", "a.jsonl:1 holds a JSON null and not an object"),
+        ("[1]", "a.jsonl, element 0 is a JSON number and not an object"),
+        ("[1]\n[2]", r"a.jsonl is not JSON .*: it begins with \[, so the whole file must be one"),
+        (ONE.encode("utf-16"), "a.jsonl:1 is not UTF-8"),
+        (ONE.encode() + b'{"source": "\xff"}', "a.jsonl:2 is not UTF-8 .*: save it as UTF-8"),
+        ("{}", "a.jsonl:1 has no field 'answer', it has none: name the key of the answer in"),
+        (
+            '{"sourse": "s", "answer": "a"}',
+            r"a.jsonl:1 has no field 'source' \(did you mean 'sourse'\?\), it has 'sourse', 'answ",
+        ),
+        ('{"source": "s", "answer": null}', "a.jsonl:1: the field 'answer' is null, but must be"),
+        ('{"source": "s", "answer": ""}', "a.jsonl:1: the field 'answer' is empty: leave it out"),
+        ('{"source": "s", "answer": " "}', "a.jsonl:1: the field 'answer' is empty"),
+        ('{"source": "s", "answer": ["a"]}', r"the field 'answer' is \['a'\], but must be text, a"),
+        ('{"source": "s", "answer": {}}', "the field 'answer' is {}, but must be text"),
+        ('{"source": "s", "answer": NaN}', r"a.jsonl:1 is not JSON \(NaN is no JSON value\)"),
+        ('{"source": "s", "answer": 1e999}', "the field 'answer' is inf"),
+        ('{"source": 1, "answer": "a"}', "the field 'source' is 1, but must be text"),
+        ('{"source": " ", "answer": "a"}', "a.jsonl:1: the source is empty"),
+        ('{"source": "s", "answer": "a", "id": true}', "the field 'id' is True, but must be text"),
+        ('{"source": "s", "answer": "a", "aliases": [null]}', "the field 'aliases' is null"),
+        ('{"source": "s", "answer": "a", "rationale": 3}', "'rationale' is 3, but must be text"),
+        ('{"source": "\\ud800", "answer": "a"}', "the field 'source' holds half a character"),
+    ],
+    ids=repr,
+)
+def test_careless_records_are_named_by_file_and_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        read(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+def test_careless_files_that_mean_what_they_say(tmp_path):
+    (expected,) = read(tmp_path, ONE)
+    for text in ("\ufeff" + ONE, ONE.replace("\n", "\r\n"), "\n\n" + ONE.strip(), f"[{ONE}]"):
+        assert read(tmp_path, text) == [expected], repr(text)
+    assert read(tmp_path, gzip.compress(ONE.encode()), "a.jsonl.gz") == [expected]
+    with pytest.raises(ConfigError, match="a.jsonl.gz cannot be read"):
+        read(tmp_path, gzip.compress(ONE.encode())[:-9], "a.jsonl.gz")
+
+
+def test_a_key_that_no_record_has_is_named(tmp_path):
+    """Sparse fields are usual, but a misspelt name would leave out all of them."""
+    records = [*numbered(2), {**numbered(3)[2], "why": "It follows."}]
+    examples = read(tmp_path, lines(records), fields={"rationale": "why"})
+    assert [example.rationale for example in examples] == ["", "", "It follows."]
+    with pytest.raises(
+        ConfigError, match=r"fields.aliases = 'anwser': no record has .*did you mean 'answer'"
+    ):
+        read(tmp_path, lines(records), fields={"aliases": "anwser"})
+
+
+# ---- Files ----
+
+
+def test_files_are_paths_globs_folders_and_lists(tmp_path, monkeypatch):
+    records = numbered(6)
+    for name, part in (("a", records[:2]), ("b", records[2:3]), ("c", records[3:])):
+        (tmp_path / f"{name}.jsonl").write_text(lines(part))
+    monkeypatch.chdir(tmp_path)
+    everything = [f"id-{i}" for i in range(6)]
+    for files in ("*.jsonl", ".", ["a.jsonl", "[bc].jsonl"], ["c.jsonl", "*.jsonl"]):
+        examples = opened("validation", files={"validation": files})
+        assert sorted(example.id for example in examples) == everything, files
+    for files, message in (
+        ("d.jsonl", r"files.train = 'd.jsonl' is neither a file nor a folder, and no file matches"),
+        (["a.jsonl", "nope/*.jsonl"], r"files.train = 'nope/\*.jsonl' is neither"),
+        ("gs:/bucket/a.jsonl", "is neither a file nor a folder"),
+        ("http://host/a.jsonl", "give a folder, gs://BUCKET"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            opened(files={"train": files})
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(ConfigError, match="holds no file of the train split whose name ends with"):
+        opened(files={"train": "notes.txt"})
+
+
+def test_of_a_folder_of_the_hub_the_files_of_the_split_are_taken(tmp_path):
+    records = numbered(5)
+    parts = {
+        "data/train-00000-of-00002.parquet": records[:2],
+        "data/train-00001-of-00002.parquet": records[2:3],
+        "data/validation-00000-of-00001.parquet": records[3:4],
+        "dev.parquet": records[4:],
+        ".cache/train.parquet": records[:1],
+    }
+    for name, part in parts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(part), tmp_path / name)
+    (tmp_path / "data/dataset_info.json").write_text("{}")
+    files = {split: str(tmp_path) for split in ("train", "validation", "test")}
+    opened_ids = lambda split, files: [
+        e.id for e in opened(split, files={split: files}, name="parquet")
+    ]
+    assert opened_ids("validation", files["train"]) == ["id-3", "id-4"]
+    assert opened_ids("validation", str(tmp_path / "data" / "train-*")) == ["id-0", "id-1", "id-2"]
+    train = opened(files={**files, "test": str(tmp_path / "dev.parquet")}, name="parquet")
+    assert [example.id for example in train] == ["id-0", "id-1", "id-2"]
+    with pytest.raises(ConfigError, match="files.test = .* holds no file of the test split"):
+        opened(files=files, name="parquet")
+
+
+def test_rows_of_parquet_are_as_lines_of_json(tmp_path):
+    records = [
+        {"id": "a", "source": "s", "answer": 1.5, "aliases": ["x"], "more": {"n": [1, None]}},
+        {"id": "b", "source": "t", "answer": 2.0, "aliases": None, "more": None},
+    ]
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, tmp_path / "a.parquet")
+    files = {"validation": str(tmp_path / "a.parquet")}
+    assert list(opened("validation", files=files, name="parquet")) == read(tmp_path, lines(records))
+    # 0.1 stays 0.1 in fewer bits; what is missing, NaN too, is named.
+    narrow = table.set_column(2, "answer", pa.array([0.1, None], pa.float32()))
+    pq.write_table(narrow, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="a.parquet, row 1: the field 'answer' is null"):
+        opened("validation", files=files, name="parquet")
+    pq.write_table(narrow.slice(0, 1), tmp_path / "a.parquet")
+    assert opened("validation", files=files, name="parquet")[0].answer == "0.1"
+    nan = table.set_column(2, "answer", pa.array([1.0, float("nan")]))
+    pq.write_table(nan, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="a.parquet, row 1: the field 'answer' is null"):
+        opened("validation", files=files, name="parquet")
+    (tmp_path / "a.parquet").write_text("PAR1")
+    with pytest.raises(ConfigError, match="a.parquet cannot be read as Parquet"):
+        opened("validation", files=files, name="parquet")
+
+
+# ---- Splits ----
+
+
+def ids(path, split, **files):
+    return [e.id for e in opened(split, files={"train": str(path), **files})]
+
+
+def test_missing_splits_are_drawn_from_train_by_the_ids(tmp_path):
+    path, shuffled = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    records = numbered(200)
+    path.write_text(lines(records))
+    random.Random(0).shuffle(records)
+    shuffled.write_text(lines(records))
+    drawn = {split: ids(path, split) for split in ("validation", "test", "train")}
+    assert [len(each) for each in drawn.values()] == [20, 20, 160]
+    assert len(set(sum(drawn.values(), []))) == 200
+    for split, chosen in drawn.items():  # each alone, and in another order of the file
+        assert ids(shuffled, split) == chosen
+    assert drawn["validation"][:3] == ["id-155", "id-97", "id-163"], "published numbers rest on it"
+    # Files of a split are that split; the other one is drawn as before.
+    own = tmp_path / "own.jsonl"
+    own.write_text(lines(numbered(203)[200:]))
+    assert ids(path, "test", test=str(own)) == ["id-200", "id-201", "id-202"]
+    assert ids(path, "validation", test=str(own)) == drawn["validation"]
+    assert len(ids(path, "train", test=str(own))) == 180
+    assert ids(path, "train", test=str(own), validation=str(own)) == [f"id-{i}" for i in range(200)]
+
+
+def test_few_records_and_missing_files(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(numbered(3)))
+    assert sorted(ids(path, "train") + ids(path, "validation") + ids(path, "test")) == [
+        "id-0",
+        "id-1",
+        "id-2",
+    ]
+    path.write_text(lines(numbered(2)))
+    assert len(ids(path, "train")) == 2
+    with pytest.raises(ConfigError, match="files.train has 2 records, and 3 are needed to draw"):
+        ids(path, "validation")
+    with pytest.raises(ConfigError, match="files names only validation, and the train split was"):
+        opened("train", files={"validation": str(path)})
+    with pytest.raises(ConfigError, match="the split 'dev' is unknown"):
+        ids(path, "dev")
+
+
+def test_a_file_that_changes_under_a_run_is_noticed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(numbered(5)))
+    source = opened("validation", files={"validation": str(path)})
+    with path.open("r+") as file:  # in place
+        file.write(lines([{"id": "id-9", "source": "9 + 1 =", "answer": 1}]))
+    with pytest.raises(ConfigError, match="a.jsonl:1 changed while it was read"):
+        source[0]
+    path.write_text("")
+    with pytest.raises(ConfigError, match="a.jsonl:2 is not JSON"):
+        source[1]
+
+
+# ---- Functions ----
+
+
+def example(index=0, **changes):
+    return data.Example(**{"id": f"{index}", "source": "s", "answer": "a", **changes})
+
+
+class Lazy:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise KeyError("no such page")
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (ZeroDivisionError("no"), r"my_examples\('train'\) raised ZeroDivisionError: no\.$"),
+        (None, r"my_examples\('train'\) returned an object of type NoneType: return a list of"),
+        (iter([]), "returned an object of type list_iterator"),
+        ({"a": 1}, "returned an object of type dict"),
+        ("text", "returned an object of type str"),
+        ([{"source": "s"}], r"my_examples\('train'\)\[0\] is an object of type dict, but must be"),
+        ([example(), None], r"\[1\] is an object of type NoneType"),
+        ([example(id=3)], r"\[0\] has the id 3, which must be text"),
+        ([example(answer=3.5)], r"\[0\] has the answer 3.5, which must be text"),
+        ([example(source=" ")], r"\[0\] has an empty source"),
+        ([example(aliases="abc")], r"\[0\] has the aliases 'abc', which must be a tuple of texts"),
+        ([example(aliases=(1,))], r"\[0\] has the aliases \(1,\)"),
+        ([example(rationale=None)], r"\[0\] has the rationale None, which must be text"),
+        ([example(extra=3)], r"\[0\] has the extra 3, which must be a mapping"),
+        (Lazy(), r"my_examples\('train'\)\[0\] raised KeyError: 'no such page'"),
+    ],
+)
+def test_what_a_function_returns_is_checked(returned, message):
+    def my_examples(split):
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    with pytest.raises(ConfigError, match=message):
+        list(opened(name=my_examples))
+
+
+def test_a_function_takes_one_argument_and_has_a_name():
+    def no_argument():
+        return []
+
+    def two(split, size):
+        return []
+
+    for function in (no_argument, two):
+        with pytest.raises(ConfigError, match=f"{function.__name__} must be a function of one arg"):
+            opened(name=function)
+
+    class Callable:
+        def __call__(self, split):
+            return []
+
+    with pytest.raises(ConfigError, match="is an object of type Callable, which has no name"):
+        opened(name=Callable())
