@@ -6,7 +6,8 @@
 --to may also be s3://BUCKET/FOLDER, or a folder that all hosts share. What is not here yet is
 downloaded and prepared here first; a second call copies only what has changed. With
 QLOG_ASSETS=gs://BUCKET/assets, runs on every host find it by the names that the config has, and
-ask neither the Hub nor a dataset's server. Uses no accelerator.
+ask neither the Hub nor a dataset's server. Local files of config.data.files are copied, too, and
+runs are told where by flags, which the command prints. Uses no accelerator.
 """
 
 import atexit

@@ -271,8 +271,6 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         wanted, value = type(known[key]), config[key]
         if wanted is float and type(value) is int:
             continue
-        if name == "config.data.name" and callable(value):
-            continue
         if type(value) is not wanted:  # isinstance would take True for an int
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
 
@@ -321,7 +319,7 @@ def _check_tokenizer(config: ConfigDict) -> None:
 
     section = config.tokenizer
     for name in section.eos:
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name:
             raise ConfigError(
                 f"config.tokenizer.eos = {section.eos!r} must hold names of control tokens."
             )

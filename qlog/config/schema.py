@@ -50,7 +50,7 @@ def default() -> ConfigDict:
                 "think_start": "<think>",  # piece that opens a rationale
                 "think_end": "</think>",  # piece that closes it
                 # Control tokens that end an answer, the one that closes gold answers first; ()
-                # takes those of the known families. A flag gives one, and may be repeated. Those of
+                # takes those of the known families. As a flag: NAME,NAME. Those of
                 # tokenizer_config.json and generation_config.json end an answer as well.
                 "eos": (),
                 # Of the warm style: a .jinja file, 'builtin', or '': the model's own, else built-in

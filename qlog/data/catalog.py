@@ -83,13 +83,19 @@ def find_corpus(section: Section) -> Corpus:
     if callable(name):
         own.check_function(name)
         kind = _Kind(_function, frozenset())
-    elif name in kinds:
+    elif isinstance(name, str) and name in kinds:
         kind = kinds[name]
     else:
         raise ConfigError(
             f"{fields.NAME} = {name!r} is unknown{fields.closest(str(name), kinds)}: use one of "
             f"{', '.join(kinds)}, or a function."
         )
+    for key in ("files", "fields", "world"):
+        if not isinstance(section[key], Mapping):
+            raise ConfigError(
+                f"config.data.{key} = {section[key]!r} must be a section, such as "
+                '{"train": "train.jsonl"} for the files.'
+            )
     # A key that nothing reads would be ignored without a word.
     for key in sorted(frozenset().union(*(each.reads for each in kinds.values())) - kind.reads):
         if value := section[key]:

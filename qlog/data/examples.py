@@ -79,5 +79,5 @@ class Converted(Sequence[Example]):
             raise ConfigError(
                 f"{self._name}: record {record.get('id', record.get('_id', index))!r} is not as "
                 f"the official files have them ({type(error).__name__}: {error}): restore them in "
-                f"{fields.MANUAL_DIR}."
+                f"{fields.MANUAL_DIR} or {fields.FILES}."
             ) from error

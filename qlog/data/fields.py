@@ -1,5 +1,5 @@
-"""The config fields that errors of this package name. Nothing here reads a config: values come as
-arguments, and what a user can change about them is written down here, once."""
+"""The config fields that errors of this package name. Only catalog.py reads a section of one: other
+values come as arguments, and what a user can change about them is written down here, once."""
 
 import difflib
 from collections.abc import Iterable

@@ -100,6 +100,8 @@ def finqa_record(record: Record) -> dict[str, Any]:
     """A FinQA record -> the official names, and what the official example is made of."""
     qa = record.get("qa", record)
     table = [[str(cell) for cell in row] for row in record["table"]]
+    # rootsautomation/FinQA has both, and program_re is the nested form. Where it stands alone it is
+    # the program under another name.
     program = qa.get("program") or qa["program_re"]
     return {
         "id": _text(record["id"], "id"),
@@ -133,6 +135,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     """A list of objects, which may be stored as an object of lists."""
     if not isinstance(value, Mapping):
         return [dict(each) for each in value]
+    # {"title": [a, b], "idx": [0, 1]} -> [{"title": a, "idx": 0}, {"title": b, "idx": 1}]
     columns = [value[key] for key in value]
     if not all(isinstance(column, list) for column in columns):
         raise TypeError(f"a list or an object of lists is wanted, not {value!r}")
@@ -149,6 +152,7 @@ def _pairs(value: Any, first: str, second: str) -> list[list[Any]]:
 def _executed(value: Any, program: str, table: Sequence[Sequence[str]]) -> float | str:
     """The executed value of a FinQA record: a number, 'yes' or 'no'."""
     if value is None or value == "":
+        # The official script's own rule; it raises where the program breaks it.
         value = finqa_program.run(program, table)[-1].value
         return value if isinstance(value, str) else round(value, 5)
     if value in ("yes", "no"):
@@ -165,5 +169,6 @@ def _evidence(value: Any) -> dict[str, str]:
         value = json.loads(value)
     if not isinstance(value, Mapping):
         value = {str(index): text for index, text in enumerate(value)}
-    # In Parquet an object has the keys of all records: those of other records are null.
+    # In Parquet an object has the keys of all records: those of other records are null. Their order
+    # is that of the column, so the lines of a rationale may stand in another order.
     return {place: text for place, text in value.items() if text is not None}

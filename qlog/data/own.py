@@ -75,6 +75,7 @@ class Reader:
         Raises:
           ConfigError: a part is missing, or of another type.
         """
+        # Only answers may be numbers: graders compare texts, and how a number is written is fixed.
         answer = self._text(record, "answer", self._keys["answer"], where, numbers=True)
         if not answer.strip():
             raise ConfigError(
@@ -103,6 +104,7 @@ class Reader:
         key = self._keys["id"]
         value = _find(record, key)
         if value in (_MISSING, None) and "id" not in self._named:
+            # Of the content, not of the place: the drawn splits stay when lines are moved.
             text = json.dumps(record, sort_keys=True, ensure_ascii=False)
             return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         if isinstance(value, int) and not isinstance(value, bool):
@@ -132,7 +134,7 @@ class Reader:
             )
         if numbers and isinstance(value, bool | int):
             return json.dumps(value)
-        if numbers and isinstance(value, float) and math.isfinite(value):
+        if numbers and isinstance(value, float) and math.isfinite(value):  # 1e999 is read as inf
             return json.dumps(value)
         if not isinstance(value, str):
             kind = "null" if value is None else f"{_short(value)}"
@@ -199,6 +201,8 @@ class OwnExamples(Sequence[Example]):
         place = self._indices[index]
         where = self._records.where(place)
         example = self._reader.example(self._records[place], where)
+        # Places in the file were noted at the start: in a file that was edited since, they point
+        # into other records.
         if example.id != self.ids[index]:
             raise ConfigError(f"{where} changed while it was read: start again when it is whole.")
         return example
@@ -268,6 +272,7 @@ def check_function(function: Callable[..., Any]) -> None:
             "split."
         )
     try:
+        # Asked, not called: it may read gigabytes.
         inspect.signature(function).bind("train")
     except TypeError as error:
         raise ConfigError(
@@ -292,24 +297,20 @@ class CheckedExamples(Sequence[Example]):
     def __init__(self, function: Callable[[str], Sequence[Example]], split: str):
         self._call = f"{function.__qualname__}({split!r})"
         try:
-            self._examples = function(split)
-            self._size = len(self._examples)
-            is_sequence = hasattr(self._examples, "__getitem__") and not isinstance(
-                self._examples, str | bytes | Mapping
-            )
+            examples = function(split)
         except Exception as error:  # whatever the function raises
-            if hasattr(self, "_examples"):
-                is_sequence = False
-            else:
-                raise ConfigError(
-                    f"{fields.NAME}: {self._call} raised {type(error).__name__}: {summary(error)}."
-                ) from error
-        if not is_sequence:
+            raise ConfigError(
+                f"{fields.NAME}: {self._call} raised {type(error).__name__}: {summary(error)}."
+            ) from error
+        # Texts and dictionaries have a length, too, and keys or letters where examples should be.
+        has_both = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")
+        if not has_both or isinstance(examples, str | bytes | Mapping):
             raise ConfigError(
                 f"{fields.NAME}: {self._call} returned an object of type "
-                f"{type(self._examples).__name__}: return a list of qlog.data.Example, or "
-                "another object with len and indexing."
+                f"{type(examples).__name__}: return a list of qlog.data.Example, or another "
+                "object with len and indexing."
             )
+        self._examples, self._size = examples, len(examples)
 
     def __len__(self) -> int:
         return self._size
@@ -339,6 +340,10 @@ def _wrong(example: object) -> str:
             return f"has the {part} {_short(value)}, which must be text"
         if part in ("id", "source", "answer") and not value.strip():
             return f"has an empty {part}"
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"has half a character in its {part} {_short(value)}"
     # A text would be taken for a sequence of letters, each of them a right answer.
     if isinstance(example.aliases, str) or not all(isinstance(a, str) for a in example.aliases):
         return f"has the aliases {_short(example.aliases)}, which must be a tuple of texts"

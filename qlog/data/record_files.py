@@ -238,7 +238,10 @@ def _open(file: File) -> _Opened:
         # What the content is, not what the name says: both are called .json.
         is_array = opened.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
         opened.seek(0)
-        return (_Array if is_array else _Lines)(file.name, cast(BinaryIO, opened))
+        records = (_Array if is_array else _Lines)(file.name, cast(BinaryIO, opened))
+        if is_array or is_packed:  # all of it is in memory
+            opened.close()
+        return records
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
             f"{file.name} cannot be read ({summary(error)}): correct the path, or write it again."
@@ -338,8 +341,10 @@ def unique_ids(records: RecordFiles, id_of: Callable[[int], str]) -> list[str]:
         record_id = id_of(index)
         other = first.setdefault(record_id, index)
         if other != index:
+            # Records without ids are known by their content, which a reader of the message is not.
+            is_copy = records[other] == records[index]
+            what = "hold the same record" if is_copy else f"have the same id {record_id!r}"
             raise ConfigError(
-                f"{records.where(other)} and {records.where(index)} have the same id "
-                f"{record_id!r}, or are the same record where the file has no ids: leave one out."
+                f"{records.where(other)} and {records.where(index)} {what}: leave one of them out."
             )
     return list(first)

@@ -67,7 +67,7 @@ def load_formatter(config: ConfigDict) -> data.Formatter:
         distributed.once_per_host(lambda: str(tokenizer_path(config))),
         think_start=config.tokenizer.think_start,
         think_end=config.tokenizer.think_end,
-        eos=tuple(filter(None, config.tokenizer.eos)),  # the flag --...eos= gives ("",)
+        eos=config.tokenizer.eos,
         chat_template=_chat_template(config),
         chat_template_kwargs=config.tokenizer.chat_template_kwargs.to_dict(),
     )

@@ -71,7 +71,7 @@ WRONG = {
     ),
     "template of a synthetic task": (
         {"tokenizer": {"chat_template": "x.jinja"}, "data": {"style": "warm"}},
-        r"config\.tokenizer\.chat_template = 'x\.jinja' is not read by the synthetic task",
+        r"config\.tokenizer\.chat_template = 'x\.jinja' is not read by 'multihop'",
     ),
     "template of the cold style": (
         {"tokenizer": {"chat_template": "x.jinja"}},

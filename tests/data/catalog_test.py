@@ -50,6 +50,8 @@ def test_the_description_is_what_the_config_says():
         ({"name": "jsnl"}, r"name = 'jsnl' is unknown \(did you mean 'jsonl'\?\): use one of"),
         ({"name": "jsonl"}, r"files is empty and config.data.name = 'jsonl' reads files"),
         ({"files": {"trian": "a"}}, r"files.trian = 'a' .*\(did you mean 'train'\?\)"),
+        ({"files": "a.jsonl"}, r"files = 'a.jsonl' must be a section, such as {.train"),
+        ({"name": ["a"]}, r"name = \['a'\] is unknown: use one of"),
         ({"files": {"train": 3}}, r"files.train = 3 must be a path, a glob, or a list of them"),
         ({"files": {"train": []}}, r"files.train = \[\] must be a path"),
         ({"files": {"train": ""}}, r"files.train = '' must be a path"),

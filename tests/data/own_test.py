@@ -99,7 +99,7 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
     first = [example.id for example in read(tmp_path, lines(records))]
     assert len(set(first)) == 3
     assert first[::-1] == [example.id for example in read(tmp_path, lines(records[::-1]))]
-    with pytest.raises(ConfigError, match=r"a.jsonl:2 and .*a.jsonl:5 have the same id"):
+    with pytest.raises(ConfigError, match=r"a.jsonl:2 and .*a.jsonl:5 hold the same record"):
         read(tmp_path, "\n" + lines([*records, records[0]]))
     with pytest.raises(ConfigError, match=r"a.jsonl:1 has no field 'uid'"):
         read(tmp_path, lines(records), fields={"id": "uid"})
@@ -111,7 +111,11 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
         ("", "a.jsonl: no records are in there"),
         ("\n \r\n", "a.jsonl: no records are in there"),
         (ONE + ONE[:20], "a.jsonl:2 is not JSON .*: put one whole JSON object on each line"),
-        (ONE + ONE, "a.jsonl:1 and .*a.jsonl:2 have the same id 'a'"),
+        (ONE + ONE, "a.jsonl:1 and .*a.jsonl:2 hold the same record: leave one of them out"),
+        (
+            ONE + ONE.replace("1 +", "2 +"),
+            "a.jsonl:1 and .*a.jsonl:2 have the same id 'a': leave one of them out",
+        ),
         ("hello\n", "a.jsonl:1 is not JSON"),
         (json.dumps({"source": "s"}, indent=1), "a.jsonl:1 is not JSON"),
         (ONE + "[1]", "a.jsonl:2 holds a JSON array and not an object"),
@@ -328,6 +332,7 @@ class Lazy:
         ([example(), None], r"\[1\] is an object of type NoneType"),
         ([example(id=3)], r"\[0\] has the id 3, which must be text"),
         ([example(answer=3.5)], r"\[0\] has the answer 3.5, which must be text"),
+        ([example(id="\ud800")], r"\[0\] has half a character in its id '.ud800'"),
         ([example(source=" ")], r"\[0\] has an empty source"),
         ([example(aliases="abc")], r"\[0\] has the aliases 'abc', which must be a tuple of texts"),
         ([example(aliases=(1,))], r"\[0\] has the aliases \(1,\)"),
