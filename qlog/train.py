@@ -162,6 +162,7 @@ def run(
         except Stop:
             # ---- Interrupted: the same command goes on from here ----
             training.save()
+            training.log.interrupted()
             where = "before the first step"
             if training.step:
                 where = f"at step {training.step}, saved in {workdir}"
@@ -181,6 +182,7 @@ class _Training:
       start: `step` when this start of the run began.
       reference: parameters that the loss compares with; None where it has no reference.
       metrics: of the last evaluation; {} before the first.
+      log: what the run writes next to its checkpoints.
     """
 
     def __init__(
@@ -223,10 +225,8 @@ class _Training:
         # ---- Log and watchdog ----
         if jax.process_index() == 0:
             paths.write(workdir / "config.json", schema.to_json(self._config))
-        self._log = stack.enter_context(
-            contextlib.closing(
-                RunLog(workdir, self.step, self._config.train.steps, is_lost=lambda: claim.is_lost)
-            )
+        self.log = stack.enter_context(
+            RunLog(workdir, self.step, self._config, is_lost=lambda: claim.is_lost)
         )
         self._compilations = stack.enter_context(contextlib.closing(process.Compilations()))
         self._num_compiled = self._compilations.num_compiled
@@ -243,7 +243,7 @@ class _Training:
 
     def _leave(self) -> None:
         """What must not be left undone when the process ends without unwinding."""
-        self._log.flush()
+        self.log.flush()
         self._claim.release()
 
     def batches(self) -> Iterator[tuple[int, data.PromptBatch]]:
@@ -275,11 +275,11 @@ class _Training:
         values = train_metrics.measure(self._experiment, groups, result, watch)
         values["compilations"] = self._compilations.num_compiled - self._num_compiled
         values["steps_since_checkpoint"] = float(self.step - (self._saved.latest_step or 0))
-        self._log.scalars(step, "train", values)
-        self._log.progress(step, train_metrics.progress(values))
+        self.log.scalars(step, "train", values)
+        self.log.progress(step, train_metrics.progress(values))
         _check_health(self._config, step, values)
         if step % self._config.train.rollouts_every == 0:
-            self._log.rollouts(step, train_metrics.rollout_rows(self._experiment, groups, batch))
+            self.log.rollouts(step, train_metrics.rollout_rows(self._experiment, groups, batch))
 
     def save_is_due(self) -> bool:
         """Whether to save now: after so many steps or minutes, and before an evaluation."""
@@ -296,7 +296,7 @@ class _Training:
         if self.step <= (self._saved.latest_step or 0):
             return
         self._claim.check()
-        self._log.flush()  # so that metrics never end before the checkpoint that follows them
+        self.log.flush()  # so that metrics never end before the checkpoint that follows them
         text = schema.to_json(self._config)
         with self._stop.patient():  # it first waits for the save before
             self._saved.save(self.state, step=self.step, config=text, identity=self._made_of)
@@ -333,8 +333,8 @@ class _Training:
             # A kill after the score and before the checkpoint would leave a score of nothing.
             self._saved.wait()
         self._claim.check()
-        self._log.scalars(self.step - 1, split, self.metrics)
-        self._log.flush()
+        self.log.scalars(self.step - 1, split, self.metrics)
+        self.log.flush()
         say(f"{parameters_from}: {split} " + train_metrics.brief(self._config, self.metrics))
         metric = train_metrics.best_metric(self._config)
         # Scores under other settings do not compare: their description tells them apart.

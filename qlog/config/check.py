@@ -5,8 +5,10 @@ qlog/experiment/files.py, which reads them.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,6 +92,7 @@ def check_config(config: ConfigDict) -> None:
             raise ConfigError(
                 f"config.profile.steps = {config.profile.steps!r} must hold whole numbers."
             )
+    _check_trackers(config)
     _check_architecture(config)
     _check_tokenizer(config)
     _check_data(config)
@@ -270,6 +273,33 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
             continue
         if type(value) is not wanted:  # isinstance would take True for an int
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
+
+
+def _check_trackers(config: ConfigDict) -> None:
+    project = config.logging.wandb
+    if not project:
+        return
+    # What W&B's server refuses in a name, told before anything compiles.
+    parts = project.split("/")
+    if len(parts) > 2 or not all(parts) or re.search(r"[\\#?%:\s]", project):
+        raise ConfigError(
+            f"config.logging.wandb = {project!r} must be a project, or an entity and its project: "
+            "'PROJECT' or 'ENTITY/PROJECT', without spaces or any of \\ # ? % :."
+        )
+    if not wandb_is_installed():
+        raise ConfigError(
+            f"config.logging.wandb = {project!r} needs the package wandb: "
+            "pip install 'qlog[wandb]', or leave it ''."
+        )
+
+
+def wandb_is_installed() -> bool:
+    """Whether the package is there. Not by importing it, nor by a folder of its name."""
+    try:
+        importlib.metadata.version("wandb")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _check_architecture(config: ConfigDict) -> None:

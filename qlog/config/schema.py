@@ -148,6 +148,11 @@ def default() -> ConfigDict:
                 "keep": 2,  # newest checkpoints that are kept, besides the best by validation m@k
                 "finished": "all",  # a finished run keeps all, or best_params: the best parameters
             },
+            "logging": {
+                # Weights & Biases, next to metrics.jsonl and TensorBoard: "project" or
+                # "entity/project"; '' is off. Needs the extra wandb; WANDB_MODE=offline works
+                "wandb": "",
+            },
             # A run in which nothing happens ends with status 75: the launcher starts it again
             "watchdog": {
                 "steps": 10.0,  # so many median steps without a sign of life; 0 is no limit
@@ -205,6 +210,7 @@ MAY_CHANGE = frozenset(
         "optimizer.max_skipped_in_a_row",
         "evaluation",
         "checkpoint",
+        "logging",
         "watchdog",
         "profile",
         "runs",
