@@ -9,6 +9,8 @@ with a state that a checkpoint would have to save.
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import json
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,11 +20,12 @@ import grain
 import numpy as np
 
 from qlog.data import fields
-from qlog.data.examples import Example
+from qlog.data.examples import Example, as_json
 from qlog.data.formatting import Formatter
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 
 OVERLONG = ("error", "skip")
+_CHUNK = 256  # examples that a thread measures at a time; part of what `Dataset.content` is
 
 
 class Source(Protocol):
@@ -106,6 +109,8 @@ class Dataset:
     # Ids of the source's examples in their order, those that were skipped included; of an endless
     # source only of the first ones, which were measured.
     ids: Sequence[str]
+    questions: np.ndarray  # uint64 [len(ids)], digests of source and answer of the same examples
+    content: str  # a digest of all that the same examples hold, in their order
     endless: bool = False  # the source makes examples when asked for, and only some were measured
 
     def __len__(self) -> int:
@@ -163,7 +168,8 @@ def open_dataset(
             f"{name} has no examples: check the split, {fields.FILES} and {fields.MANUAL_DIR}."
         )
     num_measured = size if measure is None else min(measure, size)
-    ids, lengths = _measure(source, formatter, num_measured, limits.rationale is not None)
+    measured = _measure(source, formatter, num_measured, limits.rationale is not None, name)
+    ids, lengths = measured.ids, measured.lengths
     _check_distinct(ids, name)
     if overlong == "error":
         _check_lengths(lengths, limits, name)
@@ -190,7 +196,18 @@ def open_dataset(
         for limit, n in zip(limits, over.sum(axis=0), strict=True)
         if limit is not None and n
     }
-    return Dataset(source, kept, formatter, limits, widths, skipped, ids, measure is not None)
+    return Dataset(
+        source=source,
+        kept=kept,
+        formatter=formatter,
+        limits=limits,
+        widths=widths,
+        skipped=skipped,
+        ids=ids,
+        questions=measured.questions,
+        content=measured.content,
+        endless=measure is not None,
+    )
 
 
 def measure_lengths(
@@ -211,22 +228,65 @@ def measure_lengths(
       int32 [N, 3]: tokens of prompt, gold answer and annotated rationale.
     """
     size = len(source) if num_examples is None else min(num_examples, len(source))
-    return _measure(source, formatter, size, rationales)[1]
+    return _measure(source, formatter, size, rationales).lengths
+
+
+class _Measured(NamedTuple):
+    """What one pass over N examples finds."""
+
+    ids: list[str]  # N
+    lengths: np.ndarray  # int32 [N, 3], as `Lengths`
+    questions: np.ndarray  # uint64 [N], as `Dataset.questions`
+    content: str  # as `Dataset.content`
 
 
 def _measure(
-    source: Source, formatter: Formatter, size: int, rationales: bool
-) -> tuple[list[str], np.ndarray]:
-    """Ids and lengths, int32 [size, 3], of the first examples; each is read once."""
+    source: Source, formatter: Formatter, size: int, rationales: bool, name: str = "the dataset"
+) -> _Measured:
+    """Reads the first examples of a source, each once."""
 
-    def measure(index: int) -> tuple[str, Lengths]:
-        encoded = _encode(formatter, source[index], rationales)
-        return encoded.example.id, _lengths(encoded)
+    def measure(start: int) -> tuple[list[str], list[Lengths], list[int], bytes]:
+        ids, lengths, questions, content = [], [], [], hashlib.sha256()
+        for index in range(start, min(start + _CHUNK, size)):
+            encoded = _encode(formatter, source[index], rationales)
+            ids.append(encoded.example.id)
+            lengths.append(_lengths(encoded))
+            questions.append(_question(encoded.example))
+            content.update(_content(encoded.example, f"{name}: example {index}"))
+        return ids, lengths, questions, content.digest()
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # the tokenizers release the GIL
-        measured = list(pool.map(measure, range(size)))
-    lengths = np.array([lengths for _, lengths in measured], np.int32).reshape(size, 3)
-    return [example_id for example_id, _ in measured], lengths
+    # The tokenizers release the GIL. Chunks, because a future for each of 1e6 examples takes
+    # gigabytes.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        chunks = list(pool.map(measure, range(0, size, _CHUNK)))
+    content = hashlib.sha256(b"".join(digest for *_, digest in chunks)).hexdigest()[:16]
+    return _Measured(
+        [each for ids, *_ in chunks for each in ids],
+        np.array([each for _, lengths, *_ in chunks for each in lengths], np.int32).reshape(
+            size, 3
+        ),
+        np.array([each for *_, questions, _ in chunks for each in questions], np.uint64),
+        content,
+    )
+
+
+def _question(example: Example) -> int:
+    """64 bits that are the same for the same source and answer, whatever the white space."""
+    text = "\0".join(" ".join(part.split()) for part in (example.source, example.answer))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _content(example: Example, where: str) -> bytes:
+    """All fields of an example; two examples have the same bytes only if they are equal.
+
+    Raises:
+      ConfigError: `extra` holds what JSON does not have.
+    """
+    try:
+        as_json(example.extra)
+        return json.dumps(vars(example), sort_keys=True, default=dict).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} (id {example.id!r}) {summary(error)}.") from error
 
 
 def _check_distinct(ids: Sequence[str], name: str) -> None:

@@ -23,8 +23,10 @@ def identity(experiment: Experiment) -> dict[str, Any]:
           all);
         tokenizer: `Formatter.digest`, which the chat template is part of where it is used;
         examples: for each open split a digest of all ids in order (of endless data the first ones)
-          and of 32 examples spread over it, whole. A checkpoint of an older version has "splits"
-          instead, digests of records, which nothing is compared with.
+          and of 32 examples spread over it, whole;
+        content: for each open split a digest of all examples, whole (`Dataset.content`).
+      A checkpoint of an older version has no "content": then "examples" tells most changes. Still
+      older ones have "splits", digests of records, which nothing is compared with.
     """
     weights, formatter = experiment.weights, experiment.formatter
     assert formatter, "an experiment of shapes has no identity"
@@ -34,23 +36,19 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
         "tokenizer": formatter.digest,
         "examples": {name: _digest(split) for name, split in experiment.splits().items()},
+        "content": {name: split.content for name, split in experiment.splits().items()},
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
 
 
 def _digest(dataset: data.Dataset) -> str:
-    # All ids tell examples that were added, left out or moved. A few whole examples tell an edited
-    # release, and spare reading gigabytes at every start.
+    # What a checkpoint kept before `Dataset.content` was: all ids tell examples that were added,
+    # left out or moved, and a few whole examples an edited release.
     num_read = min(len(dataset), _EXAMPLES_DIGESTED)
     sample = [dataset[i * len(dataset) // num_read] for i in range(num_read)]
     content = [list(dataset.ids), [vars(example) for example in sample]]
-    text = json.dumps(content, sort_keys=True, default=_type_name)
+    text = json.dumps(content, sort_keys=True, default=dict)  # `extra` may be any mapping
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _type_name(value: object) -> str:
-    """For what `Example.extra` holds and JSON does not have: its text may name a memory address."""
-    return type(value).__name__
 
 
 def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -66,8 +64,9 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
     parts = [(part, before[part], now[part]) for part in ("weights", "tokenizer") if part in before]
     if "model" in before:
         parts.insert(0, ("model", _with_new_fields(before["model"]), now["model"]))
-    for name, old in before.get("examples", {}).items():
-        parts.append((f"split {name}", old, now["examples"].get(name, old)))
+    for kind in ("examples", "content"):
+        for name, old in before.get(kind, {}).items():
+            parts.append((f"split {name}", old, now[kind].get(name, old)))
     for part, old, new in parts:
         if old != new:
             raise ConfigError(
