@@ -17,6 +17,7 @@ from qlog.console import say
 from qlog.data import tokenizer_files
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, prepare
+from qlog.experiment.contents import check_trained_ids
 from qlog.parallel import distributed, interrupts
 from qlog.runs import checkpoints
 from qlog.storage import paths
@@ -103,6 +104,8 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
+    if path is not None:  # the base model was trained on none of them
+        check_trained_ids(experiment, workdir / "splits.json")
     params, parameters_from, step = _load(experiment, path)
     # The settings of answers may differ from those of training's rollouts, so they are shown.
     split, sampling = config.evaluation.split, experiment.evaluation_sampling

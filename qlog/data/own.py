@@ -2,7 +2,7 @@
 
 A config's `data.fields` says which key of a record is which part of an example:
 
-    {"id": "uid",                        the id; without one, a digest of the record
+    {"id": "uid",                        the id; without one, or with "", a digest of the record
      "source": "{text}\\n\\nQ: {ask}",     a key, a list of keys (joined by blank lines), or a text
                                          with keys in braces
      "answer": "answers.text.0",         dots lead into objects and lists
@@ -50,6 +50,8 @@ class Reader:
 
     def __init__(self, names: Mapping[str, Any]):
         for part, keys in names.items():
+            if part == "id" and keys == "":
+                continue  # digests, although the records have a key 'id'
             if part not in PARTS:
                 raise ConfigError(
                     f"{fields.FIELDS}.{part} = {keys!r} is read by nothing"
@@ -61,10 +63,10 @@ class Reader:
                 raise ConfigError(
                     f"{fields.FIELDS}.{part} = {keys!r} must be a key of the records{several}."
                 )
-        self._named = frozenset(names)  # parts that the user named
+        self._named = frozenset(part for part in names if names[part])  # parts that the user named
         self._keys = {part: names.get(part, part) for part in PARTS}
         self._source = _pieces(self._keys["source"])
-        plain = [self._keys[part] for part in PARTS if part != "source"]
+        plain = [key for part, key in self._keys.items() if part != "source"]
         self._used = {*plain, *(piece.key for piece in self._source)}
 
     def example(self, record: Record, where: str) -> Example:
@@ -108,7 +110,7 @@ class Reader:
     def id(self, record: Record, where: str) -> str:
         """The record's id; a digest of its content where it has none."""
         key = self._keys["id"]
-        value = _find(record, key)
+        value = _find(record, key) if key else None
         if value in (_MISSING, None) and "id" not in self._named:
             # Of the content, not of the place: the drawn splits stay when lines are moved.
             text = json.dumps(record, sort_keys=True, ensure_ascii=False)
@@ -215,6 +217,10 @@ class OwnExamples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def where(self, index: int) -> str:
+        """The file and line or row of an example, for messages."""
+        return self._records.where(self._indices[index])
 
     def __getitem__(self, index):
         if not 0 <= index < len(self):

@@ -238,34 +238,52 @@ def write_ids(path: str | os.PathLike, name: str, splits: Mapping[str, Identifie
         since the run began), or it is damaged.
     """
     path = paths.parse(path)
-    content = {"dataset": name, "rule": RULE, "splits": {}}
-    try:
-        before = paths.read(path)
-    except FileNotFoundError:
-        before = None
     # What was written stays: a later start may open other splits (evaluation only), and adds them.
-    if before is not None:
-        try:
-            content = json.loads(before)
-            written = {split: content["splits"][split]["ids"] for split in content["splits"]}
-        except (ValueError, LookupError, TypeError) as error:
+    content = _written(path) or {"dataset": name, "rule": RULE, "splits": {}}
+    written = {split: content["splits"][split]["ids"] for split in content["splits"]}
+    for split, opened in splits.items():
+        if written.get(split, list(opened.ids)) != list(opened.ids):
             raise ConfigError(
-                f"{path} is damaged ({type(error).__name__}: {error}): restore it, or start a new "
-                "run."
-            ) from error
-        for split, opened in splits.items():
-            if written.get(split, list(opened.ids)) != list(opened.ids):
-                raise ConfigError(
-                    f"{path} lists other ids for the {split} split than {name} has now "
-                    f"({len(written[split])} and {len(opened.ids)}): restore the data that the "
-                    "run began with, or start a new run."
-                )
+                f"{path} lists other ids for the {split} split than {name} has now "
+                f"({len(written[split])} and {len(opened.ids)}): restore the data that the "
+                "run began with, or start a new run."
+            )
     for split, opened in splits.items():
         about = {}
         if isinstance(opened, Split):  # your own data come from no official split
             about = {"official_split": opened.official, "paper_size": SIZES[name][split]}
         content["splits"][split] = {**about, "ids": list(opened.ids)}
     paths.write(path, json.dumps(content, indent=1))
+
+
+def read_ids(path: str | os.PathLike, split: str) -> list[str] | None:
+    """The ids of a split that `write_ids` has written; None where it has written none.
+
+    Raises:
+      ConfigError: the file is damaged.
+    """
+    content = _written(paths.parse(path)) or {"splits": {}}
+    return content["splits"].get(split, {}).get("ids")
+
+
+def _written(path: paths.Path) -> dict[str, Any] | None:
+    """What `write_ids` has written; None where there is no file.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    try:
+        content = json.loads(paths.read(path))
+        for split in content["splits"].values():
+            if not isinstance(split["ids"], list):
+                raise TypeError("ids must be a list")
+    except FileNotFoundError:
+        return None
+    except (AttributeError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}): restore it, or start a new run."
+        ) from error
+    return content
 
 
 def _source(split: str, available: Sequence[str]) -> str | None:

@@ -81,7 +81,9 @@ def prepare(
         weights=weights,
     )
     if jax.process_count() > 1:  # each host has fetched for itself
-        contents.check_hosts(contents.identity(experiment))
+        is_function = callable(config.data.name)
+        contents.check_hosts(contents.identity(experiment), is_function)
+    contents.check_disjoint(experiment)
     return experiment
 
 

@@ -3,12 +3,17 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from qlog import data, models
+from qlog.console import say
+from qlog.data.own import OwnExamples
+from qlog.data.splits import read_ids
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment.parts import Experiment
 from qlog.parallel import distributed
+from qlog.storage import paths
 
 _EXAMPLES_DIGESTED = 32  # examples of each split that `identity` reads whole
 
@@ -83,12 +88,104 @@ def _with_new_fields(model: dict[str, Any]) -> dict[str, Any]:
         return model
 
 
-def check_hosts(mine: dict[str, Any]) -> None:
-    """Raises PassingError unless all processes, each with its host's files, have read the same."""
+def check_disjoint(experiment: Experiment) -> None:
+    """Whether what is evaluated is new to the model: no question of it is in train.
+
+    Ids count, too: an id names one example of the whole data. Only a number is said of the official
+    datasets, whose splits are what they are. Nothing is compared where the config asks for an
+    evaluation on train, or where examples are made when asked for.
+
+    Raises:
+      ConfigError: the splits of data of one's own share ids or questions.
+    """
+    train, evaluated = experiment.train_data, experiment.evaluation_data
+    split = experiment.config.evaluation.split
+    if train is None or evaluated is None or split == "train" or train.endless:
+        return
+    name = data.label(experiment.config.data.name)
+    what = f"config.data.name = {name!r}: train and {split} share"
+    if shared := _shared(train.questions.tolist(), evaluated.questions.tolist()):
+        if _is_official(train):
+            say(f"{what} {len(shared)} questions, as the official files have them.")
+            return
+        kind, remedy = "questions with their answers", f"leave them out of train or of {split}"
+    elif not _is_official(train) and (shared := _shared(train.ids, evaluated.ids)):
+        kind = "ids"
+        remedy = (
+            "give each example its own, or set config.data.fields.id to '', then ids are digests "
+            "of the records"
+        )
+    else:
+        return
+    ours, theirs = shared[0]
+    raise ConfigError(
+        f"{what} {len(shared)} {kind}, the first in {_place(train, ours)} and "
+        f"{_place(evaluated, theirs)}: {remedy}."
+    )
+
+
+def _shared(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """For each of `theirs` that `ours` has, too, the places in both."""
+    places = {value: index for index, value in enumerate(ours)}
+    return [(places[value], index) for index, value in enumerate(theirs) if value in places]
+
+
+def check_trained_ids(experiment: Experiment, splits_file: paths.Path) -> None:
+    """Whether a run has trained on what is evaluated now; every process must call it.
+
+    Args:
+      splits_file: the run's splits.json, as `Experiment.write_split_ids` writes it; nothing is
+        compared where there is none.
+
+    Raises:
+      ConfigError: on every process: the run trained on some of the ids of data of one's own.
+    """
+    evaluated, split = experiment.evaluation_data, experiment.config.evaluation.split
+    if evaluated is None or split == "train" or evaluated.endless or _is_official(evaluated):
+        return
+    # The ids are the same on every process, so only one of them has to read the file.
+    found = distributed.once_per_run(
+        lambda: _shared(read_ids(splits_file, "train") or [], evaluated.ids)
+    )
+    if found:
+        raise ConfigError(
+            f"config.evaluation.split = {split!r}: {splits_file} lists {len(found)} of its "
+            f"{len(evaluated.ids)} ids in train, so the run has seen them, the first is of "
+            f"{_place(evaluated, found[0][1])}: evaluate on others, or set it to 'train'."
+        )
+
+
+def _is_official(dataset: data.Dataset) -> bool:
+    return isinstance(dataset.source, data.Converted)
+
+
+def _place(dataset: data.Dataset, index: int) -> str:
+    """Where an example of the source is, for messages."""
+    if isinstance(dataset.source, OwnExamples):
+        return dataset.source.where(index)
+    return f"the example with id {dataset.ids[index]!r}"
+
+
+def check_hosts(mine: dict[str, Any], is_function: bool = False) -> None:
+    """Whether all processes, each with its host's files, have read the same.
+
+    Args:
+      mine: this process's `identity`.
+      is_function: the examples are a function's, which another start does not change.
+
+    Raises:
+      PassingError: they have not; ConfigError of a function's examples.
+    """
     everyone = distributed.gather([mine])
     for index, other in enumerate(everyone):
         for part in mine:
             if other[part] != everyone[0][part]:
+                if part in ("examples", "content") and is_function:
+                    raise ConfigError(
+                        f"config.data.name: the function returns other examples in process {index} "
+                        "than in process 0: return the same ones in each call, from a generator "
+                        "with a fixed seed."
+                    )
                 raise PassingError(
                     f"the {part} that process {index} reads differ from those of process 0 "
                     f"({other[part]} and {everyone[0][part]}): they changed while the run "

@@ -2,12 +2,19 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
+import data_fixtures
 import jax
 import pytest
 import tiny
+from places import ROOT
 
 from qlog import data
+from qlog.commands import modes
+from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import contents, prepare
 
@@ -90,3 +97,122 @@ def test_a_field_that_the_decoder_got_later_is_no_other_model():
     for other in (older | {"width": 2 * older["width"]}, older | {"depth": 3}, {}):
         with pytest.raises(ConfigError, match="the run there has another model"):
             contents.check_same_parts({"model": other}, now)
+
+
+# ---- What is evaluated is new to the model ----
+
+
+def own(folder, records, **changes):
+    """The tiny run on files of records, given by split; their texts are digits."""
+    files = {}
+    for split, some in records.items():
+        files[split] = str(folder / f"{split}.jsonl")
+        text = "".join(json.dumps(record) + "\n" for record in some)
+        (folder / f"{split}.jsonl").write_text(text)
+    data_fixtures.write_spec(folder, data_fixtures.byte_level_spec())
+    tree = {
+        "architecture": {"vocab_size": 272},
+        "tokenizer": {"path": str(folder / "tokenizer.json")},
+        "data": {"name": "jsonl", "files": files, "world": {}, "style": "cold"},
+        "evaluation": {"every": 1, "prompts": 2, "prompts_per_batch": 1},
+        "train": {"steps": 1, "prompts_per_step": 1},
+    }
+    return schema.merge(schema.merge(tiny.config(), tree), changes)
+
+
+def sums(first, last, **more):
+    return [{"source": f"{i} + 1", "answer": i + 1, **more} for i in range(first, last)]
+
+
+def opened(config):
+    return prepare(config, jax.devices()[:1])
+
+
+def test_questions_of_train_are_not_evaluated(tmp_path):
+    both = own(tmp_path, {"train": sums(0, 9), "validation": sums(9, 20)})
+    assert len(opened(both).train_data.ids) == 8  # one is drawn for the test split
+    shared = own(tmp_path, {"train": sums(0, 9), "validation": sums(8, 20), "test": sums(30, 33)})
+    with pytest.raises(
+        ConfigError,
+        match="train and validation share 1 questions .*train.jsonl:9 and .*validation.jsonl:1: ",
+    ):
+        opened(shared)
+    with_spaces = [{"source": " 3  + 1\n", "answer": "4", "id": "other"}]
+    with pytest.raises(ConfigError, match="share 1 questions with their answers"):
+        opened(
+            own(tmp_path, {"train": sums(0, 9), "validation": with_spaces, "test": sums(30, 33)})
+        )
+    # To ask for train itself is no mistake.
+    same = schema.merge(shared, {"evaluation": {"split": "train"}})
+    assert len(opened(same).evaluation_data) == 9
+
+
+def test_records_that_differ_only_in_another_key_are_one_question(tmp_path):
+    twice = [*sums(0, 20, draft=1), *sums(0, 20, draft=2)]
+    with pytest.raises(ConfigError, match="train and validation share [1-9] questions"):
+        opened(own(tmp_path, {"train": twice}))
+
+
+def test_an_id_names_one_example_of_the_whole_data(tmp_path):
+    numbered = lambda records: [{**each, "id": i} for i, each in enumerate(records)]
+    splits = {"train": sums(0, 9), "validation": sums(9, 20), "test": sums(20, 22)}
+    config = own(tmp_path, {split: numbered(records) for split, records in splits.items()})
+    with pytest.raises(ConfigError, match="share 9 ids, .* set config.data.fields.id to ''"):
+        opened(config)
+    digests = schema.merge(config, {"data": {"fields": {"id": ""}}})
+    assert len(opened(digests).train_data) == 9
+
+
+def test_a_function_that_returns_the_same_for_both(tmp_path):
+    def same(split):
+        return [data.Example(f"{i}", f"{i} + 1", f"{i + 1}") for i in range(5)]
+
+    config = own(tmp_path, {}, data={"name": same, "files": {}})
+    with pytest.raises(ConfigError, match="share 5 questions .*with id '0' and .*with id '0'"):
+        opened(config)
+
+
+def test_a_run_is_not_evaluated_on_what_it_was_trained_on(tmp_path):
+    config = own(tmp_path, {"train": sums(0, 9), "validation": sums(9, 20), "test": sums(8, 12)})
+    tiny.run(config, tmp_path / "run", jax.devices()[:1])
+    test = schema.merge(config, {"evaluation": {"split": "test"}})
+    with pytest.raises(
+        ConfigError, match=r"splits.json lists 1 of its 4 ids in train.*test.jsonl:1"
+    ):
+        modes.run("evaluate", test, tmp_path / "run")
+    assert not (tmp_path / "run/evaluation_test.json").exists()
+
+
+_HOSTS = """
+import sys
+import jax
+from qlog.commands import entry
+from qlog.experiment import contents
+from qlog.parallel import distributed
+
+def main(argv):
+    with distributed.processes("on"):
+        read = {"content": {"train": str(jax.process_index())}}
+        contents.check_hosts(read, is_function=argv[1] == "function")
+
+entry.run(main)
+"""
+
+
+def test_a_function_of_other_examples_in_each_process_is_not_started_again(tmp_path):
+    (tmp_path / "program.py").write_text(_HOSTS)
+    for kind, status, said in (
+        ("function", 2, "the function returns other"),
+        ("files", 75, "differ"),
+    ):
+        program = [str(tmp_path / "program.py"), kind]
+        result = subprocess.run(
+            [sys.executable, "launch/local", "--processes=2", "--", *program],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert result.returncode == status, result.stdout + result.stderr
+        assert said in result.stdout + result.stderr
