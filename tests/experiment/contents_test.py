@@ -186,16 +186,18 @@ def test_a_run_is_not_evaluated_on_what_it_was_trained_on(tmp_path):
 _HOSTS = """
 import sys
 import jax
-from qlog.commands import entry
+from qlog.errors import QLOG_ERRORS
 from qlog.experiment import contents
 from qlog.parallel import distributed
 
-def main(argv):
-    with distributed.processes("on"):
-        read = {"content": {"train": str(jax.process_index())}}
-        contents.check_hosts(read, is_function=argv[1] == "function")
-
-entry.run(main)
+with distributed.processes("on"):
+    read = {"content": {"train": str(jax.process_index())}}
+    try:
+        contents.check_hosts(read, is_function=sys.argv[1] == "function")
+    except QLOG_ERRORS as error:
+        print(error, flush=True)
+        status = error.status
+sys.exit(status)
 """
 
 
