@@ -7,6 +7,8 @@ them. What is held in memory, for a file of 1e6 records of 1 KB:
     a.jsonl.gz     the text, unpacked: 1 GB
     a.json         of an array, the parsed records: a few GB
     a.parquet      the columns as Arrow has them: 1 GB
+
+And for each open split its ids and digests of its questions: 0.1 GB.
 """
 
 import array
@@ -44,6 +46,7 @@ _SPLIT_WORDS = {
 _SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_WORDS)})(?![^\W\d_])", re.IGNORECASE)
 # Files about a dataset that lie next to its data, as the Hub's libraries write them.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_LFS = b"version https://git-lfs"  # what Git leaves of a file that it has not downloaded
 _BOM = b"\xef\xbb\xbf"  # U+FEFF in UTF-8, which some editors write first
 
 
@@ -101,7 +104,8 @@ def expand(
         if not readable:
             raise ConfigError(
                 f"{field} = {spec!r} holds no file of the {split} split whose name ends with "
-                f"{' or '.join(suffixes)}: correct the path or {fields.NAME}."
+                f"{' or '.join(suffixes)}: correct the path or {fields.NAME}, or "
+                "convert other formats (CSV, text) to JSON lines."
             )
         found |= dict.fromkeys(readable)
     return list(found)
@@ -222,6 +226,7 @@ class _Lines:
         # is not mapped: a file that is cut short while it is mapped ends the process.
         self._file = file if isinstance(file, io.BufferedReader) else None
         self._held = b"" if self._file else file.read()
+        self._stamp = self._stamped()
         # int64 arrays: lists of Python's integers would take 4 times as much.
         self._starts, self._sizes = array.array("q"), array.array("q")
         self._numbers = array.array("q")
@@ -232,6 +237,11 @@ class _Lines:
                 self._sizes.append(len(line))
                 self._numbers.append(number)
             place += len(line)
+
+    def _stamped(self) -> tuple[int, int]:
+        """Size and time of the last change of a file that is read when it is needed."""
+        stat = os.fstat(self._file.fileno()) if self._file else None
+        return (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -244,6 +254,12 @@ class _Lines:
         if self._file:
             # Unlike seek and read, this is one step: threads share the file.
             line = os.pread(self._file.fileno(), size, start)
+            # Asked after the record was read: a change before that is seen.
+            if self._stamped() != self._stamp:
+                raise ConfigError(
+                    f"{self.where(index)}: the file changed while it was read: start again when it "
+                    "is whole."
+                )
         else:
             line = self._held[start : start + size]
         where = self.where(index)
@@ -297,6 +313,8 @@ class _Parquet:
             raise ConfigError(
                 f"{name} cannot be read as Parquet ({summary(error)}): download or write it again."
             ) from error
+        if twice := [each for each in table.schema.names if table.schema.names.count(each) > 1]:
+            raise ConfigError(f"{name} has two columns {twice[0]!r}: rename one of them.")
         for index, column in enumerate(table.schema):
             # 0.1 of a float32 would read 0.10000000149011612; through text it is 0.1.
             if column.type in (pa.float16(), pa.float32()):
@@ -315,10 +333,17 @@ class _Parquet:
 
 
 def _open(file: File) -> _Opened:
-    if file.path.lower().endswith(PARQUET_SUFFIXES):
-        return _Parquet(file.name, file.path)
+    is_parquet = file.path.lower().endswith(PARQUET_SUFFIXES)
     is_packed = file.path.lower().endswith(".gz")
     try:
+        with open(file.path, "rb") as raw:
+            if raw.read(len(_LFS)) == _LFS:
+                raise ConfigError(
+                    f"{file.name} is a pointer of Git LFS and not the data: run `git lfs pull` in "
+                    "its folder."
+                )
+        if is_parquet:
+            return _Parquet(file.name, file.path)
         opened = gzip.open(file.path) if is_packed else open(file.path, "rb")
         # What the content is, not what the name says: both are called .json.
         is_array = opened.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
@@ -335,7 +360,11 @@ def _open(file: File) -> _Opened:
 
 def _parsed(text: bytes, where: str, remedy: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        return json.loads(
+            text.decode("utf-8-sig"),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_object,
+        )
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not UTF-8 ({error.reason}): save it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
@@ -345,6 +374,15 @@ def _parsed(text: bytes, where: str, remedy: str) -> Any:
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no JSON value")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    """A JSON object; of a repeated key Python would keep the last value without a word."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return record
 
 
 def _json_type(value: object) -> str:

@@ -135,7 +135,8 @@ def parse(spec: str | os.PathLike, field: str = "path") -> Path:
     module, extra = _CLIENTS[scheme]
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
-            f"{field} = {text!r} needs the package {module}: run launch/install {extra}."
+            f"{field} = {text!r} needs the package {module}: run launch/install {extra}, or "
+            f'pip install "qlog[{extra}]".'
         )
     _set_up_clients()
     return Path(text)

@@ -120,6 +120,11 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
             "a.jsonl:1 and .*a.jsonl:2 have the same id 'a': leave one of them out",
         ),
         ("hello\n", "a.jsonl:1 is not JSON"),
+        ('{"source": "s", "answer": 1, "answer": 2}', "the key 'answer' is there twice"),
+        (
+            "version https://git-lfs.github.com/spec/v1\n",
+            "a.jsonl is a pointer of Git LFS .*git lf",
+        ),
         (json.dumps({"source": "s"}, indent=1), "a.jsonl:1 is not JSON"),
         (ONE + "[1]", "a.jsonl:2 holds a JSON array and not an object"),
         ("null", "a.jsonl:1 holds a JSON null and not an object"),
@@ -336,6 +341,13 @@ def test_binary_columns_are_text_where_they_are_named(tmp_path):
         opened("validation", files=files, name="parquet", fields={"source": "raw"})
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["source", "answer", "answer"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="a.parquet has two columns 'answer': rename one"):
+        opened("validation", files={"validation": str(tmp_path / "a.parquet")}, name="parquet")
+
+
 # ---- Splits ----
 
 
@@ -388,10 +400,11 @@ def test_a_file_that_changes_under_a_run_is_noticed(tmp_path):
     source = opened("validation", files={"validation": str(path)})
     with path.open("r+") as file:  # in place
         file.write(lines([{"id": "id-9", "source": "9 + 1 =", "answer": 1}]))
-    with pytest.raises(ConfigError, match="a.jsonl:1 changed while it was read"):
-        source[0]
+    for index in (0, 4):  # a record that was not touched, too: who knows what the edit means
+        with pytest.raises(ConfigError, match=f"a.jsonl:{index + 1}: the file changed while it wa"):
+            source[index]
     path.write_text("")
-    with pytest.raises(ConfigError, match="a.jsonl:2 is not JSON"):
+    with pytest.raises(ConfigError, match="a.jsonl:2"):
         source[1]
 
 
