@@ -233,7 +233,14 @@ def evaluation_scorers(config: ConfigDict) -> tuple[Scorer, tuple[Scorer, ...]]:
             f"config.evaluation.grader = {config.evaluation.grader!r} must be one grader: name the "
             "others in evaluation.metrics."
         )
-    return graders[0], scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
+    metrics = scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
+    for scorer in (*graders, *metrics):
+        if scorer.weight != 1.0:
+            raise ConfigError(
+                f"config.evaluation: the weight {scorer.weight} of {scorer.name} is read by "
+                "nothing, since metrics are not added up: leave it out."
+            )
+    return graders[0], metrics
 
 
 def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts: int) -> None:

@@ -310,7 +310,7 @@ def to_json(config: ConfigDict) -> str:
             return losses.label(value)
         # Without its module: that of a config file is called by how the file was loaded.
         if callable(value):
-            return value.__qualname__
+            return getattr(value, "__qualname__", None) or value.__name__
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)

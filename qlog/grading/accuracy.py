@@ -155,7 +155,8 @@ def summarise(
       seed: of the bootstrap.
 
     Raises:
-      ValueError: no rows, a missing field, a repeated id, or unequal numbers of answers.
+      ValueError: no rows, a missing field (one that a scorer names, too), a repeated id, or unequal
+        numbers of answers.
       scorers.ScorerError: more than 1% of calls of a scorer failed.
     """
     num_samples = _check(rows)
@@ -165,6 +166,7 @@ def summarise(
         del columns["numeric/"]
     scores = {name: _score(rows, column) for name, column in columns.items()}
     # ---- By functions that a config may name: on threads, their failures counted ----
+    _check_needs(rows, [grader, *metrics])
     samples = [sample for row in rows for sample in _samples(row, example(row))]
     graded = _panel_scores(Panel([grader], "config.evaluation.grader", threads), samples)
     measured = _panel_scores(Panel(metrics, "config.evaluation.metrics", threads), samples)
@@ -205,13 +207,21 @@ def summarise(
     )
 
 
+def _check_needs(rows: Sequence[Row], wanted: Sequence[Scorer]) -> None:
+    """Rows of older files have no prompt; those written by hand may have no rationales."""
+    for scorer in wanted:
+        for keyword, field in (("prompt", "prompt"), ("rationale", "rationales")):
+            if keyword in scorer.named and any(row.get(field) is None for row in rows):
+                raise ValueError(f"{scorer.name} needs the {field} of each row, which some lack")
+
+
 def _samples(row: Row, example: Any) -> list[Sample]:
     """What scorers are called with, for each answer of a row."""
-    # Rows of older files have no prompt; those written by hand may have no rationales.
     prompt, source = row.get("prompt") or "", row.get("source") or ""
     rationales = row.get("rationales") or [""] * len(row["answers"])
+    golds = tuple(row["golds"])
     return [
-        Sample(prompt, rationale, answer, row["golds"], source, example)
+        Sample(prompt, rationale, answer, golds, source, example)
         for rationale, answer in zip(rationales, row["answers"], strict=True)
     ]
 
