@@ -175,6 +175,8 @@ def _peek(process) -> str:
 SETTINGS = {
     "garl": {},
     "paft": {},
+    "jensen": {"q": 1.0},
+    "jepo": {},
     "grpo": {"kl_weight": 0.1},
     "rloo": {},
     "star": {},
@@ -199,7 +201,7 @@ def test_every_estimator_trains(name, tmp_path):
     tiny.run(tiny.config(**changes), tmp_path, ONE)
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert np.isfinite(row["loss"]) and row["skipped_updates"] == 0
-    if name in ("garl", "paft", "iwae", "trice", "sft"):
+    if name in ("garl", "paft", "iwae", "trice", "sft", "jensen", "jepo"):
         assert row["grad_norm"] > 0
     if name in ("grpo", "rloo", "maxrl", "star"):
         assert row["reward"] == 0 and row["no_signal"] == 1  # nothing is ever right at first

@@ -40,6 +40,19 @@ def paft(
     return chain(resample_posterior(k, resampling), transforms.attenuate(q))
 
 
+def jensen(q: Commitment = 0.75) -> LossTransform:
+    """The Jensen bound: (wbar^(1-q) - wbar_{-m}^(1-q)) / (1-q) and wbar^(1-q) w_m / sum w (ours).
+
+    Without bias for E log_q wbar at every M. q = 0 is `rb_rloo`, q = 1 is `jepo`.
+    """
+    return transforms.jensen(q)
+
+
+def jepo() -> LossTransform:
+    """JEPO with M samples: log wbar - log wbar_{-m} and w_m / sum w (2503.19618 eq 6, 7)."""
+    return jensen(1.0)
+
+
 def rb_reinforce() -> LossTransform:
     """RB-REINFORCE: GARL plug-in at q = 0, w_m / M; unbiased for every M."""
     return garl(0.0, "none")

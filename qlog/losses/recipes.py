@@ -215,6 +215,8 @@ def _garl_min_rollouts(arguments: Arguments) -> int:
 RECIPES: dict[str, Recipe] = {
     "garl": Recipe(aliases.garl, min_rollouts=_garl_min_rollouts),
     "paft": Recipe(aliases.paft),
+    "jensen": Recipe(aliases.jensen, min_rollouts=2),
+    "jepo": Recipe(aliases.jepo, q=1.0, min_rollouts=2),
     "rb_reinforce": Recipe(aliases.rb_reinforce, q=0.0),
     "rb_rloo": Recipe(aliases.rb_rloo, q=0.0, min_rollouts=2),
     "iwae": Recipe(aliases.iwae, q=1.0),

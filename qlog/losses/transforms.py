@@ -14,7 +14,7 @@ Notation in this file:
 import jax
 import jax.numpy as jnp
 
-from qlog.losses import group_stats
+from qlog.losses import group_stats, tsallis
 from qlog.losses.checks import check_number
 from qlog.losses.compose import initial_coefficients, stateless
 from qlog.losses.group_stats import Weight
@@ -93,7 +93,9 @@ def jackknife(q: Commitment, weight: Weight = group_stats.log_likelihood) -> Los
         log_weights = weight(scores)
         mean = group_stats.log_mean(log_weights, scores)  # [B, 1] log wbar
         value = _jackknifed(log_weights, mean, scores, q)
-        scale = jnp.broadcast_to((1 - q) * group_stats.finite(mean), value.shape)
+        # As `rao_blackwell` and `amplify` would leave it, to the last bit.
+        scale = group_stats.finite(mean)
+        scale = jnp.broadcast_to(scale - q * scale, value.shape)
         return coefficients._replace(score=value, path=value, log_scale=scale)
 
     return stateless(function, min_rollouts=2)
@@ -110,17 +112,7 @@ def _jackknifed(
     # Relative to the largest weight: nothing below can overflow, and ratios are unchanged.
     log_weights = log_weights - group_stats.finite(jnp.max(log_weights, 1, keepdims=True))
     share = group_stats.normalized(log_weights)
-    n = group_stats.num_valid(scores)
-    others = jnp.maximum(group_stats.log_mean_others(log_weights, scores), group_stats.LEAST)
-
-    # log(wbar_{-j} / wbar) = log(1 - share_j) - log(1 - 1/n): exact where share_j is small, while
-    # a difference of two logs would lose its digits. A dominant j has share_j near 1, where the
-    # mean of the others must be computed from the others.
-    log_ratio = jnp.where(
-        share < 0.5,
-        jnp.log1p(-jnp.minimum(share, 0.5)) - jnp.log1p(-1 / jnp.maximum(n, 2)),
-        others - group_stats.finite(group_stats.log_mean(log_weights, scores)),
-    )
+    log_ratio = group_stats.log_ratio_of_others(log_weights, scores)
     x = jnp.where(scores.is_valid & ~jnp.isneginf(mean), -q * log_ratio, 0.0)
 
     # Small x: expm1 and a plain sum. Large x: exp(x_j) may exceed float32 although its product
@@ -132,6 +124,37 @@ def _jackknifed(
     log_large = log_weights - total + group_stats.logsumexp_others(jnp.where(large, x, -jnp.inf))
     others_large = jnp.sum(large, 1, keepdims=True) - large  # expm1(x) = exp(x) - 1: the ones
     return share * (1 - small + others_large) - jnp.exp(log_large)
+
+
+def jensen(q: Commitment, weight: Weight = group_stats.log_likelihood) -> LossTransform:
+    """The gradient of E log_q(wbar) over M rollouts: Jensen's lower bound of log_q P.
+
+        score_m = (wbar^(1-q) - wbar_{-m}^(1-q)) / (1-q),    path_m = wbar^(1-q) w_m / sum w
+
+    Unbiased for the bound at every M, and the bound rises to log_q P as 1/M. The path is GARL's;
+    the score is the whole group's log_q minus that of the others, which is a baseline, since it
+    does not depend on z_m. At q = 1 it is log wbar - log wbar_{-m} (VIMCO with the arithmetic mean,
+    JEPO, 2503.19618 eq 6, 7), at q = 0 that of `rao_blackwell` with its baseline. M = 1 is a
+    ValueError.
+    """
+    check_number("q", q, 0, 1)
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        log_weights = weight(scores)
+        mean = group_stats.log_mean(log_weights, scores)  # [B, 1] log wbar
+        # (wbar^(1-q) - wbar_{-m}^(1-q)) / (1-q) = wbar^(1-q) * -log_q(wbar_{-m} / wbar): the power
+        # goes into log_scale, and log_q has a stable limit at q = 1. Others without any weight
+        # would make that limit infinite: they count as e^LEAST_RATIO of the mean.
+        log_ratio = group_stats.log_ratio_of_others(log_weights, scores)
+        score = -tsallis.log_q(jnp.maximum(log_ratio, group_stats.LEAST_RATIO), q)
+        alive = scores.is_valid & ~jnp.isneginf(mean) & ~group_stats.are_equal(log_weights, scores)
+        return coefficients._replace(
+            score=jnp.where(alive, score, 0.0),
+            path=group_stats.normalized(log_weights),
+            log_scale=jnp.broadcast_to((1 - q) * group_stats.finite(mean), score.shape),
+        )
+
+    return stateless(function, min_rollouts=2)
 
 
 # --- Baselines and normalisation within a group ---------------------------------------------------
@@ -152,6 +175,9 @@ def leave_one_out_baseline(
         mean = group_stats.log_mean(log_weights, scores)
         scale = group_stats.finite(mean)
         others = jnp.maximum(group_stats.log_mean_others(log_weights, scores), group_stats.LEAST)
+        # Equal weights have the group's mean as their baseline, bit for bit: nothing is to learn
+        # from them, and rounding must not look like a signal.
+        others = jnp.where(group_stats.are_equal(log_weights, scores), scale, others)
         # score holds c / exp(log_scale), so the baseline is divided by that scale too (the rule in
         # `stateless`): wbar_{-m}^(1-q) as (wbar_{-m} / wbar)^(1-q) times wbar^(1-q), which is
         # the usual log_scale, so that the second bracket is 0 then.
@@ -182,8 +208,10 @@ def center_leave_one_out() -> LossTransform:
 
 def _centered(coefficients: Coefficients, scores: Scores) -> Coefficients:
     # Within a group log_scale is one number, so the mean can be taken before it is applied.
-    shift = lambda x: jnp.where(scores.is_valid, x - group_stats.group_mean(x, scores), 0.0)
-    return coefficients._replace(score=shift(coefficients.score), path=shift(coefficients.path))
+    return coefficients._replace(
+        score=group_stats.deviation(coefficients.score, scores),
+        path=group_stats.deviation(coefficients.path, scores),
+    )
 
 
 def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
@@ -192,8 +220,8 @@ def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
 
     def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
         reward = scores.require("reward", "scale_by_group_std")
-        deviation = reward - group_stats.group_mean(reward, scores)
-        std = jnp.sqrt(group_stats.group_mean(jnp.square(deviation), scores)) + eps
+        variance = group_stats.group_mean(jnp.square(group_stats.deviation(reward, scores)), scores)
+        std = jnp.sqrt(variance) + eps
         # With eps = 0, a group of equal rewards has std 0; its coefficients are 0 already.
         factor = 1 / jnp.where(std > 0, std, 1.0)
         return coefficients._replace(

@@ -47,6 +47,7 @@ FACTORIES = {
     "paft": losses.paft,
     "systematic": lambda q: losses.paft(q, resampling="systematic"),
     "star": losses.star,
+    "jensen": losses.jensen,
 }
 
 
@@ -86,6 +87,10 @@ def test_finite_bounded_and_of_the_right_sign(name, group, q):
         assert np.all(-2.001 * bound <= path) and np.all(path <= (1 + q) * bound * 1.001)
         return
     assert np.all(path >= 0)
+    if name == "jensen":  # log_q between M^-1 and 1: at most log M
+        assert np.all(np.abs(score) <= num_rollouts * 1e4)
+        assert np.all(path <= num_rollouts * 1.001)
+        return
     if name in ("paft", "systematic"):
         assert np.all(path <= num_rollouts * 1.001)
     else:
@@ -156,6 +161,48 @@ def test_leave_one_out_does_not_cancel():
     got = run(losses.garl(0.5), tiny)
     baseline = np.float64(got.path[0] - got.score[0]) * 4
     np.testing.assert_allclose(baseline[0], np.sqrt(2e-12), rtol=1e-3)
+
+
+# Rewards whose mean over a group is not the reward itself in float32, and ordinary ones.
+LEVELS = (0.1, 0.3, -0.7, 1.0, 1e-3, 123.456, 1e5, -1e-30)
+EQUAL = {
+    "grpo": losses.grpo(),
+    "grpo_without_eps": losses.grpo(eps=0.0),
+    "grpo_unscaled": losses.grpo(scale_by_std=False),
+    "rloo": losses.rloo(),
+    "maxrl": losses.maxrl(),
+    "rb_rloo": losses.rb_rloo(),
+    "garl": losses.garl(0.75),
+    "garl_at_q_1": losses.garl(1.0),
+    "jackknife": losses.garl(0.3, correction="jackknife"),
+    "jensen": losses.jensen(0.75),
+    "jepo": losses.jepo(),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("width", [7, 32, 40])
+def test_equal_rewards_have_a_score_of_exactly_zero(name, width):
+    """Alone and in a batch, with and without padding, eager and compiled."""
+    for num_rollouts in {2, 7, 32} & set(range(width + 1)):
+        valid = jnp.broadcast_to(jnp.arange(width) < num_rollouts, (len(LEVELS), width))
+        level = jnp.broadcast_to(jnp.array(LEVELS, jnp.float32)[:, None], valid.shape)
+        scores = losses.Scores(
+            log_w=jnp.where(valid, -jnp.abs(level), jnp.nan),
+            reward=jnp.where(valid, level, jnp.nan),
+            valid=valid,
+        )
+        one = jax.tree.map(lambda x: x[:1], scores)
+        compute = jax.jit(lambda scores: run(EQUAL[name], scores))
+        for got in (run(EQUAL[name], scores), compute(scores), compute(one)):
+            np.testing.assert_array_equal(got.score, 0)
+
+
+def test_one_reward_that_differs_is_a_signal():
+    reward = jnp.full((1, 32), 0.1, jnp.float32).at[0, 3].set(0.2)
+    got = run(losses.grpo(), losses.Scores(reward=reward)).score[0]
+    np.testing.assert_allclose(got[3] * 32, np.sqrt(31), rtol=1e-4)
+    np.testing.assert_allclose(got[0] * 32, -1 / np.sqrt(31), rtol=1e-4)
 
 
 # --- Layouts: eight devices, one prompt each or more ---------------------------------------------
