@@ -133,6 +133,8 @@ def summarise(
       p@1/low, p@1/high, ...: their bootstrap interval over questions.
       exact_match: mean of exact match with the gold answer, without aliases.
       em, f1: SQuAD's, with aliases.
+      substring/p@1, substring/p@k, substring/m@k: the same under the paper's literal rule, and
+        contains/... under ours, whatever `grader` is.
       numeric/p@1, numeric/p@k, numeric/m@k: `finqa_numeric` on official_answer, where rows have it.
       answer/rejected_rate: share of answers that are empty, overlong or tagged.
       answer/empty_rate: share of the empty ones.
@@ -243,6 +245,10 @@ def _columns(dataset: str) -> dict[str, Column]:
         "exact_match": lambda row, answer: graders.exact_match(answer, row["golds"][0]),
         "em": lambda row, answer: graders.squad_em(answer, row["golds"]),
         "f1": lambda row, answer: f1(answer, row["golds"]),
+        "substring/": lambda row, answer: graders.substring(answer, row["golds"]),
+        "contains/": lambda row, answer: graders.contains(
+            answer, row["golds"], source=row.get("source") or ""
+        ),
         "numeric/": lambda row, answer: graders.finqa_numeric(
             answer, row.get("official_answer") or row["golds"][0], gold=row["golds"][0]
         ),
