@@ -25,14 +25,12 @@ from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState
 from qlog.runs import checkpoints, ownership
+from qlog.runs.folder import FINAL, RESULTS
 from qlog.runs.log import RunLog, read_jsonl
 from qlog.runs.profiling import profiled
 from qlog.step import StepResult, Stopwatch, collect, learn
 from qlog.storage import paths
 from qlog.storage.paths import Path
-
-RESULTS = "results.json"
-FINAL = "final.json"  # the best checkpoint on evaluation.final
 
 
 class Outcome(NamedTuple):

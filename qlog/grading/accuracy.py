@@ -175,14 +175,7 @@ def summarise(
     summary: dict[str, float] = {}
     winners = _winners(rows, k)
     for name in filter(_is_prefix, scores):
-        is_right = scores[name] >= 0.5
-        num_right = is_right.sum(axis=1)
-        per_question = {
-            f"{name}p@1": pass_at_k(num_samples, num_right, 1),
-            f"{name}p@{k}": pass_at_k(num_samples, num_right, k),
-            f"{name}m@{k}": _voted(is_right, winners),
-        }
-        for metric, values in per_question.items():
+        for metric, values in _accuracies(name, scores[name] >= 0.5, winners, k).items():
             summary[metric] = float(values.mean())
             summary[f"{metric}/low"], summary[f"{metric}/high"] = bootstrap_interval(
                 values, level=level, seed=seed
@@ -190,10 +183,10 @@ def summarise(
     # The other columns are plain means over all samples.
     summary |= {name: float(scores[name].mean()) for name in scores if not _is_prefix(name)}
     for name, values in measured.values.items():
-        per_question = values.reshape(len(rows), num_samples).mean(axis=1)
-        summary[f"metrics/{name}"] = float(per_question.mean())
+        means = values.reshape(len(rows), num_samples).mean(axis=1)  # [Q]
+        summary[f"metrics/{name}"] = float(means.mean())
         summary[f"metrics/{name}/low"], summary[f"metrics/{name}/high"] = bootstrap_interval(
-            per_question, level=level, seed=seed
+            means, level=level, seed=seed
         )
         summary[f"metrics/{name}/errors"] = measured.failures[name].number
     return (
@@ -205,6 +198,36 @@ def summarise(
             "grader/errors": graded.failures[grader.name].number,
         }
     )
+
+
+def per_question(rows: Sequence[Row], k: int) -> dict[str, np.ndarray]:
+    """What `summarise` takes means of, for the two rules that need no scorer: float64 [Q] each.
+
+    The names are substring/p@1, substring/p@k, substring/m@k and contains/... In [0, 1]. For paired
+    tests between runs, without reading their samples.
+
+    Raises:
+      ValueError: as `summarise`.
+    """
+    num_samples = _check(rows)
+    k = min(k, num_samples)
+    columns, winners = _columns(""), _winners(rows, k)
+    values = {}
+    for name in ("substring/", "contains/"):
+        values |= _accuracies(name, _score(rows, columns[name]) >= 0.5, winners, k)
+    return values
+
+
+def _accuracies(
+    prefix: str, is_right: np.ndarray, winners: list[list[int | None]], k: int
+) -> dict[str, np.ndarray]:
+    """p@1, p@k and m@k of each question, float64 [Q]; is_right: bool [Q, n]."""
+    num_right, num_samples = is_right.sum(axis=1), is_right.shape[1]
+    return {
+        f"{prefix}p@1": pass_at_k(num_samples, num_right, 1),
+        f"{prefix}p@{k}": pass_at_k(num_samples, num_right, k),
+        f"{prefix}m@{k}": _voted(is_right, winners),
+    }
 
 
 def _samples(row: Row, example: Any) -> list[Sample]:
