@@ -95,3 +95,26 @@ def owner(folder, **changes):
         "time": time.time(),
     }
     (folder / "owner.json").write_text(json.dumps(content | changes))
+
+
+def write_rollouts(folder, groups):
+    """rollouts.jsonl from [(step from 0, id, prompt, gold, [changes of each rollout])]."""
+    lines = []
+    for step, question, prompt, gold, changes in groups:
+        for index, change in enumerate(changes):
+            line = {
+                "step": step,
+                "id": question,
+                "prompt": prompt,
+                "rollout": index,
+                "rationale": "because",
+                "answer": "",
+                "gold": gold,
+                "log_w": -1.0,
+                "reward": 0.0,
+                "coefficient": 0.0,
+                "path_coefficient": 0.0,
+                "forced": False,
+            }
+            lines.append(line | change)
+    (folder / "rollouts.jsonl").write_text("".join(map(json_lines.line, lines)))

@@ -1,95 +1,198 @@
-"""The report of several runs: one table, and the escape curves."""
+"""All of a report: which files it has, from runs that are read."""
 
-import io
-import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from qlog.console import markdown_table, say
-from qlog.runs.log import read_jsonl
-from qlog.storage import paths
+from qlog.report import figures, groups, health, page, read, tables, texts
+from qlog.report.records import Group, Run
+from qlog.storage import paths, strict_json
+
+TABLES = (1, 2, 3)
+_Files = dict[str, str | bytes]  # content by name
 
 
 def write(workdir: paths.Path, names: Sequence[str]) -> None:
-    """Writes report.md, report.json and escape.png of the runs workdir/NAME, and prints the table.
+    """Writes the report of the runs workdir/NAME into workdir, and prints its table.
 
-    The table has p@1, p@k, m@k, p@1 without a rationale, the final mean log P and the seconds of
-    each run that was evaluated.
+    report.html has everything. report.md and report.json have the table: p@1, p@k, m@k, p@1 without
+    a rationale, the final mean log P and the seconds of each run that was evaluated. escape.svg and
+    escape.png have the curves.
     """
-    rows = [row for row in (_row(workdir / name, name) for name in names) if row]
+    runs = [read.read_run(workdir / name, name) for name in names]
+    rows = [row for row in map(_run_row, runs) if row]
     table = markdown(rows)
-    paths.write(workdir / "report.md", table + "\n")
-    paths.write(workdir / "report.json", json.dumps(rows, indent=2) + "\n")
-    curves = {name: read_jsonl(workdir / name / "metrics.jsonl") for name in names}
-    draw_escape(curves, workdir / "escape.png")
-    say(f"\n{table}\n\nreport.md, report.json and escape.png are in {workdir}")
+    files: _Files = {
+        "report.md": table + "\n",
+        "report.json": strict_json.dumps(rows, indent=2) + "\n",
+        "report.html": page.build(runs, f"qlog: {workdir.name}"),
+        **_pictures("escape", figures.escape(_one_by_one(runs))),
+    }
+    _write_all(workdir, files)
+    say(f"\n{table}\n\nThe report is {workdir / 'report.html'}: open it in a browser.")
+    say(f"Next to it: {', '.join(name for name in files if name != 'report.html')}")
+
+
+def write_report(runs: Sequence[Run], wanted: Sequence[int], out: paths.Path) -> list[str]:
+    """Writes all files about the runs into `out`; returns their names.
+
+    Args:
+      wanted: tables of the paper; () are those that a run belongs to.
+    """
+    alike = groups.group(runs)
+    cells = tables.cells(runs, wanted or TABLES)
+    if not wanted:
+        has_runs = {cell.table for cell in cells if cell.folders}
+        cells = [cell for cell in cells if cell.table in has_runs]
+    files: _Files = {}
+    # ---- Tables ----
+    summary = markdown([_group_row(group) for group in alike]) if alike else "(no run)"
+    files["report.md"] = f"{_verdicts(runs)}{summary}\n\n{_SUMMARY_LEGEND}\n"
+    if cells:
+        files["report.md"] += "\n" + texts.markdown(cells)
+    for table in dict.fromkeys(cell.table for cell in cells):
+        mine = [cell for cell in cells if cell.table == table]
+        files |= {
+            f"table{table}.md": texts.markdown(mine),
+            f"table{table}.json": texts.json_text(mine),
+            f"table{table}.csv": texts.csv_text(mine),
+            f"table{table}.tex": texts.latex(mine),
+        }
+    # ---- Figures: one of each kind per dataset and start ----
+    settings = dict.fromkeys(_setting(group) for group in alike)
+    for setting in settings:
+        mine = [group for group in alike if _setting(group) == setting]
+        name = "-".join(setting)
+        k = mine[0].runs[0].config["evaluation"].get("rollouts_per_prompt", 16)
+        files |= _pictures(f"figure3-{name}", figures.figure3(mine))
+        files |= _pictures(f"figure4-{name}", figures.figure4(mine, k))
+    # ---- The page ----
+    title = "qlog: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
+    files["report.html"] = page.build(runs, title, cells)
+    _write_all(out, files)
+    return list(files)
+
+
+_SUMMARY_LEGEND = """\
+Accuracies are those of config.evaluation.grader, the mean over seeds ± their standard deviation: of
+the best checkpoint on the test split where all finished seeds have it, else of the last evaluation
+on the split that is named."""
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of rows with equal keys."""
+    """A Markdown table of rows; a row without one of the columns has a dash there."""
     if not rows:
         return "(no run was evaluated)"
-    return markdown_table([{key: _cell(value) for key, value in row.items()} for row in rows])
-
-
-def draw_escape(curves: dict[str, list[dict[str, Any]]], path: paths.Path) -> None:
-    """Two panels against the step: max_m c_m / M^q (the paper's Figure 3), and mean log P.
-
-    Args:
-      curves: the lines of metrics.jsonl by run. Runs without log P (supervised ones) are left out.
-      path: the PNG file to write.
-    """
-    import matplotlib  # slow to import, and needed here only
-
-    matplotlib.use("Agg")  # draws into memory: hosts have no display
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    panels = (
-        ("effective_reward", r"effective reward  $\max_m c_m / M^q$"),
-        ("log_p", r"mean $\log P$"),
-    )
-    for axis, (quantity, label) in zip(axes, panels, strict=True):
-        for name, rows in curves.items():
-            # Evaluations have their own lines in the same file.
-            points = [
-                (row["step"], row[quantity])
-                for row in rows
-                if row["phase"] == "train" and "log_p" in row and quantity in row
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-        axis.set(xlabel="step", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
-    figure.tight_layout()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    pyplot.close(figure)
-    paths.write(path, picture.getvalue())
-
-
-def _row(folder: paths.Path, name: str) -> dict[str, Any] | None:
-    """A run's line of the table; None for a run that was not evaluated."""
-    results = json.loads(paths.read(folder / "results.json"))["metrics"]
-    if not results:
-        return None
-    # The largest k that was evaluated is the number of samples per prompt.
-    k = max(int(key[2:]) for key in results if key.startswith("m@") and key[2:].isdigit())
-    row = {
-        "run": name,
-        "p@1": results["p@1"],
-        f"p@{k}": results[f"p@{k}"],
-        f"m@{k}": results[f"m@{k}"],
-    }
-    if "no_rationale/p@1" in results:
-        row["p@1 without rationale"] = results["no_rationale/p@1"]
-    row["mean log P"] = results["log_p"]
-    seconds = folder / "seconds.json"  # missing if the process was killed after results.json
-    return row | {
-        "seconds": round(json.loads(paths.read(seconds)), 1) if paths.exists(seconds) else "-"
-    }
+    # Seconds stay the last column, though the first rows may lack columns that later ones have.
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns.sort(key=lambda key: key == "seconds")
+    return markdown_table([{key: _cell(row.get(key, "-")) for key in columns} for row in rows])
 
 
 def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _write_all(folder: paths.Path, files: _Files) -> None:
+    for name, content in files.items():
+        paths.write(folder / name, content)
+
+
+def _pictures(name: str, panels: Sequence[figures.Panel]) -> _Files:
+    return {f"{name}.{kind}": content for kind, content in figures.draw(panels).items()}
+
+
+def _setting(group: Group) -> tuple[str, str]:
+    """Dataset and start, of which each has figures of its own."""
+    section = group.runs[0].config["data"]
+    name = "".join(c if c.isalnum() or c in "_." else "_" for c in str(section.get("name")))
+    return name, str(section.get("style"))
+
+
+def _verdicts(runs: Sequence[Run]) -> str:
+    """What asks for attention, a line each; '' where nothing does."""
+    lines = [
+        f"- {run.name}: {verdict.metric}: {' '.join(verdict.text.split())}"
+        for run in runs
+        for verdict in health.worst(health.verdicts(run))
+    ]
+    lines += [f"- {run.name}: {note}" for run in runs for note in run.notes]
+    return "\n".join([*lines, "", ""]) if lines else ""
+
+
+# ---- Rows: of a run, and of an experiment ----
+
+
+def _one_by_one(runs: Sequence[Run]) -> list[Group]:
+    """Each run as an experiment of its own, by its name."""
+    return [Group(run.name, groups.method(run.config), (run,)) for run in runs]
+
+
+def _run_row(run: Run) -> dict[str, Any] | None:
+    """A run's line of the table; None for a run that was not evaluated."""
+    results = run.evaluations[-1] if run.evaluations else {}
+    k = _most_samples(results)
+    if not k:
+        return None
+    return {
+        "run": run.name,
+        **_accuracies(results, k),
+        "seconds": "-" if run.seconds is None else round(run.seconds, 1),
+    }
+
+
+def _accuracies(results: dict[str, Any], k: int) -> dict[str, Any]:
+    names = {
+        "p@1": "p@1",
+        f"p@{k}": f"p@{k}",
+        f"m@{k}": f"m@{k}",
+        "no_rationale/p@1": "p@1 without rationale",
+        "log_p": "mean log P",
+    }
+    return {shown: results[name] for name, shown in names.items() if name in results}
+
+
+def _most_samples(results: dict[str, Any]) -> int:
+    """k, the largest that was evaluated: the number of samples per prompt; 0 of no evaluation."""
+    found = [int(name[2:]) for name in results if name[:2] == "m@" and name[2:].isdigit()]
+    return max(found, default=0)
+
+
+def _group_row(group: Group) -> dict[str, str]:
+    """An experiment's line of the summary."""
+    config = group.runs[0].config
+    states = [run.state for run in group.runs]
+    row = {
+        "experiment": group.label,
+        "data": f"{config['data'].get('name')}, {config['data'].get('style')}",
+        "seeds": ", ".join(str(run.config.get("seed", 0)) for run in group.runs),
+        "state": "; ".join(
+            dict.fromkeys(f"{s.kind} {s.step}/{s.steps} {s.why}".strip() for s in states)
+        ),
+    }
+    done = [run for run in group.runs if run.state.kind == "finished"]
+    finals = [run.final for run in done if run.final is not None]
+    if finals and len(finals) == len(done):
+        results = [final.metrics for final in finals]
+        row["split"] = f"{finals[0].split}, best step {', '.join(str(f.step) for f in finals)}"
+    else:
+        having = [run for run in group.runs if run.evaluations]
+        results = [run.evaluations[-1] for run in having]
+        steps = ", ".join(str(each["step"] + 1) for each in results)
+        row["split"] = f"{config['evaluation'].get('split')}, step {steps}" if results else "-"
+    k = max((_most_samples(each) for each in results), default=0)
+    columns = [_accuracies(each, k) for each in results]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [c[name] for c in columns if isinstance(c.get(name), int | float)]
+        if values:
+            row[name] = _over_seeds(values)
+    return row
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.3f} ± {spread:.3f}"
