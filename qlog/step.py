@@ -38,6 +38,7 @@ class StepResult(NamedTuple):
     state: TrainState  # after all updates of the step
     sums: StepSums  # over the whole batch; the mismatch is that of the first update
     update: UpdateMetrics  # of the last update
+    coefficients: losses.Coefficients  # [B, M], of the whole batch
 
 
 class Stopwatch:
@@ -200,7 +201,7 @@ def learn(
     process.release_memory()
     # The mismatch is that of the first update: the parameters of later ones are not the sampler's.
     total = functools.reduce(merge, sums)._replace(mismatch=sums[0].mismatch)
-    return StepResult(state, total, update)
+    return StepResult(state, total, update, coefficients)
 
 
 @functools.partial(jax.jit, static_argnames=("estimator",))

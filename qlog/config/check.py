@@ -64,6 +64,7 @@ _WORDS = {
     "attention": ("auto", "blocks", "tpu", "cudnn"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "data.overlong": ("error", "skip"),
+    "evaluation.final": ("", "test"),
     "checkpoint.finished": ("all", "best_params"),
     "train.remat": tuple(models.REMAT),
 }
@@ -84,9 +85,8 @@ def check_config(config: ConfigDict) -> None:
             raise ConfigError(f"config.{field} = {values[field]!r} must be {limit}.")
     for field, words in _WORDS.items():
         if values[field] not in words:
-            raise ConfigError(
-                f"config.{field} = {values[field]!r} is unknown: use {' or '.join(words)}."
-            )
+            known = " or ".join(word or "''" for word in words)
+            raise ConfigError(f"config.{field} = {values[field]!r} is unknown: use {known}.")
     for step in config.profile.steps:
         if type(step) is not int or step < 0:
             raise ConfigError(
@@ -99,6 +99,21 @@ def check_config(config: ConfigDict) -> None:
     _check_slices(config)
     reward_scorers(config, build_estimator(config))
     evaluation_scorers(config)
+
+
+def check_final(config: ConfigDict) -> None:
+    """Whether a training run reports another split in the end than the one that chooses.
+
+    Raises:
+      ConfigError: both are the same, so the number of the best checkpoint would be too high.
+    """
+    evaluation = config.evaluation
+    if evaluation.final and evaluation.final == evaluation.split:
+        raise ConfigError(
+            f"config.evaluation.final = {evaluation.final!r} is also config.evaluation.split, "
+            "which chooses the best checkpoint: its accuracy there would be too high; set "
+            "config.evaluation.split = 'validation'."
+        )
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
