@@ -176,7 +176,7 @@ def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     batches = evaluation.sample_answers(experiment, params, experiment.evaluation_sampling)
     for row in itertools.chain.from_iterable(batches):
         say(
-            f"--- {row['id']}\n{row['source']}\n"
+            f"--- {row['id']}\n{row['prompt']}\n"
             f"--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})"
         )
         shown = itertools.islice(

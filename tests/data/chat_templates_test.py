@@ -186,6 +186,42 @@ def test_templates_that_fail_are_one_sentence_with_the_file(template, message, t
 
 
 @pytest.mark.parametrize(
+    "written",
+    [
+        "{{ c[:30] | e }}",
+        "{{ c | truncate(60) }}",
+        "{{ c | striptags }}",
+        "{{ c | replace('<', '[') }}",
+        "{{ c[:30] }}{{ c[30:] | upper }}",
+        "{{ c }} {{ c }}",
+        "{{ c if 'many are 2 and 3' in c else c[:9] }}",
+        "How many are 2 and 3?",
+    ],
+)
+def test_templates_that_change_the_question_are_refused(written, tmp_path):
+    template = "{% set c = messages[0].content %}<|im_start|>" + written + ENDING
+    tokenizer = tokenizers.load(folder(tmp_path, template))
+    with pytest.raises(ConfigError, match="does not write the user's text exactly once"):
+        data.Formatter(tokenizer, TASK)
+
+
+def test_every_prompt_is_looked_at(tmp_path):
+    """A template that passes the check, and drops one question."""
+    template = "{% set c = messages[0].content %}{{ c if 'Rome' not in c else 'none' }}" + ENDING
+    formatter = data.Formatter(tokenizers.load(folder(tmp_path, template)), TASK)
+    formatter.prompt(data.Example("1", "Where is Oslo?", "a"))
+    with pytest.raises(ConfigError, match="does not write the user's text exactly once"):
+        formatter.prompt(data.Example("2", "Where is Rome?", "a"))
+
+
+@pytest.mark.parametrize("content", ["user", "e", "", " assistant ", "<|im_start|>", "\n"])
+def test_a_content_in_the_words_of_the_template_is_no_repetition(content, tmp_path):
+    tokenizer = tokenizers.load(folder(tmp_path, TURN))
+    expected = f"<|im_start|>user\n{content.strip()}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert shown(tokenizer, content) == expected
+
+
+@pytest.mark.parametrize(
     "files, message",
     [
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json cannot be read as JSON"),
