@@ -82,6 +82,12 @@ def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) ->
                 f"set {fields.CHAT_TEMPLATE_KWARGS} so that it does not, or {fields.CHAT_TEMPLATE} "
                 f"to {chat_templates.BUILT_IN_NAME!r}."
             )
+        elif _last(parts) == (True, start) and _last(parts[: _at_last(parts)]) == (True, start):
+            raise ConfigError(
+                f"the chat template {template.path} opens the rationale twice: set "
+                f"{fields.CHAT_TEMPLATE} to the path of another .jinja file, or to "
+                f"{chat_templates.BUILT_IN_NAME!r}."
+            )
     # ---- The rationale: opened, or opened and closed ----
     # DeepSeek-R1's template opens it itself. GLM's writes no newline behind the token; then none is
     # added, since the model has learned to write what follows.
@@ -172,7 +178,15 @@ def _disguised(
 
 def _last(parts: Sequence[tuple[bool, str]]) -> tuple[bool, str] | None:
     """The last part that is more than spaces and newlines."""
-    return next((part for part in reversed(parts) if part[0] or part[1].strip()), None)
+    at = _at_last(parts)
+    return None if at is None else parts[at]
+
+
+def _at_last(parts: Sequence[tuple[bool, str]]) -> int | None:
+    """Where that part is; None where all are spaces and newlines."""
+    return next(
+        (i for i in reversed(range(len(parts))) if parts[i][0] or parts[i][1].strip()), None
+    )
 
 
 def _check_template(tokenizer: Tokenizer, template: ChatTemplate) -> None:
