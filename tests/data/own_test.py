@@ -4,12 +4,14 @@ import gzip
 import json
 import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from qlog import data
 from qlog.config import schema
+from qlog.data import own
 from qlog.errors import ConfigError
 
 DATA = schema.default().data.to_dict()
@@ -130,7 +132,10 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
             r"a.jsonl:1 has no field 'source' \(did you mean 'sourse'\?\), it has 'sourse', 'answ",
         ),
         ('{"source": "s", "answer": null}', "a.jsonl:1: the field 'answer' is null, but must be"),
-        ('{"source": "s", "answer": ""}', "a.jsonl:1: the field 'answer' is empty: leave it out"),
+        (
+            '{"source": "s", "answer": ""}',
+            "a.jsonl:1: the field 'answer' is empty: leave the record out",
+        ),
         ('{"source": "s", "answer": " "}', "a.jsonl:1: the field 'answer' is empty"),
         ('{"source": "s", "answer": ["a"]}', r"the field 'answer' is \['a'\], but must be text, a"),
         ('{"source": "s", "answer": {}}', "the field 'answer' is {}, but must be text"),
@@ -337,13 +342,18 @@ class Lazy:
         ([example(aliases="abc")], r"\[0\] has the aliases 'abc', which must be a tuple of texts"),
         ([example(aliases=(1,))], r"\[0\] has the aliases \(1,\)"),
         ([example(rationale=None)], r"\[0\] has the rationale None, which must be text"),
+        ([example(aliases=None)], r"\[0\] has the aliases None, which must be a tuple of texts"),
+        ([example(extra={1: 2})], r"\[0\] has the extra \{1: 2\}, whose keys must be text"),
+        ([example(extra={"a": {1}})], r"\[0\] has extra\['a'\] = \{1\}, which is not what JSON"),
+        ([example(extra={"a": float("nan")})], r"\[0\] has extra\['a'\] = nan, which is not what"),
+        (SystemExit(0), r"my_examples\('train'\) raised SystemExit: 0\.$"),
         ([example(extra=3)], r"\[0\] has the extra 3, which must be a mapping"),
         (Lazy(), r"my_examples\('train'\)\[0\] raised KeyError: 'no such page'"),
     ],
 )
 def test_what_a_function_returns_is_checked(returned, message):
     def my_examples(split):
-        if isinstance(returned, Exception):
+        if isinstance(returned, (Exception, SystemExit)):
             raise returned
         return returned
 
@@ -368,3 +378,12 @@ def test_a_function_takes_one_argument_and_has_a_name():
 
     with pytest.raises(ConfigError, match="is an object of type Callable, which has no name"):
         opened(name=Callable())
+
+
+def test_the_extra_of_a_function_is_what_a_file_of_samples_gives_back():
+    def my_examples(split):
+        return [example(extra={"level": np.int64(3), "pair": (1, 2), "weight": np.float32(0.5)})]
+
+    (found,) = own.CheckedExamples(my_examples, "train")
+    assert found.extra == {"level": 3, "pair": [1, 2], "weight": 0.5}
+    assert type(found.extra["level"]) is int
