@@ -177,6 +177,13 @@ EQUAL = {
     "jackknife": losses.garl(0.3, correction="jackknife"),
     "jensen": losses.jensen(0.75),
     "jepo": losses.jepo(),
+    "log_prob": losses.log_prob(),
+    "tempered": losses.tempered(0.3),
+    "rb_pass_at_k": losses.rb_pass_at_k(3),
+    "rb_maxrl": losses.rb_maxrl(5),
+    "pkpo": losses.pkpo(3),
+    "rs_grpo": losses.rs_grpo(),
+    "lite_ppo": losses.lite_ppo(),
 }
 
 
