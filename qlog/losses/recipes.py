@@ -520,6 +520,6 @@ def build(loss: Loss, /, *, num_rollouts: int | None = None, **given: Any) -> Es
     if num_rollouts is not None and num_rollouts < built.min_rollouts:
         raise ValueError(
             f"{label(loss)} needs at least {built.min_rollouts} rollouts per prompt for its "
-            f"leave-one-out statistics, got {num_rollouts}"
+            f"statistics of groups, got {num_rollouts}"
         )
     return built

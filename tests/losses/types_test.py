@@ -176,8 +176,9 @@ def test_scores_without_a_shape_or_values_are_refused():
 @pytest.mark.parametrize("name", losses.RECIPES)
 def test_shapes_alone_make_the_state_of_real_scores(name):
     scores = losses.Scores(LOG_W, REWARD, jnp.ones((2, 3), bool), NUM_TOKENS)
+    scores = jax.tree.map(lambda x: jnp.concatenate([x, x], 1), scores)  # some need four rollouts
     transform = losses.build(name).transform
-    trees.assert_equal(transform.init(losses.abstract_scores(2, 3)), transform.init(scores))
+    trees.assert_equal(transform.init(losses.abstract_scores(2, 6)), transform.init(scores))
 
 
 def test_missing_scores_pass_through_jit_shard_map_vmap_and_pmap():
