@@ -70,7 +70,8 @@ def test_a_run_leaves_everything_behind(six_steps):
     assert all(row["mismatch_max"] < 1e-4 for row in trained)
     assert [row["step"] for row in rows if row["phase"] == "validation"] == [2, 5]
     rollouts = read_jsonl(workdir / "rollouts.jsonl")
-    assert {"prompt", "rationale", "answer", "log_w", "forced", "gold"} <= set(rollouts[0])
+    known = {"prompt", "rationale", "answer", "log_w", "coefficient", "forced", "gold"}
+    assert known <= set(rollouts[0])
     assert len(rollouts) == 6 * 2 * 4
     assert list(workdir.glob("events.out.tfevents.*"))
     samples = read_jsonl(workdir / "samples" / "step_000006.jsonl")
@@ -120,6 +121,39 @@ def test_a_finished_run_started_again_does_nothing(six_steps):
     before = (workdir / "metrics.jsonl").read_text()
     assert tiny.run(config, workdir, ONE).metrics == outcome.metrics
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_the_best_checkpoint_is_evaluated_on_the_test_split(six_steps, tmp_path):
+    """Not the last one, and not on the split that chose it."""
+    changes = {"train": {"steps": 4}, "evaluation": {"every": 1, "final": "test"}}
+    config = schema.merge(six_steps[0], changes)
+    tiny.run(config, tmp_path, ONE)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    best = min(scores, key=lambda step: (-scores[step]["value"], int(step)))
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert (final["split"], final["step"]) == ("test", int(best))
+    rows = read_jsonl(tmp_path / "samples" / "final.jsonl")
+    validation = read_jsonl(tmp_path / "samples" / "step_000004.jsonl")
+    assert not {row["id"] for row in rows} & {row["id"] for row in validation}
+    # The command that evaluates the best checkpoint gives the same samples.
+    again = schema.merge(config, {"evaluation": {"split": "test"}})
+    modes.run("evaluate", again, tmp_path)
+    # (On other devices: the last bits of log w differ.)
+    again_rows = read_jsonl(tmp_path / "samples" / "test.jsonl")
+    assert [row["answers"] for row in again_rows] == [row["answers"] for row in rows]
+    # A longer run has another end: what was final is removed.
+    longer = schema.merge(config, {"train": {"steps": 5}})
+    tiny.run(longer, tmp_path, ONE)
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 5
+    assert (tmp_path / "final.json").exists()
+
+
+def test_the_split_that_chooses_cannot_be_the_one_that_is_reported(tmp_path):
+    config = tiny.config(evaluation={"split": "test", "final": "test"})
+    with pytest.raises(ConfigError, match="config.evaluation.final = 'test' is also"):
+        tiny.run(config, tmp_path, ONE)
+    with pytest.raises(ConfigError, match="config.evaluation.final = 'tset' is unknown: use ''"):
+        tiny.run(tiny.config(evaluation={"final": "tset"}), tmp_path, ONE)
 
 
 _KILLED = """

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from qlog import evaluation, models, train
 from qlog.aot import compile_run, weak_scaling
 from qlog.commands import several_runs
+from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import say
 from qlog.data import tokenizer_files
@@ -103,6 +104,8 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
+    # A folder without a run: what the numbers are of must be told there, too.
+    distributed.once_per_run(lambda: _write_config(config, workdir))
     params, parameters_from, step = _load(experiment, path)
     # The settings of answers may differ from those of training's rollouts, so they are shown.
     split, sampling = config.evaluation.split, experiment.evaluation_sampling
@@ -216,6 +219,12 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
         step, parameters_from = int(path.name) if path.name.isdigit() else None, str(path)
     say(f"parameters: {parameters_from}")
     return params, parameters_from, step
+
+
+def _write_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes config.json where none is: a run's own stays."""
+    if not paths.exists(workdir / "config.json"):
+        paths.write(workdir / "config.json", schema.to_json(config))
 
 
 def _report(workdir: Path, name: str, record: str) -> None:

@@ -15,7 +15,7 @@ from qlog.console import say
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.parallel import distributed, interrupts
-from qlog.runs import report
+from qlog.report import comparison
 from qlog.storage import paths
 
 
@@ -46,7 +46,7 @@ def run(
         title = f"run {index}/{len(children)} {name}"
         if not _run_one(title, child, workdir / name, devices):
             return
-    distributed.once_per_run(lambda: report.write(workdir, list(children)))
+    distributed.once_per_run(lambda: comparison.write(workdir, list(children)))
 
 
 def _run_one(

@@ -1,7 +1,8 @@
 """A run's config: the schema, variants by name, the checks, and the paper's experiments.
 
 A config file needs only this: `from qlog.config import default, loss`, and `parse_variants` if
-it has variants. In reading order: schema.py, variants.py, paper.py, check.py, streams.py.
+it has variants. In reading order: schema.py, variants.py, paper.py, check.py,
+command_line.py, streams.py.
 """
 
 from qlog.config.check import build_estimator, check_config

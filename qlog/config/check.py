@@ -5,8 +5,10 @@ qlog/experiment/files.py, which reads them.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +64,7 @@ _WORDS = {
     "attention": ("auto", "blocks", "tpu", "cudnn"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "data.overlong": ("error", "skip"),
+    "evaluation.final": ("", "test"),
     "checkpoint.finished": ("all", "best_params"),
     "train.remat": tuple(models.REMAT),
 }
@@ -82,20 +85,35 @@ def check_config(config: ConfigDict) -> None:
             raise ConfigError(f"config.{field} = {values[field]!r} must be {limit}.")
     for field, words in _WORDS.items():
         if values[field] not in words:
-            raise ConfigError(
-                f"config.{field} = {values[field]!r} is unknown: use {' or '.join(words)}."
-            )
+            known = " or ".join(word or "''" for word in words)
+            raise ConfigError(f"config.{field} = {values[field]!r} is unknown: use {known}.")
     for step in config.profile.steps:
         if type(step) is not int or step < 0:
             raise ConfigError(
                 f"config.profile.steps = {config.profile.steps!r} must hold whole numbers."
             )
+    _check_trackers(config)
     _check_architecture(config)
     _check_tokenizer(config)
     _check_data(config)
     _check_slices(config)
     reward_scorers(config, build_estimator(config))
     evaluation_scorers(config)
+
+
+def check_final(config: ConfigDict) -> None:
+    """Whether a training run reports another split in the end than the one that chooses.
+
+    Raises:
+      ConfigError: both are the same, so the number of the best checkpoint would be too high.
+    """
+    evaluation = config.evaluation
+    if evaluation.final and evaluation.final == evaluation.split:
+        raise ConfigError(
+            f"config.evaluation.final = {evaluation.final!r} is also config.evaluation.split, "
+            "which chooses the best checkpoint: its accuracy there would be too high; set "
+            "config.evaluation.split = 'validation'."
+        )
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
@@ -230,7 +248,14 @@ def evaluation_scorers(config: ConfigDict) -> tuple[Scorer, tuple[Scorer, ...]]:
             f"config.evaluation.grader = {config.evaluation.grader!r} must be one grader: name the "
             "others in evaluation.metrics."
         )
-    return graders[0], scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
+    metrics = scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
+    for scorer in (*graders, *metrics):
+        if scorer.weight != 1.0:
+            raise ConfigError(
+                f"config.evaluation: the weight {scorer.weight} of {scorer.name} is read by "
+                "nothing, since metrics are not added up: leave it out."
+            )
+    return graders[0], metrics
 
 
 def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts: int) -> None:
@@ -270,6 +295,33 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
             continue
         if type(value) is not wanted:  # isinstance would take True for an int
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
+
+
+def _check_trackers(config: ConfigDict) -> None:
+    project = config.logging.wandb
+    if not project:
+        return
+    # What W&B's server refuses in a name, told before anything compiles.
+    parts = project.split("/")
+    if len(parts) > 2 or not all(parts) or re.search(r"[\\#?%:\s]", project):
+        raise ConfigError(
+            f"config.logging.wandb = {project!r} must be a project, or an entity and its project: "
+            "'PROJECT' or 'ENTITY/PROJECT', without spaces or any of \\ # ? % :."
+        )
+    if not wandb_is_installed():
+        raise ConfigError(
+            f"config.logging.wandb = {project!r} needs the package wandb: "
+            "pip install 'qlog[wandb]', or leave it ''."
+        )
+
+
+def wandb_is_installed() -> bool:
+    """Whether the package is there. Not by importing it, nor by a folder of its name."""
+    try:
+        importlib.metadata.version("wandb")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _check_architecture(config: ConfigDict) -> None:

@@ -12,8 +12,11 @@ Flags are applied in their order, after the file and its variants: the last one 
 
 import ast
 import dataclasses
+import itertools
 import json
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +76,7 @@ def parse(
     program, *words = argv
     words = values.read_flags_from_files(words, force_gnu=False)  # --flagfile
     words, settings = split(words)
+    _let_it_import_its_neighbours(words)
     rest = values([program, *words], known_only=known_only)
     config = values[_NAME].value
     getattr(config, "seed", None)  # a file that did not load raises when it is first used
@@ -87,6 +91,17 @@ def parse(
         )
     apply(config, settings)
     return rest
+
+
+def _let_it_import_its_neighbours(words: Sequence[str]) -> None:
+    """A config file may import modules of its own folder, from wherever the command is started."""
+    for word, after in itertools.pairwise([*words, ""]):
+        flag, is_one_word, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and flag == _NAME:
+            file = (value if is_one_word else after).partition(":")[0]
+            folder = os.path.dirname(os.path.abspath(file))
+            if folder not in sys.path:
+                sys.path.append(folder)  # last: its modules take the place of no others
 
 
 def spec(values: flags.FlagValues = flags.FLAGS) -> str:
@@ -261,7 +276,12 @@ def _types_in(config: ConfigDict, path: tuple[str, ...]) -> Mapping[str, Any] | 
         return None
     is_section = lambda value: isinstance(value, ConfigDict)
     return {
-        key: value if is_section(value) else Any if value is None else type(value)
+        # A reward is text by default, and may be a list of (name, weight).
+        key: value
+        if is_section(value)
+        else Any
+        if value is None or key == "reward"
+        else type(value)
         for key, value in section.items()
     }
 

@@ -130,6 +130,9 @@ def default() -> ConfigDict:
             "evaluation": {
                 "every": 50,  # steps between evaluations, and the last step; 0 is never
                 "split": "validation",
+                # test: when the run ends, its best checkpoint (the highest m@k on `split`) is
+                # evaluated on the test split, into WORKDIR/final.json; '' is not
+                "final": "",
                 "prompts": 0,  # at most so many; 0 is the whole split
                 "prompts_per_batch": 32,  # of a shard
                 "rollouts_per_prompt": 16,
@@ -147,6 +150,11 @@ def default() -> ConfigDict:
                 "minutes": 10.0,  # ... and minutes, whichever is sooner; 0 is only steps
                 "keep": 2,  # newest checkpoints that are kept, besides the best by validation m@k
                 "finished": "all",  # a finished run keeps all, or best_params: the best parameters
+            },
+            "logging": {
+                # Weights & Biases, next to metrics.jsonl and TensorBoard: "project" or
+                # "entity/project"; '' is off. Needs the extra wandb; WANDB_MODE=offline works
+                "wandb": "",
             },
             # A run in which nothing happens ends with status 75: the launcher starts it again
             "watchdog": {
@@ -205,6 +213,7 @@ MAY_CHANGE = frozenset(
         "optimizer.max_skipped_in_a_row",
         "evaluation",
         "checkpoint",
+        "logging",
         "watchdog",
         "profile",
         "runs",
@@ -304,7 +313,7 @@ def to_json(config: ConfigDict) -> str:
             return losses.label(value)
         # Without its module: that of a config file is called by how the file was loaded.
         if callable(value):
-            return value.__qualname__
+            return getattr(value, "__qualname__", None) or value.__name__
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)

@@ -16,7 +16,13 @@ from ml_collections import ConfigDict
 
 from qlog import models
 from qlog.config import schema
-from qlog.config.check import build_estimator, check_batches, check_config, reward_scorers
+from qlog.config.check import (
+    build_estimator,
+    check_batches,
+    check_config,
+    check_final,
+    reward_scorers,
+)
 from qlog.errors import ConfigError
 from qlog.experiment import contents, files
 from qlog.experiment.parts import Experiment
@@ -49,6 +55,7 @@ def prepare(
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     if train:  # evaluation pads its last batch, so that any number of prompts will do
         check_batches(config, mesh)
+        check_final(config)
     # ---- The model: named before data are read, which takes longer ----
     if config.init_from:
         checkpoints.find_checkpoint(config.init_from, "config.init_from")
@@ -78,6 +85,9 @@ def prepare(
         ),
         train_data=open_split("train", rationales=annotated) if train else None,
         evaluation_data=open_split(config.evaluation.split) if evaluate else None,
+        final_data=open_split(config.evaluation.final)
+        if train and config.evaluation.final
+        else None,
         weights=weights,
     )
     if jax.process_count() > 1:  # each host has fetched for itself

@@ -1,4 +1,4 @@
-"""The log of a run: metrics, rollouts, TensorBoard events, and the progress line.
+"""The log of a run: metrics, rollouts, the trackers that show them, and the progress line.
 
 | on a disk             | in a bucket              | holds                                    |
 |-----------------------|--------------------------|------------------------------------------|
@@ -11,24 +11,27 @@ there the lines are in segments: metrics/000050.jsonl begins with a line of step
 segment begins after the next `flush`. `read_jsonl(workdir / "metrics.jsonl")` reads either.
 """
 
+import itertools
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from qlog.console import ProgressLine, clock
+from qlog.errors import Stop
+from qlog.runs.trackers import Ending, Harmless, TensorBoard, Tracker, WandB
 from qlog.runs.uploads import Uploads
 from qlog.storage import json_lines, paths, strict_json
 
 
 class RunLog:
     """Writes the log of one run; on processes other than process 0 it writes nothing.
+
+    As a context manager it tells the trackers, when it is left, how the run ended.
 
     A resumed run goes on from a checkpoint, and may do again steps that are in the log already. So
     it first drops the lines of these steps. An evaluation of the checkpoint that it resumes from
@@ -37,7 +40,7 @@ class RunLog:
     Args:
       workdir: an existing folder, or one in a bucket.
       start_step: the step that training resumes from.
-      total_steps: for the time left.
+      config: of the run: its steps, for the time left, and which trackers there are.
       is_lost: whether another run has taken the workdir: then nothing is uploaded any more.
     """
 
@@ -45,19 +48,18 @@ class RunLog:
         self,
         workdir: paths.Path | pathlib.Path,
         start_step: int,
-        total_steps: int,
+        config: ConfigDict,
         is_lost: Callable[[], bool] = lambda: False,
     ):
         workdir = paths.Path(workdir)
         self._is_active = jax.process_index() == 0
-        self._total_steps, self._start_step = total_steps, start_step
+        self._total_steps, self._start_step = config.train.steps, start_step
+        self._is_interrupted = False
         self._line = ProgressLine()
         # When the first step was done. That step compiles, so the time left is reckoned without it.
         self._started: float | None = None
         if not self._is_active:
             return
-        from tensorboardX import SummaryWriter  # slow to import; only process 0 needs it
-
         self._uploads = Uploads(is_lost) if paths.is_remote(workdir) else None
         kept = {
             name: _drop_from(workdir / f"{name}.jsonl", start_step)
@@ -75,28 +77,49 @@ class RunLog:
             for line in kept["metrics"]
             if line["step"] == start_step - 1 and line["phase"] != "train"
         }
-        # TensorBoard's writer appends, which a bucket cannot: there a local file is uploaded again.
-        self._scratch: pathlib.Path | None = None
-        if self._uploads is None:
-            self._events = SummaryWriter(os.fspath(workdir), purge_step=start_step, flush_secs=60)
-        else:
-            self._scratch = pathlib.Path(tempfile.mkdtemp(prefix="qlog_events_"))
-            self._events = SummaryWriter(str(self._scratch), purge_step=start_step)
-            self._uploads.follow(self._scratch, workdir, self._events.flush)
+        self._tensorboard = TensorBoard(workdir, start_step, self._uploads)
+        self._trackers: list[Tracker] = [self._tensorboard]
+        if project := config.logging.wandb:
+            save = lambda text: self._save(workdir / "wandb.json", text)
+            open_ = lambda: WandB(project, workdir, start_step, config, save)
+            wandb = Harmless(open_, "W&B")
+            # What is in the log already: W&B takes what it has not got. TensorBoard has it all.
+            for line in kept["metrics"]:
+                # Numbers that are not finite are text in the log.
+                values = {k: float(v) for k, v in line.items() if k not in ("step", "phase")}
+                wandb.scalars(line["step"], line["phase"], values)
+            for step, lines in itertools.groupby(kept["rollouts"], lambda line: line["step"]):
+                wandb.rollouts(step, [_without_step(line) for line in lines])
+            self._trackers.append(wandb)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        ending = Ending.FINISHED if kind is None else Ending.FAILED
+        if self._is_interrupted or (kind is not None and issubclass(kind, Stop)):
+            ending = Ending.INTERRUPTED
+        self.close(ending)
+
+    def interrupted(self) -> None:
+        """Says that a signal ends this start of the run, without an exception."""
+        self._is_interrupted = True
 
     def scalars(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         """Numbers of one step; `phase` is train or an evaluation split."""
         if not self._is_active or (step, phase) in self._known:
             return
         self._write("metrics", {"step": step, "phase": phase, **values})
-        for name, value in values.items():
-            self._events.add_scalar(f"{phase}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.scalars(step, phase, values)
 
-    def rollouts(self, step: int, rollouts: Iterable[Mapping[str, Any]]) -> None:
+    def rollouts(self, step: int, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Rollouts of one step, as text."""
         if self._is_active:
             for rollout in rollouts:
                 self._write("rollouts", {"step": step, **rollout})
+            for tracker in self._trackers:
+                tracker.rollouts(step, rollouts)
 
     def progress(self, step: int, text: str) -> None:
         """Shows how far the run is; `text` is about its last step."""
@@ -118,20 +141,28 @@ class RunLog:
         if self._is_active:
             for file in self._files.values():
                 file.flush()
-            self._events.flush()
+            for tracker in self._trackers:
+                tracker.flush()
             if self._uploads:
                 self._uploads.flush()
 
-    def close(self) -> None:
+    def close(self, ending: Ending = Ending.FINISHED) -> None:
         """Flushes, and ends the writers."""
         if self._is_active:
             for file in self._files.values():
                 file.close()
-            self._events.close()
+            for tracker in self._trackers:
+                tracker.close(ending)
             if self._uploads:
                 self._uploads.close()
-            if self._scratch:
-                shutil.rmtree(self._scratch, ignore_errors=True)
+            self._tensorboard.remove_scratch()
+
+    def _save(self, path: paths.Path, text: str) -> None:
+        """Writes a small file; in a bucket with the next upload, so that no step waits for it."""
+        if self._uploads is None:
+            paths.write(path, text)
+        else:
+            self._uploads.put(path, [text])
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
         self._files[name].write(line["step"], json_lines.line(strict_json.finite(line)))
@@ -186,6 +217,10 @@ class _Segments:
 
     def close(self) -> None:
         self.flush()
+
+
+def _without_step(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name != "step"}
 
 
 # ---- Reading, and dropping what will be written again ----

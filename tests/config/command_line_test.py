@@ -14,6 +14,7 @@ from qlog import losses, models
 from qlog.config import check_config, command_line, schema
 from qlog.data import synthetic
 from qlog.errors import ConfigError
+from qlog.grading import scorers
 
 QUICKSTART = f"--config={ROOT / 'configs/quickstart.py'}"
 
@@ -107,6 +108,24 @@ def test_every_key_of_a_world(field):
     wanted, text = other(field.default)
     got = read(f"--config.data.world.{field.name}={text}").data.world[field.name]
     assert got == wanted and type(got) is type(wanted)
+
+
+def test_a_reward_may_be_a_list():
+    got = read(
+        "--config.rollout.reward=exact_match,contains", "--config.evaluation.metrics=contains"
+    )
+    assert scorer_names(got.rollout.reward) == ["exact_match", "contains"]
+    assert scorer_names(got.evaluation.metrics) == ["contains"]
+    got = read("--config.rollout.reward=[('exact_match', 1.0), ('squad_f1', 0.5)]")
+    assert [(s.name, s.weight) for s in scorers.read(got.rollout.reward, "f")] == [
+        ("exact_match", 1.0),
+        ("squad_f1", 0.5),
+    ]
+    assert read("--config.rollout.reward=").rollout.reward == ""
+
+
+def scorer_names(value):
+    return [scorer.name for scorer in scorers.read(value, "f")]
 
 
 def test_keys_of_an_open_section_take_literals_and_text(monkeypatch):

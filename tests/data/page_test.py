@@ -20,7 +20,7 @@ from qlog.experiment import files
 PAGE = pathlib.Path(data.__file__).with_name("README.md").read_text()
 LINES = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+SHOW = re.search(r"`python -m qlog.commands.show (.*?)`", PAGE)
 
 
 @pytest.fixture
@@ -50,19 +50,18 @@ def trained(config, workdir):
 def test_the_json_lines_train(folder, capsys):
     names = {}
     exec(EXAMPLES[0], names)
-    (folder / "my_config.py").write_text(EXAMPLES[0])
-    command = re.search(r"qlog.commands.show (.*)", COMMANDS[0])[1].replace("TOKENIZER", ".")
+    (folder / "mine.py").write_text(EXAMPLES[0])
+    command = SHOW[1].replace("TOKENIZER", ".")
     assert show.main(["show", *command.split(), "--split=validation"]) == 0
     shown = capsys.readouterr().out
     assert "jsonl, warm: 1 examples" in shown and "Solve the sum." in shown
-    assert re.search(r"qlog.main --config=my_config.py ", COMMANDS[0])
     splits = trained(names["get_config"](), folder / "run")
     assert [len(split["ids"]) for split in splits.values()] == [1, 1]
     assert "paper_size" not in splits["train"]
 
 
 def test_the_function_trains_and_resumes_by_its_name(folder):
-    names = {"__name__": "my_config"}
+    names = {"__name__": "mine"}
     exec(EXAMPLES[3], names)
     splits = trained(names["get_config"](), folder / "run")
     assert len(splits["train"]["ids"]) == len(splits["validation"]["ids"]) == 100

@@ -89,7 +89,7 @@ def test_constraints_pin_every_requirement():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    assert set(extras) == {"test", "lint", "tpu", "cuda", "gcs", "s3", "parity"}
+    assert set(extras) == {"test", "lint", "tpu", "cuda", "gcs", "s3", "wandb", "parity"}
     wanted = "\n".join([config["options"]["install_requires"], *extras.values()])
     names = {
         re.split(r"[\[<>=; ]", line)[0]

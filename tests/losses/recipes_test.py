@@ -1,5 +1,6 @@
 """Recipes as configs build them: arguments, errors, schedules, state, measurements, composition."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -167,6 +168,103 @@ def test_q_follows_a_schedule_described_by_arguments(kind):
     for t in (0, 2, 5):
         expected = w / w.mean(1, keepdims=True) ** q[t] / 3 / 3 ** q[t]
         np.testing.assert_allclose(path[t], expected, rtol=1e-5)
+
+
+# ---- A recipe as an object, a function as a loss ----
+
+
+def _plain(q=0.75, baseline="leave_one_out"):
+    return losses.Estimator(losses.garl(q, baseline), losses.linear(), min_rollouts=2)
+
+
+def _named(q=0.75):
+    return losses.build("garl", q=q)
+
+
+@pytest.mark.parametrize("name", losses.RECIPES)
+def test_a_recipe_as_an_object_is_what_its_name_is(name):
+    recipe = losses.RECIPES[name]
+    assert losses.arguments(recipe) == losses.arguments(name)
+    assert losses.argument_types(recipe) == losses.argument_types(name)
+    one, other = losses.build(recipe), losses.build(name)
+    scores = losses.abstract_scores(2, 4)
+    states = [each.transform.init(each.measured(scores)) for each in (one, other)]
+    assert losses.measurements(states[0]).keys() == losses.measurements(states[1]).keys()
+    assert one.min_rollouts == other.min_rollouts and one.reward == other.reward
+
+
+def test_labels_tell_recipes_apart():
+    recipe = losses.Recipe(losses.paft)
+    assert losses.label("paft") == "paft"
+    assert losses.label(recipe) == "Recipe(paft)"
+    changed = [
+        losses.Recipe(losses.garl),
+        losses.Recipe(losses.paft, losses.clipped),
+        losses.Recipe(losses.paft, normalize=False),
+        losses.Recipe(losses.paft, weight=losses.log_reward),
+        losses.Recipe(losses.paft, reward="exact_match"),
+        losses.Recipe(losses.paft, overrides={"k": 3}),
+        losses.Recipe(losses.paft, min_rollouts=3),
+        _plain,
+    ]
+    labels = [losses.label(each) for each in (recipe, *changed)]
+    assert len(set(labels)) == len(labels)
+    assert losses.label(losses.Recipe(losses.paft)) == labels[0]
+    for nameless in (lambda: None, functools.partial(_plain), losses.Recipe(lambda q=1.0: None)):
+        with pytest.raises(ValueError, match="has no name that config.json could keep: .* def"):
+            losses.label(nameless)
+
+
+@pytest.mark.parametrize("kind", ["constant", *SCHEDULES, "adaptive"])
+def test_a_function_gets_the_schedules_and_measurements_of_a_name(kind):
+    steps = {"q_steps": 4} if kind in SCHEDULES else {}
+    given = {"q": 1.0, "q_schedule": kind, **steps}
+    by_name = losses.build("garl", normalize=False, **given).transform
+    own = losses.build(_plain, **given).transform
+    for step in (1, 3, 6):
+        expected, state = run(by_name, SCORES, step)
+        got, own_state = run(own, SCORES, step)
+        trees.assert_close(got, expected, rtol=1e-6)
+        measured, wanted = map(losses.measurements, (own_state, state))
+        assert measured.keys() == wanted.keys() | {"q"}
+        for name in ("q", "p_hat", "log_p_hat", "ess", "no_signal"):
+            np.testing.assert_allclose(measured[name], wanted[name], rtol=1e-6)
+
+
+def test_a_function_measures_what_it_returns():
+    _, state = run(losses.build(_plain, q=0.0).transform, SCORES)
+    result, _ = run(losses.garl(0.0), SCORES)
+    largest = (3 * result.score).max(1)
+    np.testing.assert_allclose(losses.measurements(state)["effective_reward"], largest.mean())
+    # What a recipe inside it has measured already stays as it is.
+    _, own = run(losses.build(_named, q=0.5).transform, SCORES)
+    _, name = run(losses.build("garl", q=0.5).transform, SCORES)
+    assert losses.measurements(own) == losses.measurements(name)
+    assert losses.arguments(_plain)["q_schedule"] == "constant"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"base_line": "none"}, r"_plain: unknown argument base_line; .* did you mean 'baseline'"),
+        ({"q": 1.5}, r"q must be in \[0, 1\], got 1.5"),
+        ({"q_schedule": "linaer"}, r"did you mean 'linear'"),
+        ({"q_end": 0.5}, r"q_end=0.5 is not read with q_schedule='constant'"),
+        ({"max_coefficient": 1.0}, r"unknown argument max_coefficient"),
+        ({"num_rollouts": 1}, r"_plain needs at least 2 rollouts per prompt"),
+    ],
+    ids=str,
+)
+def test_errors_of_a_function_are_those_of_a_name(given, message):
+    with pytest.raises(ValueError, match=message.replace(" did you", ".*did you")):
+        losses.build(_plain, **given)
+
+
+def test_types_of_arguments():
+    types = losses.argument_types("paft")
+    assert types["q"] is float and types["k"] == int | None and types["resampling"] is str
+    assert types["pathwise"] is bool and types["q_steps"] is int
+    assert losses.argument_types(_plain)["baseline"] is str
 
 
 @pytest.mark.parametrize("kind", ["own", "optax"])

@@ -60,7 +60,7 @@ def test_a_finished_run_may_leave_the_best_parameters_only(tmp_path):
     scores = json.loads((tmp_path / "scores.json").read_text())
     (step,) = steps(tmp_path)
     assert scores[str(step)]["value"] == max(score["value"] for score in scores.values())
-    assert scores[str(step)]["of"] == "m@4 of 6 questions, validation, temperature 1.0"
+    assert scores[str(step)]["of"] == "m@4 of 6 questions, validation, temperature 1.0, contains"
     assert not (tmp_path / "checkpoints" / str(step) / "training").exists()
     abstract = prepare(config, ONE, train=False).abstract_params()
     checkpoints.load_params(tmp_path, abstract)
