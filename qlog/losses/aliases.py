@@ -6,6 +6,7 @@ All take `q` as a number or a traced array, so `optax.inject_hyperparams(garl)(q
 from qlog.losses import group_stats, subsets, transforms
 from qlog.losses.checks import check_choice, check_integer, check_number
 from qlog.losses.compose import chain
+from qlog.losses.normalization import zero_pathwise
 from qlog.losses.resampling import resample_posterior
 from qlog.losses.types import Commitment, LossTransform
 
@@ -59,6 +60,34 @@ def log_prob() -> LossTransform:
     JEPO with one sample (2503.19618 eq 5), 2602.03979 eq 2, 4, 9.
     """
     return transforms.from_log_weight()
+
+
+def average_log_prob() -> LossTransform:
+    """`log_prob` over the number of the gold answer's tokens (2602.03979 eq 3, 10)."""
+    return chain(transforms.from_log_weight(), transforms.per_gold_token())
+
+
+def rlpr(eps: float = 1e-6) -> LossTransform:
+    """RLPR: (r_m - rbar) / (std(r) + eps) / M and 0 (2506.18254).
+
+    r_m is the mean of the gold tokens' probabilities. The paper subtracts from r what the
+    answer has without a rationale, and clips at 0. That number is the same for the whole group, so
+    without the clip, as here, it cancels.
+    """
+    return chain(transforms.from_mean_gold_prob(), *_scaled_by_own_std(eps))
+
+
+def r3(eps: float = 1e-6) -> LossTransform:
+    """DRO's R3: (r_m - rbar) / (std(r) + eps) / M and 0, r_m = sum_t omega_t log p_t (2506.13351).
+
+    omega_t, of sum 1, is in proportion to the standard deviation of log p_t over the group: only
+    tokens on which rationales differ tell which of them is good.
+    """
+    return chain(transforms.from_reflective_tokens(), *_scaled_by_own_std(eps))
+
+
+def _scaled_by_own_std(eps: float) -> list[LossTransform]:
+    return [transforms.center(), transforms.scale_by_own_std(eps), zero_pathwise()]
 
 
 def tempered(exponent: float = 0.5) -> LossTransform:

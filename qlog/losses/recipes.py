@@ -74,6 +74,7 @@ class Recipe:
       min_rollouts: smallest M that the estimator is defined for, or a function of its arguments, a
         mapping from name to value, that returns it.
       overrides: defaults of arguments, by name, for recipes that differ only in these.
+      gold_log_probs: as in `Estimator`.
 
     Raises:
       TypeError, ValueError: a field of the wrong kind, or fields that contradict each other.
@@ -90,6 +91,7 @@ class Recipe:
     is_reward_weight: bool = False
     min_rollouts: int | Callable[[Arguments], int] = 1
     overrides: Arguments = field(default_factory=dict)
+    gold_log_probs: bool = False
 
     def __post_init__(self):
         for name, function in (("transform", self.transform), ("surrogate", self.surrogate)):
@@ -161,6 +163,7 @@ class Recipe:
             is_reward_weight=self.is_reward_weight,
             reference=bool(arguments.get("kl_weight", 0.0)),
             min_rollouts=least(arguments) if callable(least) else least,
+            gold_log_probs=self.gold_log_probs,
         )
 
     def _token_loss(self, arguments: Arguments) -> Surrogate:
@@ -292,6 +295,9 @@ RECIPES: dict[str, Recipe] = {
     "latro": Recipe(
         aliases.log_prob, min_rollouts=2, overrides={"kl_weight": 0.05, "kl_kind": "sequence"}
     ),
+    "average_log_prob": Recipe(aliases.average_log_prob, min_rollouts=2, gold_log_probs=True),
+    "rlpr": Recipe(aliases.rlpr, gold_log_probs=True),
+    "r3": Recipe(aliases.r3, min_rollouts=2, gold_log_probs=True),
     "tempered": Recipe(aliases.tempered, min_rollouts=2),
     "rb_pass_at_k": Recipe(aliases.rb_pass_at_k, min_rollouts=_subset_min_rollouts),
     "rb_maxrl": Recipe(aliases.rb_maxrl, min_rollouts=_subset_min_rollouts),

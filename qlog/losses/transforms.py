@@ -76,6 +76,64 @@ def from_log_weight(weight: Weight = group_stats.log_likelihood) -> LossTransfor
     return stateless(function, min_rollouts=2)
 
 
+def per_gold_token() -> LossTransform:
+    """Divides by the number of tokens of the gold answer."""
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        mask = scores.require("gold_mask", "per_gold_token")
+        factor = 1 / jnp.maximum(jnp.sum(mask, -1), 1)
+        return coefficients._replace(
+            score=coefficients.score * factor, path=coefficients.path * factor
+        )
+
+    return stateless(function)
+
+
+def from_mean_gold_prob() -> LossTransform:
+    """score = path = the mean over the gold answer's tokens of their probabilities, over M.
+
+    A sum where w is a product: one unlikely token does not hide the others.
+    """
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        log_probs, mask = _gold_tokens(scores, "from_mean_gold_prob")
+        total = jnp.sum(jnp.where(mask, jnp.exp(log_probs), 0.0), -1)
+        return _from_values(coefficients, scores, total / jnp.maximum(jnp.sum(mask, -1), 1))
+
+    return stateless(function)
+
+
+def from_reflective_tokens() -> LossTransform:
+    """score = path = sum_t omega_t log p_t / M over the gold answer's tokens.
+
+    omega_t is the group's standard deviation of log p_t, divided by the sum of all. Where no token
+    differs all are 0. Log-probabilities below LEAST_RATIO count as that.
+    """
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        log_probs, mask = _gold_tokens(scores, "from_reflective_tokens")
+        log_probs = jnp.maximum(log_probs, group_stats.LEAST_RATIO)
+        of_token = jax.vmap(lambda x: group_stats.deviation(x, scores), -1, -1)
+        variance = jnp.sum(jnp.square(of_token(log_probs)), 1, keepdims=True)  # [B, 1, A], times n
+        spread = jnp.sqrt(variance)
+        total = jnp.sum(spread, -1, keepdims=True)
+        omega = spread / jnp.where(total > 0, total, 1.0)
+        return _from_values(coefficients, scores, jnp.sum(omega * log_probs, -1))
+
+    return stateless(function, min_rollouts=2)
+
+
+def _gold_tokens(scores: Scores, by: str) -> tuple[jax.Array, jax.Array]:
+    """The log-probabilities [B, M, A], 0 where the mask [B, M, A] or the rollout is padding."""
+    mask = scores.require("gold_mask", by) & scores.is_valid[..., None]
+    return jnp.where(mask, scores.require("gold_log_probs", by), 0.0), mask
+
+
+def _from_values(coefficients: Coefficients, scores: Scores, values: jax.Array) -> Coefficients:
+    share = jnp.where(scores.is_valid, values, 0.0) / group_stats.num_valid(scores)
+    return coefficients._replace(score=share, path=share, log_scale=jnp.zeros_like(share))
+
+
 def multiply(factor: float, score: bool = True, path: bool = True) -> LossTransform:
     """Multiplies the score, the path or both by a positive number."""
     check_number("factor", factor, 0, float("inf"))
@@ -261,6 +319,27 @@ def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
         factor = 1 / jnp.where(std > 0, std, 1.0)
         return coefficients._replace(
             score=coefficients.score * factor, path=coefficients.path * factor
+        )
+
+    return stateless(function)
+
+
+def scale_by_own_std(eps: float = 1e-6) -> LossTransform:
+    """Divides by the group's standard deviation of M times the score coefficient, plus `eps`.
+
+    As `scale_by_group_std`, for rewards that are not those of sampled answers.
+    """
+    check_number("eps", eps, 0, 1)
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        value = coefficients.score * group_stats.num_valid(scores)
+        variance = group_stats.group_mean(jnp.square(group_stats.deviation(value, scores)), scores)
+        std = jnp.sqrt(variance) + eps * jnp.exp(-coefficients.log_scale)
+        factor = 1 / jnp.where(std > 0, std, 1.0)
+        return coefficients._replace(
+            score=coefficients.score * factor,
+            path=coefficients.path * factor,
+            log_scale=jnp.zeros_like(coefficients.log_scale),
         )
 
     return stateless(function)

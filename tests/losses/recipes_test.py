@@ -71,7 +71,7 @@ def test_every_recipe_takes_a_penalty_and_importance_weights():
 @pytest.mark.parametrize(
     "name, given, message",
     [
-        ("gral", {}, "no loss is called 'gral'; there are cispo, garl, grpo"),
+        ("gral", {}, "no loss is called 'gral'; there are average_log_prob, cispo, garl"),
         ("gral", {}, r"vr_cli \(did you mean 'garl'\?\)"),
         ("garl", {"base_line": "none"}, r"max_tokens.* \(did you mean 'baseline'\?\)"),
         ("garl", {"clip_low": 0.2}, "garl: unknown argument clip_low; it reads q, baseline"),

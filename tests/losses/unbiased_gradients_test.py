@@ -187,6 +187,13 @@ CASES = [
     Case("log_prob", {}, log_prob, mean_over_groups(lambda w: np.log(w[:, 0]), 1)),
     Case("latro", {}, log_prob, mean_over_groups(lambda w: np.log(w[:, 0]), 1)),
     Case("vr_cli", {}, lambda w: (log_prob(w)[0], 0 * w), log_prob_of_fixed_w),
+    # The model's answer stands for one of three tokens in all: |y| = 3.
+    Case(
+        "average_log_prob",
+        {},
+        lambda w: tuple(x / 3 for x in log_prob(w)),
+        mean_over_groups(lambda w: np.log(w[:, 0]) / 3, 1),
+    ),
     *(
         Case(
             "tempered",
@@ -254,6 +261,10 @@ def test_the_code_computes_the_formula(case):
     right = rng.integers(0, 2, z.shape)
     scores = losses.Scores(
         log_w=jnp.asarray(np.log(w)[z], jnp.float32), reward=jnp.asarray(right, jnp.float32)
+    )
+    scores = scores._replace(  # three tokens, and one that is behind the end
+        gold_log_probs=jnp.repeat(scores.log_w[..., None] / 3, 4, -1),
+        gold_mask=jnp.broadcast_to(jnp.arange(4) < 3, (*z.shape, 4)),
     )
     transform = losses.build(case.recipe, **case.arguments).transform
     # Every group is a batch for itself: some recipes read statistics of the batch.
@@ -385,3 +396,27 @@ def test_statistics_of_the_batch():
     scores = losses.Scores(reward=jnp.full((5, 7), 0.1))
     for transform in (losses.lite_ppo(), losses.reinforce_plus_plus(), losses.lite_ppo(eps=0.0)):
         np.testing.assert_array_equal(run(transform), 0)
+
+
+def test_rewards_of_gold_tokens_by_hand():
+    rng = np.random.default_rng(0)
+    log_probs = -rng.exponential(size=(2, 5, 4))
+    log_probs[:, :, 1] = -0.3  # a token on which all rationales agree says nothing to R3
+    mask = np.broadcast_to(np.arange(4) < np.array([4, 3])[:, None, None], log_probs.shape)
+    scores = losses.Scores(
+        log_w=jnp.asarray(log_probs.sum(-1), jnp.float32),
+        gold_log_probs=jnp.asarray(np.where(mask, log_probs, np.nan), jnp.float32),
+        gold_mask=jnp.asarray(mask),
+    )
+    spread = log_probs.std(1, keepdims=True) * mask[:, :1]
+    assert np.all(spread[:, 0, 1] < 1e-12)
+    rewards = {
+        "rlpr": np.where(mask, np.exp(log_probs), 0).sum(-1) / mask.sum(-1),
+        "r3": np.where(mask, spread / spread.sum(-1, keepdims=True) * log_probs, 0).sum(-1),
+    }
+    for name, reward in rewards.items():
+        transform = losses.build(name).transform
+        got, _ = losses.coefficients(transform, scores, transform.init(scores))
+        expected = (reward - reward.mean(1, keepdims=True)) / reward.std(1, keepdims=True) / 5
+        np.testing.assert_allclose(got.score, expected, rtol=1e-3, atol=1e-5)
+        np.testing.assert_array_equal(got.path, 0)
