@@ -68,6 +68,7 @@ from qlog.losses.recipes import (
     build,
     estimator,
     label,
+    takes_any,
 )
 from qlog.losses.resampling import RESAMPLING, resample_posterior
 from qlog.losses.subsets import max_at_k, pass_at_k, truncated_likelihood
@@ -142,6 +143,7 @@ __all__ = [
     "amplification",
     "amplify",
     "argument_types",
+    "takes_any",
     "arguments",
     "attenuate",
     "attenuation",
