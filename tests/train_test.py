@@ -220,6 +220,21 @@ SETTINGS = {
     "trice": {},
     "rb_rloo": {},
     "rb_reinforce": {},
+    "log_prob": {"importance": "sequence"},
+    "vr_cli": {},
+    "latro": {},
+    "average_log_prob": {},
+    "rlpr": {},
+    "r3": {},
+    "tempered": {"importance": "token", "kl_weight": 0.1},
+    "rb_pass_at_k": {},
+    "rb_maxrl": {},
+    "pkpo": {},
+    "rs_grpo": {},
+    "gspo": {},
+    "cispo": {},
+    "lite_ppo": {},
+    "reinforce_plus_plus": {"kl_weight": 0.1, "kl_kind": "sequence"},
 }
 
 

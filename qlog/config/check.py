@@ -209,7 +209,7 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     if num_rollouts < built.min_rollouts:
         raise ConfigError(
             f"config.rollout.rollouts_per_prompt = {num_rollouts}: the loss {label!r} needs at "
-            f"least {built.min_rollouts} rollouts per prompt for its leave-one-out statistics; "
+            f"least {built.min_rollouts} rollouts per prompt for its statistics of groups; "
             "raise it."
         )
     _check_transform(built, config.train.prompts_per_step, num_rollouts)

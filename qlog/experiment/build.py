@@ -167,6 +167,7 @@ def _build(
         pad=tokens.pad,
         temperature=float(config.rollout.temperature),
         with_answer=estimator.reward is not None,
+        gold_tokens=config.rollout.answer_reserve if estimator.gold_log_probs else 0,
     )
     policy = Policy(
         config=shape,
@@ -200,6 +201,7 @@ def evaluation_sampling(config: ConfigDict, sampling: Sampling) -> Sampling:
         top_k=evaluation.top_k,
         top_p=float(evaluation.top_p),
         with_answer=True,
+        gold_tokens=0,
     )
 
 
