@@ -52,6 +52,7 @@ from qlog.losses.recipes import (
     build,
     estimator,
     label,
+    takes_any,
 )
 from qlog.losses.resampling import RESAMPLING, resample_posterior
 from qlog.losses.surrogates import add_kl, clipped, kl_estimate, linear, token_measurements
@@ -108,6 +109,7 @@ __all__ = [
     "amplification",
     "amplify",
     "argument_types",
+    "takes_any",
     "arguments",
     "attenuate",
     "attenuation",

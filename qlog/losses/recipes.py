@@ -411,6 +411,16 @@ def arguments(loss: Loss) -> dict[str, Any]:
     return {name: value for name, value in found if value is not inspect.Parameter.empty}
 
 
+def takes_any(loss: Loss) -> bool:
+    """Whether it is a function with **arguments.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    found = _find(loss)
+    return isinstance(found, _Function) and _takes_any(found.function)
+
+
 def argument_types(loss: Loss) -> dict[str, Any]:
     """The type of each argument of a loss, for command lines: `float`, `int | None`, `Any`.
 
@@ -432,7 +442,9 @@ def argument_types(loss: Loss) -> dict[str, Any]:
         hint = annotated.get(name, Any)
         # The default tells more than a hint such as Commitment, which arrays fit, too.
         is_value = isinstance(default, (bool, int, float, str, tuple))
-        is_optional = type(None) in get_args(hint)
+        # A recipe's `overrides` may have another default in the place of None.
+        usual = recipe._usual.get(name, default) if isinstance(recipe, Recipe) else default
+        is_optional = type(None) in get_args(hint) or usual is None
         types[name] = (
             hint if not is_value else type(default) | None if is_optional else type(default)
         )
