@@ -131,8 +131,9 @@ def default() -> ConfigDict:
             "evaluation": {
                 "every": 50,  # steps between evaluations, and the last step; 0 is never
                 "split": "validation",
-                # test: when the run ends, its best checkpoint (the highest m@k on `split`) is
-                # evaluated on the test split, into WORKDIR/final.json; '' is not
+                # test: when the run ends, its best checkpoint (the highest m@k on `split`; the last
+                # one, if none was evaluated) is evaluated on the test split, into
+                # WORKDIR/final.json. '': it is not
                 "final": "",
                 "prompts": 0,  # at most so many; 0 is the whole split
                 "prompts_per_batch": 32,  # of a shard
