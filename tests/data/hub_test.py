@@ -181,6 +181,13 @@ def test_a_split_that_the_files_lack(official, tmp_path):
         corpus.open("validation", corpus.prepare())
 
 
+def test_a_folder_with_files_of_a_split_that_is_not_named(tmp_path):
+    write(tmp_path, "finqa", finqa_card, "parquet")
+    files = {"train": str(tmp_path), "validation": str(tmp_path)}
+    with pytest.raises(ConfigError, match="has files of the test split, too .*files.test to the"):
+        find("finqa", files=files).prepare()
+
+
 @pytest.mark.parametrize(
     "name, change, message",
     [

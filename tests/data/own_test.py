@@ -207,7 +207,7 @@ def test_of_a_folder_of_the_hub_the_files_of_the_split_are_taken(tmp_path):
         "data/train-00000-of-00002.parquet": records[:2],
         "data/train-00001-of-00002.parquet": records[2:3],
         "data/validation-00000-of-00001.parquet": records[3:4],
-        "dev.parquet": records[4:],
+        "data/dev.parquet": records[4:],
         ".cache/train.parquet": records[:1],
     }
     for name, part in parts.items():
@@ -218,12 +218,76 @@ def test_of_a_folder_of_the_hub_the_files_of_the_split_are_taken(tmp_path):
     opened_ids = lambda split, files: [
         e.id for e in opened(split, files={split: files}, name="parquet")
     ]
-    assert opened_ids("validation", files["train"]) == ["id-3", "id-4"]
+    assert opened_ids("validation", files["train"]) == ["id-4", "id-3"]
     assert opened_ids("validation", str(tmp_path / "data" / "train-*")) == ["id-0", "id-1", "id-2"]
-    train = opened(files={**files, "test": str(tmp_path / "dev.parquet")}, name="parquet")
+    train = opened(files={**files, "test": str(tmp_path / "data/dev.parquet")}, name="parquet")
     assert [example.id for example in train] == ["id-0", "id-1", "id-2"]
     with pytest.raises(ConfigError, match="files.test = .* holds no file of the test split"):
         opened(files=files, name="parquet")
+
+
+def folder_of(tmp_path, *names):
+    """A folder with files of one record each, whose id is the file's name."""
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines([{"id": name, "source": f"{name}?", "answer": "a"}]))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "train, validation, test",
+    [
+        ("gsm-train.jsonl", "gsm-val.jsonl", "gsm-test.jsonl"),
+        ("my_train.jsonl", "my_dev.jsonl", "my_test.jsonl"),
+        ("TRAIN.jsonl", "Valid.jsonl", "a.b.test.v2.jsonl"),
+        ("training/0.jsonl", "validation/0.jsonl", "testing/0.jsonl"),
+        ("main/train/latest.jsonl", "main/dev/contest.jsonl", "main/test/attest.jsonl"),
+        (
+            "train-test-split/train2.jsonl",
+            "train-test-split/val2.jsonl",
+            "train-test-split/test2.jsonl",
+        ),
+    ],
+)
+def test_a_split_takes_only_its_files_wherever_the_name_says_it(tmp_path, train, validation, test):
+    folder = folder_of(tmp_path, train, validation, test)
+    files = dict.fromkeys(("train", "validation", "test"), folder)
+    for split, name in (("train", train), ("validation", validation), ("test", test)):
+        assert [example.id for example in opened(split, files=files)] == [name]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (
+            ("gsm-train.jsonl", "more.jsonl"),
+            "'gsm-train.jsonl' in there is named after a split, and 'more.jsonl' is not: name the",
+        ),
+        (("train-test.jsonl", "a.jsonl"), "is named after test and train: name the files of each"),
+        (
+            ("main/train-0.jsonl", "socratic/train-0.jsonl"),
+            "has files of the train split in several folders: name one of main, socratic, or list",
+        ),
+        (
+            ("train.jsonl", "dev.jsonl", "test.jsonl"),
+            r"has files of the test split, too \('test.jsonl'\), but .* set config.data.files.test",
+        ),
+    ],
+)
+def test_a_folder_of_which_it_is_not_clear_what_is_meant(tmp_path, names, message):
+    folder = folder_of(tmp_path, *names)
+    with pytest.raises(ConfigError, match=f"files.train = '{folder}'.* {message}"):
+        opened(files={"train": folder, "validation": folder})
+
+
+def test_a_folder_without_names_of_splits_is_taken_whole(tmp_path):
+    folder = folder_of(tmp_path, "2023/latest.jsonl", "2024/contest.jsonl", "dataset_infos.json")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert len(opened("validation", files={"validation": folder})) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="files.train = .* is an empty folder"):
+        opened(files={"train": str(tmp_path / "empty")})
 
 
 def test_rows_of_parquet_are_as_lines_of_json(tmp_path):
