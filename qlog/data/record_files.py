@@ -34,7 +34,7 @@ Record = dict[str, Any]  # one record, values as JSON has them
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
-# How files and folders are named after a split: train-00000-of-00002.parquet, gsm_dev.json, test/...
+# How files and folders are named after a split: train-00000-of-00002.parquet, dev.json, test/...
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -144,7 +144,7 @@ def _of_split(
                 f"{fields.FILES}.{other} to the same folder, or name only the files of {split} "
                 "by a glob."
             )
-    # The Hub keeps each configuration of a dataset in a folder of its own: gsm8k/main, .../socratic.
+    # The Hub keeps each configuration of a dataset in a folder of its own: main/, socratic/.
     chosen = [name for name in names if places[name].split == split]
     folders = sorted({places[name].folder for name in chosen})
     if len(folders) > 1:

@@ -201,6 +201,15 @@ def test_a_folder_with_files_of_a_split_that_is_not_named(tmp_path):
         ("musique", {"paragraphs": {"title": "a"}}, "a list or an object of lists is wanted"),
         ("hotpotqa", {"context": {"title": ["a"], "sentences": []}}, "is shorter|shorter"),
         ("hotpotqa", {"context": None}, "NoneType"),
+        # Text where a list is wanted would be a list of its letters.
+        ("finqa", {"table": "a | b"}, "its table is 'a . b', which is not a list"),
+        ("finqa", {"pre_text": "All of it."}, "its pre_text is 'All of it.', which is not a list"),
+        ("finqa", {"exe_ans": True}, "its exe_ans is True"),
+        ("musique", {"answer_aliases": "abc"}, "its answer_aliases is 'abc', which is not a list"),
+        ("musique", {"paragraphs": []}, "its paragraphs is empty"),
+        ("hotpotqa", {"context": {"title": ["a"], "sentences": ["b c"]}}, "sentences is 'b c'"),
+        ("hotpotqa", {"context": []}, "its context is empty"),
+        ("hotpotqa", {"answer": " "}, "its answer is empty"),
     ],
     ids=str,
 )
