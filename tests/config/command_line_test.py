@@ -116,11 +116,11 @@ def with_any(**arguments):
 
 
 def test_the_last_loss_wins_and_a_whole_one_has_all_its_arguments():
-    whole = '--config.loss={"name": "grpo", "kl_weight": 0.5}'
-    grpo = schema.loss("grpo", kl_weight=0.5).to_dict()
+    whole = '--config.loss={"name": "grpo", "clip_high": 0.5}'
+    grpo = schema.loss("grpo", clip_high=0.5).to_dict()
     assert read("--config.loss.name=rloo", whole).loss.to_dict() == grpo
     assert read(whole, "--config.loss.name=garl").loss.to_dict() == schema.loss("garl").to_dict()
-    assert read(whole, "--config.loss.kl_weight=0.1").loss.kl_weight == 0.1
+    assert read(whole, "--config.loss.clip_high=0.1").loss.clip_high == 0.1
 
 
 def test_a_function_with_any_arguments_and_a_recipe_with_other_defaults():
