@@ -104,7 +104,7 @@ def collect(
     # ---- Rollouts, and log w: the gold answer is scored on the caches that decoding leaves.
     with watch("decode") as ready:
         keys = sampler.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
-        rollouts, log_w, lane_steps = ready(
+        rollouts, log_w, lane_steps, gold_log_probs = ready(
             sampler.sample(
                 params,
                 experiment.policy,
@@ -133,6 +133,7 @@ def collect(
         reward=reward,
         reward_parts=parts,
         lane_steps=lane_steps,
+        gold_log_probs=gold_log_probs,
     )
 
 
@@ -212,6 +213,11 @@ def _coefficients(
     loss_state: Any,
     key: Array,
 ) -> tuple[losses.Coefficients, Any]:
+    gold_mask = None
+    if groups.gold_log_probs is not None:
+        slots = jnp.arange(groups.gold_log_probs.shape[-1])
+        gold_mask = slots < groups.golds.lengths[:, None, None]  # [B, 1, A]
+        gold_mask = jnp.broadcast_to(gold_mask, groups.gold_log_probs.shape)
     scores = losses.Scores(
         log_w=groups.log_w,
         reward=groups.reward,
@@ -219,6 +225,8 @@ def _coefficients(
         num_tokens=(trajectories.rationale_mask | trajectories.answer_mask).sum(
             -1, dtype=jnp.int32
         ),
+        gold_log_probs=groups.gold_log_probs,
+        gold_mask=gold_mask,
     )
     return losses.coefficients(estimator.transform, estimator.measured(scores), loss_state, key=key)
 

@@ -213,6 +213,29 @@ def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_p
     ]
 
 
+def test_processes_evaluate_the_best_checkpoint_together(cache, tmp_path):
+    local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
+    # Two evaluations of two batches come before it. In its first one process is signalled.
+    output = run(
+        tmp_path,
+        "evaluation",
+        5,
+        "SIGTERM,SIGTERM",
+        launcher=local,
+        cache=cache,
+        SIGNALLED="1",
+        FINAL="test",
+    )
+    assert "exit codes 0: 0, 1: 0" in output and not (tmp_path / "final.json").exists()
+    output = run(tmp_path, "never", launcher=local, cache=cache, FINAL="test")
+    assert "evaluation goes on after 4 of 6 questions" in output
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert final["split"] == "test" and final["metrics"]["questions"] == 6
+    rows = read_jsonl(tmp_path / "samples" / "final.jsonl")
+    assert len({row["id"] for row in rows}) == 6
+    assert (tmp_path / "results.json").exists()
+
+
 def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache, tmp_path):
     local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
     output = run(tmp_path, "compile", launcher=local, cache=cache, SIGNALLED="1")

@@ -22,8 +22,10 @@ from qlog.config import schema
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment import prepare
 from qlog.experiment.files import data_limits
+from qlog.report import read
 from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
+from qlog.storage import paths
 
 ONE = jax.devices()[:1]
 NAMES = ("amy", "bea", "cal", "dan")
@@ -141,6 +143,15 @@ def test_the_best_checkpoint_is_evaluated_on_the_test_split(six_steps, tmp_path)
     # (On other devices: the last bits of log w differ.)
     again_rows = read_jsonl(tmp_path / "samples" / "test.jsonl")
     assert [row["answers"] for row in again_rows] == [row["answers"] for row in rows]
+    run = read.read_run(paths.Path(tmp_path), "run")
+    assert run.final and run.final.ids == tuple(row["id"] for row in rows)
+    for name, values in run.final.questions.items():
+        assert run.final.metrics[name] == pytest.approx(values.mean())
+    # The model before training, in a folder without a run: row Base.
+    modes.run("evaluate", again, tmp_path / "base", checkpoint="base")
+    base = read.read_run(paths.Path(tmp_path / "base"), "base")
+    assert base.base and base.final is None and base.state.kind == "evaluated"
+    assert len(base.base.ids) == len(rows)
     # A longer run has another end: what was final is removed.
     longer = schema.merge(config, {"train": {"steps": 5}})
     tiny.run(longer, tmp_path, ONE)
@@ -220,6 +231,21 @@ SETTINGS = {
     "trice": {},
     "rb_rloo": {},
     "rb_reinforce": {},
+    "log_prob": {"importance": "sequence"},
+    "vr_cli": {},
+    "latro": {},
+    "average_log_prob": {},
+    "rlpr": {},
+    "r3": {},
+    "tempered": {"importance": "token", "kl_weight": 0.1},
+    "rb_pass_at_k": {},
+    "rb_maxrl": {},
+    "pkpo": {},
+    "rs_grpo": {},
+    "gspo": {},
+    "cispo": {},
+    "lite_ppo": {},
+    "reinforce_plus_plus": {"kl_weight": 0.1, "kl_kind": "sequence"},
 }
 
 

@@ -75,8 +75,7 @@ def _run_one(
 def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:
     """The whole config of each entry, by name."""
     children = {}
-    for name, changes in config.runs.items():
-        child = schema.merge(config, {**changes, "runs": {}})
+    for name, child in schema.several(config).items():
         if child.init_from in children:  # an earlier entry: dicts keep their order
             child.init_from = str(workdir / child.init_from)
         children[name] = child

@@ -28,6 +28,7 @@ from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
 from qlog.data import catalog, chat_templates, tokenizer_files
+from qlog.data.record_files import JSON_SUFFIXES, PARQUET_SUFFIXES
 from qlog.errors import ConfigError
 from qlog.experiment.files import chat_template_path, tokenizer_path
 from qlog.storage import assets, paths
@@ -73,8 +74,7 @@ def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
             raise ConfigError(f"--model={model} is not a Hub id of the form owner/name.")
         wanted.append(_model("--model", model, weights=True))
     if config is not None:
-        runs = [schema.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()]
-        for each in runs or [config]:
+        for each in list(schema.several(config).values()) or [config]:
             check_config(each)
             wanted += _read_by(each)
     # A model that is wanted with its weights and without them is wanted with them: those first.
@@ -200,10 +200,13 @@ def _linked(corpus: data.Corpus, split: str) -> pathlib.Path:
     """A new folder with links to the files of a split, in their order."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="qlog-stage-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # The number also keeps apart two files of the same name. And no name begins with a split's:
-    # all are read as files of this one.
+    # Numbers keep apart two files of the same name. And no name says a split: all are read as files
+    # of this one. Of the old name only the end is kept, which says the format.
     for i, file in enumerate(catalog.fetched_files(corpus.prepare())[split]):
-        (folder / f"{i:05d}-{pathlib.Path(file.path).name}").symlink_to(os.path.abspath(file.path))
+        suffix = next(
+            each for each in JSON_SUFFIXES + PARQUET_SUFFIXES if file.path.lower().endswith(each)
+        )
+        (folder / f"{i:05d}{suffix}").symlink_to(os.path.abspath(file.path))
     return folder
 
 

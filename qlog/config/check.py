@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from qlog import losses, models
 from qlog.config import schema
 from qlog.config.schema import CHOICES
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, last_line, summary
 from qlog.grading import scorers
 from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
@@ -78,6 +78,7 @@ def check_config(config: ConfigDict) -> None:
         the chosen data do not read.
     """
     _check_keys(config, schema.default(), "config")
+    schema.several(config)
     values = schema.fields(config)
     for field, (low, high) in _LIMITS.items():
         if not (low <= values[field] <= high and math.isfinite(values[field])):
@@ -187,13 +188,18 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
       ConfigError: unknown name or argument, a value out of range, too few rollouts, a transform
         that reads scores which the estimator does not ask for.
     """
-    section = dict(config.loss)
-    name = section.pop("name")
+    name = schema.loss_name(config)
+    section = {key: value for key, value in config.loss.items() if key != "name"}
     num_rollouts = config.rollout.rollouts_per_prompt
     try:
         label, built = losses.label(name), losses.estimator(name, section)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
+    except Exception as error:  # a function may raise anything
+        raise ConfigError(
+            f"config.loss: {losses.label(name)} raised {type(error).__name__}: {summary(error)} "
+            f"({last_line(error)})."
+        ) from error
     # Annotated rationales: M copies of the same one would only cost time.
     if built.rationale == "annotated" and num_rollouts != 1:
         raise ConfigError(
@@ -203,7 +209,7 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     if num_rollouts < built.min_rollouts:
         raise ConfigError(
             f"config.rollout.rollouts_per_prompt = {num_rollouts}: the loss {label!r} needs at "
-            f"least {built.min_rollouts} rollouts per prompt for its leave-one-out statistics; "
+            f"least {built.min_rollouts} rollouts per prompt for its statistics of groups; "
             "raise it."
         )
     _check_transform(built, config.train.prompts_per_step, num_rollouts)

@@ -172,7 +172,15 @@ def _hub(section: Section) -> Corpus:
             )
     return Corpus(
         TASKS[name],
-        prepare=functools.partial(_fetch, specs, PARQUET_SUFFIXES + JSON_SUFFIXES),
+        prepare=functools.partial(
+            _fetch,
+            specs,
+            PARQUET_SUFFIXES + JSON_SUFFIXES,
+            # Each split can be drawn from another one's files (`splits.choose`).
+            dict.fromkeys(
+                specs, [each for each, other in _OFFICIAL_SPLITS.items() if other in labelled]
+            ),
+        ),
         open=functools.partial(_open_hub, name),
         files=specs,
     )
@@ -224,7 +232,7 @@ def _own_files(section: Section) -> Corpus:
     specs, reader = _specs(section["files"]), own.Reader(section["fields"])
     return Corpus(
         Task(name, _OWN_DESCRIPTION),
-        prepare=functools.partial(_fetch, specs, _SUFFIXES[name]),
+        prepare=functools.partial(_fetch, specs, _SUFFIXES[name], {"train": splits.NAMES}),
         open=functools.partial(_open_own, reader),
         files=specs,
     )
@@ -257,12 +265,23 @@ def _specs(files: Mapping[str, Any]) -> dict[str, list[str]]:
     return specs
 
 
-def _fetch(specs: Mapping[str, list[str]], suffixes: tuple[str, ...]) -> str:
-    """The files of each split on this host, as JSON: {split: [[name, path]]}."""
+def _fetch(
+    specs: Mapping[str, list[str]],
+    suffixes: tuple[str, ...],
+    sources: Mapping[str, Sequence[str]],
+) -> str:
+    """The files of each split on this host, as JSON: {split: [[name, path]]}.
+
+    Args:
+      specs: paths by split.
+      suffixes: the kinds of files that are wanted.
+      sources: by split, the splits that are drawn from its files where none are named for them.
+    """
     found = {}
     for split, several in specs.items():
         field = f"{fields.FILES}.{split}"
-        names = record_files.expand(several, split, field, suffixes)
+        drawn = [each for each in sources.get(split, ()) if each not in specs]
+        names = record_files.expand(several, split, field, suffixes, drawn)
         found[split] = record_files.local(names, field)
     return json.dumps(found)
 

@@ -21,6 +21,7 @@ not the executed value that the official script scores. So the program is execut
 `exe_ans`. A record without both is refused.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -74,9 +75,17 @@ def hotpotqa_record(record: Record) -> dict[str, Any]:
         **record,
         "_id": _text(record.get("_id") or record["id"], "id"),
         "question": _text(record["question"], "question"),
-        "answer": _text(record["answer"], "answer"),
-        "context": _pairs(record["context"], "title", "sentences"),
-        "supporting_facts": _pairs(record["supporting_facts"], "title", "sent_id"),
+        "answer": _filled(record["answer"], "answer"),
+        "context": [
+            [_text(title, "title"), _texts(sentences, "sentences")]
+            for title, sentences in _some(
+                _pairs(record["context"], "title", "sentences"), "context"
+            )
+        ],
+        "supporting_facts": [
+            [_text(title, "title"), _whole(index, "sent_id")]
+            for title, index in _pairs(record["supporting_facts"], "title", "sent_id")
+        ],
     }
 
 
@@ -89,9 +98,12 @@ def musique_record(record: Record) -> dict[str, Any]:
         **record,
         "id": _text(record["id"], "id"),
         "question": _text(record["question"], "question"),
-        "answer": _text(record["answer"], "answer"),
-        "answer_aliases": list(record["answer_aliases"]),
-        "paragraphs": _objects(record["paragraphs"]),
+        "answer": _filled(record["answer"], "answer"),
+        "answer_aliases": _texts(record["answer_aliases"], "answer_aliases"),
+        "paragraphs": [
+            each | {name: _text(each[name], name) for name in ("title", "paragraph_text")}
+            for each in _some(_objects(record["paragraphs"]), "paragraphs")
+        ],
         "question_decomposition": _objects(record["question_decomposition"]),
     }
 
@@ -99,14 +111,14 @@ def musique_record(record: Record) -> dict[str, Any]:
 def finqa_record(record: Record) -> dict[str, Any]:
     """A FinQA record -> the official names, and what the official example is made of."""
     qa = record.get("qa", record)
-    table = [[str(cell) for cell in row] for row in record["table"]]
+    table = _table(record["table"])
     # rootsautomation/FinQA has both, and program_re is the nested form. Where it stands alone it is
     # the program under another name.
     program = qa.get("program") or qa["program_re"]
     return {
         "id": _text(record["id"], "id"),
-        "pre_text": list(record["pre_text"]),
-        "post_text": list(record["post_text"]),
+        "pre_text": _texts(record["pre_text"], "pre_text"),
+        "post_text": _texts(record["post_text"], "post_text"),
         "table": table,
         "qa": {
             "question": _text(qa["question"], "question"),
@@ -129,6 +141,44 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"its {name} is {value!r}, which is not text")
     return value
+
+
+def _filled(value: Any, name: str) -> str:
+    text = _text(value, name)
+    if not text.strip():
+        raise ValueError(f"its {name} is empty")
+    return text
+
+
+def _whole(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"its {name} is {value!r}, which is not a whole number")
+    return value
+
+
+def _some(values: list[Any], name: str) -> list[Any]:
+    """An empty list would be a prompt without what the question is about."""
+    if not values:
+        raise ValueError(f"its {name} is empty")
+    return values
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    """A list, or one as JSON text; another text would be a list of its letters."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list):
+        raise TypeError(f"its {name} is {value!r:.100}, which is not a list")
+    return value
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    return [_text(each, name) for each in _list(value, name)]
+
+
+def _table(value: Any) -> list[list[str]]:
+    return [[str(cell) for cell in _list(row, "table")] for row in _list(value, "table")]
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
@@ -157,6 +207,8 @@ def _executed(value: Any, program: str, table: Sequence[Sequence[str]]) -> float
         return value if isinstance(value, str) else round(value, 5)
     if value in ("yes", "no"):
         return value
+    if isinstance(value, bool):
+        raise TypeError(f"its exe_ans is {value!r}: a number, 'yes' or 'no' is wanted")
     number = float(value)  # numbers and words in one column are text in Parquet
     if not math.isfinite(number):
         raise ValueError(f"its exe_ans is {value!r}")

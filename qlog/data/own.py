@@ -12,6 +12,7 @@ A config's `data.fields` says which key of a record is which part of an example:
 Parts that are not named there have keys of the same names.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -19,6 +20,8 @@ import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from qlog.data import fields, record_files
 from qlog.data.examples import Example
@@ -79,7 +82,7 @@ class Reader:
         answer = self._text(record, "answer", self._keys["answer"], where, numbers=True)
         if not answer.strip():
             raise ConfigError(
-                f"{where}: the field {self._keys['answer']!r} is empty: leave it out."
+                f"{where}: the field {self._keys['answer']!r} is empty: leave the record out."
             )
         source = "".join(
             piece.text + (self._text(record, "source", piece.key, where) if piece.key else "")
@@ -109,7 +112,10 @@ class Reader:
             return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
-        return self._text(record, "id", key, where)
+        text = self._text(record, "id", key, where)
+        if not text.strip():
+            raise ConfigError(f"{where}: the id in the field {key!r} is empty: give each its own.")
+        return text
 
     def check_named(self, records: RecordFiles) -> None:
         """Raises ConfigError for a key that the user named and no record has.
@@ -298,7 +304,7 @@ class CheckedExamples(Sequence[Example]):
         self._call = f"{function.__qualname__}({split!r})"
         try:
             examples = function(split)
-        except Exception as error:  # whatever the function raises
+        except (Exception, SystemExit) as error:  # whatever the function raises
             raise ConfigError(
                 f"{fields.NAME}: {self._call} raised {type(error).__name__}: {summary(error)}."
             ) from error
@@ -320,14 +326,35 @@ class CheckedExamples(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         try:
             example = self._examples[index]
-        except Exception as error:  # a Sequence of the user's may compute its examples
+        except (Exception, SystemExit) as error:  # a Sequence may compute its examples
             raise ConfigError(
                 f"{fields.NAME}: {self._call}[{index}] raised {type(error).__name__}: "
                 f"{summary(error)}."
             ) from error
         if wrong := _wrong(example):
             raise ConfigError(f"{fields.NAME}: {self._call}[{index}] {wrong}.")
-        return example
+        return dataclasses.replace(
+            example,
+            aliases=tuple(example.aliases),
+            extra={key: self._as_json(index, key, value) for key, value in example.extra.items()},
+        )
+
+    def _as_json(self, index: int, key: str, value: Any) -> Any:
+        """A value of `extra` as a file of samples gives it back: metrics see one and the same."""
+        try:
+            return json.loads(json.dumps(value, allow_nan=False, default=_number))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{fields.NAME}: {self._call}[{index}] has extra[{key!r}] = {_short(value)}, which "
+                f"is not what JSON holds ({error}): give text, numbers, lists or dictionaries."
+            ) from None
+
+
+def _number(value: Any) -> Any:
+    """numpy's numbers as Python's, for json.dumps."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"an object of type {type(value).__name__}")
 
 
 def _wrong(example: object) -> str:
@@ -345,8 +372,11 @@ def _wrong(example: object) -> str:
         except UnicodeEncodeError:
             return f"has half a character in its {part} {_short(value)}"
     # A text would be taken for a sequence of letters, each of them a right answer.
-    if isinstance(example.aliases, str) or not all(isinstance(a, str) for a in example.aliases):
+    are_several = isinstance(example.aliases, tuple | list)
+    if not are_several or not all(isinstance(a, str) for a in example.aliases):
         return f"has the aliases {_short(example.aliases)}, which must be a tuple of texts"
     if not isinstance(example.extra, Mapping):
         return f"has the extra {_short(example.extra)}, which must be a mapping"
+    if not all(isinstance(key, str) for key in example.extra):
+        return f"has the extra {_short(example.extra)}, whose keys must be text"
     return ""

@@ -9,6 +9,8 @@ with a state that a checkpoint would have to save.
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import json
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from qlog.data.examples import Example
 from qlog.data.formatting import Formatter
 from qlog.errors import ConfigError
 
+_MEASURED_AT_ONCE = 4096  # examples
 OVERLONG = ("error", "skip")
 
 
@@ -106,6 +109,8 @@ class Dataset:
     # Ids of the source's examples in their order, those that were skipped included; of an endless
     # source only of the first ones, which were measured.
     ids: Sequence[str]
+    digest: str  # of all fields of these examples, in their order
+    sources: frozenset[bytes]  # a digest of the source of each of them
     endless: bool = False  # the source makes examples when asked for, and only some were measured
 
     def __len__(self) -> int:
@@ -163,8 +168,9 @@ def open_dataset(
             f"{name} has no examples: check the split, {fields.FILES} and {fields.MANUAL_DIR}."
         )
     num_measured = size if measure is None else min(measure, size)
-    ids, lengths = _measure(source, formatter, num_measured, limits.rationale is not None)
-    _check_distinct(ids, name)
+    measured = _measure(source, formatter, num_measured, limits.rationale is not None)
+    lengths = measured.lengths
+    _check_distinct(measured.ids, name)
     if overlong == "error":
         _check_lengths(lengths, limits, name)
     over = _over(lengths, limits)  # bool [measured, 3]
@@ -190,7 +196,18 @@ def open_dataset(
         for limit, n in zip(limits, over.sum(axis=0), strict=True)
         if limit is not None and n
     }
-    return Dataset(source, kept, formatter, limits, widths, skipped, ids, measure is not None)
+    return Dataset(
+        source=source,
+        kept=kept,
+        formatter=formatter,
+        limits=limits,
+        widths=widths,
+        skipped=skipped,
+        ids=measured.ids,
+        digest=measured.digest,
+        sources=measured.sources,
+        endless=measure is not None,
+    )
 
 
 def measure_lengths(
@@ -211,22 +228,47 @@ def measure_lengths(
       int32 [N, 3]: tokens of prompt, gold answer and annotated rationale.
     """
     size = len(source) if num_examples is None else min(num_examples, len(source))
-    return _measure(source, formatter, size, rationales)[1]
+    return _measure(source, formatter, size, rationales).lengths
 
 
-def _measure(
-    source: Source, formatter: Formatter, size: int, rationales: bool
-) -> tuple[list[str], np.ndarray]:
-    """Ids and lengths, int32 [size, 3], of the first examples; each is read once."""
+class _Measured(NamedTuple):
+    """What is known of the first examples of a source when each has been read once."""
 
-    def measure(index: int) -> tuple[str, Lengths]:
+    ids: list[str]
+    lengths: np.ndarray  # int32 [N, 3]
+    digest: str  # of all their fields, in their order
+    sources: frozenset[bytes]  # a digest of the source of each
+
+
+def _measure(source: Source, formatter: Formatter, size: int, rationales: bool) -> _Measured:
+    def measure(index: int) -> tuple[str, Lengths, bytes, bytes]:
         encoded = _encode(formatter, source[index], rationales)
-        return encoded.example.id, _lengths(encoded)
+        example = encoded.example
+        text = example.source.encode("utf-8", "surrogatepass")
+        asked = hashlib.sha256(text).digest()[:8]
+        return example.id, _lengths(encoded), _content(example), asked
 
+    whole = hashlib.sha256()
+    ids, lengths, sources = [], np.zeros((size, 3), np.int32), set()
     with concurrent.futures.ThreadPoolExecutor() as pool:  # the tokenizers release the GIL
-        measured = list(pool.map(measure, range(size)))
-    lengths = np.array([lengths for _, lengths in measured], np.int32).reshape(size, 3)
-    return [example_id for example_id, _ in measured], lengths
+        # A part at a time: a future for each of a million examples would take gigabytes.
+        for first in range(0, size, _MEASURED_AT_ONCE):
+            part = range(first, min(first + _MEASURED_AT_ONCE, size))
+            for index, (example_id, of_example, content, asked) in zip(
+                part, pool.map(measure, part), strict=True
+            ):
+                ids.append(example_id)
+                lengths[index] = of_example
+                whole.update(content)
+                sources.add(asked)
+    return _Measured(ids, lengths, whole.hexdigest()[:16], frozenset(sources))
+
+
+def _content(example: Example) -> bytes:
+    """A digest of all fields of an example; the same wherever it was read."""
+    # What JSON does not have goes in by its type: its text may name a memory address.
+    text = json.dumps(vars(example), sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _check_distinct(ids: Sequence[str], name: str) -> None:

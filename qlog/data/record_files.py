@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -34,8 +35,15 @@ Record = dict[str, Any]  # one record, values as JSON has them
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
 # How files and folders are named after a split: train-00000-of-00002.parquet, dev.json, test/...
-_SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z0-9])", re.IGNORECASE)
-_MEANS_VALIDATION = ("validation", "valid", "val", "dev")
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+# A whole word, between any characters that are no letters: 'latest' is none, 'train2' is one.
+_SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_WORDS)})(?![^\W\d_])", re.IGNORECASE)
+# Files about a dataset that lie next to its data, as the Hub's libraries write them.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _BOM = b"\xef\xbb\xbf"  # U+FEFF in UTF-8, which some editors write first
 
 
@@ -49,7 +57,13 @@ class File(NamedTuple):
 # ---- Which files ----
 
 
-def expand(specs: Sequence[str], split: str, field: str, suffixes: Sequence[str]) -> list[str]:
+def expand(
+    specs: Sequence[str],
+    split: str,
+    field: str,
+    suffixes: Sequence[str],
+    drawn: Sequence[str] = (),
+) -> list[str]:
     """The files that the entries of `config.data.files` name.
 
     Args:
@@ -58,24 +72,24 @@ def expand(specs: Sequence[str], split: str, field: str, suffixes: Sequence[str]
       split: 'train', 'validation' or 'test'.
       field: the config field that names them, for messages.
       suffixes: the kinds of files that are wanted.
+      drawn: splits that would be drawn from these files, because the config names none for them.
 
     Raises:
-      ConfigError: nothing is there, or nothing of a kind that can be read.
+      ConfigError: nothing is there, or nothing of a kind that can be read; a folder of which it is
+        not clear which files are meant; a folder that has files of a split in `drawn`.
       PassingError: the bucket cannot be reached now.
     """
     found: dict[str, None] = {}  # in order, each file once
     for spec in specs:
         names = assets.names(spec, field)
         if not names:
-            raise ConfigError(
-                f"{field} = {spec!r} is neither a file nor a folder, and no file matches it: "
-                "correct the path (relative ones begin at the current folder)."
-            )
+            raise ConfigError(_nothing_there(spec, field))
         folder = spec.rstrip("/") + "/"
         readable = [name for name in names if name.lower().endswith(tuple(suffixes))]
         if all(name.startswith(folder) for name in names):
-            readable = _of_split([name[len(folder) :] for name in readable], split)
-            readable = [folder + name for name in readable]
+            inside = [name[len(folder) :] for name in readable]
+            chosen = _of_split(inside, split, f"{field} = {spec!r}", drawn)
+            readable = [folder + name for name in chosen]
         if not readable:
             raise ConfigError(
                 f"{field} = {spec!r} holds no file of the {split} split whose name ends with "
@@ -85,23 +99,86 @@ def expand(specs: Sequence[str], split: str, field: str, suffixes: Sequence[str]
     return list(found)
 
 
-def _of_split(names: Sequence[str], split: str) -> list[str]:
-    """Of a folder's files those of a split; all, where no name says a split."""
+def _nothing_there(spec: str, field: str) -> str:
+    if "://" not in spec and os.path.isdir(os.path.expanduser(spec)):
+        return f"{field} = {spec!r} is an empty folder: put the files there, or correct the path."
+    return (
+        f"{field} = {spec!r} is neither a file nor a folder, and no file matches it: "
+        "correct the path (relative ones begin at the current folder)."
+    )
+
+
+def _of_split(
+    names: Sequence[str], split: str, what: str, drawn: Sequence[str] = ()
+) -> Sequence[str]:
+    """Of a folder's files those of a split; all, where no name says a split.
+
+    Args:
+      names: relative to the folder.
+      what: the field and the folder, for messages.
+      drawn: as in `expand`.
+
+    Raises:
+      ConfigError: as `expand`.
+    """
     # Parquet first: a snapshot of the Hub may hold JSON files about the data next to it.
-    names = [name for name in names if name.endswith(PARQUET_SUFFIXES)] or list(names)
-    splits = {name: _split_of(name) for name in names}
-    if not any(splits.values()):
+    names = [name for name in names if name.lower().endswith(PARQUET_SUFFIXES)] or [
+        name for name in names if pathlib.PurePosixPath(name).name not in _ABOUT
+    ]
+    places = {name: _split_of(name, what) for name in names}
+    unnamed = [name for name, place in places.items() if not place.split]
+    if len(unnamed) == len(names):
         return names
-    return [name for name in names if splits[name] == split]
+    # A guess would take test files for training, or leave out files of the split.
+    if unnamed:
+        named = next(name for name in names if name not in unnamed)
+        raise ConfigError(
+            f"{what}: {named!r} in there is named after a split, and {unnamed[0]!r} is not: name "
+            "the files of each split by a glob or a list, or rename them."
+        )
+    for other in drawn:
+        if example := next((name for name in names if places[name].split == other), None):
+            raise ConfigError(
+                f"{what} has files of the {other} split, too ({example!r}), but {fields.FILES} "
+                f"names none, so {other} would be drawn from other records: set "
+                f"{fields.FILES}.{other} to the same folder, or name only the files of {split} "
+                "by a glob."
+            )
+    # The Hub keeps each configuration of a dataset in a folder of its own: main/, socratic/.
+    chosen = [name for name in names if places[name].split == split]
+    folders = sorted({places[name].folder for name in chosen})
+    if len(folders) > 1:
+        raise ConfigError(
+            f"{what} has files of the {split} split in several folders: name one of "
+            f"{', '.join(each or '.' for each in folders)}, or list the files that belong together."
+        )
+    return chosen
 
 
-def _split_of(name: str) -> str:
-    """The split that a path's parts are named after, the nearest to the file first; '' if none."""
-    for part in reversed(name.split("/")):
-        if match := _SPLIT_NAME.match(part):
-            word = match[1].lower()
-            return "validation" if word in _MEANS_VALIDATION else word
-    return ""
+class _SplitOf(NamedTuple):
+    """The split that a path is named after."""
+
+    split: str  # '' if none
+    folder: str  # what the path has before the part that says it
+
+
+def _split_of(name: str, what: str) -> _SplitOf:
+    """Reads the parts of a path, the nearest to the file first.
+
+    Raises:
+      ConfigError: a part that names two splits.
+    """
+    parts = name.split("/")
+    for place in reversed(range(len(parts))):
+        said = {_SPLIT_WORDS[word.lower()] for word in _SPLIT_WORD.findall(parts[place])}
+        if len(said) > 1:
+            raise ConfigError(
+                f"{what}: {name!r} in there is named after {' and '.join(sorted(said))}: name the "
+                "files of each split by a glob or a list, or rename it."
+            )
+        if said:
+            return _SplitOf(said.pop(), "/".join(parts[:place]))
+    return _SplitOf("", "")
 
 
 def local(names: Sequence[str], field: str) -> list[File]:

@@ -23,6 +23,7 @@ from qlog.config.check import (
     check_final,
     reward_scorers,
 )
+from qlog.console import say
 from qlog.errors import ConfigError
 from qlog.experiment import contents, files
 from qlog.experiment.parts import Experiment
@@ -90,6 +91,7 @@ def prepare(
         else None,
         weights=weights,
     )
+    _check_apart(experiment)
     if jax.process_count() > 1:  # each host has fetched for itself
         contents.check_hosts(contents.identity(experiment))
     return experiment
@@ -119,6 +121,30 @@ def prepare_shapes(config: ConfigDict, devices: Sequence[jax.Device] | None = No
     return _build(config, mesh, shape, _Tokens(shape.vocab_size - 1, (1,), (2,), 0))
 
 
+def _check_apart(experiment: Experiment) -> None:
+    """Whether the examples that are evaluated are others than those that are trained on.
+
+    Raises:
+      ConfigError: some are the same, by their ids. Another example with the same text is only told:
+        large collections repeat some.
+    """
+    train, evaluated = experiment.train_data, experiment.evaluation_data
+    split = experiment.config.evaluation.split
+    if train is None or evaluated is None or split == "train" or train.endless:
+        return
+    if shared := set(train.ids) & set(evaluated.ids):
+        raise ConfigError(
+            f"config.data: {len(shared)} of {len(evaluated.ids)} examples of the {split} split are "
+            f"in train, too, such as {min(shared)!r}: name files or write a function with other "
+            "examples (and other ids) for each split."
+        )
+    if repeated := len(train.sources & evaluated.sources):
+        say(
+            f"warning: {repeated} questions of the {split} split are in train, too, word for word: "
+            "its accuracy is not only that of unseen questions"
+        )
+
+
 class _Tokens(NamedTuple):
     """What programs must know of a tokenizer."""
 
@@ -141,6 +167,7 @@ def _build(
         pad=tokens.pad,
         temperature=float(config.rollout.temperature),
         with_answer=estimator.reward is not None,
+        gold_tokens=config.rollout.answer_reserve if estimator.gold_log_probs else 0,
     )
     policy = Policy(
         config=shape,
@@ -174,6 +201,7 @@ def evaluation_sampling(config: ConfigDict, sampling: Sampling) -> Sampling:
         top_k=evaluation.top_k,
         top_p=float(evaluation.top_p),
         with_answer=True,
+        gold_tokens=0,
     )
 
 

@@ -1,16 +1,13 @@
 """What a run is made of, by content: so that it resumes on the same, from wherever it is read."""
 
 import dataclasses
-import hashlib
 import json
 from typing import Any
 
-from qlog import data, models
+from qlog import models
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment.parts import Experiment
 from qlog.parallel import distributed
-
-_EXAMPLES_DIGESTED = 32  # examples of each split that `identity` reads whole
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
@@ -22,9 +19,9 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         weights: `models.huggingface.digest`, '' where no folder holds them (then the config says
           all);
         tokenizer: `Formatter.digest`, which the chat template is part of where it is used;
-        examples: for each open split a digest of all ids in order (of endless data the first ones)
-          and of 32 examples spread over it, whole. A checkpoint of an older version has "splits"
-          instead, digests of records, which nothing is compared with.
+        examples: for each open split a digest of all its examples in order (of endless data of the
+          first ones). A checkpoint of an older version has "splits" instead, digests of records,
+          which nothing is compared with.
     """
     weights, formatter = experiment.weights, experiment.formatter
     assert formatter, "an experiment of shapes has no identity"
@@ -33,24 +30,9 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
         "tokenizer": formatter.digest,
-        "examples": {name: _digest(split) for name, split in experiment.splits().items()},
+        "examples": {name: split.digest for name, split in experiment.splits().items()},
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
-
-
-def _digest(dataset: data.Dataset) -> str:
-    # All ids tell examples that were added, left out or moved. A few whole examples tell an edited
-    # release, and spare reading gigabytes at every start.
-    num_read = min(len(dataset), _EXAMPLES_DIGESTED)
-    sample = [dataset[i * len(dataset) // num_read] for i in range(num_read)]
-    content = [list(dataset.ids), [vars(example) for example in sample]]
-    text = json.dumps(content, sort_keys=True, default=_type_name)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _type_name(value: object) -> str:
-    """For what `Example.extra` holds and JSON does not have: its text may name a memory address."""
-    return type(value).__name__
 
 
 def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -70,7 +70,9 @@ class Experiment:
         needs_answer = self.estimator.reward is not None
         needs_rationales = self.estimator.rationale == "annotated"
         mine = self.train_data
-        if self.sampling.with_answer != needs_answer or (
+        needs_tokens = self.estimator.gold_log_probs
+        fits = (self.sampling.with_answer, self.sampling.gold_tokens > 0)
+        if fits != (needs_answer, needs_tokens) or (
             mine is not None and (mine.limits.rationale is not None) != needs_rationales
         ):
             raise ValueError(

@@ -28,6 +28,21 @@ def log_reward(scores: Scores) -> jax.Array:
     return jnp.where(scores.is_valid, jnp.log(jnp.maximum(reward, 0.0)), -jnp.inf)
 
 
+def power_of(weight: Weight, exponent: float) -> Weight:
+    """The weight w^t, t = `exponent` > 0."""
+    return lambda scores: exponent * weight(scores)
+
+
+def log_risk(beta: float) -> Weight:
+    """The weight e^(beta r) of a reward r, any number."""
+
+    def weight(scores: Scores) -> jax.Array:
+        reward = scores.require("reward", "log_risk")
+        return jnp.where(scores.is_valid, beta * reward, -jnp.inf)
+
+    return weight
+
+
 # --- Statistics of a group ------------------------------------------------------------------------
 
 
@@ -144,6 +159,15 @@ def batch_mean(values: jax.Array, where: jax.Array, axis_name: AxisName = None) 
     total = batch_sum(jnp.where(where, values, 0.0), axis_name)
     # Sum and number are added separately: a mean of the devices' means would weigh them equally.
     return total / jnp.maximum(batch_sum(where.astype(jnp.float32), axis_name), 1.0)
+
+
+def batch_deviation(values: jax.Array, scores: Scores, axis_name: AxisName = None) -> jax.Array:
+    """[B, M] `values` minus the mean over the batch's valid rollouts; see `deviation`."""
+    valid = scores.is_valid
+    largest = batch_max(jnp.where(valid, values, -jnp.inf), axis_name)
+    smallest = -batch_max(jnp.where(valid, -values, -jnp.inf), axis_name)
+    mean = batch_mean(values, valid, axis_name)
+    return jnp.where(valid & (largest > smallest), values - mean, 0.0)
 
 
 def group_index(scores: Scores, axis_name: AxisName = None) -> jax.Array:

@@ -18,7 +18,7 @@ from qlog.losses import group_stats, tsallis
 from qlog.losses.checks import check_number
 from qlog.losses.compose import initial_coefficients, stateless
 from qlog.losses.group_stats import Weight
-from qlog.losses.types import Coefficients, Commitment, LossTransform, Scores
+from qlog.losses.types import AxisName, Coefficients, Commitment, LossTransform, Scores
 
 # --- What a group's rollouts are worth -----------------------------------------------------------
 
@@ -50,6 +50,99 @@ def from_reward() -> LossTransform:
         reward = scores.require("reward", "from_reward")
         share = jnp.where(scores.is_valid, reward, 0.0) / group_stats.num_valid(scores)
         return coefficients._replace(score=share, path=share, log_scale=jnp.zeros_like(share))
+
+    return stateless(function)
+
+
+def from_log_weight(weight: Weight = group_stats.log_likelihood) -> LossTransform:
+    """score = (a_m - the mean of the others) / M, path = 1 / M: the gradient of E log w.
+
+    E log w is Jensen's bound of log P with one sample (JEPO, 2503.19618 eq 5), and log w a reward
+    (2602.03979). a_m below e^LEAST_RATIO, such as -inf, counts as that, with a path of 0: one
+    impossible answer would make all other rollouts' scores infinite. M = 1 is a ValueError.
+    """
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        log_weights = weight(scores)
+        n = group_stats.num_valid(scores)
+        is_above = scores.is_valid & (log_weights > group_stats.LEAST_RATIO)
+        reward = jnp.maximum(log_weights, group_stats.LEAST_RATIO)
+        # Minus the mean of the others is n / (n-1) times minus the mean of all.
+        score = group_stats.deviation(reward, scores) / jnp.maximum(n - 1, 1)
+        return coefficients._replace(
+            score=score, path=is_above / n, log_scale=jnp.zeros_like(score)
+        )
+
+    return stateless(function, min_rollouts=2)
+
+
+def per_gold_token() -> LossTransform:
+    """Divides by the number of tokens of the gold answer."""
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        mask = scores.require("gold_mask", "per_gold_token")
+        factor = 1 / jnp.maximum(jnp.sum(mask, -1), 1)
+        return coefficients._replace(
+            score=coefficients.score * factor, path=coefficients.path * factor
+        )
+
+    return stateless(function)
+
+
+def from_mean_gold_prob() -> LossTransform:
+    """score = path = the mean over the gold answer's tokens of their probabilities, over M.
+
+    A sum where w is a product: one unlikely token does not hide the others.
+    """
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        log_probs, mask = _gold_tokens(scores, "from_mean_gold_prob")
+        total = jnp.sum(jnp.where(mask, jnp.exp(log_probs), 0.0), -1)
+        return _from_values(coefficients, scores, total / jnp.maximum(jnp.sum(mask, -1), 1))
+
+    return stateless(function)
+
+
+def from_reflective_tokens() -> LossTransform:
+    """score = path = sum_t omega_t log p_t / M over the gold answer's tokens.
+
+    omega_t is the group's standard deviation of log p_t, divided by the sum of all. Where no token
+    differs all are 0. Log-probabilities below LEAST_RATIO count as that.
+    """
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        log_probs, mask = _gold_tokens(scores, "from_reflective_tokens")
+        log_probs = jnp.maximum(log_probs, group_stats.LEAST_RATIO)
+        of_token = jax.vmap(lambda x: group_stats.deviation(x, scores), -1, -1)
+        variance = jnp.sum(jnp.square(of_token(log_probs)), 1, keepdims=True)  # [B, 1, A], times n
+        spread = jnp.sqrt(variance)
+        total = jnp.sum(spread, -1, keepdims=True)
+        omega = spread / jnp.where(total > 0, total, 1.0)
+        return _from_values(coefficients, scores, jnp.sum(omega * log_probs, -1))
+
+    return stateless(function, min_rollouts=2)
+
+
+def _gold_tokens(scores: Scores, by: str) -> tuple[jax.Array, jax.Array]:
+    """The log-probabilities [B, M, A], 0 where the mask [B, M, A] or the rollout is padding."""
+    mask = scores.require("gold_mask", by) & scores.is_valid[..., None]
+    return jnp.where(mask, scores.require("gold_log_probs", by), 0.0), mask
+
+
+def _from_values(coefficients: Coefficients, scores: Scores, values: jax.Array) -> Coefficients:
+    share = jnp.where(scores.is_valid, values, 0.0) / group_stats.num_valid(scores)
+    return coefficients._replace(score=share, path=share, log_scale=jnp.zeros_like(share))
+
+
+def multiply(factor: float, score: bool = True, path: bool = True) -> LossTransform:
+    """Multiplies the score, the path or both by a positive number."""
+    check_number("factor", factor, 0, float("inf"))
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        return coefficients._replace(
+            score=coefficients.score * factor if score else coefficients.score,
+            path=coefficients.path * factor if path else coefficients.path,
+        )
 
     return stateless(function)
 
@@ -223,6 +316,72 @@ def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
         variance = group_stats.group_mean(jnp.square(group_stats.deviation(reward, scores)), scores)
         std = jnp.sqrt(variance) + eps
         # With eps = 0, a group of equal rewards has std 0; its coefficients are 0 already.
+        factor = 1 / jnp.where(std > 0, std, 1.0)
+        return coefficients._replace(
+            score=coefficients.score * factor, path=coefficients.path * factor
+        )
+
+    return stateless(function)
+
+
+def scale_by_own_std(eps: float = 1e-6) -> LossTransform:
+    """Divides by the group's standard deviation of M times the score coefficient, plus `eps`.
+
+    As `scale_by_group_std`, for rewards that are not those of sampled answers.
+    """
+    check_number("eps", eps, 0, 1)
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        value = coefficients.score * group_stats.num_valid(scores)
+        variance = group_stats.group_mean(jnp.square(group_stats.deviation(value, scores)), scores)
+        std = jnp.sqrt(variance) + eps * jnp.exp(-coefficients.log_scale)
+        factor = 1 / jnp.where(std > 0, std, 1.0)
+        return coefficients._replace(
+            score=coefficients.score * factor,
+            path=coefficients.path * factor,
+            log_scale=jnp.zeros_like(coefficients.log_scale),
+        )
+
+    return stateless(function)
+
+
+# --- Normalisation over the batch ----------------------------------------------------------------
+
+
+def center_batch() -> LossTransform:
+    """Subtracts the mean over the *batch's* rollouts from both: the baseline of REINFORCE++."""
+
+    def function(
+        coefficients: Coefficients, scores: Scores, *, axis_name: AxisName, **_
+    ) -> Coefficients:
+        # Coefficients contain 1/n of their group: the mean is one of M times the coefficients.
+        n = group_stats.num_valid(scores)
+        shift = lambda x: group_stats.batch_deviation(x * n, scores, axis_name) / n
+        # It is the true coefficients that are averaged: groups may differ in log_scale.
+        true = jnp.exp(coefficients.log_scale)
+        return coefficients._replace(
+            score=shift(coefficients.score * true),
+            path=shift(coefficients.path * true),
+            log_scale=jnp.zeros_like(true),
+        )
+
+    return stateless(function)
+
+
+def scale_by_batch_std(eps: float = 1e-6) -> LossTransform:
+    """Divides by the standard deviation of the *batch's* rewards plus `eps`.
+
+    A group whose rewards hardly differ is then not blown up to the size of the others, which
+    `scale_by_group_std` does (Lite PPO, 2508.08221; REINFORCE++, 2501.03262).
+    """
+    check_number("eps", eps, 0, 1)
+
+    def function(
+        coefficients: Coefficients, scores: Scores, *, axis_name: AxisName, **_
+    ) -> Coefficients:
+        reward = scores.require("reward", "scale_by_batch_std")
+        square = jnp.square(group_stats.batch_deviation(reward, scores, axis_name))
+        std = jnp.sqrt(group_stats.batch_mean(square, scores.is_valid, axis_name)) + eps
         factor = 1 / jnp.where(std > 0, std, 1.0)
         return coefficients._replace(
             score=coefficients.score * factor, path=coefficients.path * factor

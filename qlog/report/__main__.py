@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--serve", action="store_true", help="show the page on this machine")
     parser.add_argument("--port", type=int, default=8080, help="of --serve (default 8080)")
     options = parser.parse_args(argv)
-    # Imported after the flags were read. JAX is only imported, not used: a TPU may be the run's.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from qlog.errors import QLOG_ERRORS, ConfigError
     from qlog.report import comparison, read, server
     from qlog.storage import paths

@@ -30,6 +30,14 @@ class Line(NamedTuple):
     values: np.ndarray  # float [S, T], of S seeds
 
 
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    colour: str  # "#RRGGBB"
+    dash: Any  # as matplotlib takes it
+    marker: str  # as matplotlib takes it
+
+
 class Panel(NamedTuple):
     """One pair of axes."""
 
@@ -139,13 +147,24 @@ def draw(panels: Sequence[Panel]) -> dict[str, bytes]:
     return pictures
 
 
+def style_of(index: int) -> Style:
+    """The style of line `index`; no two of the first 28 are alike."""
+    # With each round of colours dashes and markers go on by one more than they would by themselves.
+    rounds = index // len(COLOURS)
+    return Style(
+        COLOURS[index % len(COLOURS)],
+        _DASHES[(index + 2 * rounds) % len(_DASHES)],
+        _MARKERS[(index + rounds) % len(_MARKERS)],
+    )
+
+
 def _draw_line(axis: Any, line: Line, index: int, number: int) -> Any:
     """Draws line `index` of `number`; returns what the legend shows."""
-    colour = COLOURS[index % len(COLOURS)]
+    style = style_of(index)
     mean = line.values.mean(axis=0)  # [T]
     if len(line.values) > 1:
         low, high = line.values.min(axis=0), line.values.max(axis=0)
-        axis.fill_between(line.steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(line.steps, low, high, color=style.colour, alpha=0.15, linewidth=0)
     width = _WIDEST - (_WIDEST - _THINNEST) * index / max(1, number - 1)
     # Markers in turns: line i of n has its first one i n-ths of the way to its second.
     every = max(1, len(line.steps) // _NUM_MARKERS)
@@ -153,11 +172,10 @@ def _draw_line(axis: Any, line: Line, index: int, number: int) -> Any:
         line.steps,
         mean,
         label=line.label,
-        color=colour,
-        # Another dash for each round of colours, and solid ones only below the others.
-        linestyle=_DASHES[(index + index // len(COLOURS)) % len(_DASHES)],
+        color=style.colour,
+        linestyle=style.dash,
         linewidth=width,
-        marker=_MARKERS[index % len(_MARKERS)],
+        marker=style.marker,
         markersize=5,
         markevery=(every * index // max(1, number), every),
     )[0]

@@ -53,18 +53,14 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return defaults() | schema.fields(config)
 
 
-def differences(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ from the schema's default: (default, value). None: the schema has none.
-
-    The loss is compared with its own defaults.
-    """
-    usual = defaults()
-    found = {
-        name: (usual.get(name), value)
-        for name, value in schema.fields(config).items()
-        if name != "loss" and usual.get(name) != value
-    }
-    return found | {"loss": ("", method(config))}
+def loss_fields(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(the recipe's default, value) of each argument of the loss, by 'loss.q' and the like."""
+    arguments = dict(config["loss"])
+    try:
+        usual = losses.arguments(str(arguments.get("name")))
+    except ValueError:  # a function of the user's
+        usual = {}
+    return {f"loss.{key}": (usual.get(key), value) for key, value in arguments.items()}
 
 
 def method(config: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from qlog.storage import strict_json
 _TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 _POINTS = 400  # of a curve, at most: more are not seen at this size
 _BYTES = 12_000_000  # of all rollouts of a page, at most; the browser keeps them in memory
+_RUNS = 12  # of which rollouts are shown
 _LONGEST = 20_000  # characters of a text that are shown
 
 # Titles of the charts, and what is drawn in each: (phase, metrics). {k}: samples per question.
@@ -77,8 +78,11 @@ def data(
     """What the script of the page shows, as JSON values."""
     usual = groups.defaults()
     labels = _labels(runs)
-    share = _BYTES // max(1, len(runs))
-    shown = [_rollouts(run, share) for run in runs]
+    # Rollouts of dozens of runs are gigabytes to read.
+    readable = runs[:_RUNS]
+    share = _BYTES // max(1, len(readable))
+    shown = [_rollouts(run, share) for run in readable]
+    shown += [([], f"only the first {_RUNS} runs show theirs: name fewer")] * len(runs[_RUNS:])
     return {
         "title": title,
         "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -99,8 +103,10 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _run(run: Run, label: str, usual: dict[str, Any]) -> dict[str, Any]:
-    fields = groups.fields(run.config)
-    changed = groups.differences(run.config)
+    # The loss in its arguments, each next to the default of that loss.
+    fields = {name: (usual.get(name), value) for name, value in groups.fields(run.config).items()}
+    del fields["loss"]
+    fields |= groups.loss_fields(run.config)
     state = f"{run.state.kind}, step {run.state.step} of {run.state.steps}"
     final = None
     if run.final is not None:
@@ -118,10 +124,11 @@ def _run(run: Run, label: str, usual: dict[str, Any]) -> dict[str, Any]:
             {
                 "field": name,
                 "value": json.dumps(value),
-                "default": json.dumps(usual.get(name)),
-                "changed": name in changed,
+                "default": json.dumps(default),
+                # The method is always shown.
+                "changed": value != default or name in ("loss.name", "loss.q"),
             }
-            for name, value in sorted(fields.items())
+            for name, (default, value) in sorted(fields.items())
         ],
         "final": final,
     }

@@ -24,7 +24,8 @@ _DEPTH = 4  # folders below a named one in which runs are looked for
 # Folders of a run, or of nothing of ours: a walk through them finds no run.
 _SKIPPED = {"checkpoints", "samples", "profile", "export", "metrics", "rollouts", "__pycache__"}
 _FILES = (".json", ".jsonl", ".md", ".png", ".svg", ".html", ".csv", ".tex", ".txt", ".log")
-_SECTIONS = {"loss", "train", "evaluation", "data", "rollout"}  # of qlog's config.json
+# Of qlog's config.json.
+_SECTIONS = {"loss", "train", "evaluation", "data", "rollout", "optimizer", "checkpoint"}
 _SILENT = 120.0  # seconds without a beat (every 10 s) after which a run is called silent
 _STOPS = (0, 130, 143)  # exit status of a run that a signal ended: Ctrl-C, SIGTERM
 
@@ -112,7 +113,8 @@ def read_run(folder: Path, name: str) -> Run:
 
 def rollouts(folder: Path) -> list[dict[str, Any]]:
     """The rollouts that a run wrote down, as its rollouts.jsonl has them."""
-    return [line for line in read_jsonl(folder / names.ROLLOUTS) if isinstance(line, dict)]
+    lines = read_jsonl(folder / names.ROLLOUTS)
+    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
 
 
 def _is_event(line: Any) -> bool:

@@ -181,6 +181,13 @@ def test_a_split_that_the_files_lack(official, tmp_path):
         corpus.open("validation", corpus.prepare())
 
 
+def test_a_folder_with_files_of_a_split_that_is_not_named(tmp_path):
+    write(tmp_path, "finqa", finqa_card, "parquet")
+    files = {"train": str(tmp_path), "validation": str(tmp_path)}
+    with pytest.raises(ConfigError, match="has files of the test split, too .*files.test to the"):
+        find("finqa", files=files).prepare()
+
+
 @pytest.mark.parametrize(
     "name, change, message",
     [
@@ -194,6 +201,15 @@ def test_a_split_that_the_files_lack(official, tmp_path):
         ("musique", {"paragraphs": {"title": "a"}}, "a list or an object of lists is wanted"),
         ("hotpotqa", {"context": {"title": ["a"], "sentences": []}}, "is shorter|shorter"),
         ("hotpotqa", {"context": None}, "NoneType"),
+        # Text where a list is wanted would be a list of its letters.
+        ("finqa", {"table": "a | b"}, "its table is 'a . b', which is not a list"),
+        ("finqa", {"pre_text": "All of it."}, "its pre_text is 'All of it.', which is not a list"),
+        ("finqa", {"exe_ans": True}, "its exe_ans is True"),
+        ("musique", {"answer_aliases": "abc"}, "its answer_aliases is 'abc', which is not a list"),
+        ("musique", {"paragraphs": []}, "its paragraphs is empty"),
+        ("hotpotqa", {"context": {"title": ["a"], "sentences": ["b c"]}}, "sentences is 'b c'"),
+        ("hotpotqa", {"context": []}, "its context is empty"),
+        ("hotpotqa", {"answer": " "}, "its answer is empty"),
     ],
     ids=str,
 )

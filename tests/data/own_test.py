@@ -4,12 +4,14 @@ import gzip
 import json
 import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from qlog import data
 from qlog.config import schema
+from qlog.data import own
 from qlog.errors import ConfigError
 
 DATA = schema.default().data.to_dict()
@@ -130,7 +132,10 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
             r"a.jsonl:1 has no field 'source' \(did you mean 'sourse'\?\), it has 'sourse', 'answ",
         ),
         ('{"source": "s", "answer": null}', "a.jsonl:1: the field 'answer' is null, but must be"),
-        ('{"source": "s", "answer": ""}', "a.jsonl:1: the field 'answer' is empty: leave it out"),
+        (
+            '{"source": "s", "answer": ""}',
+            "a.jsonl:1: the field 'answer' is empty: leave the record out",
+        ),
         ('{"source": "s", "answer": " "}', "a.jsonl:1: the field 'answer' is empty"),
         ('{"source": "s", "answer": ["a"]}', r"the field 'answer' is \['a'\], but must be text, a"),
         ('{"source": "s", "answer": {}}', "the field 'answer' is {}, but must be text"),
@@ -202,7 +207,7 @@ def test_of_a_folder_of_the_hub_the_files_of_the_split_are_taken(tmp_path):
         "data/train-00000-of-00002.parquet": records[:2],
         "data/train-00001-of-00002.parquet": records[2:3],
         "data/validation-00000-of-00001.parquet": records[3:4],
-        "dev.parquet": records[4:],
+        "data/dev.parquet": records[4:],
         ".cache/train.parquet": records[:1],
     }
     for name, part in parts.items():
@@ -213,12 +218,76 @@ def test_of_a_folder_of_the_hub_the_files_of_the_split_are_taken(tmp_path):
     opened_ids = lambda split, files: [
         e.id for e in opened(split, files={split: files}, name="parquet")
     ]
-    assert opened_ids("validation", files["train"]) == ["id-3", "id-4"]
+    assert opened_ids("validation", files["train"]) == ["id-4", "id-3"]
     assert opened_ids("validation", str(tmp_path / "data" / "train-*")) == ["id-0", "id-1", "id-2"]
-    train = opened(files={**files, "test": str(tmp_path / "dev.parquet")}, name="parquet")
+    train = opened(files={**files, "test": str(tmp_path / "data/dev.parquet")}, name="parquet")
     assert [example.id for example in train] == ["id-0", "id-1", "id-2"]
     with pytest.raises(ConfigError, match="files.test = .* holds no file of the test split"):
         opened(files=files, name="parquet")
+
+
+def folder_of(tmp_path, *names):
+    """A folder with files of one record each, whose id is the file's name."""
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines([{"id": name, "source": f"{name}?", "answer": "a"}]))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "train, validation, test",
+    [
+        ("gsm-train.jsonl", "gsm-val.jsonl", "gsm-test.jsonl"),
+        ("my_train.jsonl", "my_dev.jsonl", "my_test.jsonl"),
+        ("TRAIN.jsonl", "Valid.jsonl", "a.b.test.v2.jsonl"),
+        ("training/0.jsonl", "validation/0.jsonl", "testing/0.jsonl"),
+        ("main/train/latest.jsonl", "main/dev/contest.jsonl", "main/test/attest.jsonl"),
+        (
+            "train-test-split/train2.jsonl",
+            "train-test-split/val2.jsonl",
+            "train-test-split/test2.jsonl",
+        ),
+    ],
+)
+def test_a_split_takes_only_its_files_wherever_the_name_says_it(tmp_path, train, validation, test):
+    folder = folder_of(tmp_path, train, validation, test)
+    files = dict.fromkeys(("train", "validation", "test"), folder)
+    for split, name in (("train", train), ("validation", validation), ("test", test)):
+        assert [example.id for example in opened(split, files=files)] == [name]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (
+            ("gsm-train.jsonl", "more.jsonl"),
+            "'gsm-train.jsonl' in there is named after a split, and 'more.jsonl' is not: name the",
+        ),
+        (("train-test.jsonl", "a.jsonl"), "is named after test and train: name the files of each"),
+        (
+            ("main/train-0.jsonl", "socratic/train-0.jsonl"),
+            "has files of the train split in several folders: name one of main, socratic, or list",
+        ),
+        (
+            ("train.jsonl", "dev.jsonl", "test.jsonl"),
+            r"has files of the test split, too \('test.jsonl'\), but .* set config.data.files.test",
+        ),
+    ],
+)
+def test_a_folder_of_which_it_is_not_clear_what_is_meant(tmp_path, names, message):
+    folder = folder_of(tmp_path, *names)
+    with pytest.raises(ConfigError, match=f"files.train = '{folder}'.* {message}"):
+        opened(files={"train": folder, "validation": folder})
+
+
+def test_a_folder_without_names_of_splits_is_taken_whole(tmp_path):
+    folder = folder_of(tmp_path, "2023/latest.jsonl", "2024/contest.jsonl", "dataset_infos.json")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert len(opened("validation", files={"validation": folder})) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="files.train = .* is an empty folder"):
+        opened(files={"train": str(tmp_path / "empty")})
 
 
 def test_rows_of_parquet_are_as_lines_of_json(tmp_path):
@@ -337,13 +406,18 @@ class Lazy:
         ([example(aliases="abc")], r"\[0\] has the aliases 'abc', which must be a tuple of texts"),
         ([example(aliases=(1,))], r"\[0\] has the aliases \(1,\)"),
         ([example(rationale=None)], r"\[0\] has the rationale None, which must be text"),
+        ([example(aliases=None)], r"\[0\] has the aliases None, which must be a tuple of texts"),
+        ([example(extra={1: 2})], r"\[0\] has the extra \{1: 2\}, whose keys must be text"),
+        ([example(extra={"a": {1}})], r"\[0\] has extra\['a'\] = \{1\}, which is not what JSON"),
+        ([example(extra={"a": float("nan")})], r"\[0\] has extra\['a'\] = nan, which is not what"),
+        (SystemExit(0), r"my_examples\('train'\) raised SystemExit: 0\.$"),
         ([example(extra=3)], r"\[0\] has the extra 3, which must be a mapping"),
         (Lazy(), r"my_examples\('train'\)\[0\] raised KeyError: 'no such page'"),
     ],
 )
 def test_what_a_function_returns_is_checked(returned, message):
     def my_examples(split):
-        if isinstance(returned, Exception):
+        if isinstance(returned, (Exception, SystemExit)):
             raise returned
         return returned
 
@@ -368,3 +442,12 @@ def test_a_function_takes_one_argument_and_has_a_name():
 
     with pytest.raises(ConfigError, match="is an object of type Callable, which has no name"):
         opened(name=Callable())
+
+
+def test_the_extra_of_a_function_is_what_a_file_of_samples_gives_back():
+    def my_examples(split):
+        return [example(extra={"level": np.int64(3), "pair": (1, 2), "weight": np.float32(0.5)})]
+
+    (found,) = own.CheckedExamples(my_examples, "train")
+    assert found.extra == {"level": 3, "pair": [1, 2], "weight": 0.5}
+    assert type(found.extra["level"]) is int

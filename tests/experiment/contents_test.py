@@ -34,7 +34,7 @@ def test_examples_of_ones_own_are_compared():
     began = of(made())
     contents.check_same_parts(began, of(made()))
     edited = made()
-    edited[0] = made(1, answer="answer [ met bob ]")[0]  # one of 32 that are read whole
+    edited[33] = dataclasses.replace(edited[33], answer="answer [ met bob ]")
     renamed = made()
     renamed[33] = data.Example("x", renamed[33].source, renamed[33].answer)
     for other in (made(39), made()[::-1], edited, renamed):

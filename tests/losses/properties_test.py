@@ -177,6 +177,16 @@ EQUAL = {
     "jackknife": losses.garl(0.3, correction="jackknife"),
     "jensen": losses.jensen(0.75),
     "jepo": losses.jepo(),
+    "log_prob": losses.log_prob(),
+    "tempered": losses.tempered(0.3),
+    "rb_pass_at_k": losses.rb_pass_at_k(3),
+    "rb_maxrl": losses.rb_maxrl(5),
+    "pkpo": losses.pkpo(3),
+    "rs_grpo": losses.rs_grpo(),
+    "lite_ppo": losses.lite_ppo(),
+    "average_log_prob": losses.average_log_prob(),
+    "rlpr": losses.rlpr(),
+    "r3": losses.r3(eps=0.0),
 }
 
 
@@ -191,6 +201,9 @@ def test_equal_rewards_have_a_score_of_exactly_zero(name, width):
             log_w=jnp.where(valid, -jnp.abs(level), jnp.nan),
             reward=jnp.where(valid, level, jnp.nan),
             valid=valid,
+            # Three gold tokens of one probability, the last of them behind the answer's end.
+            gold_log_probs=jnp.where(valid, -jnp.abs(level), jnp.nan)[..., None] * jnp.ones(3),
+            gold_mask=jnp.broadcast_to(jnp.arange(3) < 2, (*valid.shape, 3)),
         )
         one = jax.tree.map(lambda x: x[:1], scores)
         compute = jax.jit(lambda scores: run(EQUAL[name], scores))
@@ -231,6 +244,8 @@ def layout_scores():
         jnp.asarray(rng.integers(0, 2, (16, 5)), jnp.float32),
         jnp.asarray(valid),
         jnp.asarray(rng.integers(1, 9, (16, 5)), jnp.int32),
+        jnp.asarray(-rng.exponential(1.0, (16, 5, 3)), jnp.float32),
+        jnp.asarray(np.broadcast_to(np.arange(3) < rng.integers(1, 4, (16, 1, 1)), (16, 5, 3))),
     )
 
 
@@ -290,7 +305,7 @@ def test_shard_map_over_eight_devices_is_the_global_result(layouts, sizes, axis_
 
 def test_pmap_is_the_global_result(layouts):
     scores, states, expected = layouts
-    split = jax.tree.map(lambda x: x.reshape(8, 2, 5), scores)
+    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), scores)
     mapped = jax.pmap(
         functools.partial(step, axis_name="data"), axis_name="data", in_axes=(0, None)
     )
@@ -301,7 +316,7 @@ def test_pmap_is_the_global_result(layouts):
 
 def test_vmap_over_an_axis_name_is_the_global_result(layouts):
     scores, states, expected = layouts
-    split = jax.tree.map(lambda x: x.reshape(8, 2, 5), scores)
+    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), scores)
     mapped = jax.jit(
         jax.vmap(functools.partial(step, axis_name="data"), (0, None), axis_name="data")
     )
@@ -312,7 +327,7 @@ def test_vmap_over_an_axis_name_is_the_global_result(layouts):
 def test_vmap_over_batches_is_each_batch_alone(layouts):
     scores, states, _ = layouts
     states = only(FEW[1:3], states)
-    split = jax.tree.map(lambda x: x.reshape(2, 8, 5), scores)
+    split = jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), scores)
     together = jax.jit(jax.vmap(step, (0, None)))(split, states)
     alone = jax.jit(step)(jax.tree.map(lambda x: x[1], split), states)
     assert_same(alone, jax.tree.map(lambda x: x[1], together))

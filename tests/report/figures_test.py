@@ -52,3 +52,9 @@ def test_lines_that_lie_on_each_other_are_all_seen(tmp_path):
 def test_nothing_to_draw_is_no_picture(tmp_path):
     assert figures.draw(figures.figure3(experiments(tmp_path, ("cold,grpo", 0, [])))) == {}
     assert figures.draw(figures.escape([])) == {}
+
+
+def test_many_lines_differ_in_colour_or_dash():
+    styles = [figures.style_of(index) for index in range(28)]
+    assert len({(style.colour, style.dash) for style in styles}) == 28
+    assert all(figures.style_of(i)[2] != figures.style_of(i + 7)[2] for i in range(7))

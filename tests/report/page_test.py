@@ -208,3 +208,15 @@ def test_a_live_page_follows_the_run(run, monkeypatch):
 def test_the_template_is_part_of_the_package():
     assert "**/*.html" in (ROOT / "setup.cfg").read_text()
     assert pathlib.Path(page.__file__).with_name("page.html").exists()
+
+
+def test_lines_that_are_no_rollouts_are_left_out(run):
+    """And rollouts of many runs are not all read."""
+    with open(run / "rollouts.jsonl", "a") as file:
+        file.write('null\n[1]\n{"step": "x"}\n{"step": 12}\n{"step": 13, "id": null')
+    one = read.read([read.Path(run)])
+    content = page.data(one, "page")
+    assert content["rollouts"][0][-1]["step"] == 13 and len(content["rollouts"][0]) == 4
+    many = page.data(one * 14, "page")
+    assert many["rollouts"][12:] == [[], []] and "name fewer" in many["cut"][13]
+    assert len(many["runs"]) == 14

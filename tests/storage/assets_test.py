@@ -349,6 +349,14 @@ def test_files_of_ones_own_are_staged(place, tmp_path):
     config.data.files = {"train": flag}
     source = files.open_source(config, "train", files.prepare_data(config))
     assert [example.id for example in source] == ["0", "1"]
+    # A file that is named after another split stays one of the split that the config says.
+    config.data.files = {"validation": str(tmp_path / "b" / "test.jsonl.gz")}
+    (tmp_path / "b/test.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    stage.stage(stage.plan(config), str(place), said.append)
+    flag = re.search(r"--config.data.files.validation=(\S+)", said[-1])[1]
+    config.data.files = {"validation": flag}
+    source = files.open_source(config, "validation", files.prepare_data(config))
+    assert [example.id for example in source] == ["1"]
 
 
 # ---- One command, then a run ----
