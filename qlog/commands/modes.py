@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import shlex
 import sys
@@ -15,7 +16,7 @@ from qlog.commands import several_runs
 from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import say
-from qlog.data import tokenizer_files
+from qlog.data import chat_templates, tokenizer_files
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, prepare
 from qlog.parallel import distributed, interrupts
@@ -164,8 +165,24 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     models.huggingface.export(
         params, experiment.policy.config, folder, tokenizer_files=copied, generation=ids
     )
+    if config.tokenizer.chat_template == chat_templates.BUILT_IN_NAME:
+        distributed.once_per_run(lambda: _drop_chat_template(folder))
+        say("without a chat template: prompts were written in a built-in one, not in the model's")
+    if kwargs := config.tokenizer.chat_template_kwargs.to_dict():
+        say(f"prompts were written with chat_template_kwargs {kwargs}: give them to the template")
     say(f"exported to {folder}")
     return 0
+
+
+def _drop_chat_template(folder: Path) -> None:
+    """Removes the model's own template, in which this run wrote no prompt."""
+    for name in (tokenizer_files.TEMPLATE, tokenizer_files.PROCESSOR_TEMPLATE):
+        if paths.exists(folder / name):
+            paths.remove(folder / name)
+    file = folder / tokenizer_files.CONFIG
+    if paths.exists(file):
+        kept = {k: v for k, v in json.loads(paths.read(file)).items() if k != "chat_template"}
+        paths.write(file, json.dumps(kept, indent=2))
 
 
 def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:

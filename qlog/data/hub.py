@@ -21,14 +21,13 @@ not the executed value that the official script scores. So the program is execut
 `exe_ans`. A record without both is refused.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qlog.data import fields, finqa_program, record_files
-from qlog.data.record_files import RecordFiles
+from qlog.data.record_files import Binary, RecordFiles
 from qlog.errors import ConfigError, summary
 
 Record = Mapping[str, Any]
@@ -73,19 +72,11 @@ def hotpotqa_record(record: Record) -> dict[str, Any]:
     """A HotPotQA record -> the official names."""
     return {
         **record,
-        "_id": _text(record.get("_id") or record["id"], "id"),
-        "question": _text(record["question"], "question"),
-        "answer": _filled(record["answer"], "answer"),
-        "context": [
-            [_text(title, "title"), _texts(sentences, "sentences")]
-            for title, sentences in _some(
-                _pairs(record["context"], "title", "sentences"), "context"
-            )
-        ],
-        "supporting_facts": [
-            [_text(title, "title"), _whole(index, "sent_id")]
-            for title, index in _pairs(record["supporting_facts"], "title", "sent_id")
-        ],
+        "_id": _nonempty(record.get("_id") or record["id"], "id"),
+        "question": _nonempty(record["question"], "question"),
+        "answer": _nonempty(record["answer"], "answer"),
+        "context": _context(record["context"]),
+        "supporting_facts": _pairs(record["supporting_facts"], "title", "sent_id"),
     }
 
 
@@ -96,14 +87,11 @@ def musique_record(record: Record) -> dict[str, Any]:
         raise ValueError("it is not answerable: use the configuration 'answerable'")
     return {
         **record,
-        "id": _text(record["id"], "id"),
-        "question": _text(record["question"], "question"),
-        "answer": _filled(record["answer"], "answer"),
+        "id": _nonempty(record["id"], "id"),
+        "question": _nonempty(record["question"], "question"),
+        "answer": _nonempty(record["answer"], "answer"),
         "answer_aliases": _texts(record["answer_aliases"], "answer_aliases"),
-        "paragraphs": [
-            each | {name: _text(each[name], name) for name in ("title", "paragraph_text")}
-            for each in _some(_objects(record["paragraphs"]), "paragraphs")
-        ],
+        "paragraphs": _paragraphs(record["paragraphs"]),
         "question_decomposition": _objects(record["question_decomposition"]),
     }
 
@@ -116,14 +104,15 @@ def finqa_record(record: Record) -> dict[str, Any]:
     # the program under another name.
     program = qa.get("program") or qa["program_re"]
     return {
-        "id": _text(record["id"], "id"),
+        "id": _nonempty(record["id"], "id"),
         "pre_text": _texts(record["pre_text"], "pre_text"),
         "post_text": _texts(record["post_text"], "post_text"),
         "table": table,
         "qa": {
-            "question": _text(qa["question"], "question"),
+            "question": _nonempty(qa["question"], "question"),
+            # May be empty where the annotator wrote none: the executed value is what is scored.
             "answer": _text(qa["answer"], "answer"),
-            "program": _text(program, "program"),
+            "program": _nonempty(program, "program"),
             "exe_ans": _executed(qa.get("exe_ans"), program, table),
             "gold_inds": _evidence(qa["gold_inds"] if "gold_inds" in qa else qa["gold_evidence"]),
         },
@@ -138,53 +127,68 @@ OFFICIAL: dict[str, Callable[[Record], dict[str, Any]]] = {
 
 
 def _text(value: Any, name: str) -> str:
+    if isinstance(value, Binary):
+        return value.text()
     if not isinstance(value, str):
         raise TypeError(f"its {name} is {value!r}, which is not text")
     return value
 
 
-def _filled(value: Any, name: str) -> str:
+def _nonempty(value: Any, name: str) -> str:
     text = _text(value, name)
     if not text.strip():
         raise ValueError(f"its {name} is empty")
     return text
 
 
-def _whole(value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"its {name} is {value!r}, which is not a whole number")
-    return value
-
-
-def _some(values: list[Any], name: str) -> list[Any]:
-    """An empty list would be a prompt without what the question is about."""
-    if not values:
-        raise ValueError(f"its {name} is empty")
-    return values
-
-
 def _list(value: Any, name: str) -> list[Any]:
-    """A list, or one as JSON text; another text would be a list of its letters."""
+    """A list, or its JSON. Any other text would be taken for a list of its letters."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    if not isinstance(value, list):
-        raise TypeError(f"its {name} is {value!r:.100}, which is not a list")
-    return value
+        try:
+            value = json.loads(_text(value, name))
+        except ValueError:
+            pass  # the sentence below shows the text
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"its {name} is {value!r:.60}, which is not a list")
+    return list(value)
 
 
 def _texts(value: Any, name: str) -> list[str]:
-    return [_text(each, name) for each in _list(value, name)]
+    return [_text(each, f"{name}.{index}") for index, each in enumerate(_list(value, name))]
 
 
 def _table(value: Any) -> list[list[str]]:
-    return [[str(cell) for cell in _list(row, "table")] for row in _list(value, "table")]
+    """Rows of cells; numbers are cells, too."""
+    rows = [_list(row, f"table.{index}") for index, row in enumerate(_list(value, "table"))]
+    for cell in (cell for row in rows for cell in row):
+        if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+            raise TypeError(f"a cell of its table is {cell!r:.60}, which is not text")
+    return [[str(cell) for cell in row] for row in rows]
+
+
+def _context(value: Any) -> list[list[Any]]:
+    """The paragraphs of HotPotQA: pairs of a title and sentences."""
+    pairs = _pairs(value, "title", "sentences")
+    if not pairs:
+        raise ValueError("its context is empty")
+    return [[_text(title, "title"), _texts(lines, "sentences")] for title, lines in pairs]
+
+
+def _paragraphs(value: Any) -> list[dict[str, Any]]:
+    """The paragraphs of MuSiQue."""
+    found = _objects(value)
+    if not found:
+        raise ValueError("its paragraphs are empty")
+    for each in found:
+        _text(each["title"], "title")
+        _text(each["paragraph_text"], "paragraph_text")
+    return found
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
     """A list of objects, which may be stored as an object of lists."""
     if not isinstance(value, Mapping):
-        return [dict(each) for each in value]
+        return [dict(each) for each in _list(value, "list of objects")]
     # {"title": [a, b], "idx": [0, 1]} -> [{"title": a, "idx": 0}, {"title": b, "idx": 1}]
     columns = [value[key] for key in value]
     if not all(isinstance(column, list) for column in columns):
@@ -195,6 +199,8 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 def _pairs(value: Any, first: str, second: str) -> list[list[Any]]:
     """Objects with two fields as the official pairs; pairs stay as they are."""
     if isinstance(value, list) and all(isinstance(pair, list) for pair in value):
+        if any(len(pair) != 2 for pair in value):
+            raise ValueError(f"it has no pairs of {first} and {second}, but {value!r:.60}")
         return value
     return [[each[first], each[second]] for each in _objects(value)]
 
@@ -207,8 +213,8 @@ def _executed(value: Any, program: str, table: Sequence[Sequence[str]]) -> float
         return value if isinstance(value, str) else round(value, 5)
     if value in ("yes", "no"):
         return value
-    if isinstance(value, bool):
-        raise TypeError(f"its exe_ans is {value!r}: a number, 'yes' or 'no' is wanted")
+    if isinstance(value, bool):  # float(True) is 1.0
+        raise TypeError(f"its exe_ans is {value!r}, which is neither a number nor yes or no")
     number = float(value)  # numbers and words in one column are text in Parquet
     if not math.isfinite(number):
         raise ValueError(f"its exe_ans is {value!r}")
@@ -220,7 +226,11 @@ def _evidence(value: Any) -> dict[str, str]:
     if isinstance(value, str):
         value = json.loads(value)
     if not isinstance(value, Mapping):
-        value = {str(index): text for index, text in enumerate(value)}
+        value = {str(index): text for index, text in enumerate(_list(value, "gold_inds"))}
     # In Parquet an object has the keys of all records: those of other records are null. Their order
     # is that of the column, so the lines of a rationale may stand in another order.
-    return {place: text for place, text in value.items() if text is not None}
+    return {
+        place: _text(text, f"gold_inds.{place}")
+        for place, text in value.items()
+        if text is not None
+    }

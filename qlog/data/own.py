@@ -21,11 +21,9 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from qlog.data import fields, record_files
-from qlog.data.examples import Example
-from qlog.data.record_files import Record, RecordFiles
+from qlog.data.examples import Example, as_json, has_half_characters, wrong_id
+from qlog.data.record_files import Binary, Record, RecordFiles
 from qlog.errors import ConfigError, summary
 
 PARTS = ("id", "source", "answer", "aliases", "rationale")
@@ -93,13 +91,18 @@ class Reader:
         rationale = ""
         if _find(record, self._keys["rationale"]) not in (_MISSING, None):
             rationale = self._text(record, "rationale", self._keys["rationale"], where)
+        extra = {key: value for key, value in record.items() if key not in self._used}
+        try:
+            extra = as_json(extra)  # JSON's own 1e999 is read as infinity
+        except ValueError as error:
+            raise ConfigError(f"{where} {error}.") from error
         return Example(
             id=self.id(record, where),
             source=source,
             answer=answer,
             aliases=self._aliases(record, answer, where),
             rationale=rationale,
-            extra={key: value for key, value in record.items() if key not in self._used},
+            extra=extra,
         )
 
     def id(self, record: Record, where: str) -> str:
@@ -113,8 +116,8 @@ class Reader:
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         text = self._text(record, "id", key, where)
-        if not text.strip():
-            raise ConfigError(f"{where}: the id in the field {key!r} is empty: give each its own.")
+        if wrong := wrong_id(text):
+            raise ConfigError(f"{where} {wrong}: give each record its own, or leave the key out.")
         return text
 
     def check_named(self, records: RecordFiles) -> None:
@@ -142,17 +145,29 @@ class Reader:
             return json.dumps(value)
         if numbers and isinstance(value, float) and math.isfinite(value):  # 1e999 is read as inf
             return json.dumps(value)
+        if isinstance(value, Binary):
+            try:
+                return value.text()
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"{where}: the field {key!r} is binary and not UTF-8 ({error.reason}), but the "
+                    f"{part} must be text: write the column as strings."
+                ) from error
         if not isinstance(value, str):
+            if isinstance(value, list) and part == "answer" and value:
+                raise ConfigError(
+                    f"{where}: the field {key!r} is the list {_short(value)}, but must be one "
+                    f"text: name one of its elements, {fields.FIELDS}.answer = '{key}.0', and the "
+                    f"list in {fields.FIELDS}.aliases."
+                )
             kind = "null" if value is None else f"{_short(value)}"
             allowed = "text, a number, true or false" if numbers else "text"
             raise ConfigError(f"{where}: the field {key!r} is {kind}, but must be {allowed}.")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
+        if has_half_characters(value):
             raise ConfigError(
-                f"{where}: the field {key!r} holds half a character ({error.reason}): write it "
-                "as UTF-8."
-            ) from error
+                f"{where}: the field {key!r} holds half a character (a surrogate): write it as "
+                "UTF-8."
+            )
         return value
 
     def _aliases(self, record: Record, answer: str, where: str) -> tuple[str, ...]:
@@ -304,7 +319,8 @@ class CheckedExamples(Sequence[Example]):
         self._call = f"{function.__qualname__}({split!r})"
         try:
             examples = function(split)
-        except (Exception, SystemExit) as error:  # whatever the function raises
+        # Whatever the function raises; sys.exit(0) in it would end the run without a word.
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"{fields.NAME}: {self._call} raised {type(error).__name__}: {summary(error)}."
             ) from error
@@ -316,7 +332,12 @@ class CheckedExamples(Sequence[Example]):
                 f"{type(examples).__name__}: return a list of qlog.data.Example, or another "
                 "object with len and indexing."
             )
-        self._examples, self._size = examples, len(examples)
+        try:
+            self._examples, self._size = examples, len(examples)
+        except (Exception, SystemExit) as error:
+            raise ConfigError(
+                f"{fields.NAME}: len({self._call}) raised {type(error).__name__}: {summary(error)}."
+            ) from error
 
     def __len__(self) -> int:
         return self._size
@@ -326,57 +347,42 @@ class CheckedExamples(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         try:
             example = self._examples[index]
-        except (Exception, SystemExit) as error:  # a Sequence may compute its examples
+        except (Exception, SystemExit) as error:  # the user's Sequence may compute its examples
             raise ConfigError(
                 f"{fields.NAME}: {self._call}[{index}] raised {type(error).__name__}: "
                 f"{summary(error)}."
             ) from error
         if wrong := _wrong(example):
             raise ConfigError(f"{fields.NAME}: {self._call}[{index}] {wrong}.")
-        return dataclasses.replace(
-            example,
-            aliases=tuple(example.aliases),
-            extra={key: self._as_json(index, key, value) for key, value in example.extra.items()},
-        )
-
-    def _as_json(self, index: int, key: str, value: Any) -> Any:
-        """A value of `extra` as a file of samples gives it back: metrics see one and the same."""
         try:
-            return json.loads(json.dumps(value, allow_nan=False, default=_number))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{fields.NAME}: {self._call}[{index}] has extra[{key!r}] = {_short(value)}, which "
-                f"is not what JSON holds ({error}): give text, numbers, lists or dictionaries."
-            ) from None
-
-
-def _number(value: Any) -> Any:
-    """numpy's numbers as Python's, for json.dumps."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"an object of type {type(value).__name__}")
+            extra = as_json(example.extra)
+        except ValueError as error:
+            what = f"{self._call}[{index}] (id {example.id!r}) {error}"
+            raise ConfigError(f"{fields.NAME}: {what}.") from error
+        return dataclasses.replace(example, aliases=tuple(example.aliases), extra=extra)
 
 
 def _wrong(example: object) -> str:
     """What is wrong with an example, as the end of a sentence; '' if nothing is."""
     if not isinstance(example, Example):
         return f"is an object of type {type(example).__name__}, but must be a qlog.data.Example"
+    if wrong := wrong_id(example.id):
+        return wrong
     for part in ("id", "source", "answer", "rationale", "official_answer"):
         value = getattr(example, part)
         if not isinstance(value, str):
             return f"has the {part} {_short(value)}, which must be text"
-        if part in ("id", "source", "answer") and not value.strip():
+        if part in ("source", "answer") and not value.strip():
             return f"has an empty {part}"
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
+        if has_half_characters(value):
             return f"has half a character in its {part} {_short(value)}"
-    # A text would be taken for a sequence of letters, each of them a right answer.
-    are_several = isinstance(example.aliases, tuple | list)
-    if not are_several or not all(isinstance(a, str) for a in example.aliases):
-        return f"has the aliases {_short(example.aliases)}, which must be a tuple of texts"
+    # A text would be taken for a sequence of letters, each of them a right answer. A set has
+    # another order in each process.
+    aliases: object = example.aliases
+    if not isinstance(aliases, tuple | list) or not all(isinstance(a, str) for a in aliases):
+        return f"has the aliases {_short(aliases)}, which must be a tuple of texts"
+    if any(map(has_half_characters, aliases)):
+        return f"has half a character in its aliases {_short(aliases)}"
     if not isinstance(example.extra, Mapping):
         return f"has the extra {_short(example.extra)}, which must be a mapping"
-    if not all(isinstance(key, str) for key in example.extra):
-        return f"has the extra {_short(example.extra)}, whose keys must be text"
     return ""

@@ -20,12 +20,12 @@ import grain
 import numpy as np
 
 from qlog.data import fields
-from qlog.data.examples import Example
+from qlog.data.examples import Example, as_json
 from qlog.data.formatting import Formatter
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 
-_MEASURED_AT_ONCE = 4096  # examples
 OVERLONG = ("error", "skip")
+_CHUNK = 256  # examples that a thread measures at a time; part of what `Dataset.content` is
 
 
 class Source(Protocol):
@@ -109,8 +109,8 @@ class Dataset:
     # Ids of the source's examples in their order, those that were skipped included; of an endless
     # source only of the first ones, which were measured.
     ids: Sequence[str]
-    digest: str  # of all fields of these examples, in their order
-    sources: frozenset[bytes]  # a digest of the source of each of them
+    questions: np.ndarray  # uint64 [len(ids)], digests of source and answer of the same examples
+    content: str  # a digest of all that the same examples hold, in their order
     endless: bool = False  # the source makes examples when asked for, and only some were measured
 
     def __len__(self) -> int:
@@ -168,9 +168,9 @@ def open_dataset(
             f"{name} has no examples: check the split, {fields.FILES} and {fields.MANUAL_DIR}."
         )
     num_measured = size if measure is None else min(measure, size)
-    measured = _measure(source, formatter, num_measured, limits.rationale is not None)
-    lengths = measured.lengths
-    _check_distinct(measured.ids, name)
+    measured = _measure(source, formatter, num_measured, limits.rationale is not None, name)
+    ids, lengths = measured.ids, measured.lengths
+    _check_distinct(ids, name)
     if overlong == "error":
         _check_lengths(lengths, limits, name)
     over = _over(lengths, limits)  # bool [measured, 3]
@@ -203,9 +203,9 @@ def open_dataset(
         limits=limits,
         widths=widths,
         skipped=skipped,
-        ids=measured.ids,
-        digest=measured.digest,
-        sources=measured.sources,
+        ids=ids,
+        questions=measured.questions,
+        content=measured.content,
         endless=measure is not None,
     )
 
@@ -232,43 +232,61 @@ def measure_lengths(
 
 
 class _Measured(NamedTuple):
-    """What is known of the first examples of a source when each has been read once."""
+    """What one pass over N examples finds."""
 
-    ids: list[str]
-    lengths: np.ndarray  # int32 [N, 3]
-    digest: str  # of all their fields, in their order
-    sources: frozenset[bytes]  # a digest of the source of each
-
-
-def _measure(source: Source, formatter: Formatter, size: int, rationales: bool) -> _Measured:
-    def measure(index: int) -> tuple[str, Lengths, bytes, bytes]:
-        encoded = _encode(formatter, source[index], rationales)
-        example = encoded.example
-        text = example.source.encode("utf-8", "surrogatepass")
-        asked = hashlib.sha256(text).digest()[:8]
-        return example.id, _lengths(encoded), _content(example), asked
-
-    whole = hashlib.sha256()
-    ids, lengths, sources = [], np.zeros((size, 3), np.int32), set()
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # the tokenizers release the GIL
-        # A part at a time: a future for each of a million examples would take gigabytes.
-        for first in range(0, size, _MEASURED_AT_ONCE):
-            part = range(first, min(first + _MEASURED_AT_ONCE, size))
-            for index, (example_id, of_example, content, asked) in zip(
-                part, pool.map(measure, part), strict=True
-            ):
-                ids.append(example_id)
-                lengths[index] = of_example
-                whole.update(content)
-                sources.add(asked)
-    return _Measured(ids, lengths, whole.hexdigest()[:16], frozenset(sources))
+    ids: list[str]  # N
+    lengths: np.ndarray  # int32 [N, 3], as `Lengths`
+    questions: np.ndarray  # uint64 [N], as `Dataset.questions`
+    content: str  # as `Dataset.content`
 
 
-def _content(example: Example) -> bytes:
-    """A digest of all fields of an example; the same wherever it was read."""
-    # What JSON does not have goes in by its type: its text may name a memory address.
-    text = json.dumps(vars(example), sort_keys=True, default=lambda value: type(value).__name__)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+def _measure(
+    source: Source, formatter: Formatter, size: int, rationales: bool, name: str = "the dataset"
+) -> _Measured:
+    """Reads the first examples of a source, each once."""
+
+    def measure(start: int) -> tuple[list[str], list[Lengths], list[int], bytes]:
+        ids, lengths, questions, content = [], [], [], hashlib.sha256()
+        for index in range(start, min(start + _CHUNK, size)):
+            encoded = _encode(formatter, source[index], rationales)
+            ids.append(encoded.example.id)
+            lengths.append(_lengths(encoded))
+            questions.append(_question(encoded.example))
+            content.update(_content(encoded.example, f"{name}: example {index}"))
+        return ids, lengths, questions, content.digest()
+
+    # The tokenizers release the GIL. Chunks, because a future for each of 1e6 examples takes
+    # gigabytes.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        chunks = list(pool.map(measure, range(0, size, _CHUNK)))
+    content = hashlib.sha256(b"".join(digest for *_, digest in chunks)).hexdigest()[:16]
+    return _Measured(
+        [each for ids, *_ in chunks for each in ids],
+        np.array([each for _, lengths, *_ in chunks for each in lengths], np.int32).reshape(
+            size, 3
+        ),
+        np.array([each for *_, questions, _ in chunks for each in questions], np.uint64),
+        content,
+    )
+
+
+def _question(example: Example) -> int:
+    """64 bits that are the same for the same source and answer, whatever the white space."""
+    text = "\0".join(" ".join(part.split()) for part in (example.source, example.answer))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _content(example: Example, where: str) -> bytes:
+    """All fields of an example; two examples have the same bytes only if they are equal.
+
+    Raises:
+      ConfigError: `extra` holds what JSON does not have.
+    """
+    try:
+        as_json(example.extra)
+        return json.dumps(vars(example), sort_keys=True, default=dict).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} (id {example.id!r}) {summary(error)}.") from error
 
 
 def _check_distinct(ids: Sequence[str], name: str) -> None:

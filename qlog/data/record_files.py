@@ -34,7 +34,7 @@ Record = dict[str, Any]  # one record, values as JSON has them
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
-# How files and folders are named after a split: train-00000-of-00002.parquet, dev.json, test/...
+# How files and folders are named after a split: train-0-of-2.parquet, gsm_dev.json, test/...
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -45,6 +45,14 @@ _SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_WORDS)})(?![^\W\d_])"
 # Files about a dataset that lie next to its data, as the Hub's libraries write them.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _BOM = b"\xef\xbb\xbf"  # U+FEFF in UTF-8, which some editors write first
+
+
+class Binary(str):
+    """A binary value of Parquet: base64, since JSON has no bytes; `text` is what they spell."""
+
+    def text(self) -> str:
+        """The bytes as UTF-8, as which some writers store text; raises UnicodeDecodeError."""
+        return base64.b64decode(self).decode()
 
 
 class File(NamedTuple):
@@ -144,7 +152,7 @@ def _of_split(
                 f"{fields.FILES}.{other} to the same folder, or name only the files of {split} "
                 "by a glob."
             )
-    # The Hub keeps each configuration of a dataset in a folder of its own: main/, socratic/.
+    # The Hub keeps each configuration of a dataset in a folder of its own: main, socratic.
     chosen = [name for name in names if places[name].split == split]
     folders = sorted({places[name].folder for name in chosen})
     if len(folders) > 1:
@@ -357,7 +365,7 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, decimal.Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
+        return Binary(base64.b64encode(value).decode())
     return value if isinstance(value, str | int | float | None) else str(value)
 
 

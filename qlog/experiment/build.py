@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -138,7 +139,7 @@ def _check_apart(experiment: Experiment) -> None:
             f"in train, too, such as {min(shared)!r}: name files or write a function with other "
             "examples (and other ids) for each split."
         )
-    if repeated := len(train.sources & evaluated.sources):
+    if repeated := np.isin(evaluated.questions, train.questions).sum():
         say(
             f"warning: {repeated} questions of the {split} split are in train, too, word for word: "
             "its accuracy is not only that of unseen questions"

@@ -30,7 +30,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
         "tokenizer": formatter.digest,
-        "examples": {name: split.digest for name, split in experiment.splits().items()},
+        "examples": {name: split.content for name, split in experiment.splits().items()},
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
 

@@ -173,6 +173,20 @@ def test_an_export_has_the_template_that_prompts_were_written_in(trained, tmp_pa
     assert reread.prompt(example) == files.load_formatter(config).prompt(example)
 
 
+def test_an_export_has_no_template_that_prompts_were_not_written_in(trained, tmp_path, capsys):
+    config, workdir, _ = trained
+    shutil.copytree(workdir, tmp_path / "run", ignore=lambda *_: {"export"})
+    model = pathlib.Path(shutil.copytree(config.model, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("the model's own")
+    warm = {"data": {"style": "warm"}, "model": str(model), "weights": str(model)}
+    config = schema.merge(config, {**warm, "tokenizer": {"chat_template": "builtin"}})
+    assert modes.run("export", config, tmp_path / "run") == 0
+    exported = tmp_path / "run/export"
+    assert not (exported / "chat_template.jinja").exists()
+    assert "chat_template" not in json.loads((exported / "tokenizer_config.json").read_text())
+    assert "without a chat template" in capsys.readouterr().out
+
+
 def test_what_is_exported_is_what_the_config_names(trained, tmp_path):
     config, workdir, _ = trained
     for mode in ("export", "evaluate", "sample"):  # a mistyped workdir is not the base model

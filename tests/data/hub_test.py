@@ -188,6 +188,17 @@ def test_a_folder_with_files_of_a_split_that_is_not_named(tmp_path):
         find("finqa", files=files).prepare()
 
 
+def test_lists_may_be_json_text(official, tmp_path):
+    texts = ("table", "pre_text", "post_text")
+
+    def as_text(record):
+        card = finqa_card(record)
+        return {**card, **{key: json.dumps(card[key]) for key in texts}}
+
+    corpus = find("finqa", files=write(tmp_path, "finqa", as_text, "parquet"))
+    assert list(corpus.open("train", corpus.prepare())) == official("finqa", "train")
+
+
 @pytest.mark.parametrize(
     "name, change, message",
     [
@@ -200,16 +211,27 @@ def test_a_folder_with_files_of_a_split_that_is_not_named(tmp_path):
         ("musique", {"answerable": False}, "it is not answerable: use the configuration 'answ"),
         ("musique", {"paragraphs": {"title": "a"}}, "a list or an object of lists is wanted"),
         ("hotpotqa", {"context": {"title": ["a"], "sentences": []}}, "is shorter|shorter"),
-        ("hotpotqa", {"context": None}, "NoneType"),
-        # Text where a list is wanted would be a list of its letters.
-        ("finqa", {"table": "a | b"}, "its table is 'a . b', which is not a list"),
-        ("finqa", {"pre_text": "All of it."}, "its pre_text is 'All of it.', which is not a list"),
-        ("finqa", {"exe_ans": True}, "its exe_ans is True"),
-        ("musique", {"answer_aliases": "abc"}, "its answer_aliases is 'abc', which is not a list"),
-        ("musique", {"paragraphs": []}, "its paragraphs is empty"),
-        ("hotpotqa", {"context": {"title": ["a"], "sentences": ["b c"]}}, "sentences is 'b c'"),
+        ("hotpotqa", {"context": None}, "is None, which is not a list"),
         ("hotpotqa", {"context": []}, "its context is empty"),
-        ("hotpotqa", {"answer": " "}, "its answer is empty"),
+        (
+            "hotpotqa",
+            {"context": {"title": ["a"], "sentences": ["abc"]}},
+            "sentences is 'abc', whi",
+        ),
+        ("hotpotqa", {"context": [["a", ["b"], "c"]]}, "no pairs of title and sentences"),
+        ("hotpotqa", {"answer": ""}, "its answer is empty"),
+        ("hotpotqa", {"id": " "}, "its id is empty"),
+        ("musique", {"answer_aliases": "abc"}, "answer_aliases is 'abc', which is not a list"),
+        ("musique", {"answer_aliases": [None]}, "answer_aliases.0 is None, which is not text"),
+        ("musique", {"paragraphs": []}, "its paragraphs are empty"),
+        ("musique", {"paragraphs": "abc"}, "'abc', which is not a list"),
+        ("musique", {"answer": " "}, "its answer is empty"),
+        ("finqa", {"pre_text": "One. Two."}, "pre_text is 'One. Two.', which is not a list"),
+        ("finqa", {"table": "a | b"}, "table is 'a . b', which is not a list"),
+        ("finqa", {"table": ["abc"]}, "table.0 is 'abc', which is not a list"),
+        ("finqa", {"table": [[None]]}, "a cell of its table is None"),
+        ("finqa", {"gold_evidence": 3}, "gold_inds is 3, which is not a list"),
+        ("finqa", {"exe_ans": True}, "its exe_ans is True, which is neither"),
     ],
     ids=str,
 )

@@ -1,8 +1,10 @@
 """Own data: what fields mean, which records are refused, how splits are drawn; functions."""
 
+import datetime
 import gzip
 import json
 import random
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,6 @@ import pytest
 
 from qlog import data
 from qlog.config import schema
-from qlog.data import own
 from qlog.errors import ConfigError
 
 DATA = schema.default().data.to_dict()
@@ -137,7 +138,10 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
             "a.jsonl:1: the field 'answer' is empty: leave the record out",
         ),
         ('{"source": "s", "answer": " "}', "a.jsonl:1: the field 'answer' is empty"),
-        ('{"source": "s", "answer": ["a"]}', r"the field 'answer' is \['a'\], but must be text, a"),
+        (
+            '{"source": "s", "answer": ["a"]}',
+            r"the field 'answer' is the list \['a'\], .*fields.answer = 'answer.0'",
+        ),
         ('{"source": "s", "answer": {}}', "the field 'answer' is {}, but must be text"),
         ('{"source": "s", "answer": NaN}', r"a.jsonl:1 is not JSON \(NaN is no JSON value\)"),
         ('{"source": "s", "answer": 1e999}', "the field 'answer' is inf"),
@@ -147,6 +151,10 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
         ('{"source": "s", "answer": "a", "aliases": [null]}', "the field 'aliases' is null"),
         ('{"source": "s", "answer": "a", "rationale": 3}', "'rationale' is 3, but must be text"),
         ('{"source": "\\ud800", "answer": "a"}', "the field 'source' holds half a character"),
+        ('{"source": "s", "answer": "a", "id": ""}', "a.jsonl:1 has an empty id: give each record"),
+        ('{"source": "s", "answer": "a", "id": " "}', "a.jsonl:1 has an empty id"),
+        ('{"source": "s", "answer": "a", "m": {"n": [1e999]}}', "has inf .* its extra at 'm.n.0'"),
+        ('{"source": "s", "answer": "a", "m": "\\ud800"}', "in its extra at 'm', which JSON does"),
     ],
     ids=repr,
 )
@@ -315,6 +323,19 @@ def test_rows_of_parquet_are_as_lines_of_json(tmp_path):
         opened("validation", files=files, name="parquet")
 
 
+def test_binary_columns_are_text_where_they_are_named(tmp_path):
+    columns = {"id": ["a"], "source": [b"Caf\xc3\xa9?"], "answer": [b"yes"], "raw": [b"\xff"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    files = {"validation": str(tmp_path / "a.parquet")}
+    (found,) = opened("validation", files=files, name="parquet")
+    assert (found.source, found.answer, found.extra) == ("Café?", "yes", {"raw": "/w=="})
+    assert type(found.extra["raw"]) is str
+    with pytest.raises(
+        ConfigError, match="a.parquet, row 0: the field 'raw' is binary and not UTF"
+    ):
+        opened("validation", files=files, name="parquet", fields={"source": "raw"})
+
+
 # ---- Splits ----
 
 
@@ -389,6 +410,26 @@ class Lazy:
         raise KeyError("no such page")
 
 
+class Leaves:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        sys.exit(0)
+
+
+def test_extra_of_a_function_is_as_json_keeps_it():
+    given = {"n": np.int64(3), "t": (1, (2.5,)), "m": {"b": np.bool_(True), "x": None}}
+
+    def my_examples(split):
+        return [example(extra=given, aliases=["b"])]
+
+    (found,) = list(opened(name=my_examples))
+    assert found.extra == {"n": 3, "t": [1, [2.5]], "m": {"b": True, "x": None}}
+    assert found.extra == json.loads(json.dumps(found.extra, allow_nan=False))
+    assert found.aliases == ("b",)
+
+
 @pytest.mark.parametrize(
     "returned, message",
     [
@@ -406,18 +447,23 @@ class Lazy:
         ([example(aliases="abc")], r"\[0\] has the aliases 'abc', which must be a tuple of texts"),
         ([example(aliases=(1,))], r"\[0\] has the aliases \(1,\)"),
         ([example(rationale=None)], r"\[0\] has the rationale None, which must be text"),
-        ([example(aliases=None)], r"\[0\] has the aliases None, which must be a tuple of texts"),
-        ([example(extra={1: 2})], r"\[0\] has the extra \{1: 2\}, whose keys must be text"),
-        ([example(extra={"a": {1}})], r"\[0\] has extra\['a'\] = \{1\}, which is not what JSON"),
-        ([example(extra={"a": float("nan")})], r"\[0\] has extra\['a'\] = nan, which is not what"),
-        (SystemExit(0), r"my_examples\('train'\) raised SystemExit: 0\.$"),
         ([example(extra=3)], r"\[0\] has the extra 3, which must be a mapping"),
+        ([example(aliases=None)], r"\[0\] has the aliases None, which must be a tuple of texts"),
+        ([example(aliases={"a"})], r"\[0\] has the aliases {'a'}, which must be a tuple of texts"),
+        ([example(aliases=("\ud800",))], r"\[0\] has half a character in its aliases"),
+        ([example(id=" ")], r"\[0\] has an empty id"),
+        ([example(extra={1: 2})], r"\[0\] \(id '0'\) has the key 1 in its extra: keys must be"),
+        ([example(extra={"a": [{"b": {1}}]})], r"has .1. \(set\) in its extra at 'a.0.b', which"),
+        ([example(extra={"d": datetime.date(2024, 1, 2)})], r"\(date\) in its extra at 'd'"),
+        ([example(extra={"x": np.float32("nan")})], r"has nan \(float\) in its extra at 'x'"),
+        (SystemExit(0), r"my_examples\('train'\) raised SystemExit: 0\.$"),
+        (Leaves(), r"my_examples\('train'\)\[0\] raised SystemExit: 0\.$"),
         (Lazy(), r"my_examples\('train'\)\[0\] raised KeyError: 'no such page'"),
     ],
 )
 def test_what_a_function_returns_is_checked(returned, message):
     def my_examples(split):
-        if isinstance(returned, (Exception, SystemExit)):
+        if isinstance(returned, BaseException):
             raise returned
         return returned
 
@@ -442,12 +488,3 @@ def test_a_function_takes_one_argument_and_has_a_name():
 
     with pytest.raises(ConfigError, match="is an object of type Callable, which has no name"):
         opened(name=Callable())
-
-
-def test_the_extra_of_a_function_is_what_a_file_of_samples_gives_back():
-    def my_examples(split):
-        return [example(extra={"level": np.int64(3), "pair": (1, 2), "weight": np.float32(0.5)})]
-
-    (found,) = own.CheckedExamples(my_examples, "train")
-    assert found.extra == {"level": 3, "pair": [1, 2], "weight": 0.5}
-    assert type(found.extra["level"]) is int

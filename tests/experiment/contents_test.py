@@ -34,10 +34,12 @@ def test_examples_of_ones_own_are_compared():
     began = of(made())
     contents.check_same_parts(began, of(made()))
     edited = made()
-    edited[33] = dataclasses.replace(edited[33], answer="answer [ met bob ]")
+    edited[1] = dataclasses.replace(edited[1], answer="answer [ met bob ]")
+    retold = made()
+    retold[39] = dataclasses.replace(retold[39], extra={"level": 2})  # for a reward
     renamed = made()
     renamed[33] = data.Example("x", renamed[33].source, renamed[33].answer)
-    for other in (made(39), made()[::-1], edited, renamed):
+    for other in (made(39), made()[::-1], edited, renamed, retold):
         with pytest.raises(ConfigError, match="the run there has another split train"):
             contents.check_same_parts(began, of(other))
     # A split that only one of the two starts opened is not compared.
@@ -60,9 +62,10 @@ def test_a_checkpoint_of_an_older_version_is_resumed():
     contents.check_same_parts(before, of(made()))
 
 
-def test_what_json_does_not_have_is_no_matter():
+def test_what_json_does_not_have_is_refused_before_training():
     strange = [data.Example("1", "ask amy", "answer [ met amy ]", extra={"at": object()})]
-    assert of(strange) == of([data.Example(**{**vars(strange[0]), "extra": {"at": object()}})])
+    with pytest.raises(ConfigError, match=r"example 0 \(id '1'\) has .*object.* extra at 'at'"):
+        of(strange)
 
 
 def test_two_examples_with_the_same_id_are_refused():
