@@ -59,8 +59,14 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows of cells as a Markdown table.
 
     Args:
-      rows: at least one; all have the same keys in the same order, which are the header.
+      rows: at least one. All keys are the header, in the order in which they are first met; a
+        row without one of them has a dash there.
     """
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    return "\n".join(lines)
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [header, *([row.get(key, "-") for key in header] for row in rows)]
+    # A bar would end the cell, and a line break the row.
+    texts = [
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |"
+        for line in lines
+    ]
+    return "\n".join([texts[0], "|" + "---|" * len(header), *texts[1:]])

@@ -1,6 +1,8 @@
 """The exceptions that a user is meant to read, and the exit status of each."""
 
+import os
 import signal
+import traceback
 
 
 class ConfigError(ValueError):
@@ -47,6 +49,12 @@ class Stop(BaseException):
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.status = 128 + number
+
+
+def last_line(error: BaseException) -> str:
+    """Where an exception was raised: "mine.py:12"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
 
 
 def summary(error: BaseException) -> str:

@@ -30,6 +30,7 @@ from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Rollouts
 from qlog.rollouts import sampler
 from qlog.rollouts.text import rollout_texts
+from qlog.runs import folder
 from qlog.storage import json_lines, paths
 from qlog.storage.paths import Path
 
@@ -90,6 +91,8 @@ def evaluate(
         # On the first process only: scoring takes seconds, and the others have no rows.
         found = distributed.once_per_run(lambda rows=rows: _summarise(experiment.config, rows))
         summary |= _prefixed(prefix, found)
+        if file and jax.process_index() == 0:
+            _write_questions(experiment.config, file, rows)
         # Not before: if a scorer stopped the run, the next start has nothing to sample again.
         if partial and jax.process_index() == 0:
             partial.remove()
@@ -217,6 +220,14 @@ def _samples_file(samples: Path, prefix: str) -> Path:
 def _write_rows(file: Path, rows: Iterable[Row]) -> None:
     """The file is there whole or not at all: `paths.write`, on a disk and in a bucket alike."""
     paths.write(file, "".join(map(json_lines.line, rows)))
+
+
+def _write_questions(config: ConfigDict, samples: Path, rows: list[Row]) -> None:
+    """Writes `accuracy.per_question` and the ids: runs are compared question by question."""
+    k = config.evaluation.rollouts_per_prompt
+    values = {name: each.tolist() for name, each in accuracy.per_question(rows, k).items()}
+    content = {"ids": [row["id"] for row in rows], **values}
+    paths.write(folder.questions(samples), json.dumps(content))
 
 
 def _read_rows(file: Path) -> list[Any]:

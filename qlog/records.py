@@ -55,6 +55,8 @@ class Samples(NamedTuple):
     rollouts: Rollouts  # [B, M, ...]
     log_w: Array  # float32 [B, M], log p(y* | x*, z) of the gold answer y*
     lane_steps: int  # work of the decode loop: its steps, times the lanes that the pool had
+    # float32 [B, M, A], log p of each of the gold answer's tokens; None: they were not asked for
+    gold_log_probs: Array | None
 
 
 class Groups(NamedTuple):
@@ -69,6 +71,7 @@ class Groups(NamedTuple):
     # sum of; {} where there is no reward
     reward_parts: dict[str, Array]
     lane_steps: int  # as in `Samples`
+    gold_log_probs: Array | None = None  # as in `Samples`
 
 
 class Trajectories(NamedTuple):

@@ -17,9 +17,8 @@ from jax import Array
 from qlog import data, losses, models
 from qlog.config.streams import StepStream
 from qlog.console import ProgressLine
-from qlog.errors import TrainingError
 from qlog.experiment import Experiment
-from qlog.grading.scorers import Failures, Sample
+from qlog.grading.scorers import LARGEST, Failures, Sample, ScorerError
 from qlog.learner.gradient import batch_gradient, merge, reference_log_probs
 from qlog.learner.optimizer import apply_update
 from qlog.learner.trajectories import annotated, with_gold_answer, with_sampled_answer
@@ -39,6 +38,7 @@ class StepResult(NamedTuple):
     state: TrainState  # after all updates of the step
     sums: StepSums  # over the whole batch; the mismatch is that of the first update
     update: UpdateMetrics  # of the last update
+    coefficients: losses.Coefficients  # [B, M], of the whole batch
 
 
 class Stopwatch:
@@ -81,7 +81,7 @@ def collect(
 
     Raises:
       Stop: a signal came.
-      TrainingError: a scorer of the reward fails too often, or the reward is one that the loss
+      ScorerError: a scorer of the reward fails too often, or the reward is one that the loss
         cannot take.
     """
     config, estimator = experiment.config, experiment.estimator
@@ -104,7 +104,7 @@ def collect(
     # ---- Rollouts, and log w: the gold answer is scored on the caches that decoding leaves.
     with watch("decode") as ready:
         keys = sampler.rollout_keys(key, put(batch.uids), experiment.rollouts_per_prompt)
-        rollouts, log_w, lane_steps = ready(
+        rollouts, log_w, lane_steps, gold_log_probs = ready(
             sampler.sample(
                 params,
                 experiment.policy,
@@ -133,6 +133,7 @@ def collect(
         reward=reward,
         reward_parts=parts,
         lane_steps=lane_steps,
+        gold_log_probs=gold_log_probs,
     )
 
 
@@ -201,7 +202,7 @@ def learn(
     process.release_memory()
     # The mismatch is that of the first update: the parameters of later ones are not the sampler's.
     total = functools.reduce(merge, sums)._replace(mismatch=sums[0].mismatch)
-    return StepResult(state, total, update)
+    return StepResult(state, total, update, coefficients)
 
 
 @functools.partial(jax.jit, static_argnames=("estimator",))
@@ -212,6 +213,11 @@ def _coefficients(
     loss_state: Any,
     key: Array,
 ) -> tuple[losses.Coefficients, Any]:
+    gold_mask = None
+    if groups.gold_log_probs is not None:
+        slots = jnp.arange(groups.gold_log_probs.shape[-1])
+        gold_mask = slots < groups.golds.lengths[:, None, None]  # [B, 1, A]
+        gold_mask = jnp.broadcast_to(gold_mask, groups.gold_log_probs.shape)
     scores = losses.Scores(
         log_w=groups.log_w,
         reward=groups.reward,
@@ -219,6 +225,8 @@ def _coefficients(
         num_tokens=(trajectories.rationale_mask | trajectories.answer_mask).sum(
             -1, dtype=jnp.int32
         ),
+        gold_log_probs=groups.gold_log_probs,
+        gold_mask=gold_mask,
     )
     return losses.coefficients(estimator.transform, estimator.measured(scores), loss_state, key=key)
 
@@ -245,6 +253,10 @@ def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
     return with_gold_answer(rollouts, groups.golds, length)
 
 
+class _Stopped(Exception):
+    """A signal came while scoring: the rest is not scored."""
+
+
 def _rewards(
     experiment: Experiment,
     rollouts: Rollouts,
@@ -258,6 +270,7 @@ def _rewards(
 
     Raises:
       ScorerError: a scorer fails too often; on every process.
+      Stop: a signal came to one of them.
     """
     mesh, num_prompts = experiment.mesh, len(batch.examples)
     panel = experiment.reward
@@ -273,21 +286,35 @@ def _rewards(
         for b, index in places.items()
         for sample in _samples(experiment, local, index, batch, b)
     ]
-    line = ProgressLine()
+    line, is_stopped = ProgressLine(), False
 
     def done(number: int) -> None:
         if interrupts:
             interrupts.beat()  # slow scorers are no standstill
+            if interrupts.asked:
+                raise _Stopped
         line.show(f"scoring rollouts: {number}/{len(samples)}")
 
-    found = panel.score(samples, done)
+    try:
+        found = panel.score(samples, done)
+    except _Stopped:
+        found, is_stopped = panel.score((), done), True
     # ---- All prompts to all processes, and the failures of all ----
     num_rollouts = experiment.rollouts_per_prompt
     values = {
         name: scores.reshape(-1, num_rollouts).tolist() for name, scores in found.values.items()
     }
-    mine = {"prompts": list(places), "values": values, "failures": found.failures}
-    everyone = distributed.gather([mine])
+    mine = {
+        "prompts": [] if is_stopped else list(places),
+        "values": values,
+        "failures": found.failures,
+        "is_stopped": is_stopped,
+    }
+    # Patient: another process may score for long yet, and this one gives no sign of life meanwhile.
+    with interrupts.patient() if interrupts else contextlib.nullcontext():
+        everyone = distributed.gather([mine])
+    if interrupts and any(its["is_stopped"] for its in everyone):
+        interrupts.beat(any_asked=True)
     parts = {name: np.zeros((num_prompts, num_rollouts), np.float32) for name in values}
     for its in everyone:
         if not its["prompts"]:
@@ -304,15 +331,20 @@ def _summed(experiment: Experiment, scores: dict[str, np.ndarray]) -> np.ndarray
     """The reward, float32 [B, M], from the scores of its parts.
 
     Raises:
-      TrainingError: a negative one, for a loss that reads it as a probability.
+      ScorerError: a negative one, for a loss that reads it as a weight; a huge one.
     """
     assert experiment.reward, "an experiment of shapes has no rollouts"
     reward = experiment.reward.total(scores).astype(np.float32)
     if experiment.estimator.is_reward_weight and (reward < 0).any():
-        raise TrainingError(
-            f"config.rollout.reward gave {reward.min():.3g}: this loss takes the reward for the "
-            "answer's probability of being right, which is not negative; shift the reward, or use "
-            "a loss that takes its differences (grpo, rloo)."
+        raise ScorerError(
+            f"config.rollout.reward gave {reward.min():.3g}: this loss takes the reward for a "
+            "weight of the answer, which is not negative; shift the reward, or use a loss that "
+            "takes its differences (grpo, rloo)."
+        )
+    if not (abs(reward) <= LARGEST).all():
+        raise ScorerError(
+            f"config.rollout.reward gave {abs(reward).max():.3g}, more than {LARGEST:g}: lower its "
+            "weights."
         )
     return reward
 
@@ -331,6 +363,6 @@ def _samples(
     assert formatter, "an experiment of shapes has no rollouts"
     ids = batch.tokens[b, : batch.lengths[b]].tolist()
     prompt = formatter.tokenizer.decode(ids, show_control=True)
-    golds = [example.answer, *example.aliases]
+    golds = (example.answer, *example.aliases)
     for rationale, answer in rollout_texts(formatter, rollouts, index):
         yield Sample(prompt, rationale, answer, golds, example.source, example)

@@ -25,13 +25,12 @@ from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState
 from qlog.runs import checkpoints, ownership
+from qlog.runs.folder import FINAL, RESULTS
 from qlog.runs.log import RunLog, read_jsonl
 from qlog.runs.profiling import profiled
 from qlog.step import StepResult, Stopwatch, collect, learn
 from qlog.storage import paths
 from qlog.storage.paths import Path
-
-RESULTS = "results.json"
 
 
 class Outcome(NamedTuple):
@@ -77,7 +76,8 @@ def run(
     """Trains, from scratch or from the newest checkpoint in `workdir`.
 
     Leaves behind config.json, metrics.jsonl, rollouts.jsonl, TensorBoard events, samples of every
-    evaluation, checkpoints, and results.json when it finishes. SIGINT and SIGTERM give up the step
+    evaluation, checkpoints, and when it finishes final.json (with `evaluation.final`) and, last,
+    results.json. SIGINT and SIGTERM give up the step
     under way, save the state as it was before that step, and return.
 
     Args:
@@ -155,6 +155,11 @@ def run(
                     training.evaluate()
                 claim.check()
                 stop.check()
+
+            # ---- All steps are done ----
+            training.find_metrics()
+            if experiment.final_data is not None:
+                training.evaluate_best()
         except ScorerError:
             # Nothing is wrong with the state: the same command goes on when the function is mended.
             training.save()
@@ -279,7 +284,10 @@ class _Training:
         self.log.progress(step, train_metrics.progress(values))
         _check_health(self._config, step, values)
         if step % self._config.train.rollouts_every == 0:
-            self.log.rollouts(step, train_metrics.rollout_rows(self._experiment, groups, batch))
+            self.log.rollouts(
+                step,
+                train_metrics.rollout_rows(self._experiment, groups, result.coefficients, batch),
+            )
 
     def save_is_due(self) -> bool:
         """Whether to save now: after so many steps or minutes, and before an evaluation."""
@@ -344,20 +352,68 @@ class _Training:
         )
         self._saved.score(self.step, self.metrics[metric], what)
 
+    def find_metrics(self) -> None:
+        """Finds `metrics` where an earlier start evaluated the last step, and ended after that.
+
+        Raises:
+          Stop: as `evaluate`.
+        """
+        if self.metrics or self._experiment.evaluation_data is None:
+            return
+        split = self._config.evaluation.split
+        find = functools.partial(_logged_metrics, self._workdir, self.step - 1, split)
+        self.metrics = distributed.once_per_run(find)
+        if train_metrics.best_metric(self._config) not in self.metrics:  # of other settings
+            self.evaluate()
+
+    def evaluate_best(self) -> None:
+        """Evaluates the best checkpoint on the split `evaluation.final`, into final.json.
+
+        Once it is there, a later start of the run takes it as it is. The state is given up: its
+        memory may be needed for the checkpoint's parameters.
+
+        Raises:
+          Stop: a signal came; the next start goes on after the batches that were sampled.
+        """
+        experiment = self._experiment.of_final()
+        config, file = experiment.config, self._workdir / FINAL
+        with self._stop.patient():
+            self._claim.check()
+            self._saved.wait()
+            step = self._saved.best_step
+            parameters_from = f"{self._workdir}, step {step}"
+            about = functools.partial(
+                evaluation.record, config, parameters_from=parameters_from, step=step
+            )
+            if distributed.once_per_run(lambda: _is_written(file, about(metrics={}))):
+                return
+            # ---- Parameters: those at hand, or the checkpoint's in their place ----
+            self._claim.beat(self.step, "final")
+            params = self.state.params
+            if step != self.step:
+                del params, self.state, self.reference
+                folder = self._workdir / "checkpoints" / str(step)
+                params = checkpoints.load_params(folder, experiment.abstract_params(), "--workdir")
+            # ---- Numbers ----
+            metrics = evaluation.evaluate(
+                experiment,
+                params,
+                self._workdir / "samples" / "final.jsonl",
+                parameters_from=parameters_from,
+                interrupts=self._stop,
+            )
+        self._claim.check()
+        if jax.process_index() == 0:
+            paths.write(file, about(metrics=metrics))
+        split = config.evaluation.split
+        say(f"best, step {step}: {split} {train_metrics.brief(config, metrics)}")
+
     def finish(self) -> Outcome:
         """Writes the results of the last evaluation. Signals wait for the end."""
         config, self._is_finishing = self._config, True
         with self._stop.patient():
             self._claim.check()
             self._saved.wait()
-            if not self.metrics and self._experiment.evaluation_data is not None:
-                # An earlier start evaluated the last step, and ended before this.
-                find = functools.partial(
-                    _logged_metrics, self._workdir, self.step - 1, config.evaluation.split
-                )
-                self.metrics = distributed.once_per_run(find)
-                if train_metrics.best_metric(config) not in self.metrics:  # of other settings
-                    self.evaluate()
             if jax.process_index() == 0:
                 parameters_from = f"{self._workdir}, step {self.step}"
                 record = evaluation.record(config, self.metrics, parameters_from, self.step)
@@ -404,6 +460,7 @@ def _finished(workdir: Path, config: ConfigDict) -> dict[str, float] | None:
     """The metrics of a run that has finished with these steps; None of one that has more to do.
 
     Removes the results of fewer steps: launchers take a run that has results for finished.
+    A run that finished without `evaluation.final` stays as it is: --mode=evaluate does the same.
     """
     try:
         record = json.loads(paths.read(workdir / RESULTS))
@@ -412,7 +469,17 @@ def _finished(workdir: Path, config: ConfigDict) -> dict[str, float] | None:
     if record["step"] >= config.train.steps:
         return record["metrics"]
     paths.remove(workdir / RESULTS)
+    paths.remove(workdir / FINAL)
     return None
+
+
+def _is_written(file: Path, record: str) -> bool:
+    """Whether the file holds this record, whatever its metrics."""
+    try:
+        before = json.loads(paths.read(file))
+    except FileNotFoundError:
+        return False
+    return before | {"metrics": {}} == json.loads(record)
 
 
 def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> None:

@@ -162,17 +162,31 @@ def progress(values: dict[str, float]) -> str:
 
 
 def rollout_rows(
-    experiment: Experiment, groups: Groups, batch: data.PromptBatch
+    experiment: Experiment,
+    groups: Groups,
+    coefficients: losses.Coefficients,
+    batch: data.PromptBatch,
 ) -> list[dict[str, Any]]:
-    """Lines of rollouts.jsonl: rollouts of the batch's first prompts. Every process must call."""
+    """Lines of rollouts.jsonl: rollouts of the batch's first prompts. Every process must call.
+
+    Args:
+      coefficients: [B, M], that the step gave to the rollouts.
+    """
     num_prompts = min(experiment.config.train.rollouts_prompts, len(batch.examples))
     if experiment.estimator.rationale == "annotated" or not num_prompts:
         return []
     formatter = experiment.formatter
     assert formatter, "an experiment of shapes has no rollouts"
     # The prompts may lie on devices of several processes: the gathering is a collective.
-    sampled = (groups.rollouts, groups.log_w, groups.reward, groups.reward_parts)
-    rollouts, log_w, reward, parts = batch_placement.gather_to_host(
+    sampled = (
+        groups.rollouts,
+        groups.log_w,
+        groups.reward,
+        groups.reward_parts,
+        coefficients.score,
+        coefficients.path,
+    )
+    rollouts, log_w, reward, parts, score, path = batch_placement.gather_to_host(
         experiment.mesh, jax.tree.map(lambda x: x[:num_prompts], sampled)
     )
     lines = []
@@ -191,6 +205,9 @@ def rollout_rows(
                     "log_w": float(log_w[b, m]),
                     "reward": float(reward[b, m]),
                     **{f"reward/{name}": float(scores[b, m]) for name, scores in parts.items()},
+                    # what multiplies the log-probabilities of rationale and answer in the loss
+                    "coefficient": float(score[b, m]),
+                    "path_coefficient": float(path[b, m]),
                     "forced": bool(rollouts.forced[b, m]),
                 }
             )

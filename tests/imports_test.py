@@ -13,7 +13,7 @@ FLOORS = """
     train
     aot train_metrics
     evaluation step
-    experiment
+    experiment report
     learner rollouts runs
     config policy records
     data models parallel
@@ -90,7 +90,7 @@ def inside(graph):
 def test_every_room_is_on_a_floor(graph):
     rooms = {unit(name) for name in graph} - {""}
     assert rooms == set(FLOORS.split())
-    assert len(rooms) + 1 <= 24  # with __init__.py: more than one reads at a glance
+    assert len(rooms) + 1 <= 25  # with __init__.py: more than one reads at a glance
 
 
 def test_imports_lead_downwards(graph):

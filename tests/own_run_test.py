@@ -16,15 +16,9 @@ from qlog.runs.log import read_jsonl
 _CONFIG = '''
 """Sums, from my own file, with my own reward and metric."""
 
+from my_rewards import near
+
 from qlog.config import default, loss, merge
-
-
-def near(*, answer, golds, **_):
-    """1 for the right number, less the further away it is."""
-    try:
-        return 1 / (1 + abs(int(answer) - int(golds[0])))
-    except ValueError:
-        return 0.0
 
 
 def is_number(*, answer, example, **_):
@@ -66,6 +60,15 @@ def get_config():
     )
 '''
 
+_REWARDS = '''
+def near(*, answer, golds, **_):
+    """1 for the right number, less the further away it is."""
+    try:
+        return 1 / (1 + abs(int(answer) - int(golds[0])))
+    except ValueError:
+        return 0.0
+'''
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
@@ -93,6 +96,7 @@ def folder(tmp_path):
         ]
         (tmp_path / f"sums-{part}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (tmp_path / "mine.py").write_text(_CONFIG)
+    (tmp_path / "my_rewards.py").write_text(_REWARDS)
     _tokenizer(tmp_path / "tokenizer")
     return tmp_path
 

@@ -5,7 +5,7 @@
 POINT is where the NTH time (from 1) a signal comes: decode, gradient, evaluation, save, compile,
 weights (before the first step), finished, pruning; or scoring (no signal: it is killed), stall (no
 signal: it stands still), never. SIGNALS are names, sent one after the other. MODE in the
-environment is qlog.main's --mode.
+environment is qlog.main's --mode, FINAL is config.evaluation.final.
 """
 
 import hashlib
@@ -37,7 +37,12 @@ def get_config(**watchdog):
         train={"steps": STEPS, "prompts_per_microbatch": 2 // jax.process_count()},
         checkpoint={"every": 100, "minutes": 0.0},
         rollout={"rationale_budget": 20},  # three chunks of decode steps
-        evaluation={"every": 2, "prompts": 6, "prompts_per_batch": 2},
+        evaluation={
+            "every": 2,
+            "prompts": 6,
+            "prompts_per_batch": 2,
+            "final": os.environ.get("FINAL", ""),
+        },
         watchdog=watchdog,
     )
 

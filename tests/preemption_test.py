@@ -116,6 +116,23 @@ def test_a_signal_is_noticed_saves_and_loses_nothing(name, uninterrupted, cache,
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_a_signal_in_the_final_evaluation_loses_nothing(cache, tmp_path):
+    """The best checkpoint on the test split: what was sampled stays, results.json comes last."""
+    whole, workdir = tmp_path / "whole", tmp_path / "interrupted"
+    run(whole, "never", cache=cache, FINAL="test")
+    # Two evaluations of three batches come before it.
+    output = run(workdir, "evaluation", 8, "SIGTERM,SIGTERM", cache=cache, FINAL="test")
+    assert f"stopped at step {STEPS}, saved in" in output
+    assert not (workdir / "results.json").exists() and not (workdir / "final.json").exists()
+    output = run(workdir, "never", cache=cache, FINAL="test")
+    assert "evaluation goes on after 4 of 6 questions" in output
+    assert_same_run(workdir, whole)
+    finals = [json.loads((d / "final.json").read_text()) for d in (workdir, whole)]
+    assert finals[0]["metrics"] == finals[1]["metrics"] and finals[0]["split"] == "test"
+    texts = [(d / "samples" / "final.jsonl").read_text() for d in (workdir, whole)]
+    assert texts[0] == texts[1]
+
+
 def test_ctrl_c_saves_and_twice_stops_at_once(uninterrupted, cache, tmp_path):
     assert "again to stop at once" in run(tmp_path / "once", "decode", 5, "SIGINT", cache=cache)
     assert latest(tmp_path / "once") == 1
@@ -194,6 +211,29 @@ def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_p
         (3, "train"),
         (3, "validation"),
     ]
+
+
+def test_processes_evaluate_the_best_checkpoint_together(cache, tmp_path):
+    local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
+    # Two evaluations of two batches come before it. In its first one process is signalled.
+    output = run(
+        tmp_path,
+        "evaluation",
+        5,
+        "SIGTERM,SIGTERM",
+        launcher=local,
+        cache=cache,
+        SIGNALLED="1",
+        FINAL="test",
+    )
+    assert "exit codes 0: 0, 1: 0" in output and not (tmp_path / "final.json").exists()
+    output = run(tmp_path, "never", launcher=local, cache=cache, FINAL="test")
+    assert "evaluation goes on after 4 of 6 questions" in output
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert final["split"] == "test" and final["metrics"]["questions"] == 6
+    rows = read_jsonl(tmp_path / "samples" / "final.jsonl")
+    assert len({row["id"] for row in rows}) == 6
+    assert (tmp_path / "results.json").exists()
 
 
 def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache, tmp_path):

@@ -45,6 +45,7 @@ NOT_RUN = {
     "launch/tpu_vm logs": "follows a file without end; its dry run is checked",
     "launch/tpu_vm keep": "ends with a run, in tests/launch/runs_test.py; its dry run is checked",
     "launch/stage": "downloads weights and data; its dry run is checked",
+    "python -m qlog.report": "reads runs that are not there; tests/report runs it",
     "launch/sweep": "tests/launch/sweep_test.py runs it; its first run is started as it prints it",
 }
 # Words that stand for something of the reader's own.

@@ -1,6 +1,8 @@
 """Rewards and metrics of one's own, through whole runs of a tiny model."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from qlog import evaluation
 from qlog.commands import modes
 from qlog.config import schema
 from qlog.config.check import check_config
-from qlog.errors import ConfigError, TrainingError
+from qlog.errors import ConfigError
 from qlog.grading.scorers import ScorerError
 from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
@@ -143,11 +145,50 @@ def test_a_metric_that_breaks_keeps_the_samples(tmp_path):
     assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["metrics/breaks"] == 1.0
 
 
-def test_a_negative_reward_is_no_probability(tmp_path):
-    with pytest.raises(
-        TrainingError, match="rollout.reward gave -.*not negative; shift the reward"
-    ):
-        tiny.run(config(shortness, loss="maxrl"), tmp_path, ONE)
+def later(answer):
+    """-1 from the second step on."""
+    later.calls += 1
+    return 1.0 if later.calls <= 16 else -1.0
+
+
+def test_a_negative_reward_is_no_weight_and_no_step_is_lost(tmp_path):
+    later.calls = 0
+    with pytest.raises(ScorerError, match="rollout.reward gave -1: .*negative; shift the reward"):
+        tiny.run(config(later, loss="maxrl"), tmp_path, ONE)
+    assert checkpoints.Checkpoints(tmp_path).latest_step == 1
+
+
+def test_a_huge_sum_is_refused_before_it_is_infinite(tmp_path):
+    with pytest.raises(ScorerError, match=r"rollout.reward gave .*e\+\d+, more than 1e\+09: lower"):
+        tiny.run(config((words, 1e30)), tmp_path, ONE)
+
+
+def pulls_the_plug(answer):
+    """A signal comes while answers are scored, one after the other."""
+    pulls_the_plug.calls += 1
+    if pulls_the_plug.calls == 16 + 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return 1.0
+
+
+def test_a_signal_ends_the_scoring_and_the_run_resumes(tmp_path):
+    pulls_the_plug.calls = 0
+    tree = config(pulls_the_plug)
+    tree.rollout.reward_threads = 1
+    outcome = tiny.run(tree, tmp_path, ONE)
+    assert outcome.interrupted and checkpoints.Checkpoints(tmp_path).latest_step == 1
+    assert pulls_the_plug.calls < 32
+    assert not tiny.run(tree, tmp_path, ONE).interrupted
+
+
+def test_a_metric_says_what_old_samples_lack(run, tmp_path):
+    tree, workdir, _ = run
+    lines = (workdir / "samples/step_000002.jsonl").read_text().splitlines()
+    old = tmp_path / "old.jsonl"
+    rows = [{k: v for k, v in json.loads(line).items() if k != "prompt"} for line in lines]
+    old.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="old.jsonl: shortness needs the prompt of each row"):
+        evaluation.recompute(tree, paths.parse(old))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +201,10 @@ def test_a_negative_reward_is_no_probability(tmp_path):
         ({"evaluation": {"metrics": "contain"}}, "evaluation.metrics = 'contain' is not a grader"),
         ({"evaluation": {"grader": ["contains", "squad_f1"]}}, "evaluation.grader .* one grader"),
         ({"evaluation": {"grader": ()}}, "evaluation.grader .* one grader"),
+        (
+            {"evaluation": {"metrics": [("contains", 2)]}},
+            "weight 2.0 of contains is read by nothing",
+        ),
     ],
 )
 def test_a_config_is_refused_before_anything_compiles(changes, message):

@@ -22,8 +22,10 @@ from qlog.config import schema
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment import prepare
 from qlog.experiment.files import data_limits
+from qlog.report import read
 from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
+from qlog.storage import paths
 
 ONE = jax.devices()[:1]
 NAMES = ("amy", "bea", "cal", "dan")
@@ -70,7 +72,8 @@ def test_a_run_leaves_everything_behind(six_steps):
     assert all(row["mismatch_max"] < 1e-4 for row in trained)
     assert [row["step"] for row in rows if row["phase"] == "validation"] == [2, 5]
     rollouts = read_jsonl(workdir / "rollouts.jsonl")
-    assert {"prompt", "rationale", "answer", "log_w", "forced", "gold"} <= set(rollouts[0])
+    known = {"prompt", "rationale", "answer", "log_w", "coefficient", "forced", "gold"}
+    assert known <= set(rollouts[0])
     assert len(rollouts) == 6 * 2 * 4
     assert list(workdir.glob("events.out.tfevents.*"))
     samples = read_jsonl(workdir / "samples" / "step_000006.jsonl")
@@ -120,6 +123,48 @@ def test_a_finished_run_started_again_does_nothing(six_steps):
     before = (workdir / "metrics.jsonl").read_text()
     assert tiny.run(config, workdir, ONE).metrics == outcome.metrics
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_the_best_checkpoint_is_evaluated_on_the_test_split(six_steps, tmp_path):
+    """Not the last one, and not on the split that chose it."""
+    changes = {"train": {"steps": 4}, "evaluation": {"every": 1, "final": "test"}}
+    config = schema.merge(six_steps[0], changes)
+    tiny.run(config, tmp_path, ONE)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    best = min(scores, key=lambda step: (-scores[step]["value"], int(step)))
+    final = json.loads((tmp_path / "final.json").read_text())
+    assert (final["split"], final["step"]) == ("test", int(best))
+    rows = read_jsonl(tmp_path / "samples" / "final.jsonl")
+    validation = read_jsonl(tmp_path / "samples" / "step_000004.jsonl")
+    assert not {row["id"] for row in rows} & {row["id"] for row in validation}
+    # The command that evaluates the best checkpoint gives the same samples.
+    again = schema.merge(config, {"evaluation": {"split": "test"}})
+    modes.run("evaluate", again, tmp_path)
+    # (On other devices: the last bits of log w differ.)
+    again_rows = read_jsonl(tmp_path / "samples" / "test.jsonl")
+    assert [row["answers"] for row in again_rows] == [row["answers"] for row in rows]
+    run = read.read_run(paths.Path(tmp_path), "run")
+    assert run.final and run.final.ids == tuple(row["id"] for row in rows)
+    for name, values in run.final.questions.items():
+        assert run.final.metrics[name] == pytest.approx(values.mean())
+    # The model before training, in a folder without a run: row Base.
+    modes.run("evaluate", again, tmp_path / "base", checkpoint="base")
+    base = read.read_run(paths.Path(tmp_path / "base"), "base")
+    assert base.base and base.final is None and base.state.kind == "evaluated"
+    assert len(base.base.ids) == len(rows)
+    # A longer run has another end: what was final is removed.
+    longer = schema.merge(config, {"train": {"steps": 5}})
+    tiny.run(longer, tmp_path, ONE)
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 5
+    assert (tmp_path / "final.json").exists()
+
+
+def test_the_split_that_chooses_cannot_be_the_one_that_is_reported(tmp_path):
+    config = tiny.config(evaluation={"split": "test", "final": "test"})
+    with pytest.raises(ConfigError, match="config.evaluation.final = 'test' is also"):
+        tiny.run(config, tmp_path, ONE)
+    with pytest.raises(ConfigError, match="config.evaluation.final = 'tset' is unknown: use ''"):
+        tiny.run(tiny.config(evaluation={"final": "tset"}), tmp_path, ONE)
 
 
 _KILLED = """
@@ -175,6 +220,8 @@ def _peek(process) -> str:
 SETTINGS = {
     "garl": {},
     "paft": {},
+    "jensen": {"q": 1.0},
+    "jepo": {},
     "grpo": {"kl_weight": 0.1},
     "rloo": {},
     "star": {},
@@ -184,6 +231,21 @@ SETTINGS = {
     "trice": {},
     "rb_rloo": {},
     "rb_reinforce": {},
+    "log_prob": {"importance": "sequence"},
+    "vr_cli": {},
+    "latro": {},
+    "average_log_prob": {},
+    "rlpr": {},
+    "r3": {},
+    "tempered": {"importance": "token", "kl_weight": 0.1},
+    "rb_pass_at_k": {},
+    "rb_maxrl": {},
+    "pkpo": {},
+    "rs_grpo": {},
+    "gspo": {},
+    "cispo": {},
+    "lite_ppo": {},
+    "reinforce_plus_plus": {"kl_weight": 0.1, "kl_kind": "sequence"},
 }
 
 
@@ -199,7 +261,7 @@ def test_every_estimator_trains(name, tmp_path):
     tiny.run(tiny.config(**changes), tmp_path, ONE)
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert np.isfinite(row["loss"]) and row["skipped_updates"] == 0
-    if name in ("garl", "paft", "iwae", "trice", "sft"):
+    if name in ("garl", "paft", "iwae", "trice", "sft", "jensen", "jepo"):
         assert row["grad_norm"] > 0
     if name in ("grpo", "rloo", "maxrl", "star"):
         assert row["reward"] == 0 and row["no_signal"] == 1  # nothing is ever right at first

@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
     chips: int  # of the slice
     steps: int  # training steps; 0 of a run that only evaluates
     step_seconds: float  # of one step
-    evaluations: int  # during and after training
+    evaluations: int  # during and after training, that of the best checkpoint included
     evaluation_seconds: float  # of all evaluations together
 
     @property
@@ -121,21 +121,23 @@ def estimate(config: ConfigDict, mode: str, step: Roofline) -> Estimate:
       ConfigError: the size of an evaluated split is not known.
     """
     evaluation, train = config.evaluation, config.train
-    steps, evaluations = 0, 1
+    steps, splits_evaluated = 0, [evaluation.split]
     if mode == "train":
         steps = train.steps
         # After every so many steps, and after the last one in any case.
         evaluations = math.ceil(steps / evaluation.every) if evaluation.every else 0
-    prompts = evaluations * _prompts(config) if evaluations else 0
+        splits_evaluated = [evaluation.split] * evaluations
+        if evaluation.final:
+            splits_evaluated.append(evaluation.final)
+    prompts = sum(_prompts(config, split) for split in splits_evaluated)
     rollouts = prompts * evaluation.rollouts_per_prompt
     step_rollouts = train.prompts_per_step * config.rollout.rollouts_per_prompt
     seconds = rollouts / step_rollouts * step.decode_share * step.seconds
-    return Estimate(step.chips, steps, step.seconds, evaluations, seconds)
+    return Estimate(step.chips, steps, step.seconds, len(splits_evaluated), seconds)
 
 
-def _prompts(config: ConfigDict) -> int:
+def _prompts(config: ConfigDict, split: str) -> int:
     """Prompts of one evaluation: all of the split, or as many as config.evaluation.prompts."""
-    split = config.evaluation.split
     size = splits.SIZES.get(label(config.data.name), {}).get(split)
     limit = config.evaluation.prompts
     if size is None and not limit:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import shlex
 import sys
@@ -12,9 +13,10 @@ from ml_collections import ConfigDict
 from qlog import evaluation, models, train
 from qlog.aot import compile_run, weak_scaling
 from qlog.commands import several_runs
+from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import say
-from qlog.data import tokenizer_files
+from qlog.data import chat_templates, tokenizer_files
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, prepare
 from qlog.experiment.contents import check_trained_ids
@@ -106,6 +108,8 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     experiment = prepare(config, train=False)
     if path is not None:  # the base model was trained on none of them
         check_trained_ids(experiment, workdir / "splits.json")
+    # A folder without a run: what the numbers are of must be told there, too.
+    distributed.once_per_run(lambda: _write_config(config, workdir))
     params, parameters_from, step = _load(experiment, path)
     # The settings of answers may differ from those of training's rollouts, so they are shown.
     split, sampling = config.evaluation.split, experiment.evaluation_sampling
@@ -164,8 +168,24 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     models.huggingface.export(
         params, experiment.policy.config, folder, tokenizer_files=copied, generation=ids
     )
+    if config.tokenizer.chat_template == chat_templates.BUILT_IN_NAME:
+        distributed.once_per_run(lambda: _drop_chat_template(folder))
+        say("without a chat template: prompts were written in a built-in one, not in the model's")
+    if kwargs := config.tokenizer.chat_template_kwargs.to_dict():
+        say(f"prompts were written with chat_template_kwargs {kwargs}: give them to the template")
     say(f"exported to {folder}")
     return 0
+
+
+def _drop_chat_template(folder: Path) -> None:
+    """Removes the model's own template, in which this run wrote no prompt."""
+    for name in (tokenizer_files.TEMPLATE, tokenizer_files.PROCESSOR_TEMPLATE):
+        if paths.exists(folder / name):
+            paths.remove(folder / name)
+    file = folder / tokenizer_files.CONFIG
+    if paths.exists(file):
+        kept = {k: v for k, v in json.loads(paths.read(file)).items() if k != "chat_template"}
+        paths.write(file, json.dumps(kept, indent=2))
 
 
 def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
@@ -176,7 +196,7 @@ def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     batches = evaluation.sample_answers(experiment, params, experiment.evaluation_sampling)
     for row in itertools.chain.from_iterable(batches):
         say(
-            f"--- {row['id']}\n{row['source']}\n"
+            f"--- {row['id']}\n{row['prompt']}\n"
             f"--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})"
         )
         shown = itertools.islice(
@@ -219,6 +239,12 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
         step, parameters_from = int(path.name) if path.name.isdigit() else None, str(path)
     say(f"parameters: {parameters_from}")
     return params, parameters_from, step
+
+
+def _write_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes config.json where none is: a run's own stays."""
+    if not paths.exists(workdir / "config.json"):
+        paths.write(workdir / "config.json", schema.to_json(config))
 
 
 def _report(workdir: Path, name: str, record: str) -> None:

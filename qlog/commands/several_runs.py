@@ -15,7 +15,7 @@ from qlog.console import say
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.parallel import distributed, interrupts
-from qlog.runs import report
+from qlog.report import comparison
 from qlog.storage import paths
 
 
@@ -46,7 +46,7 @@ def run(
         title = f"run {index}/{len(children)} {name}"
         if not _run_one(title, child, workdir / name, devices):
             return
-    distributed.once_per_run(lambda: report.write(workdir, list(children)))
+    distributed.once_per_run(lambda: comparison.write(workdir, list(children)))
 
 
 def _run_one(
@@ -75,8 +75,7 @@ def _run_one(
 def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:
     """The whole config of each entry, by name."""
     children = {}
-    for name, changes in config.runs.items():
-        child = schema.merge(config, {**changes, "runs": {}})
+    for name, child in schema.several(config).items():
         if child.init_from in children:  # an earlier entry: dicts keep their order
             child.init_from = str(workdir / child.init_from)
         children[name] = child

@@ -74,8 +74,7 @@ def plan(config: ConfigDict | None, model: str = "") -> list[Asset]:
             raise ConfigError(f"--model={model} is not a Hub id of the form owner/name.")
         wanted.append(_model("--model", model, weights=True))
     if config is not None:
-        runs = [schema.merge(config, {**changes, "runs": {}}) for changes in config.runs.values()]
-        for each in runs or [config]:
+        for each in list(schema.several(config).values()) or [config]:
             check_config(each)
             wanted += _read_by(each)
     # A model that is wanted with its weights and without them is wanted with them: those first.

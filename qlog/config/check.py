@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from qlog import losses, models
 from qlog.config import schema
 from qlog.config.schema import CHOICES
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, last_line, summary
 from qlog.grading import scorers
 from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
@@ -64,6 +64,7 @@ _WORDS = {
     "attention": ("auto", "blocks", "tpu", "cudnn"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "data.overlong": ("error", "skip"),
+    "evaluation.final": ("", "test"),
     "checkpoint.finished": ("all", "best_params"),
     "train.remat": tuple(models.REMAT),
 }
@@ -77,6 +78,7 @@ def check_config(config: ConfigDict) -> None:
         the chosen data do not read.
     """
     _check_keys(config, schema.default(), "config")
+    schema.several(config)
     values = schema.fields(config)
     for field, (low, high) in _LIMITS.items():
         if not (low <= values[field] <= high and math.isfinite(values[field])):
@@ -84,9 +86,8 @@ def check_config(config: ConfigDict) -> None:
             raise ConfigError(f"config.{field} = {values[field]!r} must be {limit}.")
     for field, words in _WORDS.items():
         if values[field] not in words:
-            raise ConfigError(
-                f"config.{field} = {values[field]!r} is unknown: use {' or '.join(words)}."
-            )
+            known = " or ".join(word or "''" for word in words)
+            raise ConfigError(f"config.{field} = {values[field]!r} is unknown: use {known}.")
     for step in config.profile.steps:
         if type(step) is not int or step < 0:
             raise ConfigError(
@@ -99,6 +100,21 @@ def check_config(config: ConfigDict) -> None:
     _check_slices(config)
     reward_scorers(config, build_estimator(config))
     evaluation_scorers(config)
+
+
+def check_final(config: ConfigDict) -> None:
+    """Whether a training run reports another split in the end than the one that chooses.
+
+    Raises:
+      ConfigError: both are the same, so the number of the best checkpoint would be too high.
+    """
+    evaluation = config.evaluation
+    if evaluation.final and evaluation.final == evaluation.split:
+        raise ConfigError(
+            f"config.evaluation.final = {evaluation.final!r} is also config.evaluation.split, "
+            "which chooses the best checkpoint: its accuracy there would be too high; set "
+            "config.evaluation.split = 'validation'."
+        )
 
 
 def check_batches(config: ConfigDict, mesh: Mesh) -> None:
@@ -172,13 +188,18 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
       ConfigError: unknown name or argument, a value out of range, too few rollouts, a transform
         that reads scores which the estimator does not ask for.
     """
-    section = dict(config.loss)
-    name = section.pop("name")
+    name = schema.loss_name(config)
+    section = {key: value for key, value in config.loss.items() if key != "name"}
     num_rollouts = config.rollout.rollouts_per_prompt
     try:
         label, built = losses.label(name), losses.estimator(name, section)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
+    except Exception as error:  # a function may raise anything
+        raise ConfigError(
+            f"config.loss: {losses.label(name)} raised {type(error).__name__}: {summary(error)} "
+            f"({last_line(error)})."
+        ) from error
     # Annotated rationales: M copies of the same one would only cost time.
     if built.rationale == "annotated" and num_rollouts != 1:
         raise ConfigError(
@@ -188,7 +209,7 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
     if num_rollouts < built.min_rollouts:
         raise ConfigError(
             f"config.rollout.rollouts_per_prompt = {num_rollouts}: the loss {label!r} needs at "
-            f"least {built.min_rollouts} rollouts per prompt for its leave-one-out statistics; "
+            f"least {built.min_rollouts} rollouts per prompt for its statistics of groups; "
             "raise it."
         )
     _check_transform(built, config.train.prompts_per_step, num_rollouts)
@@ -233,7 +254,14 @@ def evaluation_scorers(config: ConfigDict) -> tuple[Scorer, tuple[Scorer, ...]]:
             f"config.evaluation.grader = {config.evaluation.grader!r} must be one grader: name the "
             "others in evaluation.metrics."
         )
-    return graders[0], scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
+    metrics = scorers.read(config.evaluation.metrics, "config.evaluation.metrics")
+    for scorer in (*graders, *metrics):
+        if scorer.weight != 1.0:
+            raise ConfigError(
+                f"config.evaluation: the weight {scorer.weight} of {scorer.name} is read by "
+                "nothing, since metrics are not added up: leave it out."
+            )
+    return graders[0], metrics
 
 
 def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts: int) -> None:

@@ -6,14 +6,18 @@ of an empty section. Here a value takes its type from where the key is read: the
 the recipe's signature, `DecoderConfig`, `World`. A key that nothing describes takes a Python or
 JSON literal, else the text itself.
 
-Flags are applied in their order, after the file and its variants: the last one wins. Those of
-`config.runs` come after all others, since an entry changes the config that they make.
+Flags are applied after the file and its variants, the name of the loss first and the others in
+their order: of two for one field the last one wins. Those of `config.runs` come after all others,
+since an entry changes the config that they make.
 """
 
 import ast
 import dataclasses
+import itertools
 import json
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from qlog import losses
 from qlog.config import schema
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, last_line, summary
 from qlog.losses.checks import closest
 
 _NAME = "config"
@@ -67,26 +71,55 @@ def parse(
       The program's name, and what is left besides flags.
 
     Raises:
-      ConfigError: a field that does not exist, or a value of another type.
-      flags.Error, OSError, ...: another flag is wrong, or the config file cannot be read.
+      ConfigError: a field that does not exist, a value of another type, or a config file that
+        raises.
+      flags.Error, OSError: another flag is wrong, or the config file cannot be read.
     """
     program, *words = argv
     words = values.read_flags_from_files(words, force_gnu=False)  # --flagfile
     words, settings = split(words)
-    rest = values([program, *words], known_only=known_only)
-    config = values[_NAME].value
-    getattr(config, "seed", None)  # a file that did not load raises when it is first used
-    if config is None:
+    _let_it_import_its_neighbours(words)
+    try:
+        rest = values([program, *words], known_only=known_only)
+        config = values[_NAME].value
+        getattr(config, "seed", None)  # a file that did not load raises when it is first used
+    except (ConfigError, OSError):
+        raise
+    except flags.Error:
+        if values[_NAME].present and values[_NAME].value is None:
+            raise _no_config(values) from None
+        raise
+    except Exception as error:  # a config file is Python: it may raise anything
+        raise ConfigError(
+            f"--config: {type(error).__name__}: {summary(error)} ({last_line(error)})."
+        ) from error
+    if config is None and not values[_NAME].present:
         if settings:
             raise ConfigError(f"{settings[0].flag} needs --config=FILE, the config that it changes")
         return rest
     if not isinstance(config, ConfigDict):
-        raise ConfigError(
-            f"--config={spec(values)}: get_config must return a ConfigDict, got "
-            f"{type(config).__name__}: start from qlog.config.default()"
-        )
+        raise _no_config(values)
     apply(config, settings)
     return rest
+
+
+def _no_config(values: flags.FlagValues) -> ConfigError:
+    """Of a file whose get_config returns something else."""
+    return ConfigError(
+        f"--config={spec(values)}: get_config must return a ConfigDict, got "
+        f"{type(values[_NAME].value).__name__}: start from qlog.config.default()"
+    )
+
+
+def _let_it_import_its_neighbours(words: Sequence[str]) -> None:
+    """A config file may import modules of its own folder, from wherever the command is started."""
+    for word, after in itertools.pairwise([*words, ""]):
+        flag, is_one_word, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and flag == _NAME:
+            file = (value if is_one_word else after).partition(":")[0]
+            folder = os.path.dirname(os.path.abspath(file))
+            if folder not in sys.path:
+                sys.path.append(folder)  # last: its modules take the place of no others
 
 
 def spec(values: flags.FlagValues = flags.FLAGS) -> str:
@@ -147,12 +180,33 @@ def apply(config: ConfigDict, settings: Sequence[Setting]) -> None:
 
 def _apply_to_run(config: ConfigDict, settings: Sequence[Setting]) -> None:
     """Changes the config of one run. The loss is chosen first: it decides what there is to set."""
+    # A loss that is given whole begins the section anew: what came before it is past.
+    whole = max((i for i, s in enumerate(settings) if s.path == ("loss",)), default=None)
+    if whole is not None:
+        before = [setting for setting in settings[:whole] if setting.path[0] != "loss"]
+        _apply_to_run(config, before)
+        _give_loss(config, settings[whole])
+        settings = settings[whole + 1 :]
     names = [setting for setting in settings if setting.path == ("loss", "name")]
     if names:
         _choose_loss(config, names[-1])
     for setting in settings:
         if setting.path != ("loss", "name"):
             _set(config, setting)
+
+
+def _give_loss(config: ConfigDict, setting: Setting) -> None:
+    """--config.loss={"name": "garl", "q": 0.5}: this loss, all else by default."""
+    given = _literal(setting.text)
+    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        raise ConfigError(
+            f"{setting.flag}: a loss is given by its name, as in --config.loss.name=garl, or "
+            """whole, as in --config.loss='{"name": "garl", "q": 0.5}'."""
+        )
+    try:
+        config.loss = schema.loss(given.pop("name"), **given)
+    except ValueError as error:
+        raise ConfigError(f"{setting.flag}: {error}.") from None
 
 
 def _choose_loss(config: ConfigDict, setting: Setting) -> None:
@@ -164,8 +218,8 @@ def _choose_loss(config: ConfigDict, setting: Setting) -> None:
         known = losses.arguments(setting.text)
     except ValueError as error:
         raise ConfigError(f"{setting.flag}: {error}.") from None
-    given = dict(config.loss)
-    usual = losses.arguments(given.pop("name"))
+    usual = losses.arguments(schema.loss_name(config))
+    given = {key: value for key, value in config.loss.items() if key != "name"}
     kept = {
         name: value
         for name, value in given.items()
@@ -176,13 +230,12 @@ def _choose_loss(config: ConfigDict, setting: Setting) -> None:
 
 def _apply_to_entry(config: ConfigDict, name: str, settings: Sequence[Setting]) -> None:
     """--config.runs.NAME.x=y: changes what differs in one of several runs."""
-    if name not in config.runs:
+    if name not in schema.several(config):
         raise ConfigError(
             f"{settings[0].flag}: config.runs has no run {name!r}{closest(name, config.runs)}; "
             f"its runs are {', '.join(config.runs) or 'none'}."
         )
-    entry = config.runs[name]
-    run = schema.merge(config, {**entry, "runs": {}})
+    entry, run = config.runs[name], schema.several(config)[name]
     path_of = lambda setting: setting.path[2:]
     _apply_to_run(run, [setting._replace(path=path_of(setting)) for setting in settings])
     for setting in settings:
@@ -211,7 +264,7 @@ def _set(config: ConfigDict, setting: Setting) -> None:
         if isinstance(wanted, ConfigDict):
             known = _types_in(config, path)
         elif wanted is Any:
-            known = None
+            known = Any
         else:  # a record, such as architecture.rope_scaling
             known = next((_hints(t) for t in _options(wanted) if dataclasses.is_dataclass(t)), None)
             if known is None:
@@ -244,30 +297,44 @@ def _section(old: ConfigDict, default: ConfigDict, setting: Setting) -> ConfigDi
             f"--config.{'.'.join(setting.path)}.{example}=..."
         )
     is_open = setting.path[-1] in schema.CHOICES or not default
-    return ConfigDict(value) if is_open else schema.merge(old, value)
+    try:
+        return ConfigDict(value) if is_open else schema.merge(old, value)
+    except ValueError as error:  # a key with a dot
+        raise ConfigError(f"{setting.flag}: {error}.") from None
 
 
 # ---- The type of a field, from where it is read ----
 
 
-def _types_in(config: ConfigDict, path: tuple[str, ...]) -> Mapping[str, Any] | None:
-    """The keys of a section with their types, a ConfigDict for a section; None: any key goes."""
+def _types_in(config: ConfigDict, path: tuple[str, ...]) -> Any:
+    """The keys of a section with their types, a ConfigDict for a section.
+
+    Where any key goes it is no mapping, but the type of all keys.
+    """
     if path in _READERS:
         return _READERS[path](config)
     section = schema.default()
     for key in path:
         section = section[key]
     if path and (path[-1] in schema.CHOICES or not section):
-        return None
+        return Any
     is_section = lambda value: isinstance(value, ConfigDict)
     return {
-        key: value if is_section(value) else Any if value is None else type(value)
+        # A reward is text by default, and may be a list of (name, weight).
+        key: value
+        if is_section(value)
+        else Any
+        if value is None or key == "reward"
+        else type(value)
         for key, value in section.items()
     }
 
 
-def _loss_types(config: ConfigDict) -> Mapping[str, Any]:
-    return {"name": str, **losses.argument_types(config.loss.name)}
+def _loss_types(config: ConfigDict) -> Any:
+    loss = schema.loss_name(config)
+    if losses.takes_any(loss):
+        return Any
+    return {"name": str, **losses.argument_types(loss)}
 
 
 def _architecture_types(config: ConfigDict) -> Mapping[str, Any]:
@@ -283,7 +350,14 @@ def _world_types(config: ConfigDict) -> Mapping[str, Any]:
     return _hints(World)
 
 
-_READERS: dict[tuple[str, ...], Callable[[ConfigDict], Mapping[str, Any]]] = {
+def _text_types(config: ConfigDict) -> Any:
+    """Of sections that hold names of files and of keys: 2024 is a folder, and no number."""
+    return list | str
+
+
+_READERS: dict[tuple[str, ...], Callable[[ConfigDict], Any]] = {
+    ("data", "files"): _text_types,
+    ("data", "fields"): _text_types,
     ("loss",): _loss_types,
     ("architecture",): _architecture_types,
     ("data", "world"): _world_types,
@@ -295,10 +369,10 @@ def _hints(record: Any) -> Mapping[str, Any]:
     return typing.get_type_hints(record)
 
 
-def _look_up(known: Mapping[str, Any] | None, key: str, setting: Setting) -> Any:
-    """The type of a key, Any where any key goes."""
-    if known is None:
-        return Any
+def _look_up(known: Any, key: str, setting: Setting) -> Any:
+    """The type of a key, among `_types_in` its section."""
+    if not isinstance(known, Mapping):
+        return known
     if key not in known:
         similar = closest(key, known).strip(" ()")
         raise ConfigError(
@@ -324,6 +398,9 @@ def _value(setting: Setting, wanted: Any) -> Any:
       ConfigError: none does.
     """
     text, options = setting.text, _options(wanted)
+    # 'None' would be a name: of a folder, a project.
+    if text in ("None", "null") and wanted is str and _default(setting.path) == "":
+        return ""
     if text in ("None", "null") and (types.NoneType in options or Any in options):
         return None
     expected = []
@@ -344,6 +421,21 @@ def _value(setting: Setting, wanted: Any) -> Any:
     raise ConfigError(
         f"config.{'.'.join(setting.path)} = {text!r} must be {' or '.join(expected)}."
     )
+
+
+def _default(path: Sequence[str]) -> Any:
+    """The schema's value of a field; None where it has none."""
+    node: Any = schema.default()
+    for key in path:
+        node = node.get(key) if isinstance(node, ConfigDict) else None
+    return node
+
+
+def _list(text: str, option: Any) -> list[Any]:
+    value = _literal(text)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(text)
+    return list(value)
 
 
 def _bool(text: str, option: Any) -> bool:
@@ -382,6 +474,7 @@ _KINDS: dict[Any, tuple[str, Callable[[str, Any], Any]]] = {
     int: ("a whole number", lambda text, option: int(text)),
     float: ("a number", lambda text, option: float(text)),
     str: ("text", lambda text, option: text),
+    list: ("a list", _list),
     tuple: ("values with commas between them, such as 12,13", _tuple),
     typing.Literal: ("one of its words", _choice),
 }

@@ -6,7 +6,8 @@ error.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -130,6 +131,10 @@ def default() -> ConfigDict:
             "evaluation": {
                 "every": 50,  # steps between evaluations, and the last step; 0 is never
                 "split": "validation",
+                # test: when the run ends, its best checkpoint (the highest m@k on `split`; the last
+                # one, if none was evaluated) is evaluated on the test split, into
+                # WORKDIR/final.json. '': it is not
+                "final": "",
                 "prompts": 0,  # at most so many; 0 is the whole split
                 "prompts_per_batch": 32,  # of a shard
                 "rollouts_per_prompt": 16,
@@ -280,6 +285,43 @@ def merge(config: ConfigDict, changes: Mapping[str, Any] | ConfigDict) -> Config
     return _open(merged)
 
 
+def several(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The whole config of each run of `config.runs`, by its name; {} of a config of one run.
+
+    Raises:
+      ConfigError: an entry that is no section, or that has runs of its own; a name that cannot be
+        that of a folder.
+    """
+    runs = {}
+    if not isinstance(config.runs, (Mapping, ConfigDict)):
+        raise ConfigError(f"config.runs = {config.runs!r} must be a section of runs.")
+    for name, changes in config.runs.items():
+        if not re.fullmatch(r"[\w-][\w.+-]*", str(name)):
+            raise ConfigError(f"config.runs has the name {name!r}: it must be that of a folder.")
+        if not isinstance(changes, (Mapping, ConfigDict)):
+            raise ConfigError(
+                f"config.runs.{name} = {changes!r} must be a section: what differs in this run."
+            )
+        if "runs" in changes:
+            raise ConfigError(f"config.runs.{name}.runs is read by nothing: runs hold no runs.")
+        runs[name] = merge(config, {**changes, "runs": {}})
+    return runs
+
+
+def loss_name(config: ConfigDict) -> str | Callable:
+    """What `config.loss` names: a recipe's name, a Recipe, or a function.
+
+    Raises:
+      ConfigError: the section has no name.
+    """
+    if not isinstance(config.loss, ConfigDict) or "name" not in config.loss:
+        value = config.loss.to_dict() if isinstance(config.loss, ConfigDict) else config.loss
+        raise ConfigError(
+            f"config.loss = {value!r} has no name: write qlog.config.loss(NAME, ...)."
+        )
+    return config.loss.name
+
+
 def _open(tree: Mapping[str, Any]) -> ConfigDict:
     """A ConfigDict that lets keys in FUNCTIONS change their type; it would refuse otherwise."""
     config = ConfigDict(tree)
@@ -310,7 +352,7 @@ def to_json(config: ConfigDict) -> str:
             return losses.label(value)
         # Without its module: that of a config file is called by how the file was loaded.
         if callable(value):
-            return value.__qualname__
+            return getattr(value, "__qualname__", None) or value.__name__
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)

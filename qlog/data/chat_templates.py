@@ -156,9 +156,28 @@ class ChatTemplate:
             "thinking": thinking,
         }
         try:
-            return template.render(variables)
+            text = template.render(variables)
+            # Half of a surrogate pair is no character. In the user's text it is not the template's.
+            text.replace(content, "").encode()
+            return text
         except Exception as error:  # a template is a program: it may fail in any way
+            if name := self._culprit(variables):
+                raise ConfigError(
+                    f"{fields.CHAT_TEMPLATE_KWARGS}.{name} = {self._arguments[name]!r} makes the "
+                    f"chat template {self.path} fail ({type(error).__name__}: {summary(error)}): "
+                    "give another value (text, where it is a number), or remove it."
+                ) from error
             raise self._fault(error) from error
+
+    def _culprit(self, variables: Mapping[str, Any]) -> str | None:
+        """The user's variable without which the template renders; None if there is none."""
+        for name in self._arguments:
+            try:
+                self._template().render({k: v for k, v in variables.items() if k != name})
+            except Exception:  # it fails without this one, too
+                continue
+            return name
+        return None
 
     def _template(self) -> jinja2.Template:
         if self._compiled is None:
@@ -218,6 +237,21 @@ def _refuse_underscore(name: str) -> None:
         raise jinja2.exceptions.SecurityError(f"the name {name!r} begins with an underscore")
 
 
+def _plain(value: Any) -> Any:
+    """What a template prints, if it is text, a number, undefined, or a list or dict of these.
+
+    Any other object prints a memory address, or is in an order of its own in each process.
+    """
+    if isinstance(value, dict):
+        _plain([*value.keys(), *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            _plain(each)
+    elif value is not None and not isinstance(value, (str, int, float, jinja2.Undefined)):
+        raise jinja2.TemplateRuntimeError(f"it prints a {type(value).__name__}, which is no text")
+    return value
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -251,6 +285,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
+        finalize=_plain,
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

@@ -17,7 +17,10 @@ STYLES = ("warm", "cold")
 SEPARATOR = "\n\n"
 # Characters to which Unicode gives no meaning: in the basic plane, and in the two last planes.
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-_PROBE = "How many are 2 and 3?"  # what a chat template is tried with
+# What a chat template is tried with before a run begins: long, in lines, with what HTML escapes.
+_PROBE = "\n\n".join(f"{i}. <b>How</b> many are {i} & 'two'?" for i in range(100))
+# Stands for the content where only the text around it is wanted.
+_STAND_IN = "\U0010fffd"
 
 
 def compose(tokenizer: Tokenizer, parts: Iterable[tuple[bool, str]]) -> list[int]:
@@ -56,7 +59,8 @@ def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) ->
         sampled token belongs to the answer (Qwen3's enable_thinking=False).
 
     Raises:
-      ConfigError: the model's own template raises, or closes the rationale although thinking is on.
+      ConfigError: the model's own template raises, leaves out, changes or repeats the content, or
+        writes another thing than an open rationale behind it although thinking is on.
     """
     # ---- The turn ----
     start = tokenizer.token(tokenizer.think_start_id)
@@ -77,6 +81,12 @@ def chat_prompt(tokenizer: Tokenizer, content: str, *, thinking: bool = True) ->
                 f"the chat template {template.path} closes the rationale although thinking is on: "
                 f"set {fields.CHAT_TEMPLATE_KWARGS} so that it does not, or {fields.CHAT_TEMPLATE} "
                 f"to {chat_templates.BUILT_IN_NAME!r}."
+            )
+        elif _last(parts) == (True, start) and _last(parts[: _at_last(parts)]) == (True, start):
+            raise ConfigError(
+                f"the chat template {template.path} opens the rationale twice: set "
+                f"{fields.CHAT_TEMPLATE} to the path of another .jinja file, or to "
+                f"{chat_templates.BUILT_IN_NAME!r}."
             )
     # ---- The rationale: opened, or opened and closed ----
     # DeepSeek-R1's template opens it itself. GLM's writes no newline behind the token; then none is
@@ -110,6 +120,12 @@ def _rendered(
     """
     content, disguise = _disguised(tokenizer, content, template)
     text = template.render(content, thinking=thinking)
+    if not _holds_once(template, text, content, thinking=thinking):
+        raise ConfigError(
+            f"the chat template {template.path} does not write the user's text exactly once and "
+            f"unchanged: set {fields.CHAT_TEMPLATE} to the path of another .jinja file, or to "
+            f"{chat_templates.BUILT_IN_NAME!r}."
+        )
     # What lies between two control tokens of the template is plain, and is encoded as such.
     parts: list[tuple[bool, str]] = []
     plain_from = 0
@@ -123,6 +139,20 @@ def _rendered(
     if plain_from < len(text):
         parts.append((False, text[plain_from:].translate(disguise)))
     return parts
+
+
+def _holds_once(template: ChatTemplate, text: str, content: str, *, thinking: bool) -> bool:
+    """Whether a rendered text has the content once, whole; spaces around it may be trimmed."""
+    stripped = content.strip()
+    if text.count(stripped) == 1:
+        return True
+    # A short content ("user") may stand in the template's own words, too. Then the text must be
+    # the one around a stand-in, with the content in its place.
+    around = template.render(_STAND_IN, thinking=thinking)
+    written = (content, stripped, content.lstrip(), content.rstrip())
+    return around.count(_STAND_IN) == 1 and any(
+        text == around.replace(_STAND_IN, each) for each in written
+    )
 
 
 def _disguised(
@@ -148,24 +178,25 @@ def _disguised(
 
 def _last(parts: Sequence[tuple[bool, str]]) -> tuple[bool, str] | None:
     """The last part that is more than spaces and newlines."""
-    return next((part for part in reversed(parts) if part[0] or part[1].strip()), None)
+    at = _at_last(parts)
+    return None if at is None else parts[at]
+
+
+def _at_last(parts: Sequence[tuple[bool, str]]) -> int | None:
+    """Where that part is; None where all are spaces and newlines."""
+    return next(
+        (i for i in reversed(range(len(parts))) if parts[i][0] or parts[i][1].strip()), None
+    )
 
 
 def _check_template(tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    """Refuses a template that cannot be rendered, or that leaves out what the user says.
+    """Refuses a template that cannot be rendered, or that changes what the user says.
 
     Raises:
       ConfigError: as described.
     """
     template.check()
-    ids = chat_prompt(tokenizer, _PROBE)
-    # As text once more, since a tokenizer may write other characters than it was given.
-    if tokenizer.decode(tokenizer.encode(_PROBE)) not in tokenizer.decode(ids):
-        raise ConfigError(
-            f"the chat template {template.path} does not write the user's text: set "
-            f"{fields.CHAT_TEMPLATE} to the path of another .jinja file, or to "
-            f"{chat_templates.BUILT_IN_NAME!r}."
-        )
+    chat_prompt(tokenizer, _PROBE)
 
 
 class Formatter:

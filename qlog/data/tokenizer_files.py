@@ -17,6 +17,8 @@ TEMPLATE = "chat_template.jinja"
 PROCESSOR_TEMPLATE = "chat_template.json"
 # All that is read next to a tokenizer: a tokenizer that is one file in a bucket comes with these.
 NAMES = (CONFIG, SPECIAL_TOKENS, GENERATION, TEMPLATE, PROCESSOR_TEMPLATE)
+# Special tokens that `Tokenizer` reads; of all others only a template may make use.
+_READ_TOKENS = ("eos_token", "pad_token", "bos_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def read(folder: pathlib.Path, *, with_template: bool = True) -> TokenizerFiles:
     return TokenizerFiles(
         special_tokens=_special_tokens(tokens, special_tokens_file) if has_tokens else None,
         special_tokens_file=special_tokens_file if has_tokens else None,
-        adds_bos=(config or {}).get("add_bos_token") is True,
+        adds_bos=_switch(config or {}, "add_bos_token", folder / CONFIG),
         eos_ids=_eos_ids(generation or {}, folder / GENERATION),
         generation_file=folder / GENERATION if generation is not None else None,
         template=template,
@@ -98,8 +100,9 @@ def _json(path: pathlib.Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if the file is not there."""
     if not path.is_file():
         return None
+    text = _text(path)
     try:
-        found = json.loads(_text(path))
+        found = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}): download it again.") from error
     if not isinstance(found, dict):
@@ -107,15 +110,25 @@ def _json(path: pathlib.Path) -> dict[str, Any] | None:
     return found
 
 
+def _switch(config: Mapping[str, Any], key: str, path: pathlib.Path) -> bool:
+    """A switch of tokenizer_config.json; 0 and 1 are as good as false and true."""
+    value = config.get(key)
+    if value not in (None, False, True):
+        raise ConfigError(f"{path}: {key} = {value!r} must be true or false: correct it.")
+    return bool(value)
+
+
 def _special_tokens(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, str]:
     """The keys that end in _token: a text, or an object with the text as `content`."""
     found = {}
     for key, value in config.items():
-        # add_bos_token and the like are switches.
+        # add_bos_token and the like are switches, also where they are written as 0 or 1.
         if not key.endswith("_token") or value is None or isinstance(value, bool):
             continue
         text = value.get("content") if isinstance(value, dict) else value
         if not isinstance(text, str):
+            if key not in _READ_TOKENS:
+                continue  # nothing but a template could read it
             raise ConfigError(f"{path}: {key} = {value!r} is not a token's name: correct it.")
         found[key] = text
     return found
@@ -146,8 +159,8 @@ def _template(
             continue
         # Several templates: [{"name": "default", "template": ...}, {"name": "tool_use", ...}].
         if isinstance(template, list) and all(isinstance(each, dict) for each in template):
-            named = {each.get("name"): each.get("template") for each in template}
-            template = named.get("default")
+            named = (each.get("template") for each in template if each.get("name") == "default")
+            template = next(named, None)
         if not isinstance(template, str):
             raise ConfigError(
                 f"{folder / name}: chat_template is neither a text nor a list with a template that "

@@ -205,6 +205,12 @@ class Tokenizer:
                     f"{source} is outside the vocabulary of {self.vocab_size} tokens: take the "
                     "file from the same folder as the tokenizer, or correct it."
                 )
+            if id_ not in self.control.values():
+                raise ConfigError(
+                    f"{source} is the plain text {self._decode([id_])!r}, at which answers would "
+                    "be cut off: take the file from the same folder as the tokenizer, or correct "
+                    "it."
+                )
             if id_ in (self.think_start_id, self.think_end_id):
                 raise ConfigError(
                     f"{source} ends answers, but it is {fields.THINK_START} or {fields.THINK_END}, "

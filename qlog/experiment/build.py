@@ -11,12 +11,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from qlog import models
 from qlog.config import schema
-from qlog.config.check import build_estimator, check_batches, check_config, reward_scorers
+from qlog.config.check import (
+    build_estimator,
+    check_batches,
+    check_config,
+    check_final,
+    reward_scorers,
+)
+from qlog.console import say
 from qlog.errors import ConfigError
 from qlog.experiment import contents, files
 from qlog.experiment.parts import Experiment
@@ -49,6 +57,7 @@ def prepare(
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     if train:  # evaluation pads its last batch, so that any number of prompts will do
         check_batches(config, mesh)
+        check_final(config)
     # ---- The model: named before data are read, which takes longer ----
     if config.init_from:
         checkpoints.find_checkpoint(config.init_from, "config.init_from")
@@ -78,12 +87,15 @@ def prepare(
         ),
         train_data=open_split("train", rationales=annotated) if train else None,
         evaluation_data=open_split(config.evaluation.split) if evaluate else None,
+        final_data=open_split(config.evaluation.final)
+        if train and config.evaluation.final
+        else None,
         weights=weights,
     )
+    _check_apart(experiment)
     if jax.process_count() > 1:  # each host has fetched for itself
         is_function = callable(config.data.name)
         contents.check_hosts(contents.identity(experiment), is_function)
-    contents.check_disjoint(experiment)
     return experiment
 
 
@@ -111,6 +123,31 @@ def prepare_shapes(config: ConfigDict, devices: Sequence[jax.Device] | None = No
     return _build(config, mesh, shape, _Tokens(shape.vocab_size - 1, (1,), (2,), 0))
 
 
+def _check_apart(experiment: Experiment) -> None:
+    """Whether the examples that are evaluated are others than those that are trained on.
+
+    Raises:
+      ConfigError: some are the same, by their ids. Another example with the same text is only told:
+        large collections repeat some.
+    """
+    train, evaluated = experiment.train_data, experiment.evaluation_data
+    split = experiment.config.evaluation.split
+    if train is None or evaluated is None or split == "train" or train.endless:
+        return
+    if shared := set(train.ids) & set(evaluated.ids):
+        raise ConfigError(
+            f"config.data: {len(shared)} of {len(evaluated.ids)} examples of the {split} split are "
+            f"in train, too, such as {min(shared)!r}: name files or write a function with other "
+            "examples (and other ids) for each split; where only the ids of files are the same, "
+            "set config.data.fields.id to '', then ids are digests of the records."
+        )
+    if repeated := np.isin(evaluated.questions, train.questions).sum():
+        say(
+            f"warning: {repeated} questions of the {split} split are in train, too, word for word: "
+            "its accuracy is not only that of unseen questions"
+        )
+
+
 class _Tokens(NamedTuple):
     """What programs must know of a tokenizer."""
 
@@ -133,6 +170,7 @@ def _build(
         pad=tokens.pad,
         temperature=float(config.rollout.temperature),
         with_answer=estimator.reward is not None,
+        gold_tokens=config.rollout.answer_reserve if estimator.gold_log_probs else 0,
     )
     policy = Policy(
         config=shape,
@@ -166,6 +204,7 @@ def evaluation_sampling(config: ConfigDict, sampling: Sampling) -> Sampling:
         top_k=evaluation.top_k,
         top_p=float(evaluation.top_p),
         with_answer=True,
+        gold_tokens=0,
     )
 
 

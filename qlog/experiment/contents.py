@@ -1,21 +1,16 @@
 """What a run is made of, by content: so that it resumes on the same, from wherever it is read."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Hashable, Sequence
 from typing import Any
 
 from qlog import data, models
-from qlog.console import say
 from qlog.data.own import OwnExamples
 from qlog.data.splits import read_ids
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment.parts import Experiment
 from qlog.parallel import distributed
 from qlog.storage import paths
-
-_EXAMPLES_DIGESTED = 32  # examples of each split that `identity` reads whole
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
@@ -27,11 +22,9 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         weights: `models.huggingface.digest`, '' where no folder holds them (then the config says
           all);
         tokenizer: `Formatter.digest`, which the chat template is part of where it is used;
-        examples: for each open split a digest of all ids in order (of endless data the first ones)
-          and of 32 examples spread over it, whole;
-        content: for each open split a digest of all examples, whole (`Dataset.content`).
-      A checkpoint of an older version has no "content": then "examples" tells most changes. Still
-      older ones have "splits", digests of records, which nothing is compared with.
+        examples: for each open split a digest of all its examples in order (of endless data of the
+          first ones). A checkpoint of an older version has "splits" instead, digests of records,
+          which nothing is compared with.
     """
     weights, formatter = experiment.weights, experiment.formatter
     assert formatter, "an experiment of shapes has no identity"
@@ -40,20 +33,9 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         "model": dataclasses.asdict(experiment.policy.config),
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
         "tokenizer": formatter.digest,
-        "examples": {name: _digest(split) for name, split in experiment.splits().items()},
-        "content": {name: split.content for name, split in experiment.splits().items()},
+        "examples": {name: split.content for name, split in experiment.splits().items()},
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
-
-
-def _digest(dataset: data.Dataset) -> str:
-    # What a checkpoint kept before `Dataset.content` was: all ids tell examples that were added,
-    # left out or moved, and a few whole examples an edited release.
-    num_read = min(len(dataset), _EXAMPLES_DIGESTED)
-    sample = [dataset[i * len(dataset) // num_read] for i in range(num_read)]
-    content = [list(dataset.ids), [vars(example) for example in sample]]
-    text = json.dumps(content, sort_keys=True, default=dict)  # `extra` may be any mapping
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -69,9 +51,8 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
     parts = [(part, before[part], now[part]) for part in ("weights", "tokenizer") if part in before]
     if "model" in before:
         parts.insert(0, ("model", _with_new_fields(before["model"]), now["model"]))
-    for kind in ("examples", "content"):
-        for name, old in before.get(kind, {}).items():
-            parts.append((f"split {name}", old, now[kind].get(name, old)))
+    for name, old in before.get("examples", {}).items():
+        parts.append((f"split {name}", old, now["examples"].get(name, old)))
     for part, old, new in parts:
         if old != new:
             raise ConfigError(
@@ -88,48 +69,6 @@ def _with_new_fields(model: dict[str, Any]) -> dict[str, Any]:
         return model
 
 
-def check_disjoint(experiment: Experiment) -> None:
-    """Whether what is evaluated is new to the model: no question of it is in train.
-
-    Ids count, too: an id names one example of the whole data. Only a number is said of the official
-    datasets, whose splits are what they are. Nothing is compared where the config asks for an
-    evaluation on train, or where examples are made when asked for.
-
-    Raises:
-      ConfigError: the splits of data of one's own share ids or questions.
-    """
-    train, evaluated = experiment.train_data, experiment.evaluation_data
-    split = experiment.config.evaluation.split
-    if train is None or evaluated is None or split == "train" or train.endless:
-        return
-    name = data.label(experiment.config.data.name)
-    what = f"config.data.name = {name!r}: train and {split} share"
-    if shared := _shared(train.questions.tolist(), evaluated.questions.tolist()):
-        if _is_official(train):
-            say(f"{what} {len(shared)} questions, as the official files have them.")
-            return
-        kind, remedy = "questions with their answers", f"leave them out of train or of {split}"
-    elif not _is_official(train) and (shared := _shared(train.ids, evaluated.ids)):
-        kind = "ids"
-        remedy = (
-            "give each example its own, or set config.data.fields.id to '', then ids are digests "
-            "of the records"
-        )
-    else:
-        return
-    ours, theirs = shared[0]
-    raise ConfigError(
-        f"{what} {len(shared)} {kind}, the first in {_place(train, ours)} and "
-        f"{_place(evaluated, theirs)}: {remedy}."
-    )
-
-
-def _shared(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> list[tuple[int, int]]:
-    """For each of `theirs` that `ours` has, too, the places in both."""
-    places = {value: index for index, value in enumerate(ours)}
-    return [(places[value], index) for index, value in enumerate(theirs) if value in places]
-
-
 def check_trained_ids(experiment: Experiment, splits_file: paths.Path) -> None:
     """Whether a run has trained on what is evaluated now; every process must call it.
 
@@ -143,15 +82,18 @@ def check_trained_ids(experiment: Experiment, splits_file: paths.Path) -> None:
     evaluated, split = experiment.evaluation_data, experiment.config.evaluation.split
     if evaluated is None or split == "train" or evaluated.endless or _is_official(evaluated):
         return
+
     # The ids are the same on every process, so only one of them has to read the file.
-    found = distributed.once_per_run(
-        lambda: _shared(read_ids(splits_file, "train") or [], evaluated.ids)
-    )
+    def places() -> list[int]:
+        trained = set(read_ids(splits_file, "train") or ())
+        return [i for i, example_id in enumerate(evaluated.ids) if example_id in trained]
+
+    found = distributed.once_per_run(places)
     if found:
         raise ConfigError(
             f"config.evaluation.split = {split!r}: {splits_file} lists {len(found)} of its "
             f"{len(evaluated.ids)} ids in train, so the run has seen them, the first is of "
-            f"{_place(evaluated, found[0][1])}: evaluate on others, or set it to 'train'."
+            f"{_place(evaluated, found[0])}: evaluate on others, or set it to 'train'."
         )
 
 
@@ -180,7 +122,7 @@ def check_hosts(mine: dict[str, Any], is_function: bool = False) -> None:
     for index, other in enumerate(everyone):
         for part in mine:
             if other[part] != everyone[0][part]:
-                if part in ("examples", "content") and is_function:
+                if part == "examples" and is_function:
                     raise ConfigError(
                         f"config.data.name: the function returns other examples in process {index} "
                         "than in process 0: return the same ones in each call, from a generator "

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from qlog import data, losses, models
+from qlog.config import schema
 from qlog.config.streams import Stream, stream_key
 from qlog.data.splits import Identified, Split
 from qlog.grading.scorers import Panel
@@ -44,6 +45,8 @@ class Experiment:
         without scorers where the estimator asks for no reward. None in an experiment of shapes.
       train_data: prompts with their gold answers; None where nothing is trained.
       evaluation_data: the split that is evaluated; None where nothing is.
+      final_data: the split that the best checkpoint is evaluated on when the run ends
+        (`config.evaluation.final`); None where it is not.
       weights: local folder that parameters begin with; None where they are random or come from
         another run (`config.init_from`).
     """
@@ -60,13 +63,16 @@ class Experiment:
     train_data: data.Dataset | None
     evaluation_data: data.Dataset | None
     weights: pathlib.Path | None = None
+    final_data: data.Dataset | None = None
 
     def __post_init__(self):
         # Silent otherwise: rewards would all be 0, or answers be graded that nobody asked for.
         needs_answer = self.estimator.reward is not None
         needs_rationales = self.estimator.rationale == "annotated"
         mine = self.train_data
-        if self.sampling.with_answer != needs_answer or (
+        needs_tokens = self.estimator.gold_log_probs
+        fits = (self.sampling.with_answer, self.sampling.gold_tokens > 0)
+        if fits != (needs_answer, needs_tokens) or (
             mine is not None and (mine.limits.rationale is not None) != needs_rationales
         ):
             raise ValueError(
@@ -103,8 +109,18 @@ class Experiment:
 
     def splits(self) -> dict[str, data.Dataset]:
         """The open splits by name."""
-        opened = {"train": self.train_data, self.config.evaluation.split: self.evaluation_data}
+        evaluation = self.config.evaluation
+        opened = {
+            "train": self.train_data,
+            evaluation.split: self.evaluation_data,
+            evaluation.final: self.final_data,
+        }
         return {name: dataset for name, dataset in opened.items() if dataset is not None}
+
+    def of_final(self) -> "Experiment":
+        """The same experiment, which evaluates on the split of `final_data`."""
+        config = schema.merge(self.config, {"evaluation": {"split": self.config.evaluation.final}})
+        return dataclasses.replace(self, config=config, evaluation_data=self.final_data)
 
     def abstract_params(self) -> models.Params:
         """ShapeDtypeStructs of the parameters, with their places on the mesh."""

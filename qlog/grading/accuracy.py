@@ -133,6 +133,8 @@ def summarise(
       p@1/low, p@1/high, ...: their bootstrap interval over questions.
       exact_match: mean of exact match with the gold answer, without aliases.
       em, f1: SQuAD's, with aliases.
+      substring/p@1, substring/p@k, substring/m@k: the same under the paper's literal rule, and
+        contains/... under ours, whatever `grader` is.
       numeric/p@1, numeric/p@k, numeric/m@k: `finqa_numeric` on official_answer, where rows have it.
       answer/rejected_rate: share of answers that are empty, overlong or tagged.
       answer/empty_rate: share of the empty ones.
@@ -155,7 +157,8 @@ def summarise(
       seed: of the bootstrap.
 
     Raises:
-      ValueError: no rows, a missing field, a repeated id, or unequal numbers of answers.
+      ValueError: no rows, a missing field (one that a scorer names, too), a repeated id, or unequal
+        numbers of answers.
       scorers.ScorerError: more than 1% of calls of a scorer failed.
     """
     num_samples = _check(rows)
@@ -165,6 +168,7 @@ def summarise(
         del columns["numeric/"]
     scores = {name: _score(rows, column) for name, column in columns.items()}
     # ---- By functions that a config may name: on threads, their failures counted ----
+    _check_needs(rows, [grader, *metrics])
     samples = [sample for row in rows for sample in _samples(row, example(row))]
     graded = _panel_scores(Panel([grader], "config.evaluation.grader", threads), samples)
     measured = _panel_scores(Panel(metrics, "config.evaluation.metrics", threads), samples)
@@ -173,14 +177,7 @@ def summarise(
     summary: dict[str, float] = {}
     winners = _winners(rows, k)
     for name in filter(_is_prefix, scores):
-        is_right = scores[name] >= 0.5
-        num_right = is_right.sum(axis=1)
-        per_question = {
-            f"{name}p@1": pass_at_k(num_samples, num_right, 1),
-            f"{name}p@{k}": pass_at_k(num_samples, num_right, k),
-            f"{name}m@{k}": _voted(is_right, winners),
-        }
-        for metric, values in per_question.items():
+        for metric, values in _accuracies(name, scores[name] >= 0.5, winners, k).items():
             summary[metric] = float(values.mean())
             summary[f"{metric}/low"], summary[f"{metric}/high"] = bootstrap_interval(
                 values, level=level, seed=seed
@@ -188,10 +185,10 @@ def summarise(
     # The other columns are plain means over all samples.
     summary |= {name: float(scores[name].mean()) for name in scores if not _is_prefix(name)}
     for name, values in measured.values.items():
-        per_question = values.reshape(len(rows), num_samples).mean(axis=1)
-        summary[f"metrics/{name}"] = float(per_question.mean())
+        means = values.reshape(len(rows), num_samples).mean(axis=1)  # [Q]
+        summary[f"metrics/{name}"] = float(means.mean())
         summary[f"metrics/{name}/low"], summary[f"metrics/{name}/high"] = bootstrap_interval(
-            per_question, level=level, seed=seed
+            means, level=level, seed=seed
         )
         summary[f"metrics/{name}/errors"] = measured.failures[name].number
     return (
@@ -205,13 +202,51 @@ def summarise(
     )
 
 
+def _check_needs(rows: Sequence[Row], wanted: Sequence[Scorer]) -> None:
+    """Rows of older files have no prompt; those written by hand may have no rationales."""
+    for scorer in wanted:
+        for keyword, field in (("prompt", "prompt"), ("rationale", "rationales")):
+            if keyword in scorer.named and any(row.get(field) is None for row in rows):
+                raise ValueError(f"{scorer.name} needs the {field} of each row, which some lack")
+
+
+def per_question(rows: Sequence[Row], k: int) -> dict[str, np.ndarray]:
+    """What `summarise` takes means of, for the two rules that need no scorer: float64 [Q] each.
+
+    The names are substring/p@1, substring/p@k, substring/m@k and contains/... In [0, 1]. For paired
+    tests between runs, without reading their samples.
+
+    Raises:
+      ValueError: as `summarise`.
+    """
+    num_samples = _check(rows)
+    k = min(k, num_samples)
+    columns, winners = _columns(""), _winners(rows, k)
+    values = {}
+    for name in ("substring/", "contains/"):
+        values |= _accuracies(name, _score(rows, columns[name]) >= 0.5, winners, k)
+    return values
+
+
+def _accuracies(
+    prefix: str, is_right: np.ndarray, winners: list[list[int | None]], k: int
+) -> dict[str, np.ndarray]:
+    """p@1, p@k and m@k of each question, float64 [Q]; is_right: bool [Q, n]."""
+    num_right, num_samples = is_right.sum(axis=1), is_right.shape[1]
+    return {
+        f"{prefix}p@1": pass_at_k(num_samples, num_right, 1),
+        f"{prefix}p@{k}": pass_at_k(num_samples, num_right, k),
+        f"{prefix}m@{k}": _voted(is_right, winners),
+    }
+
+
 def _samples(row: Row, example: Any) -> list[Sample]:
     """What scorers are called with, for each answer of a row."""
-    # Rows of older files have no prompt; those written by hand may have no rationales.
     prompt, source = row.get("prompt") or "", row.get("source") or ""
     rationales = row.get("rationales") or [""] * len(row["answers"])
+    golds = tuple(row["golds"])
     return [
-        Sample(prompt, rationale, answer, row["golds"], source, example)
+        Sample(prompt, rationale, answer, golds, source, example)
         for rationale, answer in zip(rationales, row["answers"], strict=True)
     ]
 
@@ -243,6 +278,10 @@ def _columns(dataset: str) -> dict[str, Column]:
         "exact_match": lambda row, answer: graders.exact_match(answer, row["golds"][0]),
         "em": lambda row, answer: graders.squad_em(answer, row["golds"]),
         "f1": lambda row, answer: f1(answer, row["golds"]),
+        "substring/": lambda row, answer: graders.substring(answer, row["golds"]),
+        "contains/": lambda row, answer: graders.contains(
+            answer, row["golds"], source=row.get("source") or ""
+        ),
         "numeric/": lambda row, answer: graders.finqa_numeric(
             answer, row.get("official_answer") or row["golds"][0], gold=row["golds"][0]
         ),

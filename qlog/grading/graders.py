@@ -2,14 +2,15 @@
 
 A grader is a function (answer, golds) -> float in [0, 1]. `answer` is the text after the
 thinking-end token, `golds` one gold string or several (the answer and its aliases; the best
-counts). Text that is no answer scores 0 with every grader: empty or blank text, more than
-`MAX_CHARS` characters, and text with control tags such as `</think>` or `<|im_end|>`. Only
-`finqa_numeric` takes something else than gold strings: FinQA's executed answer.
+counts). Text that is no answer scores 0 with every grader but `substring`: empty or blank text,
+more than `MAX_CHARS` characters, and text with control tags such as `</think>` or `<|im_end|>`.
+Only `finqa_numeric` takes something else than gold strings: FinQA's executed answer.
 
 | grader                 | use                | rule                                               |
 |------------------------|--------------------|----------------------------------------------------|
 | `exact_match`          | reward in training | the gold string itself, up to white space          |
 | `contains`             | p@k, m@k           | the gold answer occurs, as whole words and numbers |
+| `substring`            | the paper's tables | the gold string is a substring of the answer       |
 | `squad_em`, `squad_f1` | metrics em, f1     | as the official scripts of HotPotQA and MuSiQue    |
 | `finqa_numeric`        | metrics numeric/   | the number is FinQA's executed answer, at the      |
 |                        |                    | precision written                                  |
@@ -70,6 +71,15 @@ def exact_match(answer: str, golds: str | Sequence[str]) -> float:
     The reward of the estimators that sample answers (GRPO, RLOO, MaxRL, STaR).
     """
     return _best(lambda a, g: a.split() == g.split(), answer, golds)
+
+
+def substring(answer: str, golds: str | Sequence[str]) -> float:
+    """1 if a gold string is a substring of the answer, letter by letter: the paper's literal rule.
+
+    No word boundaries, no other spelling, no limit of length: "no" is in "not known". For tables
+    that stand beside the paper's. `contains` is the rule to trust. Blank golds match nothing.
+    """
+    return float(any(gold.strip() in answer for gold in _golds(golds)))
 
 
 def _number_token(token: str) -> str:
@@ -315,6 +325,7 @@ def numeric(answer: str, golds: Sequence[str], example: Any) -> float:
 GRADERS: dict[str, Grade] = {
     "exact_match": exact_match,
     "contains": contains,
+    "substring": substring,
     "squad_em": squad_em,
     "squad_f1": squad_f1,
     "numeric": numeric,

@@ -10,7 +10,7 @@ A scorer is called with keywords, of which it gets those that it has parameters 
 | `prompt`    | str            | the prompt as the model reads it, control tokens by name    |
 | `rationale` | str            | what was sampled before the thinking-end token              |
 | `answer`    | str            | what was sampled after it, up to the end of the sequence    |
-| `golds`     | list of str    | the gold answer, then its aliases                           |
+| `golds`     | tuple of str   | the gold answer, then its aliases                           |
 | `source`    | str            | context and question, without instructions                  |
 | `example`   | `data.Example` | the example itself; `example.extra` has the record's other fields |
 
@@ -29,10 +29,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from qlog.errors import ConfigError, TrainingError
+from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.grading import graders
 
+LARGEST = 1e9  # absolute value of a score: sums of squares must stay finite in float32
 _MAX_FAILURES = 0.01  # share of the calls of a scorer that may fail
+_MOST_TOLD = 20  # warnings of a panel: an error that quotes the answer is another one each time
 _FEWEST_CALLS = 100  # as which fewer calls count: one failure at the start stops nothing
 
 
@@ -42,7 +44,7 @@ class Sample(NamedTuple):
     prompt: str
     rationale: str
     answer: str
-    golds: list[str]
+    golds: tuple[str, ...]  # no list: all scorers see the same one
     source: str
     example: Any  # a data.Example, which this package does not know
 
@@ -54,25 +56,30 @@ class Scorer(NamedTuple):
     function: Callable[..., float]
     weight: float  # of the score in a sum
     keywords: tuple[str, ...]  # fields of `Sample` that the function is called with
+    named: tuple[str, ...]  # those that its signature names, and **rest does not just take
 
     def __call__(self, sample: Sample) -> float:
         """The score, without its weight.
 
         Raises:
-          TypeError, ValueError: it is not a finite number; and whatever the function raises.
+          TypeError, ValueError: it is not a number up to LARGEST; and whatever the function raises.
         """
-        value = self.function(**{name: getattr(sample, name) for name in self.keywords})
-        # float() would take "1" and, with a warning, an array of one number.
-        if value is None or isinstance(value, (str, bytes)) or np.ndim(value):
+        value: Any = self.function(**{name: getattr(sample, name) for name in self.keywords})
+        try:
+            # float() would take "1" and, with a warning, an array of one number.
+            is_number = not (isinstance(value, (str, bytes)) or np.ndim(value))
+            score = float(value) if is_number else math.nan
+        except Exception:
+            is_number = False
+        if not is_number:
             raise TypeError(f"it returned {value!r:.100}, not a number")
-        score = float(value)
-        if not math.isfinite(score):
-            raise ValueError(f"it returned {score}, not a finite number")
+        if not abs(score) <= LARGEST:  # nor NaN
+            raise ValueError(f"it returned {score}, not a number from -{LARGEST:g} to {LARGEST:g}")
         return score
 
 
 class Failures(NamedTuple):
-    """Calls of a scorer that raised, or returned no finite number."""
+    """Calls of a scorer that raised, or returned no number."""
 
     number: int = 0
     last: str = ""  # the last one in words, with the line of code
@@ -96,13 +103,16 @@ def read(value: Any, field: str) -> tuple[Scorer, ...]:
     """The scorers that a field of a config names.
 
     Args:
-      value: a name of `graders.GRADERS`, a function, or a list of these or of (one, weight).
+      value: a name of `graders.GRADERS`, names with commas between them, a function, or a list of
+        these or of (one, weight).
       field: of the config, for messages.
 
     Raises:
       ConfigError: an unknown name, no function, a function without a name or with a parameter that
         no keyword fills, a weight that is not a finite number, two scorers of one name.
     """
+    if isinstance(value, str) and "," in value:
+        value = [name.strip() for name in value.split(",")]
     several = isinstance(value, (list, tuple)) and not _is_weighted(value)
     scorers = [_scorer(item, field) for item in (value if several else (value,))]
     names = [scorer.name for scorer in scorers]
@@ -127,7 +137,8 @@ def _is_weighted(value: Any) -> bool:
 def _scorer(item: Any, field: str) -> Scorer:
     function: Any
     function, weight = item if _is_weighted(item) else (item, 1.0)
-    if type(weight) not in (int, float) or not math.isfinite(weight):
+    is_number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight):
         raise ConfigError(f"{field}: the weight {weight!r} must be a finite number.")
     if isinstance(function, str):
         try:
@@ -137,7 +148,7 @@ def _scorer(item: Any, field: str) -> Scorer:
     if not callable(function):
         raise ConfigError(
             f"{field} = {function!r} must be the name of a grader, a function, or a list of these "
-            "or of (function, weight)."
+            "or of (function, weight), as [('exact_match', 1.0), (mine, 0.2)]."
         )
     score = cast(Callable[..., float], function)
     name = getattr(score, "__name__", "<object>")
@@ -151,36 +162,38 @@ def _scorer(item: Any, field: str) -> Scorer:
             f"{field} = {name}: it is async: give a plain function; it is called on several "
             "threads."
         )
-    return Scorer(name, score, float(weight), _keywords(score, f"{field} = {name}"))
+    keywords, named = _keywords(score, f"{field} = {name}")
+    return Scorer(name, score, float(weight), keywords, named)
 
 
-def _keywords(function: Callable[..., float], label: str) -> tuple[str, ...]:
-    """Which fields of `Sample` a function takes: all, if it has `**rest`."""
+def _keywords(
+    function: Callable[..., float], label: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(fields of `Sample` that a function takes: all, if it has `**rest`; those that it names)."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a function of C that does not tell
-        return Sample._fields
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        allowed, taken = Sample._fields, set(Sample._fields)
-    else:
-        taken = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        allowed = tuple(name for name in Sample._fields if name in taken)
+        return Sample._fields, ()
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     for p in parameters:
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or p.default is not p.empty:
             continue
-        if p.kind is p.POSITIONAL_ONLY or p.name not in Sample._fields:
+        if p.kind not in by_name or p.name not in Sample._fields:
             raise ConfigError(
                 f"{label} has a parameter {p.name!r} that nothing fills: it is called with the "
                 f"keywords {', '.join(Sample._fields)}."
             )
-    return allowed
+    names = {p.name for p in parameters if p.kind in by_name}
+    named = tuple(name for name in Sample._fields if name in names)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return Sample._fields if takes_all else named, named
 
 
 # ---- Scoring ----
 
 
 class ScorerError(TrainingError):
-    """A scorer failed too often: then scores of 0 say nothing about answers."""
+    """A scorer failed too often, or its scores mean nothing to the loss. The state is unharmed."""
 
 
 class Panel:
@@ -264,7 +277,7 @@ class Panel:
                     f"{self._field}: {name} failed on {number} of {self._calls} answers, more than "
                     f"the {_MAX_FAILURES:.0%} allowed; the last failure was {failed.last}."
                 )
-            if failed.last not in self._told:
+            if failed.last not in self._told and len(self._told) < _MOST_TOLD:
                 self._told.add(failed.last)
                 logging.warning("%s: %s failed and scores 0: %s", self._field, name, failed.last)
 
@@ -272,16 +285,21 @@ class Panel:
 def _attempt(scorer: Scorer, sample: Sample) -> tuple[float, str]:
     try:
         return scorer(sample), ""
+    except (KeyboardInterrupt, Stop):  # a signal, where the calling thread scores
+        raise
     # A user's function may raise anything. SystemExit would end the run as if it had succeeded.
-    except (Exception, SystemExit) as error:
-        return 0.0, _described(error)
+    except BaseException as error:
+        return 0.0, _described(error, scorer.function)
 
 
-def _described(error: BaseException) -> str:
-    """An exception on one line, with the line of code that raised it."""
-    text = " ".join(str(error).split())[:300]
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    # What `Scorer` says of a returned value has no line of the user's.
-    is_ours = frame.filename == __file__
-    where = "" if is_ours else f" ({os.path.basename(frame.filename)}:{frame.lineno})"
+def _described(error: BaseException, function: Callable[..., float]) -> str:
+    """An exception on one line, with the last line of the function's own file that it passed."""
+    try:
+        text = " ".join(str(error).split())[:300]
+    except Exception:  # an exception that cannot say what it is
+        text = ""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if code and frame.filename == code.co_filename]
+    where = f" ({os.path.basename(code.co_filename)}:{lines[-1]})" if code and lines else ""
     return f"{type(error).__name__}: {text}{where}"

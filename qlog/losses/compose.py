@@ -131,8 +131,8 @@ def stateless(function: Callable[..., Coefficients], min_rollouts: int = 1) -> L
     def init(scores: Scores) -> optax.EmptyState:
         if scores.shape[1] < min_rollouts:
             raise ValueError(
-                f"M, the rollouts per prompt, must be at least {min_rollouts} for leave-one-out "
-                f"statistics, got {scores.shape[1]}"
+                f"M, the rollouts per prompt, must be at least {min_rollouts} for statistics of "
+                f"groups, got {scores.shape[1]}"
             )
         return optax.EmptyState()
 

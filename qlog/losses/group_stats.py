@@ -10,6 +10,7 @@ from qlog.losses.types import AxisName, Scores
 Weight = Callable[[Scores], jax.Array]  # scores to log-weights [B, M], -inf on padding
 
 LEAST = -1e30  # a finite log 0: times zero it is zero, where -inf would give NaN
+LEAST_RATIO = -1e4  # the least log of a probability, or a ratio of two, that a reward is made of
 
 
 # --- Weights of a rollout -------------------------------------------------------------------------
@@ -27,6 +28,21 @@ def log_reward(scores: Scores) -> jax.Array:
     return jnp.where(scores.is_valid, jnp.log(jnp.maximum(reward, 0.0)), -jnp.inf)
 
 
+def power_of(weight: Weight, exponent: float) -> Weight:
+    """The weight w^t, t = `exponent` > 0."""
+    return lambda scores: exponent * weight(scores)
+
+
+def log_risk(beta: float) -> Weight:
+    """The weight e^(beta r) of a reward r, any number."""
+
+    def weight(scores: Scores) -> jax.Array:
+        reward = scores.require("reward", "log_risk")
+        return jnp.where(scores.is_valid, beta * reward, -jnp.inf)
+
+    return weight
+
+
 # --- Statistics of a group ------------------------------------------------------------------------
 
 
@@ -38,6 +54,22 @@ def num_valid(scores: Scores) -> jax.Array:
 def group_mean(values: jax.Array, scores: Scores) -> jax.Array:
     """[B, 1] mean of `values` [B, M] over the valid rollouts of each group."""
     return jnp.sum(jnp.where(scores.is_valid, values, 0.0), 1, keepdims=True) / num_valid(scores)
+
+
+def are_equal(values: jax.Array, scores: Scores) -> jax.Array:
+    """[B, 1] bool: all valid rollouts of the group have the same of `values` [B, M]."""
+    largest = jnp.max(jnp.where(scores.is_valid, values, -jnp.inf), 1, keepdims=True)
+    smallest = jnp.min(jnp.where(scores.is_valid, values, jnp.inf), 1, keepdims=True)
+    return largest <= smallest  # a group without valid rollouts counts as equal
+
+
+def deviation(values: jax.Array, scores: Scores) -> jax.Array:
+    """[B, M] `values` minus the group's mean; exactly 0 where all are equal, and on padding."""
+    # The mean of equal numbers is that number only up to rounding: thirty-two times float32(0.1)
+    # have a mean that differs in the last bits. What is left of it must not reach a division by
+    # their standard deviation, which is as small.
+    keep = scores.is_valid & ~are_equal(values, scores)
+    return jnp.where(keep, values - group_mean(values, scores), 0.0)
 
 
 def log_mean(log_weights: jax.Array, scores: Scores) -> jax.Array:
@@ -86,6 +118,25 @@ def log_mean_others(log_weights: jax.Array, scores: Scores) -> jax.Array:
     return logsumexp_others(log_weights) - jnp.log(others)
 
 
+def log_ratio_of_others(log_weights: jax.Array, scores: Scores) -> jax.Array:
+    """[B, M] log(wbar_{-m} / wbar), about `LEAST` where the others have no weight.
+
+    Exact to float32's relative precision where it is near 0, as it is in large groups.
+    """
+    share = normalized(log_weights)
+    n = num_valid(scores)
+    log_weights = log_weights - finite(jnp.max(log_weights, 1, keepdims=True))
+    # log(wbar_{-m} / wbar) = log(1 - share_m) - log(1 - 1/n): exact where share_m is small, while
+    # a difference of two logs would lose its digits. A dominant m has share_m near 1, where the
+    # mean of the others must be computed from the others.
+    others = jnp.maximum(log_mean_others(log_weights, scores), LEAST)
+    return jnp.where(
+        share < 0.5,
+        jnp.log1p(-jnp.minimum(share, 0.5)) - jnp.log1p(-1 / jnp.maximum(n, 2)),
+        others - finite(log_mean(log_weights, scores)),
+    )
+
+
 # --- Statistics of the batch ----------------------------------------------------------------------
 # Under jit an array is the whole batch. Under shard_map, pmap and vmap it is a device's part, and
 # `axis_name` names the axes to add over.
@@ -108,6 +159,15 @@ def batch_mean(values: jax.Array, where: jax.Array, axis_name: AxisName = None) 
     total = batch_sum(jnp.where(where, values, 0.0), axis_name)
     # Sum and number are added separately: a mean of the devices' means would weigh them equally.
     return total / jnp.maximum(batch_sum(where.astype(jnp.float32), axis_name), 1.0)
+
+
+def batch_deviation(values: jax.Array, scores: Scores, axis_name: AxisName = None) -> jax.Array:
+    """[B, M] `values` minus the mean over the batch's valid rollouts; see `deviation`."""
+    valid = scores.is_valid
+    largest = batch_max(jnp.where(valid, values, -jnp.inf), axis_name)
+    smallest = -batch_max(jnp.where(valid, -values, -jnp.inf), axis_name)
+    mean = batch_mean(values, valid, axis_name)
+    return jnp.where(valid & (largest > smallest), values - mean, 0.0)
 
 
 def group_index(scores: Scores, axis_name: AxisName = None) -> jax.Array:

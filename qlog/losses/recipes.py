@@ -42,6 +42,12 @@ NORMALIZATION: dict[str, Any] = {
     "aggregation": "sum",
     "max_tokens": None,
 }
+# Arguments of every recipe whose rationales the policy samples: a penalty on the distance from the
+# policy that training began with.
+PENALTY: dict[str, Any] = {"kl_weight": 0.0, "kl_kind": "k3"}
+# Arguments of those among them whose surrogate has no ratio itself: weights that correct for the
+# updates since the rollouts were sampled.
+IMPORTANCE: dict[str, Any] = {"importance": "none", "max_ratio": 2.0}
 
 Arguments = Mapping[str, Any]  # name to value; the part that reads a value checks it
 
@@ -68,6 +74,7 @@ class Recipe:
       min_rollouts: smallest M that the estimator is defined for, or a function of its arguments, a
         mapping from name to value, that returns it.
       overrides: defaults of arguments, by name, for recipes that differ only in these.
+      gold_log_probs: as in `Estimator`.
 
     Raises:
       TypeError, ValueError: a field of the wrong kind, or fields that contradict each other.
@@ -84,6 +91,7 @@ class Recipe:
     is_reward_weight: bool = False
     min_rollouts: int | Callable[[Arguments], int] = 1
     overrides: Arguments = field(default_factory=dict)
+    gold_log_probs: bool = False
 
     def __post_init__(self):
         for name, function in (("transform", self.transform), ("surrogate", self.surrogate)):
@@ -113,7 +121,17 @@ class Recipe:
         own = _defaults(self.transform)
         if "q" in own:
             own |= SCHEDULE | {"normalize": self.normalize}
-        return own | _defaults(self.surrogate) | NORMALIZATION
+        own |= _defaults(self.surrogate)
+        if self.rationale == "sampled":
+            own |= {} if self._has_own_penalty else PENALTY
+            if self.surrogate is surrogates.linear:
+                own |= IMPORTANCE
+        return own | NORMALIZATION
+
+    @property
+    def _has_own_penalty(self) -> bool:
+        """Whether the surrogate adds a KL penalty itself."""
+        return "kl_weight" in _defaults(self.surrogate)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -135,18 +153,37 @@ class Recipe:
             transform = _over_steps(lambda q: self._chain(arguments, q), arguments)
         else:
             transform = self._chain(arguments, self.q)
-        surrogate = self.surrogate(**{name: arguments[name] for name in _defaults(self.surrogate)})
         least = self.min_rollouts
         return Estimator(
             transform=transform,
-            surrogate=surrogate,
+            surrogate=self._token_loss(arguments),
             rationale=self.rationale,
             answer=self.answer,
             reward=self.reward,
             is_reward_weight=self.is_reward_weight,
             reference=bool(arguments.get("kl_weight", 0.0)),
             min_rollouts=least(arguments) if callable(least) else least,
+            gold_log_probs=self.gold_log_probs,
         )
+
+    def _token_loss(self, arguments: Arguments) -> Surrogate:
+        """The surrogate, with importance weights and the KL penalty where they are asked for."""
+        surrogate = self.surrogate(**{name: arguments[name] for name in _defaults(self.surrogate)})
+        if self.rationale == "annotated":
+            return surrogate
+        is_sampled = self.answer == "sampled"
+        level, most = arguments.get("importance", "none"), arguments.get("max_ratio")
+        check_choice("importance", level, ("none", *surrogates.LEVELS))
+        if level != "none":
+            check_number("max_ratio", most, 1, float("inf"))
+            surrogate = surrogates.truncated(level, most, sampled_answer=is_sampled)
+        if self._has_own_penalty:
+            return surrogate
+        weight, kind = arguments["kl_weight"], arguments["kl_kind"]
+        check_choice("kl_kind", kind, surrogates.KL_KINDS)
+        check_number("kl_weight", weight, 0, float("inf"))
+        # Without the penalty no reference parameters are kept in memory.
+        return surrogates.add_kl(surrogate, weight, kind, is_sampled) if weight else surrogate
 
     def _chain(self, arguments: Arguments, q: Commitment | None) -> LossTransform:
         """The whole chain at one commitment q: a number, traced under a schedule, or None."""
@@ -196,25 +233,41 @@ def _over_steps(factory: Callable[..., LossTransform], arguments: Arguments) -> 
     )
 
 
-def _grpo_surrogate(
-    clip_low: float = 0.2, clip_high: float = 0.2, kl_weight: float = 0.0, kl_kind: str = "k3"
-) -> Surrogate:
-    check_choice("kl_kind", kl_kind, surrogates.KL_KINDS)
-    check_number("kl_weight", kl_weight, 0, float("inf"))
-    surrogate = surrogates.clipped(clip_low, clip_high)
-    # Without the penalty no reference parameters are kept in memory.
-    return surrogates.add_kl(surrogate, kl_weight, kl_kind) if kl_weight else surrogate
-
-
 def _garl_min_rollouts(arguments: Arguments) -> int:
     """Both the baseline and the jackknife leave a rollout out: one must remain."""
     plug_in = arguments["baseline"] == arguments["correction"] == "none"
     return 1 if plug_in else 2
 
 
+def _subset_min_rollouts(arguments: Arguments) -> int:
+    """Subsets of k, or of as many as the order, must exist; a baseline needs another rollout."""
+    size = arguments["k"] if "k" in arguments else arguments["order"]
+    return size if arguments["baseline"] == "none" else max(size, 2)
+
+
+def _on_rewards(
+    transform: Callable[..., LossTransform],
+    surrogate: Callable[..., Surrogate] = surrogates.linear,
+    aggregation: str = "sum",
+    min_rollouts: int | Callable[[Arguments], int] = 1,
+) -> Recipe:
+    """A recipe that learns from the rewards of sampled answers, and takes any number for one."""
+    return Recipe(
+        transform,
+        surrogate,
+        weight=group_stats.log_reward,
+        answer="sampled",
+        reward="exact_match",
+        min_rollouts=min_rollouts,
+        overrides={} if aggregation == "sum" else {"aggregation": aggregation},
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     "garl": Recipe(aliases.garl, min_rollouts=_garl_min_rollouts),
     "paft": Recipe(aliases.paft),
+    "jensen": Recipe(aliases.jensen, min_rollouts=2),
+    "jepo": Recipe(aliases.jepo, q=1.0, min_rollouts=2),
     "rb_reinforce": Recipe(aliases.rb_reinforce, q=0.0),
     "rb_rloo": Recipe(aliases.rb_rloo, q=0.0, min_rollouts=2),
     "iwae": Recipe(aliases.iwae, q=1.0),
@@ -234,20 +287,27 @@ RECIPES: dict[str, Recipe] = {
         is_reward_weight=True,
         weight=group_stats.log_reward,
     ),
-    "grpo": Recipe(
-        aliases.grpo,
-        _grpo_surrogate,
-        answer="sampled",
-        reward="exact_match",
-        weight=group_stats.log_reward,
-        overrides={"aggregation": "sequence_mean"},
+    "grpo": _on_rewards(aliases.grpo, surrogates.clipped, "sequence_mean"),
+    "rloo": _on_rewards(aliases.rloo, min_rollouts=2),
+    # Relatives: what other papers do, in the same algebra.
+    "log_prob": Recipe(aliases.log_prob, min_rollouts=2),
+    "vr_cli": Recipe(aliases.log_prob, min_rollouts=2, overrides={"pathwise": False}),
+    "latro": Recipe(
+        aliases.log_prob, min_rollouts=2, overrides={"kl_weight": 0.05, "kl_kind": "sequence"}
     ),
-    "rloo": Recipe(
-        aliases.rloo,
-        answer="sampled",
-        reward="exact_match",
-        weight=group_stats.log_reward,
-        min_rollouts=2,
+    "average_log_prob": Recipe(aliases.average_log_prob, min_rollouts=2, gold_log_probs=True),
+    "rlpr": Recipe(aliases.rlpr, gold_log_probs=True),
+    "r3": Recipe(aliases.r3, min_rollouts=2, gold_log_probs=True),
+    "tempered": Recipe(aliases.tempered, min_rollouts=2),
+    "rb_pass_at_k": Recipe(aliases.rb_pass_at_k, min_rollouts=_subset_min_rollouts),
+    "rb_maxrl": Recipe(aliases.rb_maxrl, min_rollouts=_subset_min_rollouts),
+    "pkpo": _on_rewards(aliases.pkpo, min_rollouts=_subset_min_rollouts),
+    "rs_grpo": _on_rewards(aliases.rs_grpo, surrogates.clipped, "sequence_mean"),
+    "gspo": _on_rewards(aliases.grpo, surrogates.clipped_sequence, "sequence_mean"),
+    "cispo": _on_rewards(aliases.grpo, surrogates.cispo, "token_mean"),
+    "lite_ppo": _on_rewards(aliases.lite_ppo, surrogates.clipped, "token_mean"),
+    "reinforce_plus_plus": _on_rewards(
+        aliases.reinforce_plus_plus, surrogates.clipped, "token_mean"
     ),
     "sft": Recipe(aliases.sft, rationale="annotated", weight=None),
 }
@@ -409,6 +469,16 @@ def arguments(loss: Loss) -> dict[str, Any]:
     return {name: value for name, value in found if value is not inspect.Parameter.empty}
 
 
+def takes_any(loss: Loss) -> bool:
+    """Whether it is a function with **arguments.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    found = _find(loss)
+    return isinstance(found, _Function) and _takes_any(found.function)
+
+
 def argument_types(loss: Loss) -> dict[str, Any]:
     """The type of each argument of a loss, for command lines: `float`, `int | None`, `Any`.
 
@@ -430,7 +500,9 @@ def argument_types(loss: Loss) -> dict[str, Any]:
         hint = annotated.get(name, Any)
         # The default tells more than a hint such as Commitment, which arrays fit, too.
         is_value = isinstance(default, (bool, int, float, str, tuple))
-        is_optional = type(None) in get_args(hint)
+        # A recipe's `overrides` may have another default in the place of None.
+        usual = recipe._usual.get(name, default) if isinstance(recipe, Recipe) else default
+        is_optional = type(None) in get_args(hint) or usual is None
         types[name] = (
             hint if not is_value else type(default) | None if is_optional else type(default)
         )
@@ -466,6 +538,6 @@ def build(loss: Loss, /, *, num_rollouts: int | None = None, **given: Any) -> Es
     if num_rollouts is not None and num_rollouts < built.min_rollouts:
         raise ValueError(
             f"{label(loss)} needs at least {built.min_rollouts} rollouts per prompt for its "
-            f"leave-one-out statistics, got {num_rollouts}"
+            f"statistics of groups, got {num_rollouts}"
         )
     return built

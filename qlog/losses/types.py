@@ -19,7 +19,15 @@ LossState = Any  # the pytree of arrays that a transform keeps between steps
 
 
 # Of the fields of `Scores`.
-_DTYPES = dict(log_w=jnp.float32, reward=jnp.float32, valid=jnp.bool_, num_tokens=jnp.int32)
+_DTYPES = dict(
+    log_w=jnp.float32,
+    reward=jnp.float32,
+    valid=jnp.bool_,
+    num_tokens=jnp.int32,
+    gold_log_probs=jnp.float32,
+    gold_mask=jnp.bool_,
+)
+_PER_GOLD_TOKEN = ("gold_log_probs", "gold_mask")  # those that have a dimension more
 
 
 class Scores(NamedTuple):
@@ -33,6 +41,9 @@ class Scores(NamedTuple):
     reward: jax.Array | None = None  # [B, M] float32, of the sampled answer (exact match: 0 or 1)
     valid: jax.Array | None = None  # [B, M] bool, False for padding; None: there is no padding
     num_tokens: jax.Array | None = None  # [B, M] int32, tokens of the rationale and the answer
+    # [B, M, A] float32, log p of each of the gold answer's tokens y*_t, given x*, z_m, y*_{<t}
+    gold_log_probs: jax.Array | None = None
+    gold_mask: jax.Array | None = None  # [B, M, A] bool, False behind the gold answer's end
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -40,7 +51,7 @@ class Scores(NamedTuple):
         given = [x for x in self if x is not None]
         if not given:
             raise ValueError("losses.Scores() is empty: pass log_w=, reward= or both, [B, M]")
-        num_prompts, num_rollouts = np.shape(given[0])
+        num_prompts, num_rollouts, *_ = np.shape(given[0])
         return num_prompts, num_rollouts
 
     @property
@@ -49,12 +60,13 @@ class Scores(NamedTuple):
         return jnp.ones(self.shape, bool) if self.valid is None else self.valid
 
     def require(self, field: str, by: str) -> jax.Array:
-        """The field [B, M]; ValueError that names `by`, the part that reads it, if it is None."""
+        """The field; ValueError that names `by`, the part that reads it, if it is None."""
         value = getattr(self, field)
         if value is None:
+            shape = "[B, M, A]" if field in _PER_GOLD_TOKEN else "[B, M]"
             raise ValueError(
                 f"{by} reads scores.{field}, which is missing: pass losses.Scores({field}=...), "
-                f"{_DTYPES[field].__name__} [B, M]"
+                f"{_DTYPES[field].__name__} {shape}"
             )
         return value
 
@@ -160,6 +172,8 @@ class Estimator:
       is_reward_weight: whether the transform takes the reward for a weight, such as a probability:
         then a negative one has no meaning, and trainers refuse it.
       reference: whether the surrogate reads log-probabilities under reference parameters.
+      gold_log_probs: whether the transform reads `Scores.gold_log_probs` and its mask, which
+        trainers keep only then.
       min_rollouts: smallest M for which the estimator is defined.
 
     Raises:
@@ -174,6 +188,7 @@ class Estimator:
     is_reward_weight: bool = False
     reference: bool = False
     min_rollouts: int = 1
+    gold_log_probs: bool = False
 
     def __post_init__(self):
         for method in ("init", "update"):
@@ -185,12 +200,17 @@ class Estimator:
         if not callable(self.surrogate):
             raise TypeError(f"Estimator.surrogate must be a function, got {self.surrogate!r}")
         check_needs("Estimator", self.rationale, self.answer, self.reward)
-        for name in ("is_reward_weight", "reference"):
+        for name in ("is_reward_weight", "reference", "gold_log_probs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
                     f"Estimator.{name} must be True or False, got {getattr(self, name)!r}"
                 )
         check_integer("Estimator.min_rollouts", self.min_rollouts)
+        if self.rationale == "annotated" and self.gold_log_probs:
+            raise ValueError(
+                "Estimator.gold_log_probs=True contradicts rationale='annotated', after which no "
+                "gold answer is scored: leave it False"
+            )
         if self.rationale == "annotated" and self.min_rollouts > 1:
             raise ValueError(
                 f"Estimator.min_rollouts={self.min_rollouts} contradicts rationale='annotated', "
@@ -205,6 +225,8 @@ class Estimator:
         return scores._replace(
             log_w=scores.log_w if self.rationale == "sampled" else None,
             reward=scores.reward if self.reward else None,
+            gold_log_probs=scores.gold_log_probs if self.gold_log_probs else None,
+            gold_mask=scores.gold_mask if self.gold_log_probs else None,
         )
 
 
@@ -240,13 +262,18 @@ def check_needs(owner: str, rationale: str, answer: str, reward: str | None) -> 
         )
 
 
-def abstract_scores(num_prompts: int, num_rollouts: int) -> Scores:
+def abstract_scores(num_prompts: int, num_rollouts: int, num_gold_tokens: int = 1) -> Scores:
     """Shapes and dtypes of scores [B, M], for `transform.init` before anything is sampled.
+
+    Gold tokens have `num_gold_tokens` places, A, on which no state depends.
 
     The fields are `jax.ShapeDtypeStruct`s: nothing can be computed from them by mistake.
     """
     shape = (num_prompts, num_rollouts)
-    fields = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in _DTYPES.items()}
+    fields = {}
+    for name, dtype in _DTYPES.items():
+        places = (num_gold_tokens,) if name in _PER_GOLD_TOKEN else ()
+        fields[name] = jax.ShapeDtypeStruct((*shape, *places), dtype)
     # Like traced arrays they have a shape and a dtype, all that an init reads.
     return Scores(**cast(dict[str, jax.Array], fields))
 
@@ -256,7 +283,7 @@ def check_scores(scores: object) -> Scores:
 
     Raises:
       TypeError: not `Scores`, or a field of another dtype.
-      ValueError: a field of another shape, or no field at all.
+      ValueError: a field of another shape, one of two that go together, or no field at all.
     """
     if not isinstance(scores, Scores):
         raise TypeError(f"scores must be losses.Scores, got {type(scores).__name__}")
@@ -264,11 +291,22 @@ def check_scores(scores: object) -> Scores:
     if not present:
         raise ValueError(f"scores must have at least one of {', '.join(_DTYPES)}, got none")
     first = next(iter(present))
-    shape = np.shape(present[first])
+    shape = np.shape(present[first])[: 2 if first in _PER_GOLD_TOKEN else None]
     if len(shape) != 2:
-        raise ValueError(f"scores.{first} must have shape [B, M], got {shape}")
+        raise ValueError(f"scores.{first} must have shape [B, M], got {np.shape(present[first])}")
+    if (scores.gold_log_probs is None) != (scores.gold_mask is None):
+        raise ValueError(
+            "scores.gold_log_probs and scores.gold_mask go together: pass both or neither"
+        )
+    per_token = None if scores.gold_log_probs is None else np.shape(scores.gold_log_probs)
     for name, value in present.items():
-        if np.shape(value) != shape:
+        if name in _PER_GOLD_TOKEN:
+            if np.ndim(value) != 3 or np.shape(value)[:2] != shape or np.shape(value) != per_token:
+                raise ValueError(
+                    f"scores.{name} must have shape [B, M, A] with [B, M] = {shape}, as "
+                    f"gold_log_probs, got {np.shape(value)}"
+                )
+        elif np.shape(value) != shape:
             raise ValueError(
                 f"scores.{name} must have {first}'s shape {shape}, got {np.shape(value)}"
             )

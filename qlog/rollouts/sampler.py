@@ -64,6 +64,8 @@ class Sampling:
         1 means all. Both are for evaluation: the learner scores tokens under the whole
         distribution, so training leaves them off.
       with_answer: go on to sample the answer (rewards, evaluation), or stop at the thinking end.
+      gold_tokens: A, to keep the log-probability of each of the gold answer's tokens; 0 keeps only
+        log w, their sum.
     """
 
     rationale_budget: int
@@ -75,6 +77,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     with_answer: bool = False
+    gold_tokens: int = 0
 
     @property
     def max_rationale_length(self) -> int:
@@ -123,6 +126,8 @@ class Results(NamedTuple):
 
     rollouts: Rollouts  # [B * M, ...]; [B, M, ...] in the end
     log_w: Array  # float32 [B * M], log p(y* | x*, z); [B, M] in the end
+    # float32 [B * M, A], of the gold answer's tokens; [B, M, A] in the end. None: log w is enough
+    gold_log_probs: Array | None
 
 
 def rollout_keys(key: Array, uids: Array, num_rollouts: int) -> Array:
@@ -186,8 +191,8 @@ def sample(
         found, executed = _sample_wave(run, wave, schedule, steps_per_look)
         results.append(found)
         lane_steps += executed
-    rollouts, log_w = _join_waves(results)
-    return Samples(rollouts, log_w, lane_steps)
+    whole = _join_waves(results)
+    return Samples(whole.rollouts, whole.log_w, lane_steps, whole.gold_log_probs)
 
 
 class _Run(NamedTuple):
@@ -378,7 +383,8 @@ def empty_results(
 ) -> Results:
     """A place for each of the B * M rollouts."""
     size = num_prompts * num_rollouts
-    empty = Results(_blank_rollouts((size,), sampling), jnp.zeros(size))
+    kept = jnp.zeros((size, sampling.gold_tokens)) if sampling.gold_tokens else None
+    empty = Results(_blank_rollouts((size,), sampling), jnp.zeros(size), kept)
     return sharding.constrain_batch(policy.mesh, empty)
 
 
@@ -537,7 +543,7 @@ def score_and_store(
     # A block may be at another place than its prompt's gold answer, so these are replicated first.
     golds = jax.tree.map(lambda x: x[prompt], sharding.constrain_replicated(policy.mesh, golds))
     golds = sharding.constrain_batch(policy.mesh, golds)
-    log_w = scoring.score_answers(
+    log_probs = scoring.token_log_probs(
         weights,
         policy,
         pool.prefix,
@@ -548,7 +554,9 @@ def score_and_store(
     )
     # By id; empty lanes have NO_ROLLOUT, which lies outside and is dropped.
     store = lambda whole, lanes: whole.at[pool.rollout_ids].set(lanes, mode="drop")
-    results = jax.tree.map(store, results, Results(pool.rollouts, log_w))
+    kept = None if results.gold_log_probs is None else log_probs
+    found = Results(pool.rollouts, log_probs.sum(-1), kept)
+    results = jax.tree.map(store, results, found)
     return sharding.constrain_batch(policy.mesh, results)
 
 

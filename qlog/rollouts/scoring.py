@@ -13,7 +13,7 @@ from qlog.records import Golds
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
-def score_answers(
+def token_log_probs(
     params: models.Params,
     policy: Policy,
     prefix: models.Prefix,
@@ -22,7 +22,9 @@ def score_answers(
     rationale_lengths: Array,
     golds: Golds,
 ) -> Array:
-    """log w_m = log p(y* | x*, z_m) of the gold answer y*, at temperature 1.
+    """log p of each token of the gold answer y*, given x*, z_m and y*'s tokens before it.
+
+    At temperature 1. Their sum is log w_m = log p(y* | x*, z_m).
 
     Only the thinking-end token and the gold answer pass through the model: 1 + A tokens instead of
     P + R + A. In the sampler's pool B is the number of blocks and M the lanes of each.
@@ -36,7 +38,7 @@ def score_answers(
       golds: of the B prompts; a length of 0 gives log w = 0.
 
     Returns:
-      float32 [B, M], summed over the gold answer's tokens.
+      float32 [B, M, A], 0 behind the gold answer's end.
     """
     num_prompts, num_rollouts, _ = tokens.shape
     # A token predicts the next one. So the inputs are the thinking-end token and the gold answer
@@ -66,4 +68,18 @@ def score_answers(
         chunk=policy.logits_chunk,
     )
     is_gold = jnp.arange(num_tokens) < golds.lengths[:, None, None]
-    return jnp.where(is_gold, log_probs, 0.0).sum(-1)
+    return jnp.where(is_gold, log_probs, 0.0)
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def score_answers(
+    params: models.Params,
+    policy: Policy,
+    prefix: models.Prefix,
+    suffix: models.Suffix,
+    tokens: Array,
+    rationale_lengths: Array,
+    golds: Golds,
+) -> Array:
+    """log w_m, float32 [B, M]: the sum of `token_log_probs`, of the same arguments."""
+    return token_log_probs(params, policy, prefix, suffix, tokens, rationale_lengths, golds).sum(-1)

@@ -116,6 +116,15 @@ class Checkpoints:
         if jax.process_index() == 0:
             paths.write(self._folder / _SCORES, json.dumps(self.scores))
 
+    @property
+    def best_step(self) -> int:
+        """The step of the checkpoint with the highest score; without scores that of the newest.
+
+        There must be a checkpoint. Every process must ask, and gets the same.
+        """
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        return distributed.broadcast(_best(steps, self.scores))
+
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest state.
 

@@ -281,6 +281,20 @@ def _name(owner: _Owner) -> str:
     )
 
 
+def look(workdir: paths.Path) -> dict[str, Any]:
+    """What the owner of a workdir last wrote of itself; {} where none did. For who only looks."""
+    return _look(workdir / FILE)
+
+
+def is_gone(owner: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this machine, and has ended.
+
+    Args:
+      owner: from `look`, not {}.
+    """
+    return owner.get("machine") == _machine() and not _lives(owner)
+
+
 def _look(file: paths.Path) -> _Owner:
     """What the owner's file says; {} where there is none.
 

@@ -213,7 +213,11 @@ class Harmless:
     def __init__(self, make: Callable[[], Tracker], name: str):
         self._name = name
         self._tracker: Tracker | None = None
-        self._try(lambda: setattr(self, "_tracker", make()))
+
+        def open_tracker() -> None:
+            self._tracker = make()
+
+        self._try(open_tracker)
 
     def _try(self, call: Callable[[], None]) -> None:
         try:
@@ -262,8 +266,8 @@ def _start(**arguments: Any) -> "wandb.Run":
     wandb.setup(settings=settings())
     is_online = os.environ.get("WANDB_MODE", "online") not in ("offline", "dryrun", "disabled")
     # Asked first: on a terminal, `wandb.init` would wait for somebody who types a key.
-    if is_online and not wandb.login(prompt=False, verify=False):
-        say("W&B has no API key here: set WANDB_API_KEY, or run `wandb login`.")
+    if is_online and (fault := _login_fault()):
+        say(f"{fault}: set WANDB_API_KEY, or run `wandb login`.")
         return wandb.init(**arguments, mode="offline", settings=settings())
     try:
         return wandb.init(**arguments, settings=settings())
@@ -273,6 +277,16 @@ def _start(**arguments: Any) -> "wandb.Run":
         say(f"W&B does not answer ({summary(error)}): the next start of this run tries again.")
         wandb.teardown()  # the run that did not begin holds its id
         return wandb.init(**arguments, mode="offline", settings=settings())
+
+
+def _login_fault() -> str:
+    """Why the API key that is configured here cannot be used; '' if it can."""
+    import wandb
+
+    try:
+        return "" if wandb.login(prompt=False, verify=False) else "W&B has no API key here"
+    except Exception as error:  # a key that W&B refuses by its form
+        return f"W&B refuses its API key ({summary(error)})"
 
 
 def _read_record(path: paths.Path) -> dict[str, Any] | None:
@@ -288,7 +302,8 @@ def _table(rollouts: Sequence[Mapping[str, Any]]) -> "wandb.Table":
     """Lines of rollouts.jsonl as a table: prompt, rationale, answer, gold, reward, log_w, ..."""
     import wandb
 
-    columns: list[str | int] = [*rollouts[0]]
+    # Lines may have different keys: those of all lines, in the order in which they come first.
+    columns: list[str | int] = [*dict.fromkeys(name for line in rollouts for name in line)]
     rows = [[strict_json.finite(line.get(str(name))) for name in columns] for line in rollouts]
     # A log w of -inf is text among numbers.
     return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)

@@ -96,7 +96,7 @@ def trained(tmp_path_factory):
     )
     models.huggingface.export(models.init(shape, jax.random.key(5)), shape, model)
     data_fixtures.write_spec(model, data_fixtures.byte_level_spec())
-    (model / "generation_config.json").write_text('{"top_k": 20, "eos_token_id": 7}')
+    (model / "generation_config.json").write_text('{"top_k": 20, "eos_token_id": 257}')
     (model / "tokenizer_config.json").write_text('{"chat_template": "as it was"}')
     records = root / "records"
     records.mkdir()
@@ -162,12 +162,29 @@ def test_an_export_has_the_template_that_prompts_were_written_in(trained, tmp_pa
     assert modes.run("export", config, tmp_path / "run") == 0
     exported = tmp_path / "run/export"
     assert (exported / "chat_template.jinja").read_text() == given.read_text()
-    # eos_token_id 7 of the model's generation_config.json ends answers still.
-    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [256, 7]
+    # eos_token_id 257 of the model's generation_config.json ends answers still.
+    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [
+        256,
+        257,
+    ]
     again = {"model": str(exported), "weights": str(exported), "tokenizer": {"chat_template": ""}}
     reread = prepare(schema.merge(config, again), train=False, evaluate=False).formatter
     example = data.Example("1", "Why?", "a")
     assert reread.prompt(example) == files.load_formatter(config).prompt(example)
+
+
+def test_an_export_has_no_template_that_prompts_were_not_written_in(trained, tmp_path, capsys):
+    config, workdir, _ = trained
+    shutil.copytree(workdir, tmp_path / "run", ignore=lambda *_: {"export"})
+    model = pathlib.Path(shutil.copytree(config.model, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("the model's own")
+    warm = {"data": {"style": "warm"}, "model": str(model), "weights": str(model)}
+    config = schema.merge(config, {**warm, "tokenizer": {"chat_template": "builtin"}})
+    assert modes.run("export", config, tmp_path / "run") == 0
+    exported = tmp_path / "run/export"
+    assert not (exported / "chat_template.jinja").exists()
+    assert "chat_template" not in json.loads((exported / "tokenizer_config.json").read_text())
+    assert "without a chat template" in capsys.readouterr().out
 
 
 def test_what_is_exported_is_what_the_config_names(trained, tmp_path):

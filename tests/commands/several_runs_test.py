@@ -41,7 +41,7 @@ def swept(tmp_path_factory):
 
 
 def test_the_report_has_every_evaluated_run(swept):
-    _, workdir = swept
+    config, workdir = swept
     rows = json.loads((workdir / "report.json").read_text())
     assert [row["run"] for row in rows] == ["b_garl", "c_paft"]
     for row in rows:
@@ -50,6 +50,13 @@ def test_the_report_has_every_evaluated_run(swept):
         assert row["p@1 without rationale"] == results["no_rationale/p@1"]
     table = (workdir / "report.md").read_text()
     assert table.count("\n") == 4 and "| b_garl |" in table
+    page = (workdir / "report.html").read_text()
+    content = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert [run["label"].partition(":")[0] for run in content["runs"]] == list(config.runs)
+    # What the loss made of a rollout is next to its text.
+    rollout = content["rollouts"][1][0]["rollouts"][0]
+    assert isinstance(rollout["coefficient"], float) and rollout["rationale"]
+    assert "coefficient" in read_jsonl(workdir / "b_garl" / "rollouts.jsonl")[0]
     assert (workdir / "escape.png").read_bytes().startswith(b"\x89PNG")
 
 

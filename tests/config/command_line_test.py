@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from qlog import losses, models
 from qlog.config import check_config, command_line, schema
 from qlog.data import synthetic
 from qlog.errors import ConfigError
+from qlog.grading import scorers
 
 QUICKSTART = f"--config={ROOT / 'configs/quickstart.py'}"
 
@@ -109,20 +111,106 @@ def test_every_key_of_a_world(field):
     assert got == wanted and type(got) is type(wanted)
 
 
-def test_keys_of_an_open_section_take_literals_and_text(monkeypatch):
-    monkeypatch.setattr(schema, "CHOICES", (*schema.CHOICES, "files"))
-    default = schema.default()
-    with default.unlocked():
-        default.data.files = {}
-    monkeypatch.setattr(schema, "default", default.copy_and_resolve_references)
+def with_any(**arguments):
+    return losses.build("garl", **arguments)
+
+
+def test_the_last_loss_wins_and_a_whole_one_has_all_its_arguments():
+    whole = '--config.loss={"name": "grpo", "clip_high": 0.5}'
+    grpo = schema.loss("grpo", clip_high=0.5).to_dict()
+    assert read("--config.loss.name=rloo", whole).loss.to_dict() == grpo
+    assert read(whole, "--config.loss.name=garl").loss.to_dict() == schema.loss("garl").to_dict()
+    assert read(whole, "--config.loss.clip_high=0.1").loss.clip_high == 0.1
+
+
+def test_a_function_with_any_arguments_and_a_recipe_with_other_defaults():
+    config = ConfigDict({"loss": schema.loss(with_any, q=0.3)})
+    command_line.apply(config, command_line.split(["--config.loss.q=0.5"])[1])
+    assert config.loss.q == 0.5
+    limited = dataclasses.replace(losses.RECIPES["garl"], overrides={"max_coefficient": 2.0})
+    config = ConfigDict({"loss": schema.loss(limited)})
+    command_line.apply(config, command_line.split(["--config.loss.max_coefficient=None"])[1])
+    assert config.loss.max_coefficient is None
+
+
+def test_none_turns_a_text_field_off_and_names_stay_names():
+    assert read("--config.logging.wandb=x", "--config.logging.wandb=None").logging.wandb == ""
+    got = read("--config.data.files.train=2024", "--config.data.fields.id=0").data
+    assert (got.files.train, got.fields.id) == ("2024", "0")
+    assert read('--config.data.files.train=["a", "b"]').data.files.train == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.runs.grpo=3", "config.runs.grpo = 3 must be a section"),
+        ("--config.runs.grpo=None", "config.runs.grpo = None must be a section"),
+        ('--config.runs={"../x": {}}', "runs"),
+        ('--config.runs={"a b": {}}', "config.runs has the name 'a b'"),
+        ("--config.runs.grpo.runs.x.seed=3", "runs hold no runs"),
+        ("--config.loss={}", "a loss is given by its name"),
+        ('--config.loss={"q": 0.5}', "a loss is given by its name"),
+        ('--config.loss={"name": "gralo"}', "no loss is called 'gralo'"),
+    ],
+)
+def test_runs_and_losses_that_are_none(flag, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(read(flag))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def get_config(:", r"mine.py.*line 1"),
+        ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_config():\n    return 1 / 0", r"ZeroDivisionError: .*mine.py.*2"),
+        ("x = 3", "get_config"),
+        ("def get_config(): return None", "get_config must return a ConfigDict"),
+    ],
+)
+@pytest.mark.parametrize("command", ["main", "commands.show", "commands.doctor"])
+def test_a_config_file_that_fails_is_told_in_a_sentence(command, text, message, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    file = str(tmp_path / "mine.py")
+    words = [file] if command == "commands.show" else [f"--config={file}"]
+    result = subprocess.run(
+        [sys.executable, "-m", f"qlog.{command}", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=100,
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+
+
+def test_a_reward_may_be_a_list():
     got = read(
-        "--config.data.files.train=a.jsonl",
-        '--config.data.files.test=["a", "b"]',
-        "--config.data.files.flag=false",
-        "--config.data.files.nothing=null",
-        "--config.data.files.id=007",
-        "--config.data.files.deep.key=1.5",
-    ).data.files.to_dict()
+        "--config.rollout.reward=exact_match,contains", "--config.evaluation.metrics=contains"
+    )
+    assert scorer_names(got.rollout.reward) == ["exact_match", "contains"]
+    assert scorer_names(got.evaluation.metrics) == ["contains"]
+    got = read("--config.rollout.reward=[('exact_match', 1.0), ('squad_f1', 0.5)]")
+    assert [(s.name, s.weight) for s in scorers.read(got.rollout.reward, "f")] == [
+        ("exact_match", 1.0),
+        ("squad_f1", 0.5),
+    ]
+    assert read("--config.rollout.reward=").rollout.reward == ""
+
+
+def scorer_names(value):
+    return [scorer.name for scorer in scorers.read(value, "f")]
+
+
+def test_keys_of_an_open_section_take_literals_and_text():
+    got = read(
+        "--config.tokenizer.chat_template_kwargs.train=a.jsonl",
+        '--config.tokenizer.chat_template_kwargs.test=["a", "b"]',
+        "--config.tokenizer.chat_template_kwargs.flag=false",
+        "--config.tokenizer.chat_template_kwargs.nothing=null",
+        "--config.tokenizer.chat_template_kwargs.id=007",
+        "--config.tokenizer.chat_template_kwargs.deep.key=1.5",
+    ).tokenizer.chat_template_kwargs.to_dict()
     assert got == {
         "train": "a.jsonl",
         "test": ["a", "b"],
@@ -233,7 +321,7 @@ def test_an_entry_of_several_runs():
         "loss.clip_lo=1": r"has no field 'clip_lo'; there are name, q, baseline",
         "loss.max_coeficient=1": r"did you mean 'max_coefficient'\?$",
         "loss.name=gral": r"no loss is called 'gral'.*did you mean 'garl'",
-        "loss=garl": r"config\.loss is a section: set its keys, as in --config\.loss\.name=",
+        "loss=garl": r"a loss is given by its name, as in --config\.loss\.name=garl",
         "seed.x=1": r"config\.seed is a value and has no key 'x'",
         "trian.steps=1": r"no field 'trian'; did you mean 'train'\?$",
         "train.=1": r"no field ''",

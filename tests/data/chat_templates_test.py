@@ -172,8 +172,12 @@ def test_what_templates_of_transformers_may_use(tmp_path):
         ("{% set n = namespace() %}{% set n._x = 1 %}", r"\(SecurityError"),
         ("{{ 1 / 0 }}" + TURN, r"\(ZeroDivisionError"),
         ("{% for x in range(10**9) %}x{% endfor %}", r"\(OverflowError"),
+        ("{{ '\\ud800' }}" + TURN, r"\(UnicodeEncodeError"),
         ("nothing", "does not write the user's text"),
         ("", "does not write the user's text"),
+        ("{{ dict.fromkeys }}" + TURN, "prints a builtin_function_or_method"),
+        ("{{ 'ab' | map('upper') }}" + TURN, "prints a generator"),
+        (TURN + "<think>\n<think>\n", "opens the rationale twice"),
         (TURN + "<think>\n\n</think>\n\n", "closes the rationale although thinking is on"),
     ],
 )
@@ -186,6 +190,42 @@ def test_templates_that_fail_are_one_sentence_with_the_file(template, message, t
 
 
 @pytest.mark.parametrize(
+    "written",
+    [
+        "{{ c[:30] | e }}",
+        "{{ c | truncate(60) }}",
+        "{{ c | striptags }}",
+        "{{ c | replace('<', '[') }}",
+        "{{ c[:30] }}{{ c[30:] | upper }}",
+        "{{ c }} {{ c }}",
+        "{{ c if 'many are 2 and 3' in c else c[:9] }}",
+        "How many are 2 and 3?",
+    ],
+)
+def test_templates_that_change_the_question_are_refused(written, tmp_path):
+    template = "{% set c = messages[0].content %}<|im_start|>" + written + ENDING
+    tokenizer = tokenizers.load(folder(tmp_path, template))
+    with pytest.raises(ConfigError, match="does not write the user's text exactly once"):
+        data.Formatter(tokenizer, TASK)
+
+
+def test_every_prompt_is_looked_at(tmp_path):
+    """A template that passes the check, and drops one question."""
+    template = "{% set c = messages[0].content %}{{ c if 'Rome' not in c else 'none' }}" + ENDING
+    formatter = data.Formatter(tokenizers.load(folder(tmp_path, template)), TASK)
+    formatter.prompt(data.Example("1", "Where is Oslo?", "a"))
+    with pytest.raises(ConfigError, match="does not write the user's text exactly once"):
+        formatter.prompt(data.Example("2", "Where is Rome?", "a"))
+
+
+@pytest.mark.parametrize("content", ["user", "e", "", " assistant ", "<|im_start|>", "\n"])
+def test_a_content_in_the_words_of_the_template_is_no_repetition(content, tmp_path):
+    tokenizer = tokenizers.load(folder(tmp_path, TURN))
+    expected = f"<|im_start|>user\n{content.strip()}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert shown(tokenizer, content) == expected
+
+
+@pytest.mark.parametrize(
     "files, message",
     [
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json cannot be read as JSON"),
@@ -193,6 +233,8 @@ def test_templates_that_fail_are_one_sentence_with_the_file(template, message, t
         ({"tokenizer_config.json": '{"chat_template": 3}'}, "neither a text nor a list"),
         ({"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'}, "named 'default'"),
         ({"tokenizer_config.json": '{"eos_token": 3}'}, "eos_token = 3 is not a token's name"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": ["u"]}]}'}, "named 'default'"),
+        ({"tokenizer_config.json": '{"add_bos_token": "yes"}'}, "add_bos_token = 'yes' must be"),
         ({"chat_template.json": '{"chat_template": {}}'}, "chat_template.json: chat_template is"),
     ],
 )
@@ -202,6 +244,25 @@ def test_damaged_files_are_named(files, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         tokenizers.load(tmp_path)
+
+
+def test_a_variable_that_makes_the_template_fail_is_named(tmp_path):
+    tokenizer = tokenizers.load(
+        folder(tmp_path, "{{ '' + (date_string or '') }}" + TURN),
+        chat_template_kwargs={"date_string": 2024},
+    )
+    with pytest.raises(ConfigError, match="kwargs.date_string = 2024 makes the chat template"):
+        data.Formatter(tokenizer, TASK)
+
+
+def test_keys_that_nothing_reads_refuse_no_tokenizer(tmp_path):
+    config = {"add_bos_token": 1, "weird_token": 7, "bos_token": "<|endoftext|>"}
+    tokenizer = tokenizers.load(folder(tmp_path, None, config=config))
+    assert tokenizer.token(tokenizer.bos_id) == "<|endoftext|>"
+    (tmp_path / "tokenizer_config.json").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="cannot be read as text") as caught:
+        tokenizers.load(tmp_path)
+    assert str(caught.value).count("download it again") == 1
 
 
 @pytest.mark.parametrize(

@@ -457,3 +457,13 @@ def test_real_hotpotqa_and_musique_answers(shared):
         for gold in golds:
             for grader in TEXT_GRADERS:
                 assert grader(gold, golds) == 1.0, gold
+
+
+def test_the_papers_rule_is_the_literal_one():
+    """Letter by letter, where `contains` asks for whole words; and nothing is no answer."""
+    assert graders.substring("not known", "no") == 1 and graders.contains("not known", "no") == 0
+    assert graders.substring("1407", ["x", "407"]) == 1
+    assert graders.substring("The Answer", "answer") == 0
+    assert graders.substring("anything", ["", "  "]) == 0
+    assert graders.substring("", "no") == 0
+    assert graders.substring("42</think>", "42") == 1

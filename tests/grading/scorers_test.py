@@ -1,12 +1,18 @@
 """Scorers: what a config may name, how they are called, and what happens when they misbehave."""
 
+import asyncio
+import fractions
+import functools
+import json
 import math
 import threading
+import time
 import types
 
 import numpy as np
 import pytest
 
+from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.grading import graders, scorers
 from qlog.grading.scorers import Failures, Panel, Sample, read
@@ -15,7 +21,7 @@ SAMPLE = Sample(
     prompt="<s>Who?",
     rationale="because",
     answer="[x]",
-    golds=["[x]", "y"],
+    golds=("[x]", "y"),
     source="Who?",
     example=types.SimpleNamespace(id="a", official_answer="", extra={"level": 3}),
 )
@@ -51,13 +57,14 @@ def test_a_name_a_function_or_a_weighted_list():
         ("level", -0.25),
     ]
     assert [s.name for s in read(("contains", "squad_f1"), "f")] == ["contains", "squad_f1"]
+    assert [s.name for s in read("contains, squad_f1", "f")] == ["contains", "squad_f1"]
     assert read((), "f") == ()
 
 
 @pytest.mark.parametrize("name", graders.GRADERS)
 def test_every_grader_can_be_named(name):
     (scorer,) = read(name, "f")
-    right = SAMPLE._replace(answer="407", golds=["407"])
+    right = SAMPLE._replace(answer="407", golds=("407",))
     assert scorer(right) == 1.0
     assert scorer(right._replace(answer="408")) == 0.0
 
@@ -151,8 +158,10 @@ def test_one_thread_is_the_calling_one():
     [
         (None, "TypeError: it returned None, not a number"),
         ("1.0", "TypeError: it returned '1.0', not a number"),
-        (math.nan, "ValueError: it returned nan, not a finite number"),
+        (math.nan, "ValueError: it returned nan, not a number from -1e+09 to 1e+09"),
         (math.inf, "it returned inf"),
+        (-1e10, "it returned -10000000000.0, not a number from"),
+        ([1, [2]], "TypeError: it returned [1, [2]], not a number"),
         (np.ones(2), "it returned array"),
         (1j, "TypeError"),
         ({}, "TypeError"),
@@ -165,7 +174,9 @@ def test_what_is_no_number_is_a_failure_and_scores_nothing(value, described):
     assert described in found.failures["function"].last
 
 
-@pytest.mark.parametrize("value", [True, np.float32(0.5), np.array(2), -1, 10**30])
+@pytest.mark.parametrize(
+    "value", [True, np.float32(0.5), np.array(2), -1, 10**9, fractions.Fraction(1, 2)]
+)
 def test_any_finite_number_is_a_score(value):
     found = Panel(read(fixed(value), "f"), "f").score([SAMPLE])
     assert found.values["function"][0] == float(value) and not found.failures["function"].number
@@ -214,9 +225,52 @@ def test_more_than_one_percent_of_failures_stop_the_run():
     count(panel, samples(200))  # 2 of 200
 
 
-def test_a_function_that_exits_does_not_end_the_run():
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), asyncio.CancelledError(), Mute()])
+def test_whatever_a_function_raises_does_not_end_the_run(error):
     def leaves():
-        raise SystemExit(0)
+        raise error
 
     found = Panel(read(leaves, "f"), "f", threads=2).score(samples(2))
     assert found.failures["leaves"].number == 2
+
+
+def test_a_failure_names_the_line_of_the_function_and_no_library():
+    @functools.lru_cache
+    def parses(answer):
+        return json.loads(answer)
+
+    last = Panel(read(parses, "f"), "f").score([SAMPLE]).failures["parses"].last
+    assert last.startswith("JSONDecodeError: ") and "(scorers_test.py:" in last
+
+
+def test_what_the_caller_raises_between_two_samples_ends_the_scoring():
+    started = []
+
+    def slow(answer):
+        started.append(answer)
+        time.sleep(0.01)
+        return 1.0
+
+    def stop(number):
+        raise KeyError(number)
+
+    with pytest.raises(KeyError):
+        Panel(read(slow, "f"), "f", threads=2).score(samples(500), stop)
+    assert len(started) < 100  # those that were not begun are given up
+
+
+def test_an_object_with_a_name_is_a_scorer():
+    class Brackets:
+        __name__ = "marks"
+
+        def __call__(self, answer):
+            return 1.0
+
+    assert read(Brackets(), "f")[0](SAMPLE) == 1.0
+    config = schema.merge(schema.default(), {"rollout": {"reward": [(Brackets(), 1.0)]}})
+    assert json.loads(schema.to_json(config))["rollout"]["reward"] == [["marks", 1.0]]

@@ -392,6 +392,11 @@ def test_the_price_is_steps_and_evaluations_times_chips():
     assert fewer.evaluations == 3  # after 50, 100 and 120 steps
     assert math.isclose(fewer.evaluation_seconds, 3 * 100 * 4 / 1024 * 0.82 * 112)
     assert run_cost.estimate(config, "evaluate", step).hours == one / 3600
+    # The best checkpoint on the test split, which has another size.
+    final = schema.merge(config, {"evaluation": {"final": "test"}})
+    with_test = run_cost.estimate(final, "train", step)
+    assert with_test.evaluations == 11
+    assert math.isclose(with_test.evaluation_seconds, (10 + 1132 / 872) * one)
     for other in ({"train": {"prompts_per_step": 64}}, {"rollout": {"rationale_budget": 64}}):
         with pytest.raises(ConfigError, match="--slice=v5e:4x4: no roofline"):
             run_cost.roofline(schema.merge(config, other), "v5e:4x4", rooflines)

@@ -73,17 +73,18 @@ def test_the_new_estimator_trains_the_quickstart(tmp_path):
 def test_the_table_has_every_recipe_and_the_page_every_shared_argument():
     rows = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
     assert sorted(rows) == sorted(losses.RECIPES)
-    for name in losses.recipes.SCHEDULE | losses.recipes.NORMALIZATION:
+    shared = losses.recipes.SCHEDULE | losses.recipes.NORMALIZATION
+    for name in shared | losses.recipes.PENALTY | losses.recipes.IMPORTANCE:
         assert f"`{name}`" in PAGE, name
     state = losses.build("garl").transform.init(losses.abstract_scores(1, 2))
     for name in losses.measurements(state):
         assert f"`{name}`" in PAGE, name
 
 
-def test_the_plots_command_draws_four_figures(tmp_path, capsys):
+def test_the_plots_command_draws_five_figures(tmp_path, capsys):
     plots.main([f"--out={tmp_path / 'figures'}"])
     paths = capsys.readouterr().out.split()
-    assert len(paths) == 4
+    assert len(paths) == 5
     for path in paths:
         image = plots.pyplot.imread(path)
         assert image.shape[0] > 300 and np.std(image) > 0.05
@@ -119,3 +120,41 @@ def test_exact_groups_have_probability_one():
     np.testing.assert_allclose(probability.sum(), 1, rtol=1e-9)
     with pytest.raises(ValueError, match="num_rollouts must be at least 1, got 0"):
         exact.all_groups(model, 0)
+
+
+def test_the_map_names_every_recipe_and_no_other():
+    drawn = re.search(r"## The map\n.*?```text\n(.*?)```", PAGE, re.DOTALL)
+    assert drawn
+    words = set(re.findall(r"\b[a-z][a-z0-9_]*\b", drawn[1]))
+    missing = set(losses.RECIPES) - words
+    assert not missing
+    for name in re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", drawn[1]):
+        assert name in [*losses.RECIPES, *losses.recipes.PENALTY, "log_q"], name
+
+
+def test_what_the_map_says_of_its_ends():
+    """Members that are drawn at one place have one set of coefficients."""
+    log_w = jnp.log(jnp.array([[0.5, 0.1, 0.2, 0.02], [1e-3, 2e-3, 1e-6, 0.3]]))
+    scores = losses.Scores(log_w=log_w, reward=jnp.array([[1.0, 0, 0, 1], [0, 1, 0, 0]]))
+
+    def run(transform):
+        return losses.coefficients(transform, scores, transform.init(scores))[0]
+
+    pairs = [
+        (losses.jensen(0.0), losses.rb_rloo()),
+        (losses.jensen(1.0), losses.jepo()),
+        (losses.garl(0.0), losses.rb_rloo()),
+        (losses.tempered(1.0), losses.rb_rloo()),
+        (losses.rb_pass_at_k(1), losses.rb_rloo()),
+        (losses.rb_maxrl(1), losses.rb_rloo()),
+        (losses.pkpo(1), losses.rloo()),
+    ]
+    for one, other in pairs:
+        for name in ("score", "path"):
+            np.testing.assert_allclose(
+                getattr(run(one), name), getattr(run(other), name), rtol=1e-4, atol=1e-6
+            )
+    # E log_q w, of one rollout, is that of w^(1-q), over 1 - q; its limit is log_prob.
+    limit = run(losses.chain(losses.tempered(1e-4), losses.multiply(1e4)))
+    np.testing.assert_allclose(limit.score, run(losses.log_prob()).score, rtol=0.02, atol=1e-3)
+    np.testing.assert_allclose(limit.path, run(losses.log_prob()).path, rtol=0.02)

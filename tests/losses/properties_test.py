@@ -47,6 +47,7 @@ FACTORIES = {
     "paft": losses.paft,
     "systematic": lambda q: losses.paft(q, resampling="systematic"),
     "star": losses.star,
+    "jensen": losses.jensen,
 }
 
 
@@ -86,6 +87,10 @@ def test_finite_bounded_and_of_the_right_sign(name, group, q):
         assert np.all(-2.001 * bound <= path) and np.all(path <= (1 + q) * bound * 1.001)
         return
     assert np.all(path >= 0)
+    if name == "jensen":  # log_q between M^-1 and 1: at most log M
+        assert np.all(np.abs(score) <= num_rollouts * 1e4)
+        assert np.all(path <= num_rollouts * 1.001)
+        return
     if name in ("paft", "systematic"):
         assert np.all(path <= num_rollouts * 1.001)
     else:
@@ -158,6 +163,61 @@ def test_leave_one_out_does_not_cancel():
     np.testing.assert_allclose(baseline[0], np.sqrt(2e-12), rtol=1e-3)
 
 
+# Rewards whose mean over a group is not the reward itself in float32, and ordinary ones.
+LEVELS = (0.1, 0.3, -0.7, 1.0, 1e-3, 123.456, 1e5, -1e-30)
+EQUAL = {
+    "grpo": losses.grpo(),
+    "grpo_without_eps": losses.grpo(eps=0.0),
+    "grpo_unscaled": losses.grpo(scale_by_std=False),
+    "rloo": losses.rloo(),
+    "maxrl": losses.maxrl(),
+    "rb_rloo": losses.rb_rloo(),
+    "garl": losses.garl(0.75),
+    "garl_at_q_1": losses.garl(1.0),
+    "jackknife": losses.garl(0.3, correction="jackknife"),
+    "jensen": losses.jensen(0.75),
+    "jepo": losses.jepo(),
+    "log_prob": losses.log_prob(),
+    "tempered": losses.tempered(0.3),
+    "rb_pass_at_k": losses.rb_pass_at_k(3),
+    "rb_maxrl": losses.rb_maxrl(5),
+    "pkpo": losses.pkpo(3),
+    "rs_grpo": losses.rs_grpo(),
+    "lite_ppo": losses.lite_ppo(),
+    "average_log_prob": losses.average_log_prob(),
+    "rlpr": losses.rlpr(),
+    "r3": losses.r3(eps=0.0),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("width", [7, 32, 40])
+def test_equal_rewards_have_a_score_of_exactly_zero(name, width):
+    """Alone and in a batch, with and without padding, eager and compiled."""
+    for num_rollouts in {2, 7, 32} & set(range(width + 1)):
+        valid = jnp.broadcast_to(jnp.arange(width) < num_rollouts, (len(LEVELS), width))
+        level = jnp.broadcast_to(jnp.array(LEVELS, jnp.float32)[:, None], valid.shape)
+        scores = losses.Scores(
+            log_w=jnp.where(valid, -jnp.abs(level), jnp.nan),
+            reward=jnp.where(valid, level, jnp.nan),
+            valid=valid,
+            # Three gold tokens of one probability, the last of them behind the answer's end.
+            gold_log_probs=jnp.where(valid, -jnp.abs(level), jnp.nan)[..., None] * jnp.ones(3),
+            gold_mask=jnp.broadcast_to(jnp.arange(3) < 2, (*valid.shape, 3)),
+        )
+        one = jax.tree.map(lambda x: x[:1], scores)
+        compute = jax.jit(lambda scores: run(EQUAL[name], scores))
+        for got in (run(EQUAL[name], scores), compute(scores), compute(one)):
+            np.testing.assert_array_equal(got.score, 0)
+
+
+def test_one_reward_that_differs_is_a_signal():
+    reward = jnp.full((1, 32), 0.1, jnp.float32).at[0, 3].set(0.2)
+    got = run(losses.grpo(), losses.Scores(reward=reward)).score[0]
+    np.testing.assert_allclose(got[3] * 32, np.sqrt(31), rtol=1e-4)
+    np.testing.assert_allclose(got[0] * 32, -1 / np.sqrt(31), rtol=1e-4)
+
+
 # --- Layouts: eight devices, one prompt each or more ---------------------------------------------
 
 ESTIMATORS = {
@@ -184,6 +244,8 @@ def layout_scores():
         jnp.asarray(rng.integers(0, 2, (16, 5)), jnp.float32),
         jnp.asarray(valid),
         jnp.asarray(rng.integers(1, 9, (16, 5)), jnp.int32),
+        jnp.asarray(-rng.exponential(1.0, (16, 5, 3)), jnp.float32),
+        jnp.asarray(np.broadcast_to(np.arange(3) < rng.integers(1, 4, (16, 1, 1)), (16, 5, 3))),
     )
 
 
@@ -243,7 +305,7 @@ def test_shard_map_over_eight_devices_is_the_global_result(layouts, sizes, axis_
 
 def test_pmap_is_the_global_result(layouts):
     scores, states, expected = layouts
-    split = jax.tree.map(lambda x: x.reshape(8, 2, 5), scores)
+    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), scores)
     mapped = jax.pmap(
         functools.partial(step, axis_name="data"), axis_name="data", in_axes=(0, None)
     )
@@ -254,7 +316,7 @@ def test_pmap_is_the_global_result(layouts):
 
 def test_vmap_over_an_axis_name_is_the_global_result(layouts):
     scores, states, expected = layouts
-    split = jax.tree.map(lambda x: x.reshape(8, 2, 5), scores)
+    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), scores)
     mapped = jax.jit(
         jax.vmap(functools.partial(step, axis_name="data"), (0, None), axis_name="data")
     )
@@ -265,7 +327,7 @@ def test_vmap_over_an_axis_name_is_the_global_result(layouts):
 def test_vmap_over_batches_is_each_batch_alone(layouts):
     scores, states, _ = layouts
     states = only(FEW[1:3], states)
-    split = jax.tree.map(lambda x: x.reshape(2, 8, 5), scores)
+    split = jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), scores)
     together = jax.jit(jax.vmap(step, (0, None)))(split, states)
     alone = jax.jit(step)(jax.tree.map(lambda x: x[1], split), states)
     assert_same(alone, jax.tree.map(lambda x: x[1], together))

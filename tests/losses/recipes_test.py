@@ -56,11 +56,23 @@ def test_what_an_estimator_needs_of_the_trainer():
     assert losses.build("garl", baseline="none").min_rollouts == 1
 
 
+def test_every_recipe_takes_a_penalty_and_importance_weights():
+    """KL for all that sample; weights for all whose surrogate has no ratio itself."""
+    for name in losses.RECIPES:
+        known = losses.arguments(name)
+        assert ("kl_weight" in known) == (name != "sft"), name
+        has_ratio = "clip_low" in known
+        assert ("importance" in known) == (name != "sft" and not has_ratio), name
+        if name != "sft":
+            assert losses.build(name, kl_weight=0.1).reference
+    assert losses.build("latro").reference and not losses.build("log_prob").reference
+
+
 @pytest.mark.parametrize(
     "name, given, message",
     [
-        ("gral", {}, "no loss is called 'gral'; there are garl, grpo"),
-        ("gral", {}, r"trice \(did you mean 'garl'\?\)"),
+        ("gral", {}, "no loss is called 'gral'; there are average_log_prob, cispo, garl"),
+        ("gral", {}, r"vr_cli \(did you mean 'garl'\?\)"),
         ("garl", {"base_line": "none"}, r"max_tokens.* \(did you mean 'baseline'\?\)"),
         ("garl", {"clip_low": 0.2}, "garl: unknown argument clip_low; it reads q, baseline"),
         ("garl", {"q": 1.5}, r"garl: q must be in \[0, 1\], got 1.5"),
@@ -87,9 +99,24 @@ def test_what_an_estimator_needs_of_the_trainer():
         ("grpo", {"max_tokens": 8}, "max_tokens=8 is not read with aggregation='sequence_mean'"),
         ("grpo", {"aggregation": "mean"}, "aggregation must be one of 'sum', 'sequence_mean'"),
         ("grpo", {"clip_low": 1.5}, r"clip_low must be in \[0, 1\], got 1.5"),
-        ("grpo", {"kl_kind": "k4"}, "kl_kind must be one of 'k1', 'k2', 'k3', got 'k4'"),
+        (
+            "grpo",
+            {"kl_kind": "k4"},
+            "kl_kind must be one of 'k1', 'k2', 'k3', 'sequence', got 'k4'",
+        ),
         ("grpo", {"kl_weight": -0.1}, "kl_weight must be in .*got -0.1"),
         ("rloo", {"num_rollouts": 1}, "rloo needs at least 2 rollouts"),
+        ("garl", {"importance": "tokens"}, r"importance must be one of .* \(did you mean 'token'"),
+        ("paft", {"importance": "token", "max_ratio": 0.5}, r"max_ratio must be in \[1, inf\]"),
+        ("grpo", {"importance": "token"}, "grpo: unknown argument importance; it reads"),
+        ("sft", {"kl_weight": 0.1}, "sft: unknown argument kl_weight; it reads"),
+        ("garl", {"kl_weight": -1.0}, r"garl: kl_weight must be in \[0, inf\], got -1.0"),
+        ("rb_pass_at_k", {"k": 8, "num_rollouts": 4}, "needs at least 8 rollouts per prompt"),
+        ("rb_maxrl", {"order": 0}, "rb_maxrl: order must be at least 1, got 0"),
+        ("pkpo", {"k": 2.0}, "pkpo: k must be an integer of at least 1, got 2.0"),
+        ("pkpo", {"baseline": "mean"}, "pkpo: baseline must be one of"),
+        ("tempered", {"exponent": 0.0}, r"tempered: exponent must be in \[1e-06, 1000.0\], got 0"),
+        ("rs_grpo", {"beta": -1.0}, r"rs_grpo: beta must be in \[0.001, 1000.0\], got -1.0"),
     ],
 )
 def test_errors_name_the_argument_the_value_and_the_range(name, given, message):

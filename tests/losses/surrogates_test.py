@@ -82,12 +82,129 @@ def test_kl_penalty_weighs_tokens_by_token_weight():
         call(surrogate, OLD)
 
 
-@pytest.mark.parametrize("name", ["linear", "clipped", "kl"])
+def test_sequence_ratio_is_gspo():
+    """With one coefficient per rollout: autodiff of min(s A, clip(s) A), s the geometric mean."""
+    low, high = 0.1, 0.05
+    advantage = jnp.array([[0.5, -0.25], [-1.0, 3.0]])
+    coefficients = losses.Coefficients(advantage, advantage, jnp.zeros((2, 2)), WEIGHT)
+    length = IS_TOKEN.sum(-1)
+
+    def ours(new):
+        tokens = losses.TokenLogProbs(new, RATIONALE, ANSWER, OLD)
+        return losses.clipped_sequence(low, high)(coefficients, tokens)
+
+    def gspo(new):  # the coefficient of a token is A / L, once per token
+        s = jnp.exp(jnp.sum(jnp.where(IS_TOKEN, new - OLD, 0), -1) / np.maximum(length, 1))
+        gain = jnp.minimum(s * advantage, jnp.clip(s, 1 - low, 1 + high) * advantage)
+        return -jnp.sum(gain * length)
+
+    for new in (OLD, OLD + MOVE / 3, OLD - MOVE / 3, OLD + 0.04):
+        assert_near(ours(new).loss, gspo(new))
+        assert_near(jax.grad(lambda new: ours(new).loss)(new), jax.grad(gspo)(new))
+    on_policy = jax.grad(lambda new: call(losses.clipped_sequence(), new).loss)(OLD)
+    assert_near(on_policy, -PER_TOKEN)
+    assert ours(OLD - 0.2).clipped == 5 and ours(OLD + 0.2).clipped == 3
+
+
+def test_truncated_weights_by_hand():
+    ratio = np.exp(np.asarray(MOVE, np.float64))
+    slope = jax.grad(lambda new: call(losses.truncated("token", 1.3, 0.7), new).loss)(OLD + MOVE)
+    assert_near(slope, -np.clip(ratio, 0.7, 1.3) * PER_TOKEN)
+    sums = call(losses.cispo(1.0, 0.3), OLD + MOVE)
+    assert sums.clipped == np.sum((ratio > 1.3) & IS_TOKEN) == 3
+    # Gold answers were not sampled: `old` means nothing there.
+    gold = losses.truncated("token", 1.3, 0.7, sampled_answer=False)
+    nothing = jnp.where(ANSWER, jnp.nan, OLD)
+    slope = jax.grad(lambda new: call(gold, new, nothing).loss)(OLD + MOVE)
+    assert_near(slope, -np.where(ANSWER, 1, np.clip(ratio, 0.7, 1.3)) * PER_TOKEN)
+    # One weight for the rationale and what follows it: e^0, e^0.5, e^0.35.
+    gold = losses.truncated("sequence", 1.5, sampled_answer=False)
+    slope = jax.grad(lambda new: call(gold, new, nothing).loss)(OLD + MOVE)
+    assert_near(slope, -np.array([[1, 1.5], [np.exp(0.35), 1]])[..., None] * PER_TOKEN)
+    for surrogate in (losses.truncated(), losses.truncated("sequence")):
+        assert_near(jax.grad(lambda new, f=surrogate: call(f, new).loss)(OLD), -PER_TOKEN)
+
+
+# Every rationale of two tokens out of three, under two policies: logits [3] of the first token and
+# [3, 3] of the second after each.
+PAIRS = np.stack(np.meshgrid(range(3), range(3), indexing="ij"), -1).reshape(9, 2)
+
+
+def policy(seed):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=3)), jnp.asarray(rng.normal(size=(3, 3)))
+
+
+def pair_log_probs(logits):
+    """[1, 9, 2] log-probabilities of the tokens of every pair."""
+    first, second = (jax.nn.log_softmax(x) for x in logits)
+    return jnp.stack([first[PAIRS[:, 0]], second[PAIRS[:, 0], PAIRS[:, 1]]], -1)[None]
+
+
+def mean_slope(surrogate, old, new, coefficient):
+    """The gradient at `new` of the surrogate, summed over all pairs by their odds under `old`."""
+    odds = jnp.exp(pair_log_probs(old).sum(-1))
+    here = jnp.ones((1, 9, 2), bool)
+
+    def loss(logits):
+        tokens = losses.TokenLogProbs(
+            pair_log_probs(logits), here, ~here, pair_log_probs(old), pair_log_probs(policy(3))
+        )
+        value = odds * coefficient
+        return surrogate(losses.Coefficients(value, value, jnp.zeros_like(value), odds), tokens)
+
+    return jax.grad(lambda logits: loss(logits).loss)(new)
+
+
+def test_sequence_weights_correct_for_an_older_policy_exactly():
+    """The mean over the old policy's rationales is the new one's gradient, whatever its distance;
+    weights per token leave out how the first token moves the second."""
+    old, new = policy(0), policy(1)
+    coefficient = jnp.asarray(np.random.default_rng(2).normal(size=(1, 9)))
+    expected = mean_slope(losses.linear(), new, new, coefficient)
+    found = mean_slope(losses.truncated("sequence", np.inf), old, new, coefficient)
+    trees.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    uncorrected = mean_slope(losses.linear(), old, new, coefficient)
+    assert np.abs(uncorrected[0] - expected[0]).max() > 0.1
+    by_token = mean_slope(losses.truncated("token", np.inf), old, new, coefficient)
+    assert np.abs(by_token[0] - expected[0]).max() > 0.01
+
+
+def test_the_penalty_of_sequences_has_the_gradient_of_their_kl():
+    """That of single tokens does not: a first token also decides the KL of the second."""
+    new, reference = policy(1), pair_log_probs(policy(3))
+
+    def kl(logits):
+        ours = pair_log_probs(logits)
+        return jnp.sum(jnp.exp(ours.sum(-1)) * (ours - reference).sum(-1))
+
+    expected = jax.grad(kl)(new)
+    found = {
+        kind: mean_slope(losses.add_kl(losses.linear(), 1.0, kind), new, new, jnp.zeros((1, 9)))
+        for kind in ("sequence", "k2")
+    }
+    trees.assert_close(found["sequence"], expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(found["k2"][0] - expected[0]).max() > 0.01
+
+
+def test_the_penalty_leaves_gold_answers_out():
+    surrogate = losses.add_kl(losses.linear(), 0.1, "k2", sampled_answer=False)
+    sums = call(surrogate, OLD, reference=OLD - 0.2)
+    assert_near(sums.kl, 0.02 * np.sum(RATIONALE))
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "clipped", "kl", "kl_sequence", "gspo", "token", "sequence"]
+)
 def test_sums_add_over_microbatches_and_ignore_padding(name):
     surrogate = {
         "linear": losses.linear(),
         "clipped": losses.clipped(),
         "kl": losses.add_kl(losses.clipped(), 0.1),
+        "kl_sequence": losses.add_kl(losses.linear(), 0.1, "sequence"),
+        "gspo": losses.clipped_sequence(),
+        "token": losses.truncated("token", sampled_answer=False),
+        "sequence": losses.truncated("sequence"),
     }[name]
     bad = jnp.where(IS_TOKEN, OLD + MOVE, jnp.nan)
     old, reference = (jnp.where(IS_TOKEN, x, -jnp.inf) for x in (OLD, OLD - 0.1))

@@ -175,9 +175,11 @@ def test_scores_without_a_shape_or_values_are_refused():
 
 @pytest.mark.parametrize("name", losses.RECIPES)
 def test_shapes_alone_make_the_state_of_real_scores(name):
-    scores = losses.Scores(LOG_W, REWARD, jnp.ones((2, 3), bool), NUM_TOKENS)
+    tokens = jnp.stack([LOG_W, LOG_W], -1), jnp.ones((2, 3, 2), bool)
+    scores = losses.Scores(LOG_W, REWARD, jnp.ones((2, 3), bool), NUM_TOKENS, *tokens)
+    scores = jax.tree.map(lambda x: jnp.concatenate([x, x], 1), scores)  # some need four rollouts
     transform = losses.build(name).transform
-    trees.assert_equal(transform.init(losses.abstract_scores(2, 3)), transform.init(scores))
+    trees.assert_equal(transform.init(losses.abstract_scores(2, 6)), transform.init(scores))
 
 
 def test_missing_scores_pass_through_jit_shard_map_vmap_and_pmap():
@@ -202,6 +204,34 @@ def test_missing_scores_pass_through_jit_shard_map_vmap_and_pmap():
     ):
         joined = jax.tree.map(lambda x: x[:, 0], mapped(split))
         trees.assert_close(joined, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_scores_per_gold_token_are_checked():
+    tokens, mask = jnp.zeros((2, 3, 4)), jnp.ones((2, 3, 4), bool)
+    transform = losses.rlpr()
+    for given, message in (
+        ({"gold_log_probs": tokens}, "go together: pass both or neither"),
+        (
+            {"gold_log_probs": tokens, "gold_mask": mask[..., :2]},
+            r"gold_mask must have .* \[B, M, A",
+        ),
+        ({"gold_log_probs": tokens[:1], "gold_mask": mask[:1]}, r"must have .* = \(2, 3\)"),
+        ({"gold_log_probs": LOG_W, "gold_mask": mask}, r"must have shape \[B, M, A\]"),
+        ({}, r"reads scores.gold_mask, which is missing: .* bool \[B, M, A\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(transform, losses.Scores(log_w=LOG_W, **given))
+    assert losses.Scores(gold_log_probs=tokens, gold_mask=mask).shape == (2, 3)
+    scores = losses.Scores(log_w=LOG_W, gold_log_probs=tokens, gold_mask=mask)
+    assert losses.build("rlpr").measured(scores).gold_log_probs is tokens
+    assert losses.build("garl").measured(scores).gold_log_probs is None
+    with pytest.raises(ValueError, match="gold_log_probs=True contradicts rationale='annotated'"):
+        losses.Estimator(
+            transform=losses.sft(),
+            surrogate=losses.linear(),
+            rationale="annotated",
+            gold_log_probs=True,
+        )
 
 
 def test_scores_without_any_field_say_so():

@@ -101,13 +101,32 @@ def test_gold_answers_scored_on_the_caches_equal_the_full_forward(drawn):
 def test_stopping_at_the_thinking_end_gives_the_same_rationales(drawn):
     tree, prompts, keys, whole = drawn
     sampling = dataclasses.replace(SAMPLING, with_answer=False)
-    rollouts, log_w, _ = _sample(tree, prompts, keys, sampling)
+    rollouts, log_w, _, tokens = _sample(tree, prompts, keys, sampling)
+    assert tokens is None  # only their sum is kept
     np.testing.assert_allclose(log_w, whole.log_w, rtol=1e-5)
     np.testing.assert_array_equal(rollouts.lengths, rollouts.rationale_lengths)
     np.testing.assert_array_equal(rollouts.rationale_lengths, whole.rollouts.rationale_lengths)
     for b, m in np.ndindex(rollouts.lengths.shape):
         n = int(rollouts.lengths[b, m])
         np.testing.assert_array_equal(rollouts.tokens[b, m, :n], whole.rollouts.tokens[b, m, :n])
+
+
+def test_tokens_of_gold_answers_are_kept_where_they_are_asked_for(drawn):
+    """In waves, too: they add up to log w, and what is behind the answer's end is 0."""
+    tree, prompts, keys, whole = drawn
+    sampling = dataclasses.replace(SAMPLING, gold_tokens=GOLDS.tokens.shape[1])
+    for extra in ({}, {"prompts_per_wave": 1}):
+        samples = _sample(tree, prompts, keys, sampling, **extra)
+        found = np.asarray(samples.gold_log_probs)
+        assert found.shape == (*samples.log_w.shape, GOLDS.tokens.shape[1])
+        np.testing.assert_allclose(found.sum(-1), whole.log_w, rtol=1e-4)
+        is_gold = np.arange(found.shape[-1]) < np.asarray(GOLDS.lengths)[:, None, None]
+        assert np.all(found[~np.broadcast_to(is_gold, found.shape)] == 0)
+        tree_, prompt, one = next(_each((*drawn[:3], samples)))
+        context = jnp.concatenate([prompt, one.tokens[: one.rationale_lengths]])
+        answer = GOLDS.tokens[0, : GOLDS.lengths[0]]
+        expected = tiny.full_log_probs(tree_, context, answer)
+        np.testing.assert_allclose(found[0, 0, : len(answer)], expected, atol=1e-4)
 
 
 def _same(samples, others, prompts=slice(None)):

@@ -275,6 +275,20 @@ def test_without_a_key_nobody_is_asked(tmp_path, monkeypatch, capsys):
     assert len(lines(history(of), "train")) == 2
 
 
+def test_a_bad_key_goes_offline_as_no_key_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "xxxx")
+    log_steps(tmp_path, 0, 2)
+    assert "W&B refuses its API key" in capsys.readouterr().out
+    (of,) = offline_runs(tmp_path).values()
+    assert len(lines(history(of), "train")) == 2
+
+
+def test_a_table_has_the_columns_of_all_lines():
+    table = trackers._table([{"a": 1}, {"b": 2, "a": 3}])
+    assert (table.columns, table.data) == (["a", "b"], [[1, None], [3, 2]])
+
+
 def test_what_raises_is_told_once_and_turned_off(tmp_path, capsys):
     with RunLog(tmp_path, 0, config(train={"steps": 100})) as log:
         log.scalars(0, "train", {"loss": 1.0})

@@ -1,7 +1,8 @@
 """Draws the theory of the family: `python -m qlog.losses.theory.plots --out=DIR`.
 
-Four figures, PNG: escape time against p0, escort distributions, contamination by noise against
-time, and the bias of GARL against M, each from the functions of `closed_forms` and `exact`.
+Five figures, PNG: how much an example counts in each member of the family, escape time against p0,
+escort distributions, contamination by noise against time, and the bias of GARL against M, each from
+the functions of `closed_forms` and `exact`.
 """
 
 import argparse
@@ -20,6 +21,29 @@ pyplot.switch_backend("Agg")  # files only: needs no display
 
 QS = (0.0, 0.25, 0.5, 0.75, 1.0)
 COLOURS = pyplot.colormaps["viridis"](np.linspace(0, 0.9, len(QS)))
+
+
+def family(axes: Axes) -> None:
+    """How much an example counts: the factor of each member on grad P, against P.
+
+    Of objectives f(P) it is f'(P), whatever the estimator; GRPO has no objective of that form, but
+    its standard deviation is such a factor. (The bounds `jensen`, `log_prob` and `tempered` depend
+    on more than P.)
+    """
+    p = np.geomspace(1e-4, 0.999, 200)
+    for q, colour in zip(QS, COLOURS, strict=True):
+        label = {0.0: "q = 0: rb_rloo, rloo", 1.0: "q = 1: iwae, trice, maxrl"}.get(q)
+        axes.loglog(p, p**-q, color=colour, label=label or f"q = {q}: garl, paft")
+    for order, style in ((4, "--"), (32, ":")):
+        weight = sum((1 - p) ** j for j in range(order))
+        axes.loglog(p, weight, style, color="black", label=f"rb_maxrl, T = {order}")
+    for k, style in ((4, "--"), (32, ":")):
+        weight = k * (1 - p) ** (k - 1)
+        axes.loglog(p, weight, style, color="tab:orange", label=f"rb_pass_at_k, pkpo: k = {k}")
+    axes.loglog(p, 1 / np.sqrt(p * (1 - p)), "-.", color="tab:red", label="grpo: 1 / std")
+    axes.set(xlabel="success probability P", ylabel="factor on grad P", ylim=(0.03, 3e4))
+    axes.set_title("The family: how much an example of probability P counts")
+    axes.legend(fontsize=7)
 
 
 def escape_time(axes: Axes) -> None:
@@ -83,6 +107,7 @@ def bias(axes: Axes) -> None:
 
 
 FIGURES: dict[str, Callable[[Axes], None]] = {
+    "family": family,
     "escape_time": escape_time,
     "escort": escorts,
     "noise_fitting": contamination,
@@ -91,7 +116,7 @@ FIGURES: dict[str, Callable[[Axes], None]] = {
 
 
 def save_figures(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """Writes the four figures into `folder`, which is created; returns their paths."""
+    """Writes the five figures into `folder`, which is created; returns their paths."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

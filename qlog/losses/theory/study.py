@@ -1,9 +1,9 @@
 """Measures the parts that go beyond the paper, against the paper's.
 
 `python -m qlog.losses.theory.study` prints two kinds of tables. Bias: GARL with and without the
-jackknife at equal M, exact, on models whose groups can all be enumerated. Control of q:
-`adaptive_q` against fixed q and schedules, on tabular examples trained with noisy labels, each
-method at the best of the given learning rates.
+jackknife, and the Jensen bound, at equal M, exact, on models whose groups can all be enumerated.
+Control of q: `adaptive_q` against fixed q and schedules, on tabular examples trained with noisy
+labels, each method at the best of the given learning rates.
 """
 
 import argparse
@@ -30,7 +30,9 @@ MODELS = {
 
 
 def bias_table(num_rollouts: Sequence[int] = (8, 32), prompts: int = 64) -> list[dict]:
-    """Rows of errors of GARL + RLOO, plain and jackknifed, relative to the gradient's length.
+    """Rows of errors of GARL + RLOO, plain and jackknifed, and of the Jensen bound's gradient.
+
+    All are relative to the length of the exact gradient of -log_q P.
 
     Bias; standard deviation of one group; root mean square error of `prompts` such groups.
     """
@@ -42,8 +44,12 @@ def bias_table(num_rollouts: Sequence[int] = (8, 32), prompts: int = 64) -> list
                 row = {"model": name, "M": m, "q": q}
                 gradient = exact.exact_gradient(model, q)
                 size = np.linalg.norm(gradient)
-                for correction, label in (("none", "plain"), ("jackknife", "jackknife")):
-                    found = exact.moments(model, losses.garl(q, correction=correction), m)
+                for label, transform in (
+                    ("plain", losses.garl(q)),
+                    ("jackknife", losses.garl(q, correction="jackknife")),
+                    ("jensen", losses.jensen(q)),
+                ):
+                    found = exact.moments(model, transform, m)
                     bias = np.linalg.norm(found.mean - gradient) / size
                     deviation = np.sqrt(np.trace(found.covariance)) / size
                     row[f"{label} bias"] = float(bias)
@@ -207,7 +213,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args(argv)
-    print("Bias of GARL + RLOO, relative to the exact gradient (exact; rmse of 64 prompts)")
+    print(
+        "Bias of GARL + RLOO, and of the Jensen bound, relative to the exact gradient of -log_q P "
+        "(exact; rmse of 64 prompts)"
+    )
     print(show(bias_table()))
     for noise, rows in control_tables(arguments.seeds, arguments.steps).items():
         print(

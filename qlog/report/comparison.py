@@ -1,0 +1,198 @@
+"""All of a report: which files it has, from runs that are read."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from qlog.console import markdown_table, say
+from qlog.report import figures, groups, health, page, read, tables, texts
+from qlog.report.records import Group, Run
+from qlog.storage import paths, strict_json
+
+TABLES = (1, 2, 3)
+_Files = dict[str, str | bytes]  # content by name
+
+
+def write(workdir: paths.Path, names: Sequence[str]) -> None:
+    """Writes the report of the runs workdir/NAME into workdir, and prints its table.
+
+    report.html has everything. report.md and report.json have the table: p@1, p@k, m@k, p@1 without
+    a rationale, the final mean log P and the seconds of each run that was evaluated. escape.svg and
+    escape.png have the curves.
+    """
+    runs = [read.read_run(workdir / name, name) for name in names]
+    rows = [row for row in map(_run_row, runs) if row]
+    table = markdown(rows)
+    files: _Files = {
+        "report.md": table + "\n",
+        "report.json": strict_json.dumps(rows, indent=2) + "\n",
+        "report.html": page.build(runs, f"qlog: {workdir.name}"),
+        **_pictures("escape", figures.escape(_one_by_one(runs))),
+    }
+    _write_all(workdir, files)
+    say(f"\n{table}\n\nThe report is {workdir / 'report.html'}: open it in a browser.")
+    say(f"Next to it: {', '.join(name for name in files if name != 'report.html')}")
+
+
+def write_report(runs: Sequence[Run], wanted: Sequence[int], out: paths.Path) -> list[str]:
+    """Writes all files about the runs into `out`; returns their names.
+
+    Args:
+      wanted: tables of the paper; () are those that a run belongs to.
+    """
+    alike = groups.group(runs)
+    cells = tables.cells(runs, wanted or TABLES)
+    if not wanted:
+        has_runs = {cell.table for cell in cells if cell.folders}
+        cells = [cell for cell in cells if cell.table in has_runs]
+    files: _Files = {}
+    # ---- Tables ----
+    summary = markdown([_group_row(group) for group in alike]) if alike else "(no run)"
+    files["report.md"] = f"{_verdicts(runs)}{summary}\n\n{_SUMMARY_LEGEND}\n"
+    if cells:
+        files["report.md"] += "\n" + texts.markdown(cells)
+    for table in dict.fromkeys(cell.table for cell in cells):
+        mine = [cell for cell in cells if cell.table == table]
+        files |= {
+            f"table{table}.md": texts.markdown(mine),
+            f"table{table}.json": texts.json_text(mine),
+            f"table{table}.csv": texts.csv_text(mine),
+            f"table{table}.tex": texts.latex(mine),
+        }
+    # ---- Figures: one of each kind per dataset and start ----
+    settings = dict.fromkeys(_setting(group) for group in alike)
+    for setting in settings:
+        mine = [group for group in alike if _setting(group) == setting]
+        name = "-".join(setting)
+        k = mine[0].runs[0].config["evaluation"].get("rollouts_per_prompt", 16)
+        files |= _pictures(f"figure3-{name}", figures.figure3(mine))
+        files |= _pictures(f"figure4-{name}", figures.figure4(mine, k))
+    # ---- The page ----
+    title = "qlog: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
+    files["report.html"] = page.build(runs, title, cells)
+    _write_all(out, files)
+    return list(files)
+
+
+_SUMMARY_LEGEND = """\
+Accuracies are those of config.evaluation.grader, the mean over seeds ± their standard deviation: of
+the best checkpoint on the test split where all finished seeds have it, else of the last evaluation
+on the split that is named."""
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of rows; a row without one of the columns has a dash there."""
+    if not rows:
+        return "(no run was evaluated)"
+    # Seconds stay the last column, though the first rows may lack columns that later ones have.
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns.sort(key=lambda key: key == "seconds")
+    return markdown_table([{key: _cell(row.get(key, "-")) for key in columns} for row in rows])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _write_all(folder: paths.Path, files: _Files) -> None:
+    for name, content in files.items():
+        paths.write(folder / name, content)
+
+
+def _pictures(name: str, panels: Sequence[figures.Panel]) -> _Files:
+    return {f"{name}.{kind}": content for kind, content in figures.draw(panels).items()}
+
+
+def _setting(group: Group) -> tuple[str, str]:
+    """Dataset and start, of which each has figures of its own."""
+    section = group.runs[0].config["data"]
+    name = "".join(c if c.isalnum() or c in "_." else "_" for c in str(section.get("name")))
+    return name, str(section.get("style"))
+
+
+def _verdicts(runs: Sequence[Run]) -> str:
+    """What asks for attention, a line each; '' where nothing does."""
+    lines = [
+        f"- {run.name}: {verdict.metric}: {' '.join(verdict.text.split())}"
+        for run in runs
+        for verdict in health.worst(health.verdicts(run))
+    ]
+    lines += [f"- {run.name}: {note}" for run in runs for note in run.notes]
+    return "\n".join([*lines, "", ""]) if lines else ""
+
+
+# ---- Rows: of a run, and of an experiment ----
+
+
+def _one_by_one(runs: Sequence[Run]) -> list[Group]:
+    """Each run as an experiment of its own, by its name."""
+    return [Group(run.name, groups.method(run.config), (run,)) for run in runs]
+
+
+def _run_row(run: Run) -> dict[str, Any] | None:
+    """A run's line of the table; None for a run that was not evaluated."""
+    results = run.evaluations[-1] if run.evaluations else {}
+    k = _most_samples(results)
+    if not k:
+        return None
+    return {
+        "run": run.name,
+        **_accuracies(results, k),
+        "seconds": "-" if run.seconds is None else round(run.seconds, 1),
+    }
+
+
+def _accuracies(results: dict[str, Any], k: int) -> dict[str, Any]:
+    names = {
+        "p@1": "p@1",
+        f"p@{k}": f"p@{k}",
+        f"m@{k}": f"m@{k}",
+        "no_rationale/p@1": "p@1 without rationale",
+        "log_p": "mean log P",
+    }
+    return {shown: results[name] for name, shown in names.items() if name in results}
+
+
+def _most_samples(results: dict[str, Any]) -> int:
+    """k, the largest that was evaluated: the number of samples per prompt; 0 of no evaluation."""
+    found = [int(name[2:]) for name in results if name[:2] == "m@" and name[2:].isdigit()]
+    return max(found, default=0)
+
+
+def _group_row(group: Group) -> dict[str, str]:
+    """An experiment's line of the summary."""
+    config = group.runs[0].config
+    states = [run.state for run in group.runs]
+    row = {
+        "experiment": group.label,
+        "data": f"{config['data'].get('name')}, {config['data'].get('style')}",
+        "seeds": ", ".join(str(run.config.get("seed", 0)) for run in group.runs),
+        "state": "; ".join(
+            dict.fromkeys(f"{s.kind} {s.step}/{s.steps} {s.why}".strip() for s in states)
+        ),
+    }
+    done = [run for run in group.runs if run.state.kind == "finished"]
+    finals = [run.final for run in done if run.final is not None]
+    if finals and len(finals) == len(done):
+        results = [final.metrics for final in finals]
+        row["split"] = f"{finals[0].split}, best step {', '.join(str(f.step) for f in finals)}"
+    else:
+        having = [run for run in group.runs if run.evaluations]
+        results = [run.evaluations[-1] for run in having]
+        steps = ", ".join(str(each["step"] + 1) for each in results)
+        row["split"] = f"{config['evaluation'].get('split')}, step {steps}" if results else "-"
+    k = max((_most_samples(each) for each in results), default=0)
+    columns = [_accuracies(each, k) for each in results]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [c[name] for c in columns if isinstance(c.get(name), int | float)]
+        if values:
+            row[name] = _over_seeds(values)
+    return row
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.3f} ± {spread:.3f}"

@@ -1,0 +1,163 @@
+"""Which runs are one experiment: those that differ in their seed, and in what changes no number."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlog import losses
+from qlog.config import schema
+from qlog.report.records import Group, Run
+from qlog.storage import paths
+
+# Fields and sections that change no number of a run, so seeds may differ in them: where things are
+# read, memory and speed, what is written. (What a run may change when it resumes is more: steps and
+# the settings of evaluation do change numbers.)
+_NO_NUMBERS = frozenset(
+    {
+        "seed",
+        "tokenizer.path",
+        "tokenizer.chat_template",
+        "data.manual_dir",
+        "data.data_dir",
+        "data.files",
+        "attention",
+        "mesh",
+        "rollout.prompts_per_wave",
+        "rollout.reward_threads",
+        "train.prompts_per_microbatch",
+        "train.rollouts_per_microbatch",
+        "train.remat",
+        "train.max_mismatch",
+        "train.rollouts_every",
+        "train.rollouts_prompts",
+        "optimizer.max_skipped_in_a_row",
+        "evaluation.prompts_per_batch",
+        "evaluation.without_rationale",
+        "evaluation.metrics",
+        "checkpoint",
+        "watchdog",
+        "profile",
+        "runs",
+    }
+)
+_DEPTH = 8  # runs that begin from each other's checkpoints, one after the other
+
+
+def defaults() -> dict[str, Any]:
+    """Every field of the schema by its dotted path, as config.json would have it."""
+    return schema.fields(json.loads(schema.to_json(schema.default())))
+
+
+def fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's fields by their dotted paths; those of a newer schema have its defaults."""
+    return defaults() | schema.fields(config)
+
+
+def loss_fields(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(the recipe's default, value) of each argument of the loss, by 'loss.q' and the like."""
+    arguments = dict(config["loss"])
+    try:
+        usual = losses.arguments(str(arguments.get("name")))
+    except ValueError:  # a function of the user's
+        usual = {}
+    return {f"loss.{key}": (usual.get(key), value) for key, value in arguments.items()}
+
+
+def method(config: Mapping[str, Any]) -> str:
+    """The loss as a call, such as garl(q=0.75): q always, else what differs from its defaults."""
+    arguments = dict(config["loss"])
+    name = str(arguments.pop("name", "?"))
+    try:
+        usual = losses.arguments(name)
+    except ValueError:  # a function of the user's, of which config.json has the name only
+        usual = {}
+    words = [f"{k}={v}" for k, v in arguments.items() if k == "q" or v != usual.get(k)]
+    return f"{name}({', '.join(words)})" if words else name
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether the loss has all its defaults besides q."""
+    arguments = dict(config["loss"])
+    try:
+        usual = losses.arguments(str(arguments.pop("name", "?")))
+    except ValueError:
+        return False
+    return all(k == "q" or v == usual.get(k) for k, v in arguments.items())
+
+
+def numbers(config: Mapping[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
+    """The fields that numbers depend on, as JSON values: equal in all seeds of an experiment.
+
+    `init_from` names another run: it becomes what that run's numbers depend on, wherever it is.
+    """
+    found = {
+        name: value
+        for name, value in fields(config).items()
+        if name not in _NO_NUMBERS and name.partition(".")[0] not in _NO_NUMBERS
+    }
+    if begun_from := found.get("init_from"):
+        found["init_from"] = _begun_from(str(begun_from), depth)
+    return found
+
+
+def _begun_from(spec: str, depth: int) -> Any:
+    """What a checkpoint's run depends on; the last part of its path, where its config is gone."""
+    try:
+        folder = paths.parse(spec)
+        # A workdir, its checkpoints, or one step of them.
+        for place in (folder, folder.parent, folder.parent.parent):
+            text = paths.read(place / "config.json") if depth else ""
+            config = json.loads(text or "{}")
+            if "loss" in config:
+                return [numbers(config, depth - 1), str(folder.relative_to(place))]
+    except (OSError, ValueError):
+        pass
+    return spec.rstrip("/").rpartition("/")[2]
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """The experiments among the runs, in the order of their first run; seeds in theirs."""
+    alike: dict[str, list[Run]] = {}
+    depends = {id(run): numbers(run.config) for run in runs}
+    for run in runs:
+        alike.setdefault(json.dumps(depends[id(run)], sort_keys=True), []).append(run)
+    groups = list(alike.values())
+    labels = _labels([depends[id(members[0])] for members in groups], groups)
+    return [
+        Group(
+            label,
+            method(members[0].config),
+            tuple(sorted(members, key=lambda run: (run.config.get("seed", 0), run.name))),
+        )
+        for label, members in zip(labels, groups, strict=True)
+    ]
+
+
+def _labels(depends: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Run]]) -> list[str]:
+    """A text for each group: the method and, where several have it, the fields that tell them."""
+    methods = [method(members[0].config) for members in groups]
+    labels = []
+    for index, name in enumerate(methods):
+        # Fields in which the groups of the same method differ from each other.
+        same = [depends[i] for i, other in enumerate(methods) if other == name]
+        telling = [
+            field
+            for field in dict.fromkeys(key for each in same for key in each)
+            if any(each.get(field) != same[0].get(field) for each in same)
+        ]
+        words = [f"{field}={_short(depends[index].get(field))}" for field in telling]
+        if "init_from" in telling:  # a whole config: the name of the folder says it
+            words = [word for word in words if not word.startswith("init_from=")]
+            spec = str(groups[index][0].config.get("init_from") or "the base")
+            words.append("from " + spec.rstrip("/").rpartition("/")[2])
+        labels.append(", ".join([name, *words]))
+    # Two runs that begin from other folders of one name are still told apart.
+    return [
+        label if labels.count(label) == 1 else f"{label}, {groups[i][0].name}"
+        for i, label in enumerate(labels)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

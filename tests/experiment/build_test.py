@@ -1,0 +1,54 @@
+"""What `prepare` refuses when all parts are there."""
+
+import json
+
+import jax
+import pytest
+import tiny
+
+from qlog.data import Example
+from qlog.errors import ConfigError
+from qlog.experiment import prepare
+
+ONE = jax.devices()[:1]
+
+
+def shared(split):
+    first = {"train": 0, "validation": 6, "test": 0}[split]
+    return [Example(str(i), f"ask amy {i}", "bob") for i in range(first, first + 8)]
+
+
+def repeated(split):
+    return [Example(f"{split}/{i}", f"ask {'amy ' * (i % 3)}", "bob") for i in range(5)]
+
+
+def own(name, tmp_path, **changes):
+    """The tiny run on a function's examples, with the synthetic task's tokenizer."""
+    tree = tiny.config(evaluation={"every": 1, **changes})
+    prepare(tree, ONE).formatter.tokenizer.save(tmp_path)
+    tree.data.name, tree.data.world = name, {}
+    tree.tokenizer.path = str(tmp_path)
+    return tree
+
+
+def test_examples_of_train_are_not_evaluated(tmp_path):
+    with pytest.raises(ConfigError, match="2 of 8 examples of the validation split .* '6'"):
+        prepare(own(shared, tmp_path), ONE)
+    prepare(own(shared, tmp_path, split="train"), ONE)  # asked for
+    prepare(own(shared, tmp_path), ONE, train=False)  # nothing is trained
+
+
+def test_questions_that_repeat_are_told(tmp_path, capsys):
+    prepare(own(repeated, tmp_path), ONE)
+    assert "5 questions of the validation split are in train, too" in capsys.readouterr().out
+
+
+def test_the_same_file_for_two_splits_is_refused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    lines = [{"id": str(i), "source": f"ask amy {i}", "answer": "bob"} for i in range(4)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tree = own("jsonl", tmp_path)
+    tree.data.files = {"train": str(file), "validation": str(file)}
+    # Test takes one of the four, which train has no more.
+    with pytest.raises(ConfigError, match="3 of 4 examples of the validation split are in train"):
+        prepare(tree, ONE)
