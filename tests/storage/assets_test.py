@@ -130,7 +130,7 @@ def test_a_tokenizer_that_is_one_file_comes_with_its_neighbours(place, tmp_path)
     files = {
         "mine.json": json.dumps(byte_level_spec()),
         "tokenizer_config.json": json.dumps({"chat_template": template}),
-        "generation_config.json": json.dumps({"eos_token_id": [258, 7]}),
+        "generation_config.json": json.dumps({"eos_token_id": [258, 257]}),
         "weights.safetensors": "large",
         "sub/chat_template.jinja": "of another model",
     }
@@ -140,7 +140,7 @@ def test_a_tokenizer_that_is_one_file_comes_with_its_neighbours(place, tmp_path)
     config = paper.experiment("warm", dataset="hotpotqa", total_budget=192, max_prompt_tokens=512)
     config.tokenizer.path = str(place / "mine.json")
     tokenizer = load_formatter(config).tokenizer
-    assert tokenizer.path.name == "mine.json" and tokenizer.eos_ids == (258, 256, 7)
+    assert tokenizer.path.name == "mine.json" and tokenizer.eos_ids == (258, 256, 257)
     assert tokenizer.chat_template.source == template
     if paths.is_remote(place):
         copied = {p.name for p in tokenizer.path.parent.iterdir()}
@@ -511,7 +511,7 @@ def test_identity_is_of_content_not_of_paths(alone, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first = identity(tmp_path / "a")
     assert first == json.loads(json.dumps(first)) == identity(tmp_path / "b")
-    assert set(first["examples"]) == {"train", "validation"} and first["weights"]
+    assert set(first["examples"]) == {"train", "validation", "test"} and first["weights"]
     tensors = load_file(tmp_path / "b/model.safetensors")
     save_file({k: v + 1e-3 for k, v in tensors.items()}, tmp_path / "b/model.safetensors")
     other = identity(tmp_path / "b")
