@@ -209,7 +209,7 @@ def test_a_sweep_and_its_report(store):
     command = [*_MAIN, f"{CONFIG}:sweep", "--workdir=gs://bucket/sweep"]
     assert "p@1" in _run(command, environment)
     workdir = _bucket("sweep")
-    files = {"report.md", "report.json", "report.html", "escape.png"}
+    files = {"report.md", "report.json", "report.html", "escape.png", "escape.svg"}
     assert {"first", "second"} | files == set(paths.names(workdir))
     assert "| second |" in paths.read(workdir / "report.md")
     assert _run(command, environment).count("finished before") == 2
