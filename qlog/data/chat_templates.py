@@ -6,7 +6,6 @@ renders the same text. A vocabulary without one gets a turn of `BUILT_IN`.
 """
 
 import datetime
-import difflib
 import json
 import pathlib
 from collections.abc import Container, Mapping
@@ -125,8 +124,7 @@ class ChatTemplate:
                 raise ConfigError(f"{field} is a variable that qlog sets itself: remove it.")
             read = self._names()
             if name not in read:
-                near = difflib.get_close_matches(name, read, 1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                hint = fields.closest(name, read)
                 raise ConfigError(
                     f"{field} is not read by the chat template {self.path}{hint}: remove it, or "
                     f"name one of its variables ({', '.join(sorted(read))})."

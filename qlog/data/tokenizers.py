@@ -8,7 +8,6 @@ The libraries do not offer this: their encoders look for control tokens in the t
 take the control tokens out of the tokenizer's file before the library reads it.
 """
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -183,8 +182,7 @@ class Tokenizer:
         found: dict[int, str] = {}  # {id: what named it}
         for name in names:
             if name not in self.control:
-                near = difflib.get_close_matches(name, self.control, 1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                hint = fields.closest(name, self.control)
                 raise ConfigError(
                     f"{fields.EOS} = {name!r} is not a control token of "
                     f"{self.path or 'the tokenizer'}{hint}: name one of its {len(self.control)} "
