@@ -21,8 +21,9 @@ from qlog.experiment import Experiment
 from qlog.grading.scorers import LARGEST, Failures, Sample, ScorerError
 from qlog.learner.gradient import batch_gradient, merge, reference_log_probs
 from qlog.learner.optimizer import apply_update
+from qlog.learner.terms import measure_terms
 from qlog.learner.trajectories import annotated, with_gold_answer, with_sampled_answer
-from qlog.learner.types import LearnerBatch, Objective, StepSums, UpdateMetrics
+from qlog.learner.types import LearnerBatch, Objective, StepSums, TermNorms, UpdateMetrics
 from qlog.parallel import batch_placement, distributed, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Groups, Prompts, Rollouts, TrainState, Trajectories
@@ -39,6 +40,7 @@ class StepResult(NamedTuple):
     sums: StepSums  # over the whole batch; the mismatch is that of the first update
     update: UpdateMetrics  # of the last update
     coefficients: losses.Coefficients  # [B, M], of the whole batch
+    terms: TermNorms | None = None  # of the first update's gradient; None: they were not asked for
 
 
 class Stopwatch:
@@ -145,6 +147,7 @@ def learn(
     key: Array,
     watch: Stopwatch,
     interrupts: Interrupts | None = None,
+    with_terms: bool = False,
 ) -> StepResult:
     """Coefficients of the whole batch, then a gradient and an update per part of its prompts.
 
@@ -154,6 +157,7 @@ def learn(
       key: for losses that draw random numbers.
       watch: gets the seconds of the phase `train`.
       interrupts: looked at before each program of the gradient.
+      with_terms: measure the gradient's two terms apart, which costs a second backward pass.
 
     Raises:
       Stop: a signal came before the first update; `state` is as it was.
@@ -170,7 +174,7 @@ def learn(
         )
         whole = LearnerBatch(groups.prompts, trajectories, coefficients)
         # ---- Updates: one for each part of the prompts.
-        sums = []
+        sums, terms = [], None
         for index in range(num_updates):
             batch = batch_placement.every_nth(whole, index, num_updates)
             if reference is not None:
@@ -194,6 +198,15 @@ def learn(
                 # end: the update has taken the buffers of `state`, and nothing can be given up.
                 before_each=interrupts and (interrupts.beat if index else interrupts.check),
             )
+            if with_terms and index == 0:
+                terms = measure_terms(
+                    state.params,
+                    experiment.policy,
+                    batch,
+                    objective,
+                    experiment.microbatch,
+                    grads,
+                )
             state, update = apply_update(
                 state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
             )
@@ -202,7 +215,7 @@ def learn(
     process.release_memory()
     # The mismatch is that of the first update: the parameters of later ones are not the sampler's.
     total = functools.reduce(merge, sums)._replace(mismatch=sums[0].mismatch)
-    return StepResult(state, total, update, coefficients)
+    return StepResult(state, total, update, coefficients, terms)
 
 
 @functools.partial(jax.jit, static_argnames=("estimator",))

@@ -142,7 +142,14 @@ def run(
                         rehearse=step == training.start,
                     )
                     result = learn(
-                        experiment, training.state, groups, training.reference, key, watch, stop
+                        experiment,
+                        training.state,
+                        groups,
+                        training.reference,
+                        key,
+                        watch,
+                        stop,
+                        with_terms=_is_each(step, config.train.terms_every),
                     )
                     training.state, training.step = result.state, step + 1
                     training.log_step(batch, groups, result, watch)
@@ -430,6 +437,11 @@ def due(step: int, every: int, last: int) -> bool:
       last: the step at which it always happens.
     """
     return step == last or (every > 0 and step % every == 0)
+
+
+def _is_each(step: int, every: int) -> bool:
+    """Whether what happens at step 0 and every `every` steps from it happens at `step`."""
+    return every > 0 and step % every == 0
 
 
 def _check_resumption(

@@ -12,6 +12,7 @@ from qlog.experiment import Experiment
 from qlog.learner.types import SamplerMismatch
 from qlog.parallel import batch_placement, chips
 from qlog.records import Groups
+from qlog.rollouts import diversity
 from qlog.rollouts.text import rollout_texts
 from qlog.step import StepResult, Stopwatch
 from qlog.storage.paths import Path
@@ -33,10 +34,13 @@ def measure(
     # Values stay on the devices until the transfer at the end.
     values: dict[str, Any] = {"loss": sums.surrogate.loss / groups.prompts.is_prompt.sum()}
     values |= result.update._asdict()
+    if result.terms is not None:
+        values |= {f"terms/{name}": x for name, x in result.terms._asdict().items()}
     values |= losses.measurements(result.state.loss_state)
     values |= losses.token_measurements(sums.surrogate)
     if estimator.rationale == "sampled":
         values |= _rollout_metrics(groups, sums.mismatch)
+        values |= diversity.measure(groups.rollouts, with_answer=bool(estimator.reward))
     if estimator.reward:
         values["reward"] = groups.reward.mean()
         for name, scores in groups.reward_parts.items():

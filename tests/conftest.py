@@ -1,5 +1,6 @@
 """Shared set-up: CPU, eight virtual devices, one compilation cache for the whole session."""
 
+import gc
 import os
 import pathlib
 
@@ -25,6 +26,19 @@ def compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_programs():
+    """Forgets compiled programs when there are many: each is several mappings of memory.
+
+    Linux gives a process 65,530 of them, and it crashes when it wants more.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ def test_a_run_leaves_everything_behind(six_steps):
         "no_signal",
         "budget_hits",
         "ended_early",
+        "entropy/rationale",
+        "repetition",
         "mismatch",
         "mismatch_max",
         "mult_prob_error",
@@ -95,8 +97,15 @@ def test_nothing_compiles_after_the_second_step(six_steps):
 
 def test_three_and_three_steps_equal_six_bit_for_bit(six_steps, tmp_path):
     config, whole, _ = six_steps
-    tiny.run(schema.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
+    # Measuring the gradient's terms changes nothing either.
+    tiny.run(schema.merge(config, {"train": {"steps": 3, "terms_every": 2}}), tmp_path, ONE)
     tiny.run(config, tmp_path, ONE)
+    rows = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if r["phase"] == "train"]
+    assert [r["step"] for r in rows if "terms/score_norm" in r] == [0, 2]
+    for row in rows[0], rows[2]:
+        score, path, cosine = (row[f"terms/{x}"] for x in ("score_norm", "path_norm", "cosine"))
+        squared = score**2 + path**2 + 2 * score * path * cosine
+        assert row["grad_norm"] ** 2 == pytest.approx(squared, rel=1e-3)
     trees.assert_equal(_params(config, tmp_path), _params(config, whole))
     ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
     assert ids[0] == ids[1] and len(set(ids[0])) == 12
@@ -219,6 +228,7 @@ def _peek(process) -> str:
 
 SETTINGS = {
     "garl": {},
+    "guarded_garl": {},
     "paft": {},
     "jensen": {"q": 1.0},
     "jepo": {},

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -24,9 +24,10 @@ def run(
 ) -> None:
     """Runs every entry of `config.runs` in workdir/NAME, then writes the report into workdir.
 
-    An entry holds what differs from `config`. Its `init_from` may name an earlier entry, and then
-    means that entry's checkpoint. Runs that have finished are not run again, so the same command
-    takes up what was interrupted. All configs are checked before the first run starts.
+    An entry holds what differs from `config`. Its `init_from` may name another entry, and then
+    means that entry's checkpoint, which is made first. Runs that have finished are not run again,
+    so the same command takes up what was interrupted. All configs are checked before the first run
+    starts.
 
     Args:
       devices: of every run; None takes all.
@@ -73,13 +74,43 @@ def _run_one(
 
 
 def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:
-    """The whole config of each entry, by name."""
-    children = {}
-    for name, child in schema.several(config).items():
-        if child.init_from in children:  # an earlier entry: dicts keep their order
-            child.init_from = str(workdir / child.init_from)
-        children[name] = child
-    return children
+    """The whole config of each entry, by name, in an order in which they can run.
+
+    Raises:
+      ConfigError: entries that begin from each other.
+    """
+    entries = schema.several(config)
+    names = {
+        name: child.init_from if child.init_from in entries and child.init_from != name else None
+        for name, child in entries.items()
+    }
+    ordered = {name: entries[name] for name in _in_order(names)}
+    for name, other in names.items():
+        if other is not None:
+            ordered[name].init_from = str(workdir / other)
+    return ordered
+
+
+def _in_order(begins_from: Mapping[str, str | None]) -> list[str]:
+    """The keys in their order, but each behind the one that it begins from.
+
+    Raises:
+      ConfigError: a circle.
+    """
+    order: list[str] = []
+    for name in begins_from:
+        chain: list[str] = []
+        at: str | None = name
+        while at is not None and at not in order:
+            if at in chain:
+                raise ConfigError(
+                    f"config.runs: {', '.join(sorted(chain))} begin from each other (init_from): "
+                    "one of them must begin elsewhere."
+                )
+            chain.append(at)
+            at = begins_from[at]
+        order += reversed(chain)
+    return order
 
 
 def _finished(workdir: paths.Path, config: ConfigDict) -> bool:

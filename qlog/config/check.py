@@ -38,6 +38,7 @@ _LIMITS = {
     "train.updates_per_batch": (1, math.inf),
     "train.prompts_per_microbatch": (0, math.inf),
     "train.rollouts_per_microbatch": (0, math.inf),
+    "train.terms_every": (0, math.inf),
     "train.rollouts_every": (1, math.inf),
     "train.rollouts_prompts": (0, math.inf),
     "evaluation.every": (0, math.inf),
@@ -165,10 +166,8 @@ def check_same_run(before: Mapping[str, Any], config: ConfigDict) -> None:
     if build_estimator(config).reference:
         may_change -= {"init_from"}  # the reference is the model that training began with
     # Through JSON as `before` was: tuples are lists, functions their names.
-    new = schema.fields(json.loads(schema.to_json(config)))
-    # A run of an older version, whose schema lacked a field, had what is its default now.
-    default = schema.fields(json.loads(schema.to_json(schema.default())))
-    old = default | schema.fields(before)
+    new = schema.from_json(json.loads(schema.to_json(config)))
+    old = schema.from_json(before)
     # A field that the schema has no more is None in the new one.
     for field in sorted(set(old) | set(new)):
         section = field.partition(".")[0]

@@ -124,6 +124,9 @@ def default() -> ConfigDict:
                 # at most 0.005 with the quickstart's model in bfloat16 on a CPU, and 0.95 when
                 # prompts went to the wrong processes.
                 "max_mismatch": 0.05,
+                # Steps between measurements of the gradient's two terms, score and pathwise; each
+                # costs a second backward pass; 0 is never
+                "terms_every": 0,
                 "rollouts_every": 10,  # steps between rollouts written to disk
                 "rollouts_prompts": 2,  # prompts whose rollouts are written
             },
@@ -210,6 +213,7 @@ MAY_CHANGE = frozenset(
         # When to stop, and what is written
         "train.steps",
         "train.max_mismatch",
+        "train.terms_every",
         "train.rollouts_every",
         "train.rollouts_prompts",
         "optimizer.max_skipped_in_a_row",
@@ -356,3 +360,18 @@ def to_json(config: ConfigDict) -> str:
         return list(value)
 
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=plain)
+
+
+def from_json(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field of a config.json that was read, by its dotted path.
+
+    What an older version wrote lacks fields, and arguments of its loss. It had what is their
+    default now.
+    """
+    found = fields(json.loads(to_json(default()))) | fields(written)
+    section = dict(found["loss"])
+    try:
+        usual = losses.arguments(str(section.get("name")))
+    except ValueError:  # a function or an object, of which it has the text only
+        usual = {}
+    return found | {"loss": json.loads(json.dumps(usual)) | section}

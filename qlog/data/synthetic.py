@@ -59,6 +59,8 @@ class World:
       longest: the length of the longest one. The walk that helps has hops + 1 people.
       heed: how often the plain text's walk starts at the person named before it, instead of
         anywhere.
+      wrong: the share of the training questions whose gold answer names another person than the one
+        who is reached. It is the same wrong answer at every visit.
     """
 
     names: int = 24
@@ -67,6 +69,7 @@ class World:
     shortest: int = 4
     longest: int = 6
     heed: float = 0.8
+    wrong: float = 0.0
 
     def __post_init__(self):
         for field, low, high in (
@@ -82,8 +85,14 @@ class World:
                     f"{fields.WORLD}.{field} = {value!r} must be from {low} to {high}."
                 )
 
-        if not 0 <= self.heed <= 1:
-            raise ConfigError(f"{fields.WORLD}.heed = {self.heed!r} must be from 0 to 1.")
+        for field in ("heed", "wrong"):
+            value = getattr(self, field)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 0 <= value <= 1
+            ):
+                raise ConfigError(f"{fields.WORLD}.{field} = {value!r} must be from 0 to 1.")
 
     def tokenizer(self) -> Tokenizer:
         """One token per word; every name and every word of the format, whichever task is read."""
@@ -129,11 +138,13 @@ class Worlds(Sequence[Example]):
             told = _TOLD[int(rng.integers(len(_TOLD)))].format(last)
             return Example(identity, source, told, rationale=_walk(ring, start, length))
         # The question: the rationale is the walk to the answer, both ends included.
-        answer = ring[(start + self.world.hops) % len(ring)]
+        told = (start + self.world.hops) % len(ring)
+        if self.split == "train" and rng.random() < self.world.wrong:
+            told = (told + int(rng.integers(1, len(ring)))) % len(ring)
         return Example(
             identity,
             f"{facts} ask {ring[start]}",
-            _FORMAT.format(answer),
+            _FORMAT.format(ring[told]),
             rationale=_walk(ring, start, self.world.hops + 1),
         )
 

@@ -136,6 +136,8 @@ def summarise(
       substring/p@1, substring/p@k, substring/m@k: the same under the paper's literal rule, and
         contains/... under ours, whatever `grader` is.
       numeric/p@1, numeric/p@k, numeric/m@k: `finqa_numeric` on official_answer, where rows have it.
+      answer/distinct: mean over questions of the share of different answers among the samples, as
+        votes tell them apart.
       answer/rejected_rate: share of answers that are empty, overlong or tagged.
       answer/empty_rate: share of the empty ones.
       answer/words: mean length in words of the answers that are not rejected.
@@ -371,7 +373,15 @@ def _lengths(rows: Sequence[Row]) -> dict[str, float]:
         for answer in row["answers"]
     ]
     return ({"answer/copy_rate": float(np.mean(copies))} if copies else {}) | {
+        "answer/distinct": float(
+            np.mean([_num_distinct(row) / len(row["answers"]) for row in rows])
+        ),
         "answer/empty_rate": sum(not answer.strip() for answer in answers) / len(answers),
         "answer/rejected_rate": (len(answers) - len(accepted)) / len(answers),
         "answer/words": float(np.mean([len(a.split()) for a in accepted])) if accepted else 0.0,
     }
+
+
+def _num_distinct(row: Row) -> int:
+    """Different answers to a question; all that cast no vote are one."""
+    return len({graders.vote_key(answer) for answer in row["answers"]})

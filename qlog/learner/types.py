@@ -93,6 +93,14 @@ class StepSums(NamedTuple):
         )
 
 
+class TermNorms(NamedTuple):
+    """How large the two terms of a gradient are, float32 scalars. Norms are over all parameters."""
+
+    score_norm: Array  # of what the rationales' tokens give, times the score coefficient
+    path_norm: Array  # of what the answers' tokens give, times the path coefficient
+    cosine: Array  # between the two, in [-1, 1]; 0 where one of them is 0
+
+
 class UpdateMetrics(NamedTuple):
     """What an optimizer's update tells, scalars. Norms are over all parameters together (L2)."""
 

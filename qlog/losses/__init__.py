@@ -12,6 +12,7 @@ from qlog.losses.aliases import (
     average_log_prob,
     garl,
     grpo,
+    guarded_garl,
     iwae,
     jensen,
     jepo,
@@ -52,11 +53,13 @@ from qlog.losses.group_stats import (
     log_risk,
     power_of,
 )
+from qlog.losses.guard import guarded
 from qlog.losses.normalization import (
     aggregate,
     clip_coefficients,
     normalize_by_bound,
     zero_pathwise,
+    zero_score,
 )
 from qlog.losses.q_schedules import adaptive_q, q_for_pace, schedule, scheduled
 from qlog.losses.recipes import (
@@ -166,6 +169,8 @@ __all__ = [
     "from_reward",
     "garl",
     "grpo",
+    "guarded",
+    "guarded_garl",
     "initial_coefficients",
     "inject_hyperparams",
     "iwae",
@@ -229,4 +234,5 @@ __all__ = [
     "uniform",
     "where_groups",
     "zero_pathwise",
+    "zero_score",
 ]

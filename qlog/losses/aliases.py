@@ -6,6 +6,7 @@ All take `q` as a number or a traced array, so `optax.inject_hyperparams(garl)(q
 from qlog.losses import group_stats, subsets, transforms
 from qlog.losses.checks import check_choice, check_integer, check_number
 from qlog.losses.compose import chain
+from qlog.losses.guard import guarded
 from qlog.losses.normalization import zero_pathwise
 from qlog.losses.resampling import resample_posterior
 from qlog.losses.types import Commitment, LossTransform
@@ -39,6 +40,17 @@ def paft(
 ) -> LossTransform:
     """PAFT: wbar^(1-q) n_m / K for both, n the counts of K posterior draws (eq 14, Algorithm 2)."""
     return chain(resample_posterior(k, resampling), transforms.attenuate(q))
+
+
+def guarded_garl(
+    q: Commitment = 0.75,
+    baseline: str = "leave_one_out",
+    correction: str = "none",
+    drop: float = 2.0,
+    decay: float = 0.8,
+) -> LossTransform:
+    """`garl`, and `paft` while the batches' log P is `drop` nats below its best (ours)."""
+    return guarded(garl(q, baseline, correction), paft(q), drop, decay)
 
 
 def jensen(q: Commitment = 0.75) -> LossTransform:

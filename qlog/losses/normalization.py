@@ -35,6 +35,15 @@ def zero_pathwise() -> LossTransform:
     return stateless(function)
 
 
+def zero_score() -> LossTransform:
+    """Sets the score coefficient to 0, so that only the answer learns: `zero_pathwise` reversed."""
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        return coefficients._replace(score=jnp.zeros_like(coefficients.score))
+
+    return stateless(function)
+
+
 def clip_coefficients(limit: float) -> LossTransform:
     """Clips the effective rewards, M times the true coefficients, to [-limit, limit]."""
     check_number("limit", limit, 0, float("inf"))

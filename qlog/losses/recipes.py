@@ -38,6 +38,7 @@ _SCHEDULE_READS = {
 # Arguments of every recipe with their defaults: what changes the coefficients of any estimator.
 NORMALIZATION: dict[str, Any] = {
     "pathwise": True,
+    "score": True,
     "max_coefficient": None,
     "aggregation": "sum",
     "max_tokens": None,
@@ -194,6 +195,8 @@ class Recipe:
         parts = [self.transform(**own)]
         if not arguments["pathwise"]:
             parts.append(normalization.zero_pathwise())
+        if not arguments["score"]:
+            parts.append(normalization.zero_score())
         normalize = takes_q and bool(arguments["normalize"])
         if normalize and q is not None:
             parts.append(normalization.normalize_by_bound(q))
@@ -266,6 +269,7 @@ def _on_rewards(
 RECIPES: dict[str, Recipe] = {
     "garl": Recipe(aliases.garl, min_rollouts=_garl_min_rollouts),
     "paft": Recipe(aliases.paft),
+    "guarded_garl": Recipe(aliases.guarded_garl, min_rollouts=_garl_min_rollouts),
     "jensen": Recipe(aliases.jensen, min_rollouts=2),
     "jepo": Recipe(aliases.jepo, q=1.0, min_rollouts=2),
     "rb_reinforce": Recipe(aliases.rb_reinforce, q=0.0),

@@ -1,6 +1,8 @@
 """All of a report: which files it has, from runs that are read."""
 
+import collections
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,19 +20,27 @@ def write(workdir: paths.Path, names: Sequence[str]) -> None:
 
     report.html has everything. report.md and report.json have the table: p@1, p@k, m@k, p@1 without
     a rationale, the final mean log P and the seconds of each run that was evaluated. escape.svg and
-    escape.png have the curves.
+    escape.png have the curves. Runs that differ in their seed are one line and one curve, with a
+    band: then report.md begins with a table of methods by setting for each accuracy, and each
+    setting has figures of its own.
     """
     runs = [read.read_run(workdir / name, name) for name in names]
     rows = [row for row in map(_run_row, runs) if row]
     table = markdown(rows)
+    text, pictures = table, _pictures("escape", figures.escape(_one_by_one(runs)))
+    alike = groups.group(runs)
+    if any(len({run.config.get("seed") for run in group.runs}) > 1 for group in alike):
+        text = _by_setting(alike)
+        table = f"{text}\n\n{_SUMMARY_LEGEND}\n\n## Every run\n\n{table}"
+        pictures = _figures(alike)
     files: _Files = {
         "report.md": table + "\n",
         "report.json": strict_json.dumps(rows, indent=2) + "\n",
         "report.html": page.build(runs, f"qlog: {workdir.name}"),
-        **_pictures("escape", figures.escape(_one_by_one(runs))),
+        **pictures,
     }
     _write_all(workdir, files)
-    say(f"\n{table}\n\nThe report is {workdir / 'report.html'}: open it in a browser.")
+    say(f"\n{text}\n\nThe report is {workdir / 'report.html'}: open it in a browser.")
     say(f"Next to it: {', '.join(name for name in files if name != 'report.html')}")
 
 
@@ -59,14 +69,7 @@ def write_report(runs: Sequence[Run], wanted: Sequence[int], out: paths.Path) ->
             f"table{table}.csv": texts.csv_text(mine),
             f"table{table}.tex": texts.latex(mine),
         }
-    # ---- Figures: one of each kind per dataset and start ----
-    settings = dict.fromkeys(_setting(group) for group in alike)
-    for setting in settings:
-        mine = [group for group in alike if _setting(group) == setting]
-        name = "-".join(setting)
-        k = mine[0].runs[0].config["evaluation"].get("rollouts_per_prompt", 16)
-        files |= _pictures(f"figure3-{name}", figures.figure3(mine))
-        files |= _pictures(f"figure4-{name}", figures.figure4(mine, k))
+    files |= _figures(alike)
     # ---- The page ----
     title = "qlog: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
     files["report.html"] = page.build(runs, title, cells)
@@ -103,11 +106,27 @@ def _pictures(name: str, panels: Sequence[figures.Panel]) -> _Files:
     return {f"{name}.{kind}": content for kind, content in figures.draw(panels).items()}
 
 
-def _setting(group: Group) -> tuple[str, str]:
-    """Dataset and start, of which each has figures of its own."""
-    section = group.runs[0].config["data"]
-    name = "".join(c if c.isalnum() or c in "_." else "_" for c in str(section.get("name")))
-    return name, str(section.get("style"))
+def _figures(alike: Sequence[Group]) -> _Files:
+    """Figures 3 and 4 and the escape, of each dataset, start and setting in turn."""
+    # A setting that one method has alone stays in its dataset's figures.
+    numbers = collections.Counter(group.setting for group in alike)
+    shared = {setting for setting, number in numbers.items() if setting and number > 1}
+    apart: dict[str, list[Group]] = {}
+    for group in alike:
+        section = group.runs[0].config["data"]
+        words = [str(section.get("name")), str(section.get("style"))]
+        if group.setting in shared:
+            words.append(group.setting)
+            group = group._replace(label=group.method)  # the file's name says the rest
+        name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words)
+        apart.setdefault(name, []).append(group)
+    files: _Files = {}
+    for name, mine in apart.items():
+        k = mine[0].runs[0].config["evaluation"].get("rollouts_per_prompt", 16)
+        files |= _pictures(f"figure3-{name}", figures.figure3(mine))
+        files |= _pictures(f"figure4-{name}", figures.figure4(mine, k))
+        files |= _pictures(f"escape-{name}", figures.escape(mine))
+    return files
 
 
 def _verdicts(runs: Sequence[Run]) -> str:
@@ -126,7 +145,7 @@ def _verdicts(runs: Sequence[Run]) -> str:
 
 def _one_by_one(runs: Sequence[Run]) -> list[Group]:
     """Each run as an experiment of its own, by its name."""
-    return [Group(run.name, groups.method(run.config), (run,)) for run in runs]
+    return [Group(run.name, groups.method(run.config), "", (run,)) for run in runs]
 
 
 def _run_row(run: Run) -> dict[str, Any] | None:
@@ -171,23 +190,50 @@ def _group_row(group: Group) -> dict[str, str]:
             dict.fromkeys(f"{s.kind} {s.step}/{s.steps} {s.why}".strip() for s in states)
         ),
     }
+    row["split"], numbers = _results(group)
+    return row | {name: _over_seeds(values) for name, values in numbers.items()}
+
+
+def _results(group: Group) -> tuple[str, dict[str, list[float]]]:
+    """Split and steps in words, and each accuracy of the seeds that have it, by name."""
     done = [run for run in group.runs if run.state.kind == "finished"]
     finals = [run.final for run in done if run.final is not None]
     if finals and len(finals) == len(done):
         results = [final.metrics for final in finals]
-        row["split"] = f"{finals[0].split}, best step {', '.join(str(f.step) for f in finals)}"
+        split = f"{finals[0].split}, best step {', '.join(str(f.step) for f in finals)}"
     else:
-        having = [run for run in group.runs if run.evaluations]
-        results = [run.evaluations[-1] for run in having]
+        results = [run.evaluations[-1] for run in group.runs if run.evaluations]
         steps = ", ".join(str(each["step"] + 1) for each in results)
-        row["split"] = f"{config['evaluation'].get('split')}, step {steps}" if results else "-"
+        of = group.runs[0].config["evaluation"].get("split")
+        split = f"{of}, step {steps}" if results else "-"
     k = max((_most_samples(each) for each in results), default=0)
     columns = [_accuracies(each, k) for each in results]
-    for name in dict.fromkeys(name for column in columns for name in column):
-        values = [c[name] for c in columns if isinstance(c.get(name), int | float)]
-        if values:
-            row[name] = _over_seeds(values)
-    return row
+    names = dict.fromkeys(name for column in columns for name in column)
+    numbers = {
+        name: [c[name] for c in columns if isinstance(c.get(name), int | float)] for name in names
+    }
+    return split, {name: values for name, values in numbers.items() if values}
+
+
+def _by_setting(alike: Sequence[Group]) -> str:
+    """Markdown: for each accuracy a table, with a row per method and a column per setting."""
+    settings = list(dict.fromkeys(group.setting for group in alike))
+    # What one method has alone, such as the runs that others begin from, is no column.
+    settings = [each for each in settings if sum(g.setting == each for g in alike) > 1]
+    shown = [group for group in alike if group.setting in settings]
+    numbers = {id(group): _results(group)[1] for group in shown}
+    parts = []
+    for name in dict.fromkeys(name for group in shown for name in numbers[id(group)]):
+        rows = []
+        for method in dict.fromkeys(group.method for group in shown):
+            row = {"method": method}
+            for group in shown:
+                if group.method == method:
+                    values = numbers[id(group)].get(name)
+                    row[group.setting or name] = _over_seeds(values) if values else "-"
+            rows.append(row)
+        parts.append(f"**{name}**\n\n{markdown(rows)}")
+    return "\n\n".join(parts) or markdown([])
 
 
 def _over_seeds(values: Sequence[float]) -> str:

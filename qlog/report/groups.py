@@ -1,6 +1,8 @@
 """Which runs are one experiment: those that differ in their seed, and in what changes no number."""
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ _NO_NUMBERS = frozenset(
         "train.rollouts_per_microbatch",
         "train.remat",
         "train.max_mismatch",
+        "train.terms_every",
         "train.rollouts_every",
         "train.rollouts_prompts",
         "optimizer.max_skipped_in_a_row",
@@ -46,11 +49,6 @@ _DEPTH = 8  # runs that begin from each other's checkpoints, one after the other
 def defaults() -> dict[str, Any]:
     """Every field of the schema by its dotted path, as config.json would have it."""
     return schema.fields(json.loads(schema.to_json(schema.default())))
-
-
-def fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's fields by their dotted paths; those of a newer schema have its defaults."""
-    return defaults() | schema.fields(config)
 
 
 def loss_fields(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -92,7 +90,7 @@ def numbers(config: Mapping[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
     """
     found = {
         name: value
-        for name, value in fields(config).items()
+        for name, value in schema.from_json(config).items()
         if name not in _NO_NUMBERS and name.partition(".")[0] not in _NO_NUMBERS
     }
     if begun_from := found.get("init_from"):
@@ -122,40 +120,72 @@ def group(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         alike.setdefault(json.dumps(depends[id(run)], sort_keys=True), []).append(run)
     groups = list(alike.values())
-    labels = _labels([depends[id(members[0])] for members in groups], groups)
+    methods = [method(members[0].config) for members in groups]
+    settings = _settings(methods, [depends[id(members[0])] for members in groups], groups)
     return [
         Group(
-            label,
-            method(members[0].config),
+            ", ".join(filter(None, [name, setting])),
+            name,
+            setting,
             tuple(sorted(members, key=lambda run: (run.config.get("seed", 0), run.name))),
         )
-        for label, members in zip(labels, groups, strict=True)
+        for name, setting, members in zip(methods, settings, groups, strict=True)
     ]
 
 
-def _labels(depends: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Run]]) -> list[str]:
-    """A text for each group: the method and, where several have it, the fields that tell them."""
-    methods = [method(members[0].config) for members in groups]
-    labels = []
+def _settings(
+    methods: Sequence[str], depends: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Run]]
+) -> list[str]:
+    """For each group the fields that tell it from those of the same method; '' for the only one."""
+    flat = [_flat(each) for each in depends]
+    settings = []
     for index, name in enumerate(methods):
         # Fields in which the groups of the same method differ from each other.
-        same = [depends[i] for i, other in enumerate(methods) if other == name]
+        same = [flat[i] for i, other in enumerate(methods) if other == name]
         telling = [
             field
             for field in dict.fromkeys(key for each in same for key in each)
             if any(each.get(field) != same[0].get(field) for each in same)
         ]
-        words = [f"{field}={_short(depends[index].get(field))}" for field in telling]
+        # An argument that a group does not have tells it by the others, which have it.
+        words = [
+            f"{field}={_short(flat[index][field])}"
+            for field in telling
+            if field in flat[index] and field != "init_from"
+        ]
         if "init_from" in telling:  # a whole config: the name of the folder says it
-            words = [word for word in words if not word.startswith("init_from=")]
-            spec = str(groups[index][0].config.get("init_from") or "the base")
-            words.append("from " + spec.rstrip("/").rpartition("/")[2])
-        labels.append(", ".join([name, *words]))
+            words.insert(0, "from " + _common_name(groups[index]))
+        settings.append(", ".join(words))
     # Two runs that begin from other folders of one name are still told apart.
+    pairs = list(zip(methods, settings, strict=True))
     return [
-        label if labels.count(label) == 1 else f"{label}, {groups[i][0].name}"
-        for i, label in enumerate(labels)
+        setting
+        if pairs.count((name, setting)) == 1
+        else ", ".join(filter(None, [setting, groups[i][0].name]))
+        for i, (name, setting) in enumerate(pairs)
     ]
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with the arguments of sections such as data.world as fields of their own."""
+    found = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{key}": part for key, part in value.items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    """What the folders are called that the runs of a group begin from: base of base_0, base_1."""
+    specs = [str(run.config.get("init_from") or "the base").rstrip("/") for run in runs]
+    names = [spec.rpartition("/")[2] for spec in specs]
+    common = os.path.commonprefix(names)
+    if all(name == common for name in names):
+        return common
+    # Cut at a separator: base_1 is what base_10 and base_11 share.
+    return re.sub(r"[-_.]?[^-_.]*$", "", common) or names[0]
 
 
 def _short(value: Any) -> str:

@@ -204,6 +204,28 @@ def _ended_early(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verdi
     return Verdict(metric, "good", value, "rationales come to their end.")
 
 
+def _repetition(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verdict:
+    value = f"{curve.first:.0%} to {curve.last:.0%}"
+    if curve.last > 0.6 and curve.last - curve.first > 0.2:
+        text = (
+            f"rationales repeat themselves: {curve.last:.0%} of their 4-grams occurred before, "
+            f"{curve.first:.0%} at the start; lower optimizer.learning_rate, or use paft."
+        )
+        return Verdict(metric, "warning", value, text)
+    return Verdict(metric, "good", value, "rationales do not run in circles.")
+
+
+def _entropy(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verdict:
+    value = f"{curve.first:.2f} to {curve.last:.2f} nats"
+    if curve.last - curve.first > 1:
+        text = (
+            f"the entropy of a rationale's token rose by {curve.last - curve.first:.1f} nats: "
+            "rationales turn to noise; lower optimizer.learning_rate, or use paft."
+        )
+        return Verdict(metric, "warning", value, text)
+    return Verdict(metric, "good", value, "rationales do not turn to noise.")
+
+
 def _compilations(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verdict:
     # A start compiles in its first two steps, and a resumed run has several starts.
     late = [
@@ -274,6 +296,8 @@ _JUDGES: dict[str, _Judge] = {
     ),
     "decode_waste": _decode_waste,
     "ended_early": _ended_early,
+    "entropy/rationale": _entropy,
+    "repetition": _repetition,
     "compilations": _compilations,
     "skipped_updates": _skipped_updates,
     "flops_utilization/step": _utilization,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from qlog.config import schema
 from qlog.grading import graders
 from qlog.report import groups, health, read, texts
 from qlog.report.figures import COLOURS
@@ -36,6 +37,11 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("rationales forced to end", "train", ("budget_hits",)),
     ("rationales that ended early", "train", ("ended_early",)),
     ("answers cut", "train", ("truncated_answers",)),
+    ("entropy of a rationale's tokens, nats", "train", ("entropy/rationale",)),
+    ("entropy of a sampled answer's tokens, nats", "train", ("entropy/answer",)),
+    ("4-grams of a rationale that occurred before", "train", ("repetition",)),
+    ("different answers in a group", "train", ("distinct_answers",)),
+    ("different answers to a validation question, share", "evaluation", ("answer/distinct",)),
     ("effective sample size", "train", ("ess",)),
     ("groups without a gradient", "train", ("no_signal",)),
     ("gradient norm", "train", ("grad_norm",)),
@@ -104,7 +110,9 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 def _run(run: Run, label: str, usual: dict[str, Any]) -> dict[str, Any]:
     # The loss in its arguments, each next to the default of that loss.
-    fields = {name: (usual.get(name), value) for name, value in groups.fields(run.config).items()}
+    fields = {
+        name: (usual.get(name), value) for name, value in schema.from_json(run.config).items()
+    }
     del fields["loss"]
     fields |= groups.loss_fields(run.config)
     state = f"{run.state.kind}, step {run.state.step} of {run.state.steps}"

@@ -53,8 +53,9 @@ class Run(NamedTuple):
 class Group(NamedTuple):
     """Runs of one experiment: they differ in their seed, and in what changes no number."""
 
-    label: str  # method and whatever tells it from the other groups
+    label: str  # method and setting, distinct among the groups of a report
     method: str  # the loss as a call: garl(q=0.75)
+    setting: str  # what tells it from other groups of the same method; '' where nothing has to
     runs: tuple[Run, ...]  # by seed
 
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlog.config import schema
 from qlog.report import groups, statistics
 from qlog.report.records import Cell, Evaluation, Run
 
@@ -173,7 +174,7 @@ def _is_finished(run: Run) -> bool:
 
 def _deviations(config: Mapping[str, Any]) -> list[str]:
     """Where a config differs from what the paper gives, in words."""
-    fields = groups.fields(config)
+    fields = schema.from_json(config)
     given = dict(PUBLISHED["given"])
     budget = PUBLISHED["rationale_budget"].get(fields.get("data.name"))
     if budget:

@@ -34,7 +34,8 @@ def swept(tmp_path_factory):
             "evaluation": {"every": 0},
         },
         "b_garl": {"init_from": "a_base"},
-        "c_paft": {"init_from": "b_garl", "loss": schema.loss("paft", q=0.75)},
+        # After the one that it begins from, whatever their names are.
+        "a_paft": {"init_from": "b_garl", "loss": schema.loss("paft", q=0.75)},
     }
     several_runs.run(config, workdir, ONE)
     return config, workdir
@@ -43,7 +44,7 @@ def swept(tmp_path_factory):
 def test_the_report_has_every_evaluated_run(swept):
     config, workdir = swept
     rows = json.loads((workdir / "report.json").read_text())
-    assert [row["run"] for row in rows] == ["b_garl", "c_paft"]
+    assert [row["run"] for row in rows] == ["b_garl", "a_paft"]
     for row in rows:
         results = json.loads((workdir / row["run"] / "results.json").read_text())["metrics"]
         assert row["p@1"] == results["p@1"] and row["mean log P"] == results["log_p"]
@@ -52,7 +53,11 @@ def test_the_report_has_every_evaluated_run(swept):
     assert table.count("\n") == 4 and "| b_garl |" in table
     page = (workdir / "report.html").read_text()
     content = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
-    assert [run["label"].partition(":")[0] for run in content["runs"]] == list(config.runs)
+    assert [run["label"].partition(":")[0] for run in content["runs"]] == [
+        "a_base",
+        "b_garl",
+        "a_paft",
+    ]
     # What the loss made of a rollout is next to its text.
     rollout = content["rollouts"][1][0]["rollouts"][0]
     assert isinstance(rollout["coefficient"], float) and rollout["rationale"]
@@ -64,10 +69,17 @@ def test_finished_runs_are_not_run_again(swept):
     config, workdir = swept
     before = (workdir / "b_garl" / "metrics.jsonl").stat().st_mtime_ns
     (workdir / "report.md").unlink()
-    (workdir / "c_paft" / "seconds.json").unlink()  # killed at the very end: taken up again
+    (workdir / "a_paft" / "seconds.json").unlink()  # killed at the very end: taken up again
     several_runs.run(config, workdir, ONE)
     assert (workdir / "b_garl" / "metrics.jsonl").stat().st_mtime_ns == before
     assert (workdir / "report.md").exists()  # it needs no seconds
+
+
+def test_runs_that_begin_from_each_other_are_refused(tmp_path):
+    config = tiny.config()
+    config.runs = {"a": {"init_from": "b"}, "b": {"init_from": "c"}, "c": {"init_from": "b"}}
+    with pytest.raises(ConfigError, match=r"config\.runs: .*b, c begin from each other"):
+        several_runs.run(config, tmp_path, ONE)
 
 
 def test_a_wrong_run_stops_the_sweep_before_the_first_one(tmp_path):

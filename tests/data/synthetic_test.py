@@ -1,5 +1,6 @@
 """The synthetic world: examples are right, reproducible, split apart, and within one vocabulary."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -56,6 +57,23 @@ def test_examples_are_functions_of_their_split_and_index():
         train[len(train)]
 
 
+def test_wrong_answers_are_of_the_training_split_and_name_others_in_the_ring():
+    noisy = dataclasses.replace(WORLD, wrong=0.2)
+    for split in synthetic.SPLITS:
+        clean = synthetic.open_examples("multihop", split, WORLD)
+        mislabelled = synthetic.open_examples("multihop", split, noisy)
+        differ = [i for i in range(256) if clean[i] != mislabelled[i]]
+        for i in differ:
+            assert mislabelled[i] == dataclasses.replace(clean[i], answer=mislabelled[i].answer)
+            assert mislabelled[i].answer.split()[3] in mislabelled[i].source.split()
+        if split == "train":
+            assert 0.1 < len(differ) / 256 < 0.3
+            shown = {mislabelled[i].answer.split()[3] for i in differ}
+            assert len(shown) > 3
+        else:
+            assert not differ
+
+
 def test_every_word_is_one_token():
     tokenizer = WORLD.tokenizer()
     formatter = data.Formatter(tokenizer, synthetic.TASKS["multihop"], "cold")
@@ -74,6 +92,7 @@ def test_impossible_worlds_are_refused():
         ({"hops": 6}, "world.hops = 6"),
         ({"names": 1000}, "world.names = 1000"),
         ({"heed": 2.0}, "world.heed = 2.0"),
+        ({"wrong": -0.1}, "world.wrong = -0.1"),
     ):
         with pytest.raises(ConfigError, match=message):
             synthetic.World(**arguments)

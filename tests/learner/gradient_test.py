@@ -15,6 +15,7 @@ from qlog.learner import gradient
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
 from qlog.learner.packing import pack_rollouts
+from qlog.learner.terms import measure_terms
 from qlog.learner.trajectories import with_gold_answer, with_sampled_answer
 from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.records import Golds, Rollouts, TrainState, Trajectories
@@ -246,3 +247,19 @@ def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
     memory = lowered.compile().memory_analysis()
     gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     assert memory.temp_size_in_bytes < gradients
+
+
+def test_the_two_terms_of_a_gradient_add_up_to_it(batch):
+    params, prompts, trajectories, coefficients = batch
+    objective, microbatch = Objective(losses.linear()), Microbatch(2, 2)
+    whole, _ = _gradient(batch, (2, 2))
+    none = jnp.zeros_like(coefficients.score)
+    score, _ = _gradient(batch[:3] + (coefficients._replace(path=none),), (2, 2))
+    path, _ = _gradient(batch[:3] + (coefficients._replace(score=none),), (2, 2))
+    _assert_trees_close(jax.tree.map(jnp.add, score, path), whole)
+    learned = LearnerBatch(prompts, trajectories, coefficients)
+    terms = measure_terms(params, tiny.POLICY, learned, objective, microbatch, whole)
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (score, path)]
+    norms = [np.linalg.norm(x) for x in flat]
+    np.testing.assert_allclose([terms.score_norm, terms.path_norm], norms, rtol=1e-4)
+    np.testing.assert_allclose(terms.cosine, flat[0] @ flat[1] / np.prod(norms), atol=1e-4)

@@ -62,6 +62,8 @@ def test_numbers_that_ask_for_something(tmp_path):
             "steps_since_checkpoint": i * 10,
             "decode_waste": 3.0,
             "effective_reward": 1e-5,
+            "repetition": 0.1 + i / 60,
+            "entropy/rationale": 1 + i / 25,
             "grad_norm": "nan",
         }
         for i in range(50)
@@ -75,6 +77,8 @@ def test_numbers_that_ask_for_something(tmp_path):
         "budget_hits": "raise rollout.rationale_budget (3968)",
         "ended_early": "collapse",
         "skipped_updates": "the first at step 26",
+        "repetition": "88% of their 4-grams occurred before, 13% at the start",
+        "entropy/rationale": "rose by 1.8 nats",
         "steps_since_checkpoint": "490 steps without a checkpoint",
         "decode_waste": "3.0 lane-steps",
         "effective_reward": "hardly any signal; raise q (0.25)",
