@@ -8,14 +8,17 @@ models of its own to start from. qlog/report/RESULTS.md has the results.
 
     --config=configs/miniature.py:seeds=1    fewer seeds; seeds=2+5 are those two, and so on
     --config=configs/miniature.py:collapse   the warm start with one of GARL's terms left out
+    --config=configs/miniature.py:longer     GARL from it with more steps, tokens, or updates
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import quickstart
 from qlog.config import loss, parse_variants
+from qlog.config.variants import Variant
 from qlog.errors import ConfigError
 
 SEEDS = (0, 1, 2)
@@ -97,6 +100,24 @@ def _collapse(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _longer(config: ConfigDict) -> dict[str, Any]:
+    """Whole GARL from the warm start where it might collapse: what does it take?"""
+    config.train.steps = 300
+    config.train.terms_every = 5
+    config.evaluation.every = 50
+    ways = {
+        "steps1000": {"train": {"steps": 1000}},
+        "budget32": {"rollout": {"rationale_budget": 32}},
+        "updates4": {"train": {"updates_per_batch": 4}},
+        "few_rollouts": {"rollout": {"rollouts_per_prompt": 4}},
+    }
+    return {
+        f"{name}_garl_q{100 * q:03.0f}": {"init_from": "warm", "loss": loss("garl", q=q), **way}
+        for name, way in ways.items()
+        for q in (0.25, 0.75)
+    }
+
+
 def _warm() -> dict[str, Any]:
     """A model that knows the format and has P from 0.04 to 0.35: the base, fine-tuned a little."""
     return {
@@ -109,7 +130,7 @@ def _warm() -> dict[str, Any]:
     }
 
 
-def _variants(chosen: dict[str, Any]) -> dict[str, Any]:
+def _variants(chosen: dict[str, Any]) -> dict[str, Variant]:
     def seeds(config: ConfigDict, value: str) -> None:
         try:
             numbers = [int(number) for number in value.split("+")]
@@ -117,7 +138,10 @@ def _variants(chosen: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"variant seeds={value!r}: write seeds=3 or seeds=0+4.") from None
         chosen["seeds"] = numbers if "+" in value else range(numbers[0])
 
-    def collapse(config: ConfigDict, value: str) -> None:
-        chosen["runs"] = _collapse
+    def study(runs: Callable[[ConfigDict], dict[str, Any]]) -> Variant:
+        def variant(config: ConfigDict, value: str) -> None:
+            chosen["runs"] = runs
 
-    return {"seeds": seeds, "collapse": collapse}
+        return variant
+
+    return {"seeds": seeds, "collapse": study(_collapse), "longer": study(_longer)}

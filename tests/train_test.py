@@ -247,6 +247,7 @@ SETTINGS = {
     "average_log_prob": {},
     "rlpr": {},
     "r3": {},
+    "nover": {},
     "tempered": {"importance": "token", "kl_weight": 0.1},
     "rb_pass_at_k": {},
     "rb_maxrl": {},

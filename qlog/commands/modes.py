@@ -237,8 +237,20 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
     else:
         params = checkpoints.load_params(path, experiment.abstract_params(), "--workdir")
         step, parameters_from = int(path.name) if path.name.isdigit() else None, str(path)
+        _notice_other_prompts(experiment, path)
     say(f"parameters: {parameters_from}")
     return params, parameters_from, step
+
+
+def _notice_other_prompts(experiment: Experiment, path: Path) -> None:
+    """Says so where prompts are not written as those that the checkpoint was trained on."""
+    _, identity = distributed.once_per_run(lambda: checkpoints.made_of(path))
+    before, now = identity.get("tokenizer"), experiment.formatter and experiment.formatter.digest
+    if before and before != now:
+        say(
+            "NOTE: the checkpoint was trained on prompts of another tokenizer, chat template or "
+            f"data.style ({before}, not {now}): numbers are of what this config writes."
+        )
 
 
 def _write_config(config: ConfigDict, workdir: Path) -> None:

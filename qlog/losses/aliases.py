@@ -98,6 +98,16 @@ def r3(eps: float = 1e-6) -> LossTransform:
     return chain(transforms.from_reflective_tokens(), *_scaled_by_own_std(eps))
 
 
+def nover(efficiency: float = 1.0, eps: float = 1e-6) -> LossTransform:
+    """NOVER: (r_m - rbar) / (std(r) + eps) / M and 0 (2505.16022).
+
+    r_m is the rank of the rollout's perplexity of the gold answer in its group, plus `efficiency`
+    times the share of the others that are worse and longer. Its format reward is a rollout's own
+    end of thinking here, which is forced.
+    """
+    return chain(transforms.from_perplexity_ranks(efficiency), *_scaled_by_own_std(eps))
+
+
 def _scaled_by_own_std(eps: float) -> list[LossTransform]:
     return [transforms.center(), transforms.scale_by_own_std(eps), zero_pathwise()]
 

@@ -301,6 +301,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "average_log_prob": Recipe(aliases.average_log_prob, min_rollouts=2, gold_log_probs=True),
     "rlpr": Recipe(aliases.rlpr, gold_log_probs=True),
+    "nover": Recipe(aliases.nover, min_rollouts=2, gold_log_probs=True),
     "r3": Recipe(aliases.r3, min_rollouts=2, gold_log_probs=True),
     "tempered": Recipe(aliases.tempered, min_rollouts=2),
     "rb_pass_at_k": Recipe(aliases.rb_pass_at_k, min_rollouts=_subset_min_rollouts),

@@ -123,6 +123,35 @@ def from_reflective_tokens() -> LossTransform:
     return stateless(function, min_rollouts=2)
 
 
+def from_perplexity_ranks(efficiency: float = 1.0) -> LossTransform:
+    """score = path = (rank + `efficiency` * thrift) / M of NOVER (2505.16022).
+
+    Rollouts are compared by log w / N(|z|), the rationale's length entering as N(l) =
+    max(1, 1 + log10 l), as in the authors' code; the gold answer's length is the same for all. The
+    rank of a rollout is 1 for the best of its group and 1/n for the worst, and equal ones share the
+    mean of theirs. Its thrift is the share of the others that are worse and longer.
+    """
+    check_number("efficiency", efficiency, 0, float("inf"))
+
+    def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
+        by = "from_perplexity_ranks"
+        log_weights, valid = scores.require("log_w", by), scores.is_valid
+        answer = jnp.sum(scores.require("gold_mask", by), -1)  # [B, M]
+        length = jnp.maximum(scores.require("num_tokens", by) - answer, 1).astype(jnp.float32)
+        value = jnp.maximum(log_weights, group_stats.LEAST) / jnp.maximum(1, 1 + jnp.log10(length))
+        # [B, M, M]: what the rollout of axis 1 is, compared with that of axis 2.
+        each, other = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
+        is_pair = each(valid) & other(valid)
+        is_better, is_equal = each(value) > other(value), each(value) == other(value)
+        count = lambda pairs: jnp.sum(pairs & is_pair, -1)
+        n = group_stats.num_valid(scores)
+        rank = (count(is_better) + (count(is_equal) + 1) / 2) / n
+        thrift = count(is_better & (each(length) < other(length))) / jnp.maximum(n - 1, 1)
+        return _from_values(coefficients, scores, rank + efficiency * thrift)
+
+    return stateless(function, min_rollouts=2)
+
+
 def _gold_tokens(scores: Scores, by: str) -> tuple[jax.Array, jax.Array]:
     """The log-probabilities [B, M, A], 0 where the mask [B, M, A] or the rollout is padding."""
     mask = scores.require("gold_mask", by) & scores.is_valid[..., None]

@@ -147,9 +147,7 @@ class Checkpoints:
 
     def made_of(self) -> tuple[dict, dict]:
         """The config and the identity that `save` was given for the newest checkpoint."""
-        metadata: Any = self._checkpointer.checkpointables_metadata(self.latest_step)
-        about = metadata.custom_metadata
-        return about["config"], about.get("identity", {})
+        return _made_of(self._checkpointer.checkpointables_metadata(self.latest_step))
 
     def prune(self, what: str) -> None:
         """Deletes what a finished run need not keep; a second call changes nothing.
@@ -192,6 +190,16 @@ class _Best:
         scored = [c.step for c in checkpoints if c.step in self.scores]
         best = _best(scored, self.scores) if scored else None
         return [c.step == best for c in checkpoints]
+
+
+def made_of(folder: Path) -> tuple[dict, dict]:
+    """The config and the identity that `Checkpoints.save` was given for the step in `folder`."""
+    return _made_of(ocp.checkpointables_metadata(folder))
+
+
+def _made_of(metadata: Any) -> tuple[dict, dict]:
+    about = metadata.custom_metadata
+    return about["config"], about.get("identity", {})
 
 
 def load_params(

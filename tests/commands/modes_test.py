@@ -149,7 +149,7 @@ def test_a_folder_is_trained_exported_and_read_again(trained):
         modes.run("export", config, workdir)
 
 
-def test_an_export_has_the_template_that_prompts_were_written_in(trained, tmp_path):
+def test_an_export_has_the_template_that_prompts_were_written_in(trained, tmp_path, capsys):
     config, workdir, _ = trained
     shutil.copytree(workdir, tmp_path / "run", ignore=lambda *_: {"export"})
     model = pathlib.Path(shutil.copytree(config.model, tmp_path / "model"))
@@ -160,6 +160,8 @@ def test_an_export_has_the_template_that_prompts_were_written_in(trained, tmp_pa
     tokenizer = {"chat_template": str(given), "eos": ("<|endoftext|>",)}
     config = schema.merge(config, {**warm, "tokenizer": tokenizer})
     assert modes.run("export", config, tmp_path / "run") == 0
+    # The run itself wrote its prompts without a template.
+    assert "NOTE: the checkpoint was trained on prompts of another" in capsys.readouterr().out
     exported = tmp_path / "run/export"
     assert (exported / "chat_template.jinja").read_text() == given.read_text()
     # eos_token_id 257 of the model's generation_config.json ends answers still.
@@ -236,6 +238,7 @@ def test_metrics_are_computed_again_from_saved_samples(trained, tmp_path, capsys
 
     # A command evaluates the checkpoint as training did, sample for sample.
     assert modes.run("evaluate", config, workdir) == 0
+    assert "NOTE" not in capsys.readouterr().out
     assert (workdir / "samples" / "validation.jsonl").read_text() == samples.read_text()
     report = json.loads((workdir / "evaluation_validation.json").read_text())
     assert report["metrics"] == again and report["step"] == 1

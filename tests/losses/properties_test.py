@@ -187,6 +187,7 @@ EQUAL = {
     "average_log_prob": losses.average_log_prob(),
     "rlpr": losses.rlpr(),
     "r3": losses.r3(eps=0.0),
+    "nover": losses.nover(eps=0.0),
 }
 
 
@@ -201,6 +202,7 @@ def test_equal_rewards_have_a_score_of_exactly_zero(name, width):
             log_w=jnp.where(valid, -jnp.abs(level), jnp.nan),
             reward=jnp.where(valid, level, jnp.nan),
             valid=valid,
+            num_tokens=jnp.where(valid, 7, 0),
             # Three gold tokens of one probability, the last of them behind the answer's end.
             gold_log_probs=jnp.where(valid, -jnp.abs(level), jnp.nan)[..., None] * jnp.ones(3),
             gold_mask=jnp.broadcast_to(jnp.arange(3) < 2, (*valid.shape, 3)),

@@ -408,10 +408,13 @@ def test_rewards_of_gold_tokens_by_hand():
         gold_log_probs=jnp.asarray(np.where(mask, log_probs, np.nan), jnp.float32),
         gold_mask=jnp.asarray(mask),
     )
+    lengths = np.array([[30, 4, 30, 100, 2], [9, 9, 1, 50, 20]])
+    scores = scores._replace(num_tokens=jnp.asarray(lengths + mask.sum(-1), jnp.int32))
     spread = log_probs.std(1, keepdims=True) * mask[:, :1]
     assert np.all(spread[:, 0, 1] < 1e-12)
     rewards = {
         "rlpr": np.where(mask, np.exp(log_probs), 0).sum(-1) / mask.sum(-1),
+        "nover": _ranks(log_probs.sum(-1), lengths, efficiency=1.0),
         "r3": np.where(mask, spread / spread.sum(-1, keepdims=True) * log_probs, 0).sum(-1),
     }
     for name, reward in rewards.items():
@@ -420,3 +423,30 @@ def test_rewards_of_gold_tokens_by_hand():
         expected = (reward - reward.mean(1, keepdims=True)) / reward.std(1, keepdims=True) / 5
         np.testing.assert_allclose(got.score, expected, rtol=1e-3, atol=1e-5)
         np.testing.assert_array_equal(got.path, 0)
+
+
+def _ranks(log_w, lengths, efficiency):
+    """NOVER's rewards, by sorting and by going through the pairs."""
+    rewards = np.zeros(log_w.shape)
+    value = log_w / np.maximum(1, 1 + np.log10(lengths))
+    for b, row in enumerate(value):
+        n = len(row)
+        for place, m in enumerate(np.argsort(row)):
+            rewards[b, m] = (place + 1) / n
+        for m in range(n):
+            beaten = [row[m] > row[j] and lengths[b, m] < lengths[b, j] for j in range(n)]
+            rewards[b, m] += efficiency * sum(beaten) / (n - 1)
+    return rewards
+
+
+def test_equal_ones_share_their_rank_and_padding_has_none():
+    scores = losses.Scores(
+        log_w=jnp.array([[-1.0, -2.0, -2.0, jnp.nan]]),
+        valid=jnp.array([[True, True, True, False]]),
+        num_tokens=jnp.full((1, 4), 6, jnp.int32),
+        gold_log_probs=jnp.zeros((1, 4, 2)),
+        gold_mask=jnp.ones((1, 4, 2), bool),
+    )
+    transform = losses.from_perplexity_ranks()
+    got, _ = losses.coefficients(transform, scores, transform.init(scores))
+    np.testing.assert_allclose(got.score, [[1 / 3, 0.5 / 3, 0.5 / 3, 0]], rtol=1e-6)
