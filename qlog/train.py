@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState
 from qlog.runs import checkpoints, ownership
 from qlog.runs.folder import FINAL, RESULTS
-from qlog.runs.log import RunLog, read_jsonl
+from qlog.runs.log import RunLog, read_events
 from qlog.runs.profiling import profiled
 from qlog.step import StepResult, Stopwatch, collect, learn
 from qlog.storage import paths
@@ -117,6 +118,8 @@ def run(
                 saved.prune(config.checkpoint.finished)
                 say(f"finished before, in {workdir}")
                 return Outcome(metrics, False)
+            if not saved.latest_step:
+                distributed.once_per_run(lambda: _check_nothing_is_lost(workdir))
             training = _Training(experiment, made_of, workdir, claim, saved, stop, stack)
 
         # ---- Steps ----
@@ -460,9 +463,27 @@ def _check_resumption(
     check_same_parts(made_of_before, made_of)
 
 
+def _check_nothing_is_lost(workdir: Path) -> None:
+    """Raises ConfigError where a log tells of checkpoints that are gone: it would be emptied."""
+    # The newest one that it tells of may have been cut short. It was begun when the ones before it
+    # were whole, and an evaluation ends when the checkpoint that it is of is.
+    told, whole = {0}, {0}
+    for row in read_events(workdir):
+        if row["phase"] == "train":
+            told.add(row["step"] + 1 - int(row.get("steps_since_checkpoint", row["step"] + 1)))
+        else:
+            whole.add(row["step"] + 1)
+    whole |= told - {max(told)}
+    if max(whole) > 0:
+        raise ConfigError(
+            f"--workdir: metrics.jsonl tells of a checkpoint at step {max(whole)}, and "
+            f"{workdir / 'checkpoints'} has none: put it back, or use another --workdir."
+        )
+
+
 def _logged_metrics(workdir: Path, step: int, split: str) -> dict[str, float]:
     """The metrics of an evaluation, from metrics.jsonl; {} where it has none."""
-    for row in read_jsonl(workdir / "metrics.jsonl"):
+    for row in read_events(workdir):
         if (row["step"], row["phase"]) == (step, split):
             return {name: value for name, value in row.items() if name not in ("step", "phase")}
     return {}
@@ -495,7 +516,13 @@ def _is_written(file: Path, record: str) -> bool:
 
 
 def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> None:
-    """Raises TrainingError where going on would be a waste."""
+    """Raises TrainingError where going on would be a waste, before anything is saved."""
+    if not math.isfinite(values["param_norm"]):
+        raise TrainingError(
+            f"step {step}: the norm of the parameters is {values['param_norm']}, and they are not "
+            "saved: the last checkpoint is of an earlier step; lower optimizer.learning_rate "
+            f"({config.optimizer.learning_rate:g}) and train in another --workdir."
+        )
     if values["skipped_in_a_row"] >= config.optimizer.max_skipped_in_a_row:
         raise TrainingError(
             f"step {step}: {values['skipped_in_a_row']:.0f} gradients in a row were not finite and "

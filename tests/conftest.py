@@ -1,6 +1,5 @@
 """Shared set-up: CPU, eight virtual devices, one compilation cache for the whole session."""
 
-import gc
 import os
 import pathlib
 
@@ -30,15 +29,9 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_programs():
-    """Forgets compiled programs when there are many: each is several mappings of memory.
-
-    Linux gives a process 65,530 of them, and it crashes when it wants more.
-    """
+    """The suite compiles more programs than a process can hold."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > 15_000:
-        jax.clear_caches()
-        gc.collect()
+    process.forget_programs()
 
 
 @pytest.fixture

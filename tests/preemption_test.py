@@ -95,7 +95,12 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("name", POINTS)
+def _params(*usual):
+    """Every point; those that are not named are slow."""
+    return [pytest.param(n, marks=[] if n in usual else pytest.mark.slow) for n in POINTS]
+
+
+@pytest.mark.parametrize("name", _params("mid-decode", "mid-gradient", "mid-save"))
 def test_a_signal_is_noticed_saves_and_loses_nothing(name, uninterrupted, cache, tmp_path):
     point, nth, step = POINTS[name]
     # A second one changes nothing: systemd, SLURM and shells send several.
@@ -189,9 +194,7 @@ def test_sigusr1_shows_the_stacks_and_the_run_goes_on(uninterrupted, cache, tmp_
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("mid-decode", marks=pytest.mark.slow), "mid-gradient", "mid-evaluation"]
-)
+@pytest.mark.parametrize("name", _params("mid-gradient")[:3])
 def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_path):
     """Hosts are preempted one by one; the second is signalled, which writes no metrics."""
     point, nth, step = POINTS[name]
@@ -213,6 +216,7 @@ def test_all_processes_stop_at_one_point_when_one_hears_of_it(name, cache, tmp_p
     ]
 
 
+@pytest.mark.slow
 def test_processes_evaluate_the_best_checkpoint_together(cache, tmp_path):
     local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
     # Two evaluations of two batches come before it. In its first one process is signalled.

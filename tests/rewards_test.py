@@ -197,7 +197,7 @@ def test_a_metric_says_what_old_samples_lack(run, tmp_path):
         ({"loss": schema.loss("garl")}, "rollout.reward = 'contains' is read by nothing: .*grpo"),
         ({"rollout": {"reward": "contain"}}, "rollout.reward = 'contain' is not a grader"),
         ({"rollout": {"reward": []}}, "rollout.reward = .* names nothing"),
-        ({"rollout": {"reward_threads": 0}}, "reward_threads = 0 must be from 1"),
+        ({"rollout": {"reward_threads": 0}}, "reward_threads = 0 must be at least 1"),
         ({"evaluation": {"metrics": "contain"}}, "evaluation.metrics = 'contain' is not a grader"),
         ({"evaluation": {"grader": ["contains", "squad_f1"]}}, "evaluation.grader .* one grader"),
         ({"evaluation": {"grader": ()}}, "evaluation.grader .* one grader"),

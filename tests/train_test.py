@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from places import ROOT, TESTS
 from qlog import data, losses, train
 from qlog.commands import modes
 from qlog.config import schema
-from qlog.errors import ConfigError, PassingError
+from qlog.config.check import check_same_run
+from qlog.errors import ConfigError, PassingError, TrainingError
 from qlog.experiment import prepare
 from qlog.experiment.files import data_limits
 from qlog.report import read
@@ -125,6 +127,50 @@ def test_a_run_does_not_resume_under_another_config(six_steps):
     ):
         with pytest.raises(ConfigError, match="differs from the run in --workdir"):
             tiny.run(schema.merge(config, changes), workdir, ONE)
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tmp_path):
+    config = tiny.config(train={"steps": 4}, evaluation={"every": 0}, checkpoint={"every": 1})
+    tiny.run(schema.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
+    (tmp_path / "results.json").unlink(missing_ok=True)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"tells of a checkpoint at step 1, and .* has none"):
+        tiny.run(config, tmp_path, ONE)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+    tiny.run(config, tmp_path, ONE)
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
+
+
+def test_parameters_that_explode_are_not_saved(tmp_path):
+    # Clipped gradients are finite whatever the parameters are; a huge rate makes those overflow.
+    config = tiny.config(
+        train={"steps": 20},
+        evaluation={"every": 0},
+        checkpoint={"every": 1},
+        optimizer={"learning_rate": 1e3, "weight_decay": 1e3, "warmup_steps": 3},
+    )
+    with pytest.raises(
+        TrainingError, match="norm of the parameters is inf, and they are not saved"
+    ):
+        tiny.run(config, tmp_path, ONE)
+    saved = checkpoints.load_params(
+        tmp_path, prepare(config, ONE).abstract_params(), which="latest"
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
+
+
+def test_a_schedule_keeps_the_number_of_its_steps(six_steps):
+    before = json.loads(schema.to_json(six_steps[0]))
+    more = schema.merge(six_steps[0], {"train": {"steps": 9}})
+    check_same_run(before, more)
+    for schedule in ("linear", "cosine"):
+        with pytest.raises(ConfigError, match=r"config\.train\.steps = 9 differs from the run"):
+            of_schedule = {"optimizer": {"schedule": schedule}}
+            before = json.loads(schema.to_json(schema.merge(six_steps[0], of_schedule)))
+            check_same_run(before, schema.merge(more, of_schedule))
 
 
 def test_a_finished_run_started_again_does_nothing(six_steps):

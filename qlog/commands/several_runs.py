@@ -14,7 +14,7 @@ from qlog.config.check import check_config
 from qlog.console import say
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
-from qlog.parallel import distributed, interrupts
+from qlog.parallel import distributed, interrupts, process
 from qlog.report import comparison
 from qlog.storage import paths
 
@@ -44,6 +44,7 @@ def run(
         except ConfigError as error:
             raise ConfigError(f"run {name!r}: {error}") from None
     for index, (name, child) in enumerate(children.items(), 1):
+        process.forget_programs()
         title = f"run {index}/{len(children)} {name}"
         if not _run_one(title, child, workdir / name, devices):
             return

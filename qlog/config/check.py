@@ -7,7 +7,6 @@ qlog/experiment/files.py, which reads them.
 import dataclasses
 import importlib.metadata
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -25,40 +24,56 @@ from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
 from qlog.parallel import sharding
 
-# (least, greatest) value of each numeric field that has limits
-_LIMITS = {
-    "rollout.rollouts_per_prompt": (1, math.inf),
-    "rollout.rationale_budget": (0, math.inf),
-    "rollout.answer_reserve": (1, math.inf),
-    "rollout.prompts_per_wave": (0, math.inf),
+# (least, greatest) value of every number of the schema. What has no natural end has one that no run
+# needs: a slip of the hand is then a sentence, and not an hour of allocation.
+_MANY = 10**9  # steps, questions
+_LONG = 2**24  # tokens
+_BATCH = 2**20  # prompts, rollouts
+_SECONDS = 10.0**9
+_BELOW_ONE = 1 - 2**-24  # float32 rounds what is nearer to 1
+_LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),  # keys are made of 32 bits: a larger one would be that of a smaller
+    "rollout.rollouts_per_prompt": (1, _BATCH),
+    "rollout.rationale_budget": (0, _LONG),
+    "rollout.answer_reserve": (1, _LONG),
+    "rollout.prompts_per_wave": (0, _BATCH),
     "rollout.reward_threads": (1, 1024),
-    "rollout.temperature": (1e-3, math.inf),
-    "train.steps": (1, math.inf),
-    "train.prompts_per_step": (1, math.inf),
-    "train.updates_per_batch": (1, math.inf),
-    "train.prompts_per_microbatch": (0, math.inf),
-    "train.rollouts_per_microbatch": (0, math.inf),
-    "train.terms_every": (0, math.inf),
-    "train.rollouts_every": (1, math.inf),
-    "train.rollouts_prompts": (0, math.inf),
-    "evaluation.every": (0, math.inf),
-    "evaluation.prompts": (0, math.inf),
-    "evaluation.prompts_per_batch": (1, math.inf),
-    "evaluation.rollouts_per_prompt": (1, math.inf),
-    "evaluation.temperature": (0, math.inf),
-    "evaluation.top_k": (0, math.inf),
+    "rollout.temperature": (1e-3, 1e3),
+    "train.steps": (1, _MANY),
+    "train.prompts_per_step": (1, _BATCH),
+    "train.updates_per_batch": (1, _BATCH),
+    "train.prompts_per_microbatch": (0, _BATCH),
+    "train.rollouts_per_microbatch": (0, _BATCH),
+    "train.max_mismatch": (0, 1e3),
+    "train.terms_every": (0, _MANY),
+    "train.rollouts_every": (1, _MANY),
+    "train.rollouts_prompts": (0, _BATCH),
+    "evaluation.every": (0, _MANY),
+    "evaluation.prompts": (0, _MANY),
+    "evaluation.prompts_per_batch": (1, _BATCH),
+    "evaluation.rollouts_per_prompt": (1, _BATCH),
+    "evaluation.temperature": (0, 1e3),
+    "evaluation.top_k": (0, 2**31 - 1),
     "evaluation.top_p": (1e-6, 1.0),
-    "checkpoint.every": (1, math.inf),
-    "checkpoint.keep": (1, math.inf),
-    "checkpoint.minutes": (0, math.inf),
-    "watchdog.steps": (0, math.inf),
-    "watchdog.seconds": (1, math.inf),
-    "watchdog.first_seconds": (0, math.inf),
-    "data.max_prompt_tokens": (2, math.inf),
-    "optimizer.learning_rate": (0, math.inf),
-    "optimizer.warmup_steps": (0, math.inf),
-    "optimizer.max_grad_norm": (1e-12, math.inf),
-    "optimizer.max_skipped_in_a_row": (1, math.inf),
+    "checkpoint.every": (1, _MANY),
+    "checkpoint.keep": (1, _MANY),
+    "checkpoint.minutes": (0, _SECONDS),
+    "watchdog.steps": (0, _SECONDS),
+    "watchdog.seconds": (1, _SECONDS),
+    "watchdog.first_seconds": (0, _SECONDS),
+    "data.max_prompt_tokens": (2, _LONG),
+    "optimizer.learning_rate": (0, 1e3),
+    "optimizer.warmup_steps": (0, _MANY),
+    "optimizer.b1": (0, _BELOW_ONE),
+    "optimizer.b2": (0, _BELOW_ONE),
+    "optimizer.eps": (0, 1.0),
+    "optimizer.weight_decay": (0, 1e3),
+    "optimizer.max_grad_norm": (1e-12, 1e30),
+    "optimizer.max_skipped_in_a_row": (1, _MANY),
+    "mesh.data": (-1, 2**20),
+    "mesh.fsdp": (-1, 2**20),
+    "mesh.tensor": (-1, 2**20),
+    "mesh.slices": (0, 2**20),
 }
 _WORDS = {
     "dtype": ("float32", "bfloat16"),
@@ -82,9 +97,11 @@ def check_config(config: ConfigDict) -> None:
     schema.several(config)
     values = schema.fields(config)
     for field, (low, high) in _LIMITS.items():
-        if not (low <= values[field] <= high and math.isfinite(values[field])):
-            limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ConfigError(f"config.{field} = {values[field]!r} must be {limit}.")
+        value = values[field]
+        if not low <= value <= high:  # a NaN is not, either
+            limit = f"at least {low}" if value < low else f"at most {high:.9g}"
+            limit = limit if value == value else f"a number from {low} to {high:.9g}"
+            raise ConfigError(f"config.{field} = {value!r} must be {limit}.")
     for field, words in _WORDS.items():
         if values[field] not in words:
             known = " or ".join(word or "''" for word in words)
@@ -165,6 +182,8 @@ def check_same_run(before: Mapping[str, Any], config: ConfigDict) -> None:
     may_change = schema.MAY_CHANGE
     if build_estimator(config).reference:
         may_change -= {"init_from"}  # the reference is the model that training began with
+    if config.optimizer.schedule != "constant":
+        may_change -= {"train.steps"}  # where the learning rate ends: it would jump
     # Through JSON as `before` was: tuples are lists, functions their names.
     new = schema.from_json(json.loads(schema.to_json(config)))
     old = schema.from_json(before)
@@ -390,6 +409,11 @@ def _check_data(config: ConfigDict) -> None:
     from qlog.data import find_corpus, label
 
     corpus = find_corpus(config.data.to_dict())
+    if config.data.description and config.data.style != "warm":
+        raise ConfigError(
+            f"config.data.description = {config.data.description!r} is read only by the warm "
+            "style: set config.data.style = 'warm', or remove it."
+        )
     if corpus.tokenizer is None:
         return
     for key in ("path", "eos", "chat_template", "chat_template_kwargs"):

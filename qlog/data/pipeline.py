@@ -7,6 +7,7 @@ function of (seed, i) that can be computed for any i. There is no shuffle buffer
 with a state that a checkpoint would have to save.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -51,7 +52,7 @@ class PromptBatch:
     # dataset that was opened without them.
     rationale: np.ndarray
     rationale_lengths: np.ndarray  # int32 [B]
-    uids: np.ndarray  # uint32 [B], crc32 of the example's id, which feeds the sampling keys
+    uids: np.ndarray  # uint32 [B], from the example's id, for the sampling keys; see `_uids`
     # bool [B]: False where the last evaluation batch is filled up. There the first example of the
     # batch is repeated, so that the computation is a usual one.
     is_prompt: np.ndarray
@@ -379,7 +380,6 @@ def collate(
     tokens, lengths = _pad([e.prompt for e in encoded], pad_id, widths.prompt)
     rationale, rationale_lengths = _pad([e.rationale for e in encoded], pad_id, widths.rationale)
     gold, gold_lengths = _pad([e.gold for e in encoded], pad_id, widths.gold)
-    uids = np.array([zlib.crc32(e.example.id.encode()) for e in encoded], np.uint32)
     return PromptBatch(
         tokens=tokens,
         lengths=lengths,
@@ -387,10 +387,27 @@ def collate(
         gold_lengths=gold_lengths,
         rationale=rationale,
         rationale_lengths=rationale_lengths,
-        uids=uids,
+        uids=_uids([e.example.id for e in encoded]),
         is_prompt=is_prompt,
         examples=tuple(e.example for e in encoded),
     )
+
+
+def _uids(ids: Sequence[str]) -> np.ndarray:
+    """uint32 [B], a number per prompt; another one where an example is there again.
+
+    The end of an epoch and the beginning of the next may share a batch, and with few examples an
+    epoch is shorter than a batch. With the number of its first occurrence an example would have the
+    same M rollouts twice, which would count as 2 M.
+    """
+    seen: collections.Counter[str] = collections.Counter()
+    uids = np.empty(len(ids), np.uint32)
+    for place, example_id in enumerate(ids):
+        uid = zlib.crc32(example_id.encode())
+        occurrence = seen[example_id]
+        uids[place] = zlib.crc32(b"%d" % occurrence, uid) if occurrence else uid
+        seen[example_id] += 1
+    return uids
 
 
 def bucket(length: int, maximum: int) -> int:

@@ -134,17 +134,20 @@ class Experiment:
         Random ones, those of `weights`, or those of another run's checkpoint, as the config says.
 
         Raises:
-          ConfigError: the files hold another model.
+          ConfigError: the files hold another model, or numbers that are not finite.
         """
         abstract = self.abstract_params()
         # Each way puts every parameter where it belongs at once: no device ever holds all of them.
         if self.config.init_from:
-            return checkpoints.load_params(self.config.init_from, abstract, "config.init_from")
+            source = self.config.init_from
+            params = checkpoints.load_params(source, abstract, "config.init_from")
+            return models.check_finite(params, f"config.init_from = {source!r}")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         if self.weights is not None:
-            return models.huggingface.load(
+            params = models.huggingface.load(
                 self.weights, self.policy.config, dtype=jnp.float32, shardings=places
             )
+            return models.check_finite(params, f"config.weights: {self.weights}")
         key = stream_key(self.config.seed, Stream.INIT)
         init = functools.partial(models.init, self.policy.config)
         return jax.jit(init, out_shardings=places)(key)

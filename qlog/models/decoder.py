@@ -25,6 +25,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from qlog.errors import ConfigError
 from qlog.models.attention import Segment, layouts
 from qlog.models.attention.layouts import KeysAndValues
 from qlog.models.config import DecoderConfig
@@ -168,6 +169,33 @@ def init(config: DecoderConfig, key: Array, dtype: DTypeLike = jnp.float32) -> P
 def shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """The shapes of what `init` returns, as jax.ShapeDtypeStruct: to decide shardings by."""
     return jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
+
+
+def check_finite(params: Params, source: str) -> Params:
+    """`params`, if none of them is inf or NaN. Every process must call it, and all agree.
+
+    Args:
+      source: where they are from, for the message.
+
+    Raises:
+      ConfigError: one of them is; it names them.
+    """
+    damaged = [
+        "/".join(entry.key for entry in path)
+        for path, is_finite in jax.tree.leaves_with_path(jax.device_get(_are_finite(params)))
+        if not is_finite
+    ]
+    if damaged:
+        raise ConfigError(
+            f"{source}: {', '.join(damaged[:3])}{' and others' if damaged[3:] else ''} hold "
+            "numbers that are not finite: the files are damaged, or of a run that exploded."
+        )
+    return params
+
+
+@jax.jit
+def _are_finite(params: Params) -> Any:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
 
 def unembedding(params: Params) -> Array:

@@ -1,8 +1,10 @@
 """What a process sets up before it computes: the compilation cache, and the host's allocator."""
 
 import ctypes
+import gc
 import importlib.util
 import os
+import pathlib
 import sys
 
 import jax
@@ -132,6 +134,23 @@ def release_memory() -> None:
     trim = _glibc("malloc_trim")
     if trim:
         trim(0)
+
+
+def forget_programs(most_mappings: int = 30_000) -> bool:
+    """Forgets what is compiled if there is much of it; between runs, since it compiles anew then.
+
+    A program on a CPU is several mappings of memory. Linux gives a process 65,530 of them
+    (vm.max_map_count), and XLA crashes when it wants more: after some hundred runs in one process.
+
+    Returns:
+      Whether it did.
+    """
+    mappings = pathlib.Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") <= most_mappings:
+        return False
+    jax.clear_caches()
+    gc.collect()
+    return True
 
 
 class Compilations:

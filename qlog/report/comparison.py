@@ -194,25 +194,35 @@ def _group_row(group: Group) -> dict[str, str]:
     return row | {name: _over_seeds(values) for name, values in numbers.items()}
 
 
-def _results(group: Group) -> tuple[str, dict[str, list[float]]]:
-    """Split and steps in words, and each accuracy of the seeds that have it, by name."""
+_Numbers = dict[str, list[float]]  # an accuracy by its name: of the seeds that have it
+
+
+def _results(group: Group) -> tuple[str, _Numbers]:
+    """Split and steps in words, and the accuracies: of the best checkpoints, or of the last."""
     done = [run for run in group.runs if run.state.kind == "finished"]
     finals = [run.final for run in done if run.final is not None]
     if finals and len(finals) == len(done):
-        results = [final.metrics for final in finals]
-        split = f"{finals[0].split}, best step {', '.join(str(f.step) for f in finals)}"
-    else:
-        results = [run.evaluations[-1] for run in group.runs if run.evaluations]
-        steps = ", ".join(str(each["step"] + 1) for each in results)
-        of = group.runs[0].config["evaluation"].get("split")
-        split = f"{of}, step {steps}" if results else "-"
+        steps = ", ".join(str(final.step) for final in finals)
+        return f"{finals[0].split}, best step {steps}", _numbers([f.metrics for f in finals])
+    last = [run.evaluations[-1] for run in group.runs if run.evaluations]
+    steps = ", ".join(str(each["step"] + 1) for each in last)
+    split = group.runs[0].config["evaluation"].get("split")
+    return (f"{split}, step {steps}" if last else "-"), _numbers(last)
+
+
+def _last(group: Group) -> _Numbers:
+    """The accuracies of the last evaluations, on the split that chooses the best checkpoint."""
+    return _numbers([run.evaluations[-1] for run in group.runs if run.evaluations])
+
+
+def _numbers(results: Sequence[dict[str, Any]]) -> _Numbers:
     k = max((_most_samples(each) for each in results), default=0)
     columns = [_accuracies(each, k) for each in results]
     names = dict.fromkeys(name for column in columns for name in column)
     numbers = {
         name: [c[name] for c in columns if isinstance(c.get(name), int | float)] for name in names
     }
-    return split, {name: values for name, values in numbers.items() if values}
+    return {name: values for name, values in numbers.items() if values}
 
 
 def _by_setting(alike: Sequence[Group]) -> str:
@@ -221,19 +231,23 @@ def _by_setting(alike: Sequence[Group]) -> str:
     # What one method has alone, such as the runs that others begin from, is no column.
     settings = [each for each in settings if sum(g.setting == each for g in alike) > 1]
     shown = [group for group in alike if group.setting in settings]
-    numbers = {id(group): _results(group)[1] for group in shown}
-    parts = []
-    for name in dict.fromkeys(name for group in shown for name in numbers[id(group)]):
-        rows = []
-        for method in dict.fromkeys(group.method for group in shown):
-            row = {"method": method}
-            for group in shown:
-                if group.method == method:
-                    values = numbers[id(group)].get(name)
-                    row[group.setting or name] = _over_seeds(values) if values else "-"
-            rows.append(row)
-        parts.append(f"**{name}**\n\n{markdown(rows)}")
+    parts = _one_by_setting(shown, [_results(group)[1] for group in shown], "")
+    if any(run.final is not None for group in shown for run in group.runs):
+        last = [_last(group) for group in shown]
+        parts += _one_by_setting(shown, last, " of the last step, on the split that chooses")
     return "\n\n".join(parts) or markdown([])
+
+
+def _one_by_setting(shown: Sequence[Group], numbers: Sequence[_Numbers], what: str) -> list[str]:
+    """A table for each accuracy."""
+    parts = []
+    for name in dict.fromkeys(name for each in numbers for name in each):
+        rows: dict[str, dict[str, str]] = {}
+        for group, each in zip(shown, numbers, strict=True):
+            row = rows.setdefault(group.method, {"method": group.method})
+            row[group.setting or name] = _over_seeds(each[name]) if name in each else "-"
+        parts.append(f"**{name}**{what}\n\n{markdown(list(rows.values()))}")
+    return parts
 
 
 def _over_seeds(values: Sequence[float]) -> str:

@@ -16,7 +16,7 @@ from qlog.grading import accuracy
 from qlog.report.records import Evaluation, Run, State
 from qlog.runs import folder as names
 from qlog.runs import ownership
-from qlog.runs.log import read_jsonl
+from qlog.runs.log import read_events, read_jsonl
 from qlog.storage import json_lines, paths
 from qlog.storage.paths import Path
 
@@ -86,7 +86,7 @@ def read_run(folder: Path, name: str) -> Run:
     notes: list[str] = []
     config = _json(folder / names.CONFIG)
     assert _is_config(config), f"{folder} holds no run: `find` names the folders that do"
-    lines = [line for line in read_jsonl(folder / names.METRICS) if _is_event(line)]
+    lines = read_events(folder)
     steps = _once([line for line in lines if line["phase"] == "train"])
     split = config["evaluation"].get("split", "validation")
     evaluations = _once([line for line in lines if line["phase"] == split])
@@ -114,11 +114,7 @@ def read_run(folder: Path, name: str) -> Run:
 def rollouts(folder: Path) -> list[dict[str, Any]]:
     """The rollouts that a run wrote down, as its rollouts.jsonl has them."""
     lines = read_jsonl(folder / names.ROLLOUTS)
-    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
-
-
-def _is_event(line: Any) -> bool:
-    return isinstance(line, dict) and type(line.get("step")) is int and "phase" in line
+    return [line for line in lines if type(line.get("step")) is int]
 
 
 def _once(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

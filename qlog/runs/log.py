@@ -16,13 +16,14 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from qlog.console import ProgressLine, clock
+from qlog.console import ProgressLine, clock, say
 from qlog.errors import Stop
+from qlog.runs.folder import METRICS
 from qlog.runs.trackers import Ending, Harmless, TensorBoard, Tracker, WandB
 from qlog.runs.uploads import Uploads
 from qlog.storage import json_lines, paths, strict_json
@@ -229,49 +230,93 @@ def _without_step(line: Mapping[str, Any]) -> dict[str, Any]:
 def read_jsonl(path: paths.Path | pathlib.Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, or of its segments in a bucket; [] where there is neither.
 
-    A last line that a crash has cut short is left out.
+    Lines that are damaged are left out, and so is a last line that a crash has cut short.
     """
     path = paths.Path(path)
     try:
-        return _parse(paths.read(path))
+        return _read(path).objects
     except FileNotFoundError:
         pass
     folder = path.with_suffix("")
-    return [line for name in paths.names(folder) for line in _parse(paths.read(folder / name))]
+    return [line for name in paths.names(folder) for line in _read(folder / name).objects]
 
 
-def _parse(text: str) -> list[dict[str, Any]]:
-    lines = []
-    for line in json_lines.split(text):
+def read_events(workdir: paths.Path | pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics: {"step", "phase", ...}; [] where there are none."""
+    lines = read_jsonl(paths.Path(workdir) / METRICS)
+    return [line for line in lines if type(line.get("step")) is int and "phase" in line]
+
+
+class _Lines(NamedTuple):
+    """What a log holds."""
+
+    objects: list[dict[str, Any]]
+    damaged: list[tuple[int, str]]  # number of the line, from 1, and its text
+
+
+def _read(path: paths.Path, *, with_step: bool = False) -> _Lines:
+    """The lines of a file or a segment.
+
+    Args:
+      with_step: whether an object without a step counts as damaged.
+    """
+    objects, damaged = [], []
+    # Bytes that are no UTF-8 stay what they are when they are written again.
+    text = paths.read(path, errors="surrogateescape")
+    whole = text[: text.rfind("\n") + 1]
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line:
+            continue
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # a line cut short
-    return lines
+            value = json.loads(line)
+            line.encode()  # surrogates are bytes that were no UTF-8
+        except (ValueError, RecursionError):
+            value = None
+        is_step = isinstance(value, dict) and type(value.get("step")) is int
+        if isinstance(value, dict) and (is_step or not with_step):
+            objects.append(value)
+        elif number <= whole.count("\n"):  # else a crash has cut it short
+            damaged.append((number, line))
+    return _Lines(objects, damaged)
 
 
 def _drop_from(path: paths.Path, step: int) -> list[dict[str, Any]]:
     """Drops the lines of `step` and later steps, which a resumed run writes again.
 
+    Damaged lines are set aside, in a file next to it, and named.
+
     Returns:
       The lines kept; in a bucket, those of the last segment.
     """
     if not paths.is_remote(path):
-        kept = [line for line in read_jsonl(path) if line["step"] < step]
-        if paths.exists(path):
-            paths.write(path, "".join(map(json_lines.line, kept)))
-        return kept
+        return _keep_before(path, path, step) if paths.exists(path) else []
     folder = path.with_suffix("")
     # From the last segment backwards, to the first one with a line that stays: those before it are
     # of earlier steps only, and are not read.
     for name in reversed(paths.names(folder)):
         first_step = int(name.partition(".")[0])
-        lines = _parse(paths.read(folder / name)) if first_step < step else []
-        kept = [line for line in lines if line["step"] < step]
-        if not kept:
-            paths.remove(folder / name)
-            continue
-        if len(kept) < len(lines):
-            paths.write(folder / name, "".join(map(json_lines.line, kept)))
-        return kept
+        if first_step < step and (kept := _keep_before(path, folder / name, step)):
+            return kept
+        paths.remove(folder / name)
     return []
+
+
+def _keep_before(log: paths.Path, file: paths.Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a file that are of steps before `step`; it holds them, and no others, then.
+
+    Args:
+      log: metrics.jsonl and the like, next to which damaged lines are set aside.
+    """
+    lines = _read(file, with_step=True)
+    kept = [line for line in lines.objects if line["step"] < step]
+    if lines.damaged:
+        aside = log.with_name(f"{log.name}.damaged")
+        before = paths.read(aside, errors="surrogateescape") if paths.exists(aside) else ""
+        text = before + "".join(f"{line}\n" for _, line in lines.damaged)
+        paths.write(aside, text.encode(errors="surrogateescape"))
+        numbers = ", ".join(str(number) for number, _ in lines.damaged[:5])
+        more = " and more" if len(lines.damaged) > 5 else ""
+        say(f"{file}: no objects with a step in line {numbers}{more}: set aside in {aside.name}")
+    if not paths.is_remote(file) or lines.damaged or len(kept) < len(lines.objects):
+        paths.write(file, "".join(map(json_lines.line, kept)))
+    return kept

@@ -175,9 +175,13 @@ def names(folder: Path) -> list[str]:
         return []
 
 
-def read(path: Path) -> str:
-    """A file's text; FileNotFoundError where there is none."""
-    return retried(lambda: path.read_bytes()).decode()
+def read(path: Path, errors: str = "strict") -> str:
+    """A file's text; FileNotFoundError where there is none.
+
+    Args:
+      errors: as `bytes.decode` takes it, for bytes that are no UTF-8.
+    """
+    return retried(lambda: path.read_bytes()).decode(errors=errors)
 
 
 def write(path: Path, content: str | bytes) -> None:

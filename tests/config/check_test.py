@@ -12,7 +12,7 @@ import tiny
 from places import ROOT
 
 from qlog import losses
-from qlog.config import check_config, schema
+from qlog.config import check, check_config, schema
 from qlog.config.variants import estimator_variants, parse_variants
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -41,12 +41,37 @@ WRONG = {
     ),
     "too small": ({"train": {"steps": 0}}, r"config\.train\.steps = 0 must be at least 1"),
     "negative rate": ({"optimizer": {"learning_rate": -1.0}}, r"learning_rate = -1\.0 must be"),
+    "NaN": ({"optimizer": {"b1": float("nan")}}, r"optimizer\.b1 = nan must be a number from 0"),
+    "NaN limit": (
+        {"train": {"max_mismatch": float("nan")}},
+        r"max_mismatch = nan must be a number",
+    ),
+    "infinite": (
+        {"optimizer": {"weight_decay": float("inf")}},
+        r"weight_decay = inf must be at most",
+    ),
+    "b2 of 1": ({"optimizer": {"b2": 1.0}}, r"optimizer\.b2 = 1\.0 must be at most 0\.99999994"),
+    "negative eps": ({"optimizer": {"eps": -1.0}}, r"optimizer\.eps = -1\.0 must be at least 0"),
+    "seed of 33 bits": ({"seed": 2**32}, r"config\.seed = 4294967296 must be at most 4294967295"),
+    "negative seed": ({"seed": -1}, r"config\.seed = -1 must be at least 0"),
+    "a billion prompts": (
+        {"train": {"prompts_per_step": 10**9}},
+        r"prompts_per_step = 10+ must be at",
+    ),
+    "steps without end": ({"train": {"steps": 10**20}}, r"train\.steps = 10+ must be at most"),
+    "description of the cold style": (
+        {"data": {"description": "Add."}},
+        r"config\.data\.description = 'Add\.' is read only by the warm style",
+    ),
     "microbatch": (
         {"train": {"rollouts_per_microbatch": 3}},
         r"rollouts_per_microbatch = 3 must divide 4: .*1, 2, 4",
     ),
     "updates": ({"train": {"updates_per_batch": 3}}, r"updates_per_batch = 3 must divide"),
-    "top p": ({"evaluation": {"top_p": 0.0}}, r"config\.evaluation\.top_p = 0\.0 must be from"),
+    "top p": (
+        {"evaluation": {"top_p": 0.0}},
+        r"config\.evaluation\.top_p = 0\.0 must be at least 1e-06",
+    ),
     "top k in training": (
         {"rollout": {"top_k": 20}},
         r"config\.rollout\.top_k = 20 is read by nothing",
@@ -126,6 +151,19 @@ WRONG = {
     "mesh": ({"mesh": {"data": 3}}, r"mesh\.data=3.* does not fit the 1 devices"),
     "mesh zero": ({"mesh": {"data": 0}}, r"mesh\.data=0.*at least 1"),
 }
+
+
+def test_every_number_of_the_schema_has_a_range():
+    numbers = {
+        name
+        for name, value in schema.fields(schema.default()).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    assert numbers == set(check._LIMITS)
+    for name, value in schema.fields(schema.default()).items():
+        if name in numbers:
+            low, high = check._LIMITS[name]
+            assert low <= value <= high
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -125,6 +125,18 @@ def test_a_dataset_smaller_than_a_batch_repeats(formatter):
     assert [sorted(order[i : i + 3]) for i in range(0, 12, 3)] == [["id-0", "id-1", "id-2"]] * 4
 
 
+def test_an_example_that_is_in_a_batch_twice_has_other_keys(formatter):
+    small = data.open_dataset(Numbers(3), formatter, limits(40, 8))
+    for _, batch in take(small, 4, prompts_per_step=8):
+        assert len({example.id for example in batch.examples}) == 3
+        assert len(set(batch.uids.tolist())) == 8
+        seen = set()
+        for uid, example in zip(batch.uids, batch.examples, strict=True):
+            if example.id not in seen:  # the keys of ordinary batches stay what they were
+                assert uid == zlib.crc32(example.id.encode())
+            seen.add(example.id)
+
+
 def test_padded_lengths_are_few(dataset):
     steps = take(dataset, 40)
     assert {batch.gold.shape for _, batch in steps} == {(4, 8)}  # one for the whole dataset

@@ -21,11 +21,11 @@ def scores(log_p: float, spread: float = 0.1, seed: int = 0) -> losses.Scores:
 
 def play(transform, log_ps):
     """Whether the fallback has the word and the coefficients, after each batch; the last state."""
+    step = jax.jit(functools.partial(losses.coefficients, transform))
     state = transform.init(scores(0.0))
     words, given = [], []
-    for step, log_p in enumerate(log_ps):
-        key = jax.random.fold_in(KEY, step)
-        result, state = losses.coefficients(transform, scores(log_p), state, key=key)
+    for index, log_p in enumerate(log_ps):
+        result, state = step(scores(log_p), state, key=jax.random.fold_in(KEY, index))
         words.append(bool(losses.measurements(state)["guard"]))
         given.append(result)
     return words, given, state
@@ -75,11 +75,14 @@ def test_devices_agree_on_the_whole_batch():
     mixed = losses.Scores(jnp.concatenate([good.log_w[:2], bad.log_w[2:]]))
 
     def run(first, second, axis_name=None):
-        state = transform.init(first)
-        for part in [first] * 20 + [second] * 10:
-            result, state = losses.coefficients(
-                transform, part, state, key=KEY, axis_name=axis_name
+        step = lambda part: (
+            lambda _, before: losses.coefficients(
+                transform, part, before[1], key=KEY, axis_name=axis_name
             )
+        )
+        carried = step(first)(0, (None, transform.init(first)))
+        carried = jax.lax.fori_loop(0, 19, step(first), carried)
+        result, state = jax.lax.fori_loop(0, 10, step(second), carried)
         return result, losses.measurements(state)
 
     whole, measured = run(good, mixed)
@@ -97,8 +100,9 @@ def test_the_recipe_has_a_schedule_and_its_measurements():
     transform = recipe.transform
     state = transform.init(scores(-1.0))
     seen = []
+    step = jax.jit(functools.partial(losses.coefficients, transform))
     for log_p in (-1.0,) * 20 + (-9.0,) * 10:
-        _, state = losses.coefficients(transform, scores(log_p), state, key=KEY)
+        _, state = step(scores(log_p), state, key=KEY)
         measured = losses.measurements(state)
         seen.append((float(measured["q"]), float(measured["guard"])))
     assert [q for q, _ in seen][:5] == [1.0, 0.75, 0.5, 0.25, 0.0]

@@ -12,6 +12,7 @@ import trees
 from models_fixtures import CONFIGS, jit, random_params
 
 from qlog import models
+from qlog.errors import ConfigError
 from qlog.models.attention import Segment, blocks
 
 B, M, P, R, A = 2, 3, 9, 7, 4
@@ -291,3 +292,15 @@ def test_what_is_kept_is_not_multiplied_again():
         return jax.jit(jax.grad(total)).lower(tree).as_text().count("stablehlo.dot_general")
 
     assert products("none") <= products("dots") < products("attention") < products("full")
+
+
+def test_parameters_that_are_not_finite_are_named():
+    params = tiny.params()
+    assert models.check_finite(params, "x") is params
+    scale = params["layers"]["q_proj"]["kernel"]
+    params["layers"]["q_proj"]["kernel"] = scale.at[1, 0, 0].set(jnp.nan)
+    params["embed"] = params["embed"].at[3, 3].set(jnp.inf)
+    with pytest.raises(
+        ConfigError, match="x: embed, layers/q_proj/kernel hold numbers that are not"
+    ):
+        models.check_finite(params, "x")

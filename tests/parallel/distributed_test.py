@@ -47,12 +47,14 @@ def words(rationale):
 
 
 _LOCAL = (sys.executable, str(ROOT / "launch/local"), "--processes=2")
-# Processes, devices of each, the mesh. In the second layout each tensor group spans two processes,
-# and so does fsdp: processes have the same prompts, and parts of the same parameters.
+# Processes, devices of each, the mesh. In the first layout a tensor group spans two processes: they
+# have the same prompts, and parts of the same parameters. In the last fsdp does so, too.
 LAYOUTS = {
+    "two of one": (2, 1, {"data": 1, "fsdp": 1, "tensor": 2}),
     "two of four": (2, 4, {"data": 4, "fsdp": 2, "tensor": 1}),
     "four of one": (4, 1, {"data": 1, "fsdp": 2, "tensor": 2}),
 }
+_USUAL = "two of one"  # the others are slow
 _PATH = {"PYTHONPATH": f"{ROOT}:{TESTS}"}
 
 
@@ -67,7 +69,10 @@ def _local(*arguments, **environment):
     )
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[] if n == _USUAL else pytest.mark.slow) for n in LAYOUTS],
+)
 def layout(request):
     return request.param
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 from places import ROOT
 
 from qlog.parallel import process
@@ -100,3 +101,13 @@ def test_only_gpus_are_told_to_measure_kernels_alone(monkeypatch):
     assert os.environ["XLA_FLAGS"] == f"{_FLAG} --xla_gpu_shard_autotuning=false"
     # An unknown flag would end the process when the backend starts.
     subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], check=True)
+
+
+def test_programs_are_forgotten_when_they_are_many():
+    program = jax.jit(lambda x: x + 1)
+    program(1.0)
+    assert program._cache_size() == 1
+    assert not process.forget_programs(most_mappings=10**6) and program._cache_size() == 1
+    assert process.forget_programs(most_mappings=0) == (sys.platform == "linux")
+    assert program._cache_size() == (0 if sys.platform == "linux" else 1)
+    assert program(1.0) == 2

@@ -1,0 +1,75 @@
+"""The log of a run: what a resumed run keeps, drops, and sets aside."""
+
+import json
+
+import buckets
+import pytest
+import tiny
+
+from qlog.runs.log import RunLog, read_jsonl
+from qlog.storage import paths
+
+# Each is one line in the middle of a log.
+DAMAGE = {
+    "garbage": b"\x00\x01garbage",
+    "cut": b'{"step": 3, "phase": "tra',
+    "a number": b"5",
+    "no step": b'{"phase": "train"}',
+    "a step of text": b'{"step": "three"}',
+    "no UTF-8": b'{"step": 3, "phase": "\xff\xfe"}',
+    "deeply nested": b"[" * 100_000,
+}
+
+
+def lines(steps):
+    return b"".join(b'{"step": %d, "phase": "train"}\n' % step for step in steps)
+
+
+def steps(workdir, name="metrics"):
+    return [line["step"] for line in read_jsonl(workdir / f"{name}.jsonl")]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_one_damaged_line_costs_no_other(damage, tmp_path, capsys):
+    log = lines(range(3)) + DAMAGE[damage] + b"\n" + lines(range(4, 8))
+    (tmp_path / "metrics.jsonl").write_bytes(log)
+    expected = [0, 1, 2, 4, 5, 6, 7]
+    if damage not in ("no step", "a step of text"):
+        assert steps(tmp_path) == expected
+    with RunLog(tmp_path, 6, tiny.config()) as run_log:
+        run_log.scalars(6, "train", {"loss": 1.0})
+    assert steps(tmp_path) == [0, 1, 2, 4, 5, 6]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == DAMAGE[damage] + b"\n"
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "metrics.jsonl: no objects with a step in line 4" in said
+    RunLog(tmp_path, 6, tiny.config()).close()  # once only
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == DAMAGE[damage] + b"\n"
+
+
+def test_a_last_line_that_a_crash_has_cut_is_no_damage(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(lines(range(4)) + b'{"step": 4, "pha')
+    RunLog(tmp_path, 4, tiny.config()).close()
+    assert steps(tmp_path) == [0, 1, 2, 3]
+    assert not (tmp_path / "metrics.jsonl.damaged").exists()
+
+
+def test_segments_in_a_bucket_are_mended_too(tmp_path):
+    with buckets.google() as (_, clients), pytest.MonkeyPatch.context() as patch:
+        for name, value in clients.items():
+            patch.setenv(name, value)
+        workdir = paths.parse(f"gs://{buckets.BUCKET}/damaged")
+        paths.write(workdir / "metrics/000000.jsonl", lines(range(3)))
+        paths.write(workdir / "metrics/000003.jsonl", lines([3]) + b"{}\n5\n" + lines([4, 5]))
+        paths.write(workdir / "metrics/000006.jsonl", lines([6]))
+        with RunLog(workdir, 5, tiny.config()) as run_log:
+            run_log.scalars(5, "train", {"loss": 1.0})
+        assert steps(workdir) == [0, 1, 2, 3, 4, 5]
+        assert paths.read(workdir / "metrics.jsonl.damaged") == "{}\n5\n"
+
+
+def test_lines_of_any_text_are_read_back(tmp_path):
+    with RunLog(tmp_path, 0, tiny.config()) as run_log:
+        run_log.rollouts(0, [{"answer": "a\u2028b\n\x85c"}])
+    (line,) = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert line == {"step": 0, "answer": "a\u2028b\n\x85c"}
+    assert json.loads((tmp_path / "rollouts.jsonl").read_text()) == line
