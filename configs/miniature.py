@@ -90,7 +90,7 @@ def _collapse(config: ConfigDict) -> dict[str, Any]:
             f"guarded_{name}": loss("guarded_garl", q=q),
         }
     return {
-        f"rate{rate:g}_{name}": {
+        f"rate{rate:.0e}_{name}": {
             "init_from": "warm",
             "loss": method,
             "optimizer": {"learning_rate": rate},

@@ -30,8 +30,8 @@ def test_the_miniature_has_every_method_in_every_setting():
 
 def test_the_other_studies_change_what_they_say():
     runs = schema.several(miniature.get_config("seeds=1,collapse"))
-    assert runs["rate0.003_garl_q025_no_path_0"].loss.pathwise is False
-    assert runs["rate0.001_garl_q075_no_score_0"].loss.score is False
+    assert runs["rate3e-03_garl_q025_no_path_0"].loss.pathwise is False
+    assert runs["rate1e-03_garl_q075_no_score_0"].loss.score is False
     assert {run.optimizer.learning_rate for run in runs.values()} == {1e-3, 3e-3, 5e-3}
     longer = schema.several(miniature.get_config("seeds=1,longer"))
     assert longer["steps1000_garl_q025_0"].train.steps == 1000
