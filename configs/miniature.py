@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import quickstart
+from qlog import losses
 from qlog.config import loss, parse_variants
 from qlog.config.variants import Variant
 from qlog.errors import ConfigError
@@ -71,6 +72,12 @@ def _miniature(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def guarded_score_only(q: float = 0.75, drop: float = 2.0) -> losses.LossTransform:
+    """GARL without its pathwise term, which collapses, and the whole PAFT while log P falls."""
+    score_only = losses.chain(losses.garl(q), losses.zero_pathwise())
+    return losses.guarded(score_only, losses.paft(q), drop)
+
+
 def _collapse(config: ConfigDict) -> dict[str, Any]:
     """Longer from the warm start, at two rates: which term of GARL holds it, and who notices?"""
     config.train.steps = 300
@@ -88,6 +95,7 @@ def _collapse(config: ConfigDict) -> dict[str, Any]:
             f"garl_{name}_no_path": loss("garl", q=q, pathwise=False),
             f"garl_{name}_no_score": loss("garl", q=q, score=False),
             f"guarded_{name}": loss("guarded_garl", q=q),
+            f"guarded_{name}_no_path": loss(losses.Recipe(guarded_score_only, min_rollouts=2), q=q),
         }
     return {
         f"rate{rate:.0e}_{name}": {

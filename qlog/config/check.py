@@ -99,8 +99,9 @@ def check_config(config: ConfigDict) -> None:
     for field, (low, high) in _LIMITS.items():
         value = values[field]
         if not low <= value <= high:  # a NaN is not, either
-            limit = f"at least {low}" if value < low else f"at most {high:.9g}"
-            limit = limit if value == value else f"a number from {low} to {high:.9g}"
+            most = f"{high:.9g}" if isinstance(high, float) else high
+            limit = f"at least {low}" if value < low else f"at most {most}"
+            limit = limit if value == value else f"a number from {low} to {most}"
             raise ConfigError(f"config.{field} = {value!r} must be {limit}.")
     for field, words in _WORDS.items():
         if values[field] not in words:

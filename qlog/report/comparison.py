@@ -240,12 +240,13 @@ def _by_setting(alike: Sequence[Group]) -> str:
 
 def _one_by_setting(shown: Sequence[Group], numbers: Sequence[_Numbers], what: str) -> list[str]:
     """A table for each accuracy."""
-    parts = []
+    settings, parts = {group.setting for group in shown}, []
     for name in dict.fromkeys(name for each in numbers for name in each):
         rows: dict[str, dict[str, str]] = {}
         for group, each in zip(shown, numbers, strict=True):
             row = rows.setdefault(group.method, {"method": group.method})
-            row[group.setting or name] = _over_seeds(each[name]) if name in each else "-"
+            column = group.setting or (name if len(settings) == 1 else "else")
+            row[column] = _over_seeds(each[name]) if name in each else "-"
         parts.append(f"**{name}**{what}\n\n{markdown(list(rows.values()))}")
     return parts
 

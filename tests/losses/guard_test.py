@@ -43,8 +43,8 @@ def test_the_fallback_has_the_word_from_the_drop_until_log_p_is_back():
         alone, _ = losses.coefficients(
             transform, scores(log_ps[step]), transform.init(scores(0.0)), key=key
         )
-        np.testing.assert_allclose(given[step].score, alone.score, rtol=1e-6)
-        np.testing.assert_allclose(given[step].path, alone.path, rtol=1e-6)
+        np.testing.assert_allclose(given[step].score, alone.score, rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(given[step].path, alone.path, rtol=1e-5, atol=1e-8)
 
 
 def test_one_batch_is_no_drop():
@@ -91,7 +91,7 @@ def test_devices_agree_on_the_whole_batch():
     halves, their = on_devices(split(good), split(mixed))
     assert float(measured["guard"]) == 1
     np.testing.assert_array_equal(their["guard"], [1, 1])
-    np.testing.assert_allclose(their["guard_drop"], measured["guard_drop"], rtol=1e-6)
+    np.testing.assert_allclose(their["guard_drop"], measured["guard_drop"], rtol=1e-5, atol=1e-8)
     np.testing.assert_allclose(halves.score.reshape(4, 8), whole.score, rtol=1e-5, atol=1e-8)
 
 

@@ -53,11 +53,12 @@ def test_runs_of_two_seeds_are_one_line_and_one_curve(tmp_path, capsys):
     several_runs.run(config, tmp_path, jax.devices()[:1])
     report = (tmp_path / "report.md").read_text()
     first = report.partition("**p@4**")[0]
-    assert "| method | from warm | from warm, data.world.wrong=0.2 |" in first
+    assert "| method | data.world.wrong=0.2 | else |" in first
     assert "| grpo | " in first and "| garl(q=0.75) | " in first and first.count("±") == 4
+    assert "**p@1** of the last step" in report
     assert "| warm_grpo_0 |" in report.partition("## Every run")[2]
     for name in ("figure3", "figure4", "escape"):
-        assert (tmp_path / f"{name}-multihop-cold-from_warm.svg").exists()
-        assert (tmp_path / f"{name}-multihop-cold-from_warm_data.world.wrong_0.2.png").exists()
+        assert (tmp_path / f"{name}-multihop-cold.svg").exists()
+        assert (tmp_path / f"{name}-multihop-cold-data.world.wrong_0.2.png").exists()
     assert json.loads((tmp_path / "warm_grpo_0" / "final.json").read_text())["split"] == "test"
     assert "**m@4**" in capsys.readouterr().out
