@@ -141,7 +141,7 @@ def draw(panels: Sequence[Panel]) -> dict[str, bytes]:
         pictures = {}
         for kind, metadata in (("svg", {"Date": None}), ("png", None)):
             picture = io.BytesIO()
-            figure.savefig(picture, format=kind, dpi=130, bbox_inches="tight", metadata=metadata)
+            figure.savefig(picture, format=kind, dpi=100, bbox_inches="tight", metadata=metadata)
             pictures[kind] = picture.getvalue()
         pyplot.close(figure)
     return pictures
