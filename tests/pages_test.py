@@ -9,6 +9,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "BUILD.md",
     ROOT / "launch/README.md",
+    ROOT / "qlog/report/RESULTS.md",
     *sorted((ROOT / "qlog").rglob("README.md")),
 ]
 _LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")

@@ -28,7 +28,7 @@ from places import ROOT
 from qlog.config import command_line
 
 PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("README.md"))]
-DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", *PAGES]
+DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", "qlog/report/RESULTS.md", *PAGES]
 CLOUD = ("gcloud", "kubectl", "sbatch", "scontrol", "gcluster", "xpk", "docker", "sky")
 PROGRAMS = {*CLOUD, "python", "python3", "pip", "uv", "source", "squeue", "scancel", "srun", "hf"}
 
@@ -46,6 +46,7 @@ NOT_RUN = {
     "launch/tpu_vm keep": "ends with a run, in tests/launch/runs_test.py; its dry run is checked",
     "launch/stage": "downloads weights and data; its dry run is checked",
     "python -m qlog.report": "reads runs that are not there; tests/report runs it",
+    "python -m qlog.main --config=configs/miniature.py": "87 runs; tests/report runs some of them",
     "launch/sweep": "tests/launch/sweep_test.py runs it; its first run is started as it prints it",
 }
 # Words that stand for something of the reader's own.

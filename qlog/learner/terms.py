@@ -1,7 +1,5 @@
 """The two terms of a gradient, measured apart: the score term and the pathwise term."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,7 +33,7 @@ def measure_terms(
     return _norms(grads, score)
 
 
-@functools.partial(jax.jit, donate_argnames=("score",))
+@jax.jit
 def _norms(grads: models.Params, score: models.Params) -> TermNorms:
     path = jax.tree.map(jnp.subtract, grads, score)
     score_norm, path_norm = optax.tree.norm(score), optax.tree.norm(path)

@@ -234,7 +234,8 @@ def _by_setting(alike: Sequence[Group]) -> str:
     parts = _one_by_setting(shown, [_results(group)[1] for group in shown], "")
     if any(run.final is not None for group in shown for run in group.runs):
         last = [_last(group) for group in shown]
-        parts += _one_by_setting(shown, last, " of the last step, on the split that chooses")
+        split = shown[0].runs[0].config["evaluation"].get("split")
+        parts += _one_by_setting(shown, last, f" of the last step, {split}")
     return "\n\n".join(parts) or markdown([])
 
 
