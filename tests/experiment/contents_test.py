@@ -101,7 +101,7 @@ def own(folder, records, **changes):
         (folder / f"{split}.jsonl").write_text(text)
     data_fixtures.write_spec(folder, data_fixtures.byte_level_spec())
     tree = {
-        "architecture": {"vocab_size": 272},
+        "architecture": {**tiny.config().architecture, "vocab_size": 272},
         "tokenizer": {"path": str(folder / "tokenizer.json")},
         "data": {"name": "jsonl", "files": files, "world": {}, "style": "cold"},
         "evaluation": {"every": 1, "prompts": 2, "prompts_per_batch": 1},

@@ -38,6 +38,26 @@ def test_a_run_that_lacks_a_column_has_a_dash_there(tmp_path, capsys):
     assert "plain" in (tmp_path / "report.html").read_text()
 
 
+def test_runs_of_several_seeds_are_a_table_of_methods_by_setting(tmp_path, capsys):
+    names = []
+    for method in ("garl,q=0.75", "grpo"):
+        for rate in (1e-6, 1e-5):
+            for seed in (0, 1):
+                config = made.paper_config("finqa", f"cold,{method}", seed)
+                config.optimizer.learning_rate = rate
+                names.append(f"{method[:4]}_{rate:.0e}_{seed}")
+                made.finished(tmp_path / names[-1], config, 0.5, curve=[0.0, 0.1, 0.3])
+    comparison.write(paths.Path(tmp_path), names)
+    report = (tmp_path / "report.md").read_text()
+    first = report.partition("**p@16**")[0].splitlines()
+    assert first[2] == "| method | optimizer.learning_rate=1e-06 | optimizer.learning_rate=1e-05 |"
+    assert [line.split("|")[1].strip() for line in first[4:6]] == ["garl(q=0.75)", "grpo"]
+    assert all(line.count("±") == 2 for line in first[4:6])
+    assert "## Every run" in report and "**p@1**" in capsys.readouterr().out
+    for rate in ("1e-06", "1e-05"):
+        assert (tmp_path / f"figure3-finqa-cold-optimizer.learning_rate_{rate}.svg").exists()
+
+
 def test_the_command_writes_tables_figures_and_a_page(tmp_path, capsys):
     for seed in (0, 1):
         config = made.paper_config("finqa", "cold,garl,q=0.75", seed)

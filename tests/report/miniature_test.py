@@ -39,6 +39,7 @@ def test_the_other_studies_change_what_they_say():
     assert longer["updates4_garl_q075_0"].train.updates_per_batch == 4
 
 
+@pytest.mark.slow
 def test_runs_of_two_seeds_are_one_line_and_one_curve(tmp_path, capsys):
     config = miniature.get_config("seeds=2")
     methods = ("grpo", "garl_q075")
