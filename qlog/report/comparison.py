@@ -118,7 +118,7 @@ def _figures(alike: Sequence[Group]) -> _Files:
         if group.setting in shared:
             words.append(group.setting)
             group = group._replace(label=group.method)  # the file's name says the rest
-        name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words)
+        name = "-".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
         apart.setdefault(name, []).append(group)
     files: _Files = {}
     for name, mine in apart.items():
