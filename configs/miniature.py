@@ -95,7 +95,7 @@ def _collapse(config: ConfigDict) -> dict[str, Any]:
             f"garl_{name}_no_path": loss("garl", q=q, pathwise=False),
             f"garl_{name}_no_score": loss("garl", q=q, score=False),
             f"guarded_{name}": loss("guarded_garl", q=q),
-            f"guarded_{name}_no_path": loss(losses.Recipe(guarded_score_only, min_rollouts=2), q=q),
+            f"guarded_{name}_no_path": loss(losses.Recipe(guarded_score_only), q=q),
         }
     return {
         f"rate{rate:.0e}_{name}": {

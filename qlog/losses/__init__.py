@@ -72,6 +72,7 @@ from qlog.losses.recipes import (
     build,
     estimator,
     label,
+    shared_arguments,
     takes_any,
 )
 from qlog.losses.resampling import RESAMPLING, resample_posterior
@@ -227,6 +228,7 @@ __all__ = [
     "schedule",
     "scheduled",
     "sft",
+    "shared_arguments",
     "star",
     "stateful",
     "stateless",

@@ -474,6 +474,11 @@ def arguments(loss: Loss) -> dict[str, Any]:
     return {name: value for name, value in found if value is not inspect.Parameter.empty}
 
 
+def shared_arguments() -> dict[str, Any]:
+    """Arguments that many recipes have, whatever their transform is, with their defaults."""
+    return {**SCHEDULE, "normalize": True, **NORMALIZATION, **PENALTY, **IMPORTANCE}
+
+
 def takes_any(loss: Loss) -> bool:
     """Whether it is a function with **arguments.
 

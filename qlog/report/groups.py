@@ -54,21 +54,15 @@ def defaults() -> dict[str, Any]:
 def loss_fields(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(the recipe's default, value) of each argument of the loss, by 'loss.q' and the like."""
     arguments = dict(config["loss"])
-    try:
-        usual = losses.arguments(str(arguments.get("name")))
-    except ValueError:  # a function of the user's
-        usual = {}
+    usual, _ = _usual(arguments)
     return {f"loss.{key}": (usual.get(key), value) for key, value in arguments.items()}
 
 
 def method(config: Mapping[str, Any]) -> str:
     """The loss as a call, such as garl(q=0.75): q always, else what differs from its defaults."""
     arguments = dict(config["loss"])
+    usual, _ = _usual(arguments)
     name = str(arguments.pop("name", "?"))
-    try:
-        usual = losses.arguments(name)
-    except ValueError:  # a function of the user's, of which config.json has the name only
-        usual = {}
     words = [f"{k}={v}" for k, v in arguments.items() if k == "q" or v != usual.get(k)]
     return f"{name}({', '.join(words)})" if words else name
 
@@ -76,11 +70,21 @@ def method(config: Mapping[str, Any]) -> str:
 def is_plain(config: Mapping[str, Any]) -> bool:
     """Whether the loss has all its defaults besides q."""
     arguments = dict(config["loss"])
+    usual, is_known = _usual(arguments)
+    arguments.pop("name", None)
+    return is_known and all(k == "q" or v == usual.get(k) for k, v in arguments.items())
+
+
+def _usual(section: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The defaults of a loss's arguments, and whether they are those of a recipe with a name.
+
+    Of an object or a function config.json has the text only: then the defaults are those that all
+    recipes have in common.
+    """
     try:
-        usual = losses.arguments(str(arguments.pop("name", "?")))
+        return losses.arguments(str(section.get("name"))), True
     except ValueError:
-        return False
-    return all(k == "q" or v == usual.get(k) for k, v in arguments.items())
+        return losses.shared_arguments(), False
 
 
 def numbers(config: Mapping[str, Any], depth: int = _DEPTH) -> dict[str, Any]:
