@@ -143,8 +143,10 @@ def _variants(chosen: dict[str, Any]) -> dict[str, Variant]:
         try:
             numbers = [int(number) for number in value.split("+")]
         except ValueError:
-            raise ConfigError(f"variant seeds={value!r}: write seeds=3 or seeds=0+4.") from None
+            numbers = [-1]
         chosen["seeds"] = numbers if "+" in value else range(numbers[0])
+        if min(numbers) < 0 or not chosen["seeds"]:
+            raise ConfigError(f"variant seeds={value!r}: write seeds=3 or seeds=0+4.")
 
     def study(runs: Callable[[ConfigDict], dict[str, Any]]) -> Variant:
         def variant(config: ConfigDict, value: str) -> None:

@@ -244,12 +244,12 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
 
 def _notice_other_prompts(experiment: Experiment, path: Path) -> None:
     """Says so where prompts are not written as those that the checkpoint was trained on."""
-    _, identity = distributed.once_per_run(lambda: checkpoints.made_of(path))
-    before, now = identity.get("tokenizer"), experiment.formatter and experiment.formatter.digest
+    before = distributed.once_per_run(lambda: checkpoints.made_of(path)[1].get("tokenizer", ""))
+    now = experiment.formatter and experiment.formatter.digest
     if before and before != now:
         say(
             "NOTE: the checkpoint was trained on prompts of another tokenizer, chat template or "
-            f"data.style ({before}, not {now}): numbers are of what this config writes."
+            f"data.style ({before}, not {now}); this command writes them as its config says."
         )
 
 

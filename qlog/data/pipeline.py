@@ -405,7 +405,8 @@ def _uids(ids: Sequence[str]) -> np.ndarray:
     for place, example_id in enumerate(ids):
         uid = zlib.crc32(example_id.encode())
         occurrence = seen[example_id]
-        uids[place] = zlib.crc32(b"%d" % occurrence, uid) if occurrence else uid
+        # (The zero: a crc goes on as the crc of a longer text, and ids may end with a number.)
+        uids[place] = zlib.crc32(b"\0%d" % occurrence, uid) if occurrence else uid
         seen[example_id] += 1
     return uids
 

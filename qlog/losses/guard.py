@@ -38,12 +38,12 @@ def guarded(
 ) -> LossTransform:
     """`watched`, and `fallback` while the batches' log P is `drop` nats below its best.
 
-    log P is the mean over groups of log wbar, averaged over steps with `decay` (debiased). Since
-    each step has other prompts, that average wavers: its standard error e is estimated from what
-    one batch differs from the next. The drop is from the highest (average - 3 e) so far to the
-    present (average + 3 e), so that neither a lucky batch before nor an unlucky one now counts.
-    Above `drop` nats the fallback gives the coefficients, until half of that is made up. Both
-    transforms see every batch, so that a state of theirs goes on.
+    log P is the mean of log wbar over the groups that have a weight, averaged over steps with
+    `decay` (debiased). Since each step has other prompts, that average wavers: its standard error e
+    is estimated from what one batch differs from the next. The drop is from the highest
+    (average - 3 e) so far to the present (average + 3 e), so that neither a lucky batch before nor
+    an unlucky one now counts. Above `drop` nats the fallback gives the coefficients, until half of
+    that is made up. Both transforms see every batch, so that a state of theirs goes on.
 
     Measured, float32 scalars:
       guard: 1 while the fallback has the word.
@@ -73,6 +73,10 @@ def guarded(
     def update_both(coefficients, state: GuardState, scores: Scores, *, key=None, axis_name=None):
         # ---- Has log P dropped? ----
         log_p = _batch_log_p(scores, axis_name)
+        # A batch that tells nothing changes nothing: neither a NaN may stay in the averages, nor a
+        # single answer of probability 0, a thousand nats away, hide the falls of the next steps.
+        is_told = jnp.isfinite(log_p)
+        log_p = jnp.where(is_told, log_p, state.last)
         count = cast(jax.Array, optax.safe_increment(state.count))
         average = decay * state.average + (1 - decay) * log_p
         now = average / (1 - jnp.float32(decay) ** count)
@@ -96,17 +100,22 @@ def guarded(
         other, fallback_state = update(
             fallback, coefficients, state.fallback, scores, key=key, axis_name=axis_name
         )
-        chosen = jax.tree.map(lambda a, b: jnp.where(is_on, a, b), other, mine)
         measured = Measured({"guard": is_on.astype(jnp.float32), "guard_drop": lost})
-        return chosen, GuardState(
+        seen = GuardState(
             count, average, log_p, variance, best, is_on, watched_state, fallback_state, measured
         )
+        before = state._replace(watched=watched_state, fallback=fallback_state)
+        after = jax.tree.map(lambda a, b: jnp.where(is_told, a, b), seen, before)
+        chosen = jax.tree.map(lambda a, b: jnp.where(after.is_on, a, b), other, mine)
+        return chosen, after
 
     return stateful(init, update_both)
 
 
 def _batch_log_p(scores: Scores, axis_name: AxisName) -> jax.Array:
-    """Mean over the batch's groups of log wbar, in nats; one without any weight counts as -1e4."""
+    """Mean of log wbar over the batch's groups that have a weight, in nats; NaN where none has."""
     log_mean = group_stats.log_mean(group_stats.log_likelihood(scores), scores)[:, 0]
-    bounded = jnp.maximum(log_mean, group_stats.LEAST_RATIO)
-    return group_stats.batch_mean(bounded, jnp.any(scores.is_valid, 1), axis_name)
+    alive = jnp.any(scores.is_valid, 1) & jnp.isfinite(log_mean)
+    number = group_stats.batch_sum(alive.astype(jnp.float32), axis_name)
+    mean = group_stats.batch_mean(log_mean, alive, axis_name)
+    return jnp.where(number > 0, mean, jnp.nan)

@@ -138,7 +138,7 @@ def from_perplexity_ranks(efficiency: float = 1.0) -> LossTransform:
         log_weights, valid = scores.require("log_w", by), scores.is_valid
         answer = jnp.sum(scores.require("gold_mask", by), -1)  # [B, M]
         length = jnp.maximum(scores.require("num_tokens", by) - answer, 1).astype(jnp.float32)
-        value = jnp.maximum(log_weights, group_stats.LEAST) / jnp.maximum(1, 1 + jnp.log10(length))
+        value = log_weights / jnp.maximum(1, 1 + jnp.log10(length))  # -inf for any length
         # [B, M, M]: what the rollout of axis 1 is, compared with that of axis 2.
         each, other = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
         is_pair = each(valid) & other(valid)

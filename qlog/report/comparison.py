@@ -3,6 +3,7 @@
 import collections
 import math
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +120,8 @@ def _figures(alike: Sequence[Group]) -> _Files:
             words.append(group.setting)
             group = group._replace(label=group.method)  # the file's name says the rest
         name = "-".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
+        if len(name) > 100:  # file names end at 255 bytes
+            name = f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
         apart.setdefault(name, []).append(group)
     files: _Files = {}
     for name, mine in apart.items():
@@ -227,16 +230,37 @@ def _numbers(results: Sequence[dict[str, Any]]) -> _Numbers:
 
 def _by_setting(alike: Sequence[Group]) -> str:
     """Markdown: for each accuracy a table, with a row per method and a column per setting."""
-    settings = list(dict.fromkeys(group.setting for group in alike))
-    # What one method has alone, such as the runs that others begin from, is no column.
-    settings = [each for each in settings if sum(g.setting == each for g in alike) > 1]
-    shown = [group for group in alike if group.setting in settings]
+    # Runs that others begin from, with a setting that no other method has, are no column.
+    begun = {str(run.config.get("init_from") or "").rstrip("/") for g in alike for run in g.runs}
+    number = collections.Counter(group.setting for group in alike)
+    shown = [
+        group
+        for group in alike
+        if number[group.setting] > 1 or not any(str(run.folder) in begun for run in group.runs)
+    ]
     parts = _one_by_setting(shown, [_results(group)[1] for group in shown], "")
     if any(run.final is not None for group in shown for run in group.runs):
         last = [_last(group) for group in shown]
         split = shown[0].runs[0].config["evaluation"].get("split")
         parts += _one_by_setting(shown, last, f" of the last step, {split}")
-    return "\n\n".join(parts) or markdown([])
+    return "\n\n".join([*parts, *_unlike(shown)]) or markdown([])
+
+
+def _unlike(shown: Sequence[Group]) -> list[str]:
+    """What differs between methods that stand in one column, besides their losses."""
+    notes = []
+    for setting in dict.fromkeys(group.setting for group in shown):
+        column = [group for group in shown if group.setting == setting]
+        fields = [groups.flat(groups.numbers(group.runs[0].config)) for group in column]
+        for name in dict.fromkeys(name for each in fields for name in each):
+            values = [each.get(name) for each in fields]
+            if any(value != values[0] for value in values) and not name.startswith("loss."):
+                each = "; ".join(
+                    f"{group.method} {'another' if name == 'init_from' else value}"
+                    for group, value in zip(column, values, strict=True)
+                )
+                notes.append(f"In the column {setting or 'else'} {name} differs: {each}.")
+    return notes
 
 
 def _one_by_setting(shown: Sequence[Group], numbers: Sequence[_Numbers], what: str) -> list[str]:

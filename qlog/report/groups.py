@@ -141,11 +141,11 @@ def _settings(
     methods: Sequence[str], depends: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Run]]
 ) -> list[str]:
     """For each group the fields that tell it from those of the same method; '' for the only one."""
-    flat = [_flat(each) for each in depends]
+    flattened = [flat(each) for each in depends]
     settings = []
     for index, name in enumerate(methods):
         # Fields in which the groups of the same method differ from each other.
-        same = [flat[i] for i, other in enumerate(methods) if other == name]
+        same = [flattened[i] for i, other in enumerate(methods) if other == name]
         telling = [
             field
             for field in dict.fromkeys(key for each in same for key in each)
@@ -153,9 +153,9 @@ def _settings(
         ]
         # An argument that a group does not have tells it by the others, which have it.
         words = [
-            f"{field}={_short(flat[index][field])}"
+            f"{field}={_short(flattened[index][field])}"
             for field in telling
-            if field in flat[index] and field != "init_from"
+            if field in flattened[index] and field != "init_from"
         ]
         if "init_from" in telling:  # a whole config: the name of the folder says it
             words.insert(0, "from " + _common_name(groups[index]))
@@ -170,7 +170,7 @@ def _settings(
     ]
 
 
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields with the arguments of sections such as data.world as fields of their own."""
     found = {}
     for name, value in fields.items():

@@ -198,8 +198,8 @@ def made_of(folder: Path) -> tuple[dict, dict]:
 
 
 def _made_of(metadata: Any) -> tuple[dict, dict]:
-    about = metadata.custom_metadata
-    return about["config"], about.get("identity", {})
+    about = metadata.custom_metadata or {}
+    return about.get("config", {}), about.get("identity", {})
 
 
 def load_params(

@@ -254,11 +254,11 @@ class _Lines(NamedTuple):
     damaged: list[tuple[int, str]]  # number of the line, from 1, and its text
 
 
-def _read(path: paths.Path, *, with_step: bool = False) -> _Lines:
+def _read(path: paths.Path, needs: Sequence[str] = ()) -> _Lines:
     """The lines of a file or a segment.
 
     Args:
-      with_step: whether an object without a step counts as damaged.
+      needs: what an object without counts as damaged: "step", a whole number, or another name.
     """
     objects, damaged = [], []
     # Bytes that are no UTF-8 stay what they are when they are written again.
@@ -269,11 +269,12 @@ def _read(path: paths.Path, *, with_step: bool = False) -> _Lines:
             continue
         try:
             value = json.loads(line)
-            line.encode()  # surrogates are bytes that were no UTF-8
+            json_lines.line(value).encode()  # surrogates, such as bytes that were no UTF-8
         except (ValueError, RecursionError):
             value = None
-        is_step = isinstance(value, dict) and type(value.get("step")) is int
-        if isinstance(value, dict) and (is_step or not with_step):
+        if isinstance(value, dict) and all(
+            type(value.get(name)) is int if name == "step" else name in value for name in needs
+        ):
             objects.append(value)
         elif number <= whole.count("\n"):  # else a crash has cut it short
             damaged.append((number, line))
@@ -307,7 +308,7 @@ def _keep_before(log: paths.Path, file: paths.Path, step: int) -> list[dict[str,
     Args:
       log: metrics.jsonl and the like, next to which damaged lines are set aside.
     """
-    lines = _read(file, with_step=True)
+    lines = _read(file, ("step", "phase") if log.name == METRICS else ("step",))
     kept = [line for line in lines.objects if line["step"] < step]
     if lines.damaged:
         aside = log.with_name(f"{log.name}.damaged")
@@ -316,7 +317,7 @@ def _keep_before(log: paths.Path, file: paths.Path, step: int) -> list[dict[str,
         paths.write(aside, text.encode(errors="surrogateescape"))
         numbers = ", ".join(str(number) for number, _ in lines.damaged[:5])
         more = " and more" if len(lines.damaged) > 5 else ""
-        say(f"{file}: no objects with a step in line {numbers}{more}: set aside in {aside.name}")
+        say(f"{file}: no events in line {numbers}{more}: set aside in {aside.name}")
     if not paths.is_remote(file) or lines.damaged or len(kept) < len(lines.objects):
         paths.write(file, "".join(map(json_lines.line, kept)))
     return kept

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qlog import losses
 
@@ -60,12 +61,21 @@ def test_batches_that_waver_are_no_drop():
     assert np.mean(play(losses.guarded(WATCHED, FALLBACK, drop=2.0), falling)[0][100:]) == 1
 
 
-def test_batches_without_any_weight_are_a_drop_and_no_nan():
-    log_ps = [-1.0] * 10 + [-np.inf] * 10
-    words, given, state = play(losses.guarded(WATCHED, FALLBACK), log_ps)
-    assert not any(words[:10]) and words[-1]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(given))
-    assert not any(np.isnan(x).any() for x in jax.tree.leaves(state))
+@pytest.mark.parametrize("damage", [-jnp.inf, jnp.nan])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_groups_and_batches_that_tell_nothing_change_nothing(damage, groups):
+    step = jax.jit(functools.partial(losses.coefficients, losses.guarded(WATCHED, FALLBACK)))
+    state = losses.guarded(WATCHED, FALLBACK).init(scores(0.0))
+    words = []
+    for log_p in [-1.0] * 20 + [None] + [-1.0] * 10 + [-15.0] * 10:
+        given = scores(-1.0 if log_p is None else log_p)
+        if log_p is None:
+            given = losses.Scores(given.log_w.at[:groups].set(damage))
+        result, state = step(given, state, key=KEY)
+        words.append(bool(losses.measurements(state)["guard"]))
+        if log_p is not None:
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+    assert not any(words[:32]) and all(words[36:])
 
 
 def test_devices_agree_on_the_whole_batch():

@@ -441,12 +441,12 @@ def _ranks(log_w, lengths, efficiency):
 
 def test_equal_ones_share_their_rank_and_padding_has_none():
     scores = losses.Scores(
-        log_w=jnp.array([[-1.0, -2.0, -2.0, jnp.nan]]),
+        log_w=jnp.array([[-1.0, -jnp.inf, -jnp.inf, jnp.nan]]),
         valid=jnp.array([[True, True, True, False]]),
-        num_tokens=jnp.full((1, 4), 6, jnp.int32),
+        num_tokens=jnp.array([[6, 6, 600, 6]], jnp.int32),
         gold_log_probs=jnp.zeros((1, 4, 2)),
         gold_mask=jnp.ones((1, 4, 2), bool),
     )
-    transform = losses.from_perplexity_ranks()
+    transform = losses.from_perplexity_ranks(efficiency=0.0)
     got, _ = losses.coefficients(transform, scores, transform.init(scores))
     np.testing.assert_allclose(got.score, [[1 / 3, 0.5 / 3, 0.5 / 3, 0]], rtol=1e-6)

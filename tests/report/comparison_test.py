@@ -58,6 +58,34 @@ def test_runs_of_several_seeds_are_a_table_of_methods_by_setting(tmp_path, capsy
         assert (tmp_path / f"figure3-finqa-cold-optimizer.learning_rate_{rate}.svg").exists()
 
 
+def test_no_method_is_missing_and_unlike_ones_are_named(tmp_path):
+    names = []
+    for method, rates, size in (("garl,q=0.75", (1e-6,), 32), ("grpo", (1e-6, 1e-5), 64)):
+        for rate in rates:
+            for seed in (0, 1):
+                config = made.paper_config("finqa", f"cold,{method}", seed)
+                config.optimizer.learning_rate = rate
+                config.rollout.rollouts_per_prompt = size
+                names.append(f"{method[:4]}_{rate:.0e}_{seed}")
+                made.finished(tmp_path / names[-1], config, 0.5)
+    comparison.write(paths.Path(tmp_path), names)
+    report = (tmp_path / "report.md").read_text()
+    first = report.partition("**p@16**")[0]
+    assert "| garl(q=0.75) | " in first and "| grpo | " in first
+    comparison.write(paths.Path(tmp_path), names[2:])  # one method alone
+    assert "| grpo | " in (tmp_path / "report.md").read_text().partition("**p@16**")[0]
+    same = names[:2] + names[4:]
+    for name in same[2:]:
+        config = made.paper_config("finqa", "cold,grpo", int(name[-1]))
+        config.rollout.rollouts_per_prompt = 64
+        made.finished(tmp_path / name, config, 0.5)
+    comparison.write(paths.Path(tmp_path), same)
+    assert (
+        "In the column else rollout.rollouts_per_prompt differs: garl(q=0.75) 32; grpo 64."
+        in (tmp_path / "report.md").read_text()
+    )
+
+
 def test_the_command_writes_tables_figures_and_a_page(tmp_path, capsys):
     for seed in (0, 1):
         config = made.paper_config("finqa", "cold,garl,q=0.75", seed)

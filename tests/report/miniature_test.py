@@ -1,6 +1,7 @@
 """configs/miniature.py: what it runs, and a few of its runs, cut short, with their report."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -24,8 +25,9 @@ def test_the_miniature_has_every_method_in_every_setting():
         2,
         5,
     }
-    with pytest.raises(ConfigError, match="seeds='many': write seeds=3"):
-        miniature.get_config("seeds=many")
+    for wrong in ("many", "0", "-1", "1+-2", ""):
+        with pytest.raises(ConfigError, match=re.escape(f"seeds={wrong!r}: write seeds=3")):
+            miniature.get_config(f"seeds={wrong}")
 
 
 def test_the_other_studies_change_what_they_say():

@@ -17,6 +17,8 @@ DAMAGE = {
     "no step": b'{"phase": "train"}',
     "a step of text": b'{"step": "three"}',
     "no UTF-8": b'{"step": 3, "phase": "\xff\xfe"}',
+    "no phase": b'{"step": 3}',
+    "half a character": b'{"step": 3, "phase": "\\ud800"}',
     "deeply nested": b"[" * 100_000,
 }
 
@@ -34,14 +36,14 @@ def test_one_damaged_line_costs_no_other(damage, tmp_path, capsys):
     log = lines(range(3)) + DAMAGE[damage] + b"\n" + lines(range(4, 8))
     (tmp_path / "metrics.jsonl").write_bytes(log)
     expected = [0, 1, 2, 4, 5, 6, 7]
-    if damage not in ("no step", "a step of text"):
+    if damage not in ("no step", "no phase", "a step of text"):
         assert steps(tmp_path) == expected
     with RunLog(tmp_path, 6, tiny.config()) as run_log:
         run_log.scalars(6, "train", {"loss": 1.0})
     assert steps(tmp_path) == [0, 1, 2, 4, 5, 6]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == DAMAGE[damage] + b"\n"
     said = capsys.readouterr().out.replace("\n", "")
-    assert "metrics.jsonl: no objects with a step in line 4" in said
+    assert "metrics.jsonl: no events in line 4" in said
     RunLog(tmp_path, 6, tiny.config()).close()  # once only
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == DAMAGE[damage] + b"\n"
 
