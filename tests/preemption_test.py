@@ -100,7 +100,7 @@ def _params(*usual):
     return [pytest.param(n, marks=[] if n in usual else pytest.mark.slow) for n in POINTS]
 
 
-@pytest.mark.parametrize("name", _params("mid-decode", "mid-gradient", "mid-save"))
+@pytest.mark.parametrize("name", _params("mid-decode", "mid-save"))
 def test_a_signal_is_noticed_saves_and_loses_nothing(name, uninterrupted, cache, tmp_path):
     point, nth, step = POINTS[name]
     # A second one changes nothing: systemd, SLURM and shells send several.

@@ -407,6 +407,7 @@ def run(command, environment, status=0) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_readmes_command_starts_from_a_staged_bucket(google, tmp_path):
     """Two processes, nothing but QLOG_ASSETS set, no Hub, no data server."""
     make_model(tmp_path / "here/models/Qwen/Qwen3-0.6B")
