@@ -206,6 +206,7 @@ def learn(
                     objective,
                     experiment.microbatch,
                     grads,
+                    before_each=interrupts and interrupts.check,  # nothing is updated yet
                 )
             state, update = apply_update(
                 state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh

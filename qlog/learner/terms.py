@@ -1,5 +1,7 @@
 """The two terms of a gradient, measured apart: the score term and the pathwise term."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +19,7 @@ def measure_terms(
     objective: Objective,
     microbatch: Microbatch,
     grads: models.Params,
+    before_each: Callable[[], None] | None = None,
 ) -> TermNorms:
     """Norms of the two parts of `grads`, by a second backward pass with the path coefficient 0.
 
@@ -25,10 +28,16 @@ def measure_terms(
 
     Args:
       grads: what `batch_gradient` returned for the same arguments.
+      before_each: as `batch_gradient` takes it.
     """
     without_path = batch.coefficients._replace(path=jnp.zeros_like(batch.coefficients.path))
     score, _ = batch_gradient(
-        params, policy, batch._replace(coefficients=without_path), objective, microbatch
+        params,
+        policy,
+        batch._replace(coefficients=without_path),
+        objective,
+        microbatch,
+        before_each,
     )
     return _norms(grads, score)
 

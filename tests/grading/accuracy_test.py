@@ -299,3 +299,11 @@ def test_an_evaluation_of_real_size():
         votes.append(winner == row["id"])
     assert summary["m@16"] == pytest.approx(np.mean(votes))
     assert summary["m@16/high"] - summary["m@16/low"] < 0.07
+
+
+def test_different_answers_are_told_apart_as_votes_do():
+    rows = [
+        {"id": "a", "golds": ["x"], "answers": ["Kim", "kim.", "bob", "eve"]},  # three of four
+        {"id": "b", "golds": ["x"], "answers": ["bob"] * 4},
+    ]
+    assert accuracy.summarise(rows)["answer/distinct"] == pytest.approx((3 / 4 + 1 / 4) / 2)
