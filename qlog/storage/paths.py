@@ -251,6 +251,15 @@ def remove(path: Path) -> None:
         pass
 
 
+def move(source: Path, target: Path) -> None:
+    """Renames a folder; in a bucket the store copies each object and then removes it."""
+    if is_remote(source):
+        system, where = file_system(source)
+        retried(lambda: system.mv(where, file_system(target)[1], recursive=True))
+    else:
+        os.rename(source, target)
+
+
 # ---- May this user write there? ----
 
 
