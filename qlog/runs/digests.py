@@ -96,7 +96,9 @@ def _plan(folder: Path, items: Sequence[str]) -> dict[str, Any]:
     """{"fault": what sizes tell, "files": [[name, digest], ...] whose content is to be read}."""
     try:
         known = _read(folder)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        if paths.is_remote(folder) and paths.passes(error):
+            raise
         return {"fault": f"{FILE} cannot be read", "files": []}
     if known is None:
         return {"fault": "", "files": []}
