@@ -107,6 +107,11 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return distributed.broadcast(newest and newest.step)
 
+    @property
+    def num_kept(self) -> int:
+        """How many checkpoints there are now."""
+        return len(self._checkpointer.checkpoints)
+
     # ---- Saving ----
 
     def save(

@@ -20,7 +20,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -163,7 +163,7 @@ def _sizes(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
 def _objects(folder: Path) -> dict[str, tuple[int, str]]:
     """{name: (bytes, the bucket's own checksum; '' without)} of all objects in a folder."""
     system, where = paths.file_system(folder)
-    found: Mapping[str, Any] = paths.retried(lambda: system.find(where, detail=True))
+    found = cast(dict[str, Any], paths.retried(lambda: system.find(where, detail=True)))
     named = {name[len(where) :].lstrip("/"): about for name, about in found.items()}
     return {
         name: (int(about["size"]), str(about.get("crc32c") or about.get("md5Hash") or ""))
