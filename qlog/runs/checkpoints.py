@@ -21,6 +21,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -191,11 +192,16 @@ class Checkpoints:
         except Exception as error:
             # A later call would raise it again.
             self._response = None
+            if not paths.is_remote(self._steps) and not self._steps.is_dir():
+                raise PassingError(
+                    f"{self._steps} is gone (moved, deleted or unmounted): put it back; the same "
+                    "command goes on from its newest checkpoint."
+                ) from error
             whole = [step for step in _steps(self._steps) if step != self._saving]
             rest = f"step {whole[-1]} is the newest whole one" if whole else "there is no other"
             raise PassingError(
                 f"{self._steps}: the checkpoint of step {self._saving} could not be written "
-                f"({summary(error)}), {rest}: make room or mend the disk; the same command goes on."
+                f"({_reason(error)}), {rest}: make room or mend the disk; the same command goes on."
             ) from error
 
     def score(self, step: int, value: float, what: str) -> None:
@@ -318,6 +324,14 @@ class Checkpoints:
           PassingError: as `wait` does.
         """
         self._orbax(self._checkpointer.close)
+
+
+def _reason(error: Exception) -> str:
+    """Why a write failed, in the words of the operating system if the error has its number."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"os_error_code='(\d+)'", str(error))):
+        number = int(found[1])  # in a text of TensorStore
+    return os.strerror(number) if number else summary(error)
 
 
 @dataclasses.dataclass

@@ -43,6 +43,7 @@ FILE = "owner.json"
 _PROOF = ".proof_"
 _SEEN_WITHIN = 5.0  # seconds; NFS may remember for a while that a file was not there
 _Owner = dict[str, Any]  # what owner.json holds; {} where there is no file
+_held: set[str] = set()  # the owners that are claims of this process now
 
 
 class Claim:
@@ -67,6 +68,7 @@ class Claim:
         self._file, self._me = file, me
         self._lost, self._ended = threading.Event(), threading.Event()
         self._is_failing = False
+        _held.add(me["owner"])
         if file is not None:
             self._thread = threading.Thread(
                 target=self._keep, args=(file,), name="owner", daemon=True
@@ -110,6 +112,7 @@ class Claim:
         Args:
           error: what ended the run, if it did not come to its end.
         """
+        _held.discard(self._me["owner"])
         if self._file is None or self._ended.is_set():
             return
         self._ended.set()
@@ -363,7 +366,10 @@ def _lives(owner: _Owner) -> bool:
     except OSError:  # there, but another user's
         pass
     # Ids are used again: a process that started at another moment is another one.
-    return _process_started(owner["pid"]) == owner.get("process")
+    if _process_started(owner["pid"]) != owner.get("process"):
+        return False
+    # A claim of this process may have ended without a word in the file, on a full disk.
+    return owner["pid"] != os.getpid() or owner.get("owner") in _held
 
 
 def _process_started(pid: int) -> str | None:
