@@ -166,6 +166,23 @@ def test_signals_while_a_run_finishes_wait_for_its_end(uninterrupted, cache, tmp
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize(
+    "point",
+    ["closing", *(pytest.param(p, marks=pytest.mark.slow) for p in ("gradient", "finished"))],
+)
+def test_a_signal_at_the_end_of_a_run_stops_the_sweep(point, cache, tmp_path):
+    """In its last step (of two microbatches), while it writes its results, and while it closes."""
+    nth = 2 * STEPS if point == "gradient" else 1
+    output = run(tmp_path, point, nth, cache=cache, RUNS="one two")
+    assert "stopped after run 1/2 one: the same command goes on" in output
+    assert not (tmp_path / "two").exists()
+    output = run(tmp_path, "never", cache=cache, RUNS="one two")
+    assert "stopped" not in output
+    for name in ("one", "two"):
+        assert json.loads((tmp_path / name / "results.json").read_text())["step"] == STEPS
+    assert (tmp_path / "report.md").exists()
+
+
 def test_an_interrupted_evaluate_says_so_by_its_status_and_goes_on(uninterrupted, cache, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(uninterrupted, workdir)

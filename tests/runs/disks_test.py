@@ -37,7 +37,8 @@ def disk(tmp_path):
     if not mount("-t", "tmpfs", "-o", "size=4m", "none", str(folder)):
         pytest.skip("this user may not mount")
     yield folder
-    subprocess.run(["umount", "-l", folder], check=False)
+    for place in (folder, folder.with_name("aside")):
+        subprocess.run(["umount", "-l", place], check=False, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,7 @@ def _log_replaced(disk):
     return act, (lambda: None), "metrics.jsonl is gone .*another file has taken its place"
 
 
+# Before the first save, during one, and with one behind.
 @pytest.mark.parametrize("step", [1, 2, 4])
 @pytest.mark.parametrize("fault", [_full, _unmounted, _moved, _log_replaced])
 def test_a_disk_that_fails_under_a_run(fault, step, disk, whole, monkeypatch):
