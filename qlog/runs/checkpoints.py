@@ -66,8 +66,10 @@ class Checkpoints:
         scores = distributed.once_per_run(lambda: _read_scores(self._folder))
         self.scores: Scores = {int(step): score for step, score in scores.items()}
         self._steps = place(self._folder, "--workdir") / "checkpoints"
-        # Tried now: Orbax would find out in the background, at the first save.
-        distributed.once_per_run(lambda: paths.probe(self._steps, "--workdir"))
+        # Tried now: Orbax would find out in the background, at the first save. (A bucket has no
+        # folders that could be closed; the workdir was tried when it was claimed.)
+        if not paths.is_remote(self._steps):
+            distributed.once_per_run(lambda: paths.probe(self._steps, "--workdir"))
         # Before Orbax looks: it would count, and in time delete, what is damaged.
         _set_aside_damaged(self._steps)
         _silence_orbax()

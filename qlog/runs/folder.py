@@ -57,7 +57,10 @@ def notice_room(workdir: Path, needed: int) -> None:
     free = shutil.disk_usage(workdir).free
     if free < needed:
         say(
-            f"NOTE: {workdir} has {free / 1e9:,.2f} GB free, and the run needs about "
-            f"{needed / 1e9:,.2f} GB for checkpoints and samples: make room, or lower "
-            "config.checkpoint.keep."
+            f"NOTE: {workdir} has {_size(free)} free, and the run needs about {_size(needed)} for "
+            "checkpoints and samples: make room, or lower config.checkpoint.keep."
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 10**8 else f"{num_bytes / 1e6:,.1f} MB"

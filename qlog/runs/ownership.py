@@ -320,7 +320,7 @@ def _look(file: paths.Path) -> _Owner:
         found = json.loads(paths.read(file))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"beat": None}
     return found if isinstance(found, dict) else {"beat": None}
 
