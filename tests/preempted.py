@@ -3,14 +3,16 @@
     preempted.py WORKDIR POINT NTH SIGNALS [STEPS]
 
 POINT is where the NTH time (from 1) a signal comes: decode, gradient, evaluation, save, compile,
-weights (before the first step), finished, pruning, closing; or scoring (no signal: it is killed),
-stall (no signal: it stands still), never. SIGNALS are names, sent one after the other. MODE in the
-environment is qlog.main's --mode, FINAL is config.evaluation.final, RUNS are names of config.runs.
+weights (before the first step), finished, pruning, closing. Or, without a signal: scoring (it is
+killed), stall (it stands still), sealed (checkpoints/ becomes read-only), never. SIGNALS are names,
+sent one after the other. MODE in the environment is qlog.main's --mode, FINAL is
+config.evaluation.final, RUNS are names of config.runs.
 """
 
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -83,6 +85,11 @@ def sleep_for_long():
     time.sleep(3600)
 
 
+def seal():
+    if PROCESS == "0":
+        subprocess.run(["chattr", "+i", f"{WORKDIR}/checkpoints"], check=True)
+
+
 def main():
     gradient._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
     before(sampler, "decode", "decode")
@@ -94,6 +101,7 @@ def main():
     before(evaluation, "record", "finished")
     before(checkpoints.Checkpoints, "prune", "pruning")
     before(log.RunLog, "close", "closing")
+    before(checkpoints.Checkpoints, "save", "sealed", seal)
     before(checkpoints.Checkpoints, "score", "scoring", lambda: os._exit(9))  # killed outright
     before(evaluation, "_rows", "evaluation")  # after a batch was sampled
     if POINT == "save":

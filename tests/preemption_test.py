@@ -263,3 +263,23 @@ def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache,
     assert "[0] SIGTERM: saving" in output and "exit codes 0: 0, 1: 0" in output
     assert not list((tmp_path / "checkpoints").glob("*"))
     assert json.loads((tmp_path / "owner.json").read_text())["status"] == 0
+
+
+def test_a_save_that_fails_on_one_process_ends_all(cache, tmp_path):
+    """`chattr +i`, which binds root too. The others wait in a barrier for the one that failed."""
+    local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
+    (tmp_path / "checkpoints").mkdir()
+    seal = lambda flag: subprocess.run(
+        ["chattr", flag, tmp_path / "checkpoints"], check=False, capture_output=True
+    )
+    if seal("+i").returncode:
+        pytest.skip("this user or this file system has no chattr")
+    seal("-i")
+    try:
+        output = run(tmp_path, "sealed", 2, launcher=local, cache=cache, code=75)
+        assert "checkpoint of step 4 could not be written (Operation not permitted)" in output
+        assert "step 2 is the newest whole one" in output
+    finally:
+        seal("-i")
+    output = run(tmp_path, "never", launcher=local, cache=cache)
+    assert "resumed from step 2" in output

@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -80,6 +81,7 @@ class Checkpoints:
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._saving: int | None = None  # the step of the save that began last
         self._response: Any = None  # Orbax's, of that save
+        self._is_broken = False  # whether other processes wait for a part that will not come
         # (A function: Orbax copies its options deeply, and with a method the object it is of.)
         digesting = ocp.options.AsyncOptions(
             post_finalization_callback=lambda: self._write_digests()
@@ -168,8 +170,23 @@ class Checkpoints:
         Raises:
           PassingError: it has; the checkpoints before it are whole.
         """
-        if self._response is not None and not self.is_saving:
+        if self._response is None:
+            return
+        if not self.is_saving:
             self.wait()
+        elif (failure := self._failure_here()) is not None:
+            # Of several processes, those that did not fail wait in a barrier for this one, and so
+            # would Orbax here, for twenty minutes. This one ends, and that ends the others.
+            self._is_broken = True
+            self._orbax(lambda: _raise(failure))
+
+    def _failure_here(self) -> BaseException | None:
+        """What went wrong in this process's part of the save under way."""
+        # Orbax tells it only when all processes are done; nothing public has it before.
+        inside: Any = self._checkpointer
+        for name in ("_manager", "_checkpointer", "_async_manager", "_exception"):
+            inside = getattr(inside, name, None)
+        return inside
 
     @property
     def is_saving(self) -> bool:
@@ -182,6 +199,9 @@ class Checkpoints:
         Raises:
           PassingError: it could not be written; the checkpoints before it are whole.
         """
+        while jax.process_count() > 1 and self._response is not None and self.is_saving:
+            self.check()
+            time.sleep(0.05)
         self._orbax(self._checkpointer.wait)
         self._response = None
 
@@ -325,7 +345,15 @@ class Checkpoints:
         Raises:
           PassingError: as `wait` does.
         """
+        if self._is_broken:
+            return
+        if jax.process_count() > 1:
+            self.wait()
         self._orbax(self._checkpointer.close)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _reason(error: Exception) -> str:
