@@ -143,6 +143,7 @@ class Checkpoints:
 
         def start() -> None:
             self._saving = step
+            _failures.clear()
             self._response = self._checkpointer.save_checkpointables_async(
                 step, parts, custom_metadata=about
             )
@@ -174,19 +175,11 @@ class Checkpoints:
             return
         if not self.is_saving:
             self.wait()
-        elif (failure := self._failure_here()) is not None:
+        elif jax.process_count() > 1 and _failures:
             # Of several processes, those that did not fail wait in a barrier for this one, and so
             # would Orbax here, for twenty minutes. This one ends, and that ends the others.
             self._is_broken = True
-            self._orbax(lambda: _raise(failure))
-
-    def _failure_here(self) -> BaseException | None:
-        """What went wrong in this process's part of the save under way."""
-        # Orbax tells it only when all processes are done; nothing public has it before.
-        inside: Any = self._checkpointer
-        for name in ("_manager", "_checkpointer", "_async_manager", "_exception"):
-            inside = getattr(inside, name, None)
-        return inside
+            self._orbax(lambda: _raise(_failures[-1]))
 
     @property
     def is_saving(self) -> bool:
@@ -627,6 +620,11 @@ def _rename(folder: Path, step: int) -> str:
     return name
 
 
+# What went wrong in the background of the last save, in this process. Orbax tells the caller only
+# when all processes are done; before that it is in its log, and nowhere else.
+_failures: list[BaseException] = []
+
+
 def _silence_orbax() -> None:
     """Its errors reach us as exceptions too, so their tracebacks need not be on the screen."""
     logger = logging.getLogger("absl")
@@ -635,6 +633,9 @@ def _silence_orbax() -> None:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """A filter of log records; takes note of failed saves."""
+    if record.filename == "async_checkpointer.py" and record.exc_info and record.exc_info[1]:
+        _failures.append(record.exc_info[1])
     return "orbax" not in record.pathname
 
 
