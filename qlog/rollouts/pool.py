@@ -24,9 +24,9 @@ import numpy as np
 NO_ROLLOUT = int(np.iinfo(np.int32).max)
 
 # Each pool has so many of the last one's lanes. Rollouts that end at a constant rate then leave one
-# lane in seven without work. A step down costs a move of all caches, a pass that scores gold
+# lane in nine without work. A step down costs a move of all caches, a pass that scores gold
 # answers, and programs to compile, so there are few.
-_SHRINK = 3 / 4
+_SHRINK = 4 / 5
 # A level may have so many of the slots that it could have with one copy of each prompt: the rest of
 # the memory is for copies, with which blocks are small.
 _SLOTS = 1 / 2
