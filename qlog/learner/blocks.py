@@ -138,7 +138,7 @@ def _cheapest_parts(
     # are then nearly equal, and none of the places is empty. A larger T only cuts further.
     windows = -(-num_packs // settings.packs_at_once)  # [B]
     parts = np.minimum(windows, 1)
-    fewest = -(-int(parts.sum()) // settings.places)
+    fewest = max(1, -(-int(parts.sum()) // settings.places))
     average = windows.sum() * settings.packs_at_once / settings.places  # packs of a place at least
     largest = [(-int(windows[b]), int(b)) for b in np.flatnonzero(windows > 1)]
     heapq.heapify(largest)

@@ -59,7 +59,7 @@ class Packing(NamedTuple):
         pack = self.pack - first[:, None]
         is_here = (pack >= 0) & (pack < num_packs[:, None])
         num_all = self.token.shape[1]
-        # [B, W, 1]. Behind the block come the prompt's other packs, in which no rollout is looked up.
+        # [B, W, 1]. Behind the block are other packs of the prompt: no rollout is looked up there.
         source = (first[:, None, None] + jnp.arange(num_all)[:, None]) % num_all
         return Packing(
             pack=jnp.where(is_here, pack, -1),

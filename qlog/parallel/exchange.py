@@ -26,8 +26,8 @@ def take(mesh: Mesh | None, tree: _Tree, index: Array) -> _Tree:
 
     Args:
       tree: arrays [B, ...] of numbers or bools, split over data and fsdp and over nothing else.
-      index: int32 [N], rows of the whole batch, in any order and as often as wanted. N is a multiple
-        of the number of shards, S. Every process gives the same.
+      index: int32 [N], rows of the whole batch, in any order, also repeated. N is a multiple of the
+        number of shards, S. Every process gives the same.
 
     Returns:
       Arrays [N, ...]; the shards have N / S consecutive rows each.
