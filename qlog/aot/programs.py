@@ -18,8 +18,9 @@ from qlog.aot.compiler import compile_lowered
 from qlog.aot.hlo_cost import DataLoop, all_slices
 from qlog.experiment import Experiment
 from qlog.learner import gradient
+from qlog.learner.blocks import Blocks
 from qlog.learner.optimizer import apply_update
-from qlog.learner.types import LearnerBatch, Objective
+from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds, Prompts, Trajectories
 from qlog.rollouts import sampler
@@ -57,18 +58,19 @@ class LongestStep(NamedTuple):
     prompt_tokens: int  # P, slots of a prompt
     decode_steps: int  # tokens that a rollout samples at most
     rollout_tokens: int  # slots of a rollout and its gold answer in the learner
-    microbatches_of_rollouts: int  # per group of M rollouts
+    microbatches_of_rollouts: int  # per block, which is a whole group of M rollouts
 
     @classmethod
     def of(cls, experiment: Experiment) -> "LongestStep":
         """A step of `experiment` with full prompts and every budget spent."""
+        packs = _microbatch(experiment).packs
         return cls(
             prompt_tokens=experiment.config.data.max_prompt_tokens,
             decode_steps=experiment.sampling.max_length,
             rollout_tokens=(
                 experiment.sampling.max_rationale_length + experiment.config.rollout.answer_reserve
             ),
-            microbatches_of_rollouts=experiment.rollouts_per_prompt // experiment.microbatch.packs,
+            microbatches_of_rollouts=experiment.rollouts_per_prompt // packs,
         )
 
     def trips(self, loop: DataLoop) -> float:
@@ -89,6 +91,8 @@ class LongestStep(NamedTuple):
         | of prompts | [B, K, P, C] | all, as prompts are full |
         | of rollouts while decoding | [B, K, M, R, C] | half: a token sees those before it |
         | of packed rollouts | [B, K, w R, C] | half of one rollout's, however many w lie in line |
+
+        Where w = 1 and R = P, packed rollouts look like prompts and count as these: too many.
         """
         array = loop.array
         if len(array.shape) == 4 and array.length == self.prompt_tokens:
@@ -226,9 +230,7 @@ def _learner_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
     updates, rollouts = config.train.updates_per_batch, experiment.rollouts_per_prompt
     prompts_per_update = config.train.prompts_per_step // updates
     by_prompt = _by_prompt(experiment, prompts_per_update)
-    longest = step.trajectory_length(
-        experiment, experiment.sampling.max_rationale_length, config.rollout.answer_reserve
-    )
+    longest, microbatch = _trajectory_slots(experiment), _microbatch(experiment)
     tokens = by_prompt(rollouts, longest)  # [B, M, R], as all that is per token
     mask = by_prompt(rollouts, longest, dtype=bool)
     log_probs = by_prompt(rollouts, longest, dtype=jnp.float32)
@@ -242,22 +244,39 @@ def _learner_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
         log_probs if estimator.reference else None,
     )
     begun = (params, experiment.policy, batch)
-    grads, *packing = _results(gradient.begin, begun, begun)
+    grads, needed = _results(gradient.begin, begun, begun)
+    of_places = jax.ShapeDtypeStruct((1, microbatch.prompts), jnp.int32)  # one microbatch
     lowered = gradient.add_microbatches.lower(
         grads,
         *begun,
-        *packing,
-        jax.ShapeDtypeStruct((), jnp.int32),
+        needed,
+        Blocks(*[of_places] * len(Blocks._fields)),
         objective=Objective(estimator.surrogate, experiment.sampling.temperature),
-        microbatch=experiment.microbatch,
+        microbatch=microbatch,
     )
-    # One program per microbatch of prompts. Packed rollouts of a microbatch are a loop inside it.
-    runs = updates * (prompts_per_update // experiment.microbatch.prompts)
+    # One program per microbatch of blocks: at full budgets a block is a prompt with all its packs,
+    # which are a loop inside of the program.
+    runs = updates * (prompts_per_update // microbatch.prompts)
     yield LoweredProgram("gradient", lowered, runs, _bytes_per_chip(state.opt_state))
     update = apply_update.lower(
         state, state.loss_state, params, optimizer=experiment.optimizer, mesh=experiment.mesh
     )
     yield LoweredProgram("update", update, updates, 0.0)
+
+
+def _trajectory_slots(experiment: Experiment) -> int:
+    """R of the longest trajectory."""
+    rationale, answer = (
+        experiment.sampling.max_rationale_length,
+        experiment.config.rollout.answer_reserve,
+    )
+    return step.trajectory_length(experiment, rationale, answer)
+
+
+def _microbatch(experiment: Experiment) -> Microbatch:
+    """As `batch_gradient` narrows it."""
+    num_shards = sharding.num_batch_shards(experiment.mesh)
+    return experiment.microbatch.narrowed(_trajectory_slots(experiment), num_shards)
 
 
 # ---- Shapes ----
