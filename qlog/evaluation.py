@@ -43,6 +43,7 @@ _BARE = "no_rationale/"  # before the names of metrics without a rationale
 class Row(accuracy.Row):
     """A question and its n samples: what is scored, and what only the sampler knows."""
 
+    lengths: list[int]  # n numbers, tokens of the rationale and the answer
     log_w: list[float]  # n numbers, log p(gold answer | prompt, rationale), in nats
     log_p: float  # log of the mean of w: the estimate of log p(gold answer | prompt)
     forced: list[bool]  # n flags: the rationale's budget was spent
@@ -476,6 +477,7 @@ def _rows(
             ),
             answers=[text.answer for text in texts],
             rationales=[text.rationale for text in texts],
+            lengths=rollouts.lengths[local].tolist(),
             log_w=log_w[local].tolist(),
             log_p=float(np.logaddexp.reduce(log_w[local]) - np.log(log_w.shape[1])),
             forced=rollouts.forced[local].tolist(),

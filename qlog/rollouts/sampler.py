@@ -199,16 +199,31 @@ def plan_of(
     """The sizes of pools and the waves of a call of `sample`."""
     mesh = policy.mesh
     number = sharding.num_batch_shards(mesh) if mesh else 1
-    shape = Shape(
-        prompts=num_prompts // number,
+    neighbours = sharding.batch_shards_of_a_slice(mesh) if mesh else 1
+    shape = shape_of(
+        sampling, num_prompts // number, num_rollouts, prompt_slots, prompts_per_wave // number
+    )
+    return Schedule(shape, balance.Shards(number, neighbours, num_rollouts), shrink)
+
+
+def shape_of(
+    sampling: Sampling,
+    num_prompts: int,
+    num_rollouts: int,
+    prompt_slots: int,
+    prompts_in_memory: int,
+) -> Shape:
+    """What one shard samples; all numbers are those of the shard."""
+    # Slots are in tiles as `models.whole_tiles` rounds them.
+    is_short = sampling.max_length <= models.TILE
+    return Shape(
+        prompts=num_prompts,
         rollouts=num_rollouts,
         slots=models.whole_tiles(sampling.max_length),
         prompt_slots=prompt_slots,
-        prompts_in_memory=max(1, prompts_per_wave // number),
-        tile=models.whole_tiles(1) if sampling.max_length <= models.TILE else models.TILE,
+        prompts_in_memory=max(1, prompts_in_memory),
+        tile=models.whole_tiles(1) if is_short else models.TILE,
     )
-    neighbours = sharding.batch_shards_of_a_slice(mesh) if mesh else 1
-    return Schedule(shape, balance.Shards(number, neighbours, num_rollouts), shrink)
 
 
 class _Decoder:
