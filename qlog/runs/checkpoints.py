@@ -71,6 +71,7 @@ class Checkpoints:
         # folders that could be closed; the workdir was tried when it was claimed.)
         if not paths.is_remote(self._steps):
             distributed.once_per_run(lambda: paths.probe(self._steps, "--workdir"))
+        self._number = paths.number(self._steps)
         # Before Orbax looks: it would count, and in time delete, what is damaged.
         _set_aside_damaged(self._steps)
         _silence_orbax()
@@ -207,7 +208,7 @@ class Checkpoints:
         except Exception as error:
             # A later call would raise it again.
             self._response = None
-            if not paths.is_remote(self._steps) and not self._steps.is_dir():
+            if paths.number(self._steps) != self._number:  # Orbax may have made another one
                 raise PassingError(
                     f"{self._steps} is gone (moved, deleted or unmounted): put it back; the same "
                     "command goes on from its newest checkpoint."

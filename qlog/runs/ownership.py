@@ -64,7 +64,7 @@ class Claim:
         self.workdir = workdir
         file = workdir / FILE if is_writer else None
         # Which folder it is: one that is mounted or made in its place has another number.
-        self._place = None if paths.is_remote(workdir) else _place(workdir)
+        self._number = paths.number(workdir)
         self._file, self._me = file, me
         self._lost, self._ended = threading.Event(), threading.Event()
         self._is_failing = False
@@ -104,7 +104,7 @@ class Claim:
 
     def _is_there(self) -> bool:
         """Whether the workdir is still the folder that was claimed."""
-        return self._place is None or _place(self.workdir) == self._place
+        return paths.number(self.workdir) == self._number
 
     def release(self, error: BaseException | None = None) -> None:
         """Gives the workdir back; the file says how the run ended.
@@ -323,15 +323,6 @@ def _look(file: paths.Path) -> _Owner:
     except (ValueError, RecursionError):
         return {"beat": None}
     return found if isinstance(found, dict) else {"beat": None}
-
-
-def _place(workdir: paths.Path) -> tuple[int, int] | None:
-    """(device, number) of a folder on a disk; None where there is none."""
-    try:
-        about = os.stat(workdir)
-    except OSError:
-        return None
-    return about.st_dev, about.st_ino
 
 
 # ---- Processes of this machine ----

@@ -195,6 +195,18 @@ def exists(path: Path) -> bool:
     return retried(path.exists)
 
 
+def number(folder: Path) -> tuple[int, int] | None:
+    """(device, number) of a folder on a disk, by which one in its place is told from it.
+
+    None where there is none, and in a bucket.
+    """
+    try:
+        about = None if is_remote(folder) else os.stat(folder)
+    except OSError:
+        return None
+    return about and (about.st_dev, about.st_ino)
+
+
 def names(folder: Path) -> list[str]:
     """The names of what is in a folder now, sorted; [] where there is no folder."""
     try:
