@@ -99,7 +99,7 @@ def plan_blocks(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
       T >= 1 microbatches. Each pack of each prompt is in one block.
     """
     num_packs = np.asarray(num_packs, np.int64)
-    unmoved = _unmoved(num_packs, settings)
+    unmoved = whole_prompts(num_packs, settings)
     parts = _cheapest_parts(num_packs, settings, settings.cost(unmoved.num_packs.max(axis=1)))
     return (
         unmoved
@@ -111,7 +111,7 @@ def plan_blocks(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
 # ---- Whole prompts, each on its own shard ----
 
 
-def _unmoved(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
+def whole_prompts(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
     """A block for each prompt. Microbatches without any pack are left out, all but one."""
     num_microbatches = len(num_packs) // settings.places
     # Strided: prompts lie on the shards in their order, so each shard has its share of every part.

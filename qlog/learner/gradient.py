@@ -154,6 +154,7 @@ def planned_work(
     rollout_slots: int,
     num_shards: int,
     microbatch: Microbatch,
+    balanced: bool = True,
 ) -> block_plans.Work:
     """What `batch_gradient` would compute for rollouts of these lengths; host arithmetic.
 
@@ -163,11 +164,16 @@ def planned_work(
       prompt_slots, rollout_slots: P and R.
       num_shards: that the B prompts are split over.
       microbatch: as `batch_gradient` takes it.
+      balanced: False: as if each shard kept its prompts whole and took as many packs at a time as
+        `microbatch` allows, to compare with.
     """
-    microbatch = microbatch.narrowed(rollout_slots, num_shards)
+    if balanced:
+        microbatch = microbatch.narrowed(rollout_slots, num_shards)
     settings = plan_settings(config, prompt_slots, rollout_slots, num_shards, microbatch)
-    num_packs = _num_packs(jnp.asarray(lengths, jnp.int32), rollout_slots)
-    return settings.work(block_plans.plan_blocks(jax.device_get(num_packs), settings))
+    on_device = _num_packs(jnp.asarray(lengths, jnp.int32), rollout_slots)
+    num_packs = np.asarray(jax.device_get(on_device), np.int64)
+    plan = block_plans.plan_blocks if balanced else block_plans.whole_prompts
+    return settings.work(plan(num_packs, settings))
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
