@@ -115,7 +115,7 @@ def default() -> ConfigDict:
                 "updates_per_batch": 1,  # optimizer steps per batch of rollouts, a part of it each
                 "prompts_per_microbatch": 0,  # of a shard: prompts in memory at a time; 0 is all
                 # Rollouts of a prompt in memory at a time, if they are of full length (shorter
-                # ones are packed together); 0 is all
+                # ones are packed together), at most; 0 is all
                 "rollouts_per_microbatch": 0,
                 # What the backward pass computes again. full: whole layers; attention, dots:
                 # all but those; none

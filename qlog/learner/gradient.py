@@ -295,51 +295,39 @@ def add_microbatches(
     return jax.tree.map(jax.freeze, grads_refs), sums
 
 
+# ---- Inside the program: a microbatch of blocks, and in it some packs at a time ----
+
+
+class PromptContext(NamedTuple):
+    """What the rollouts of b prompts go on from: computed once, however many there are."""
+
+    prefix: models.Prefix  # keys and values of all tokens of the prompts but the last
+    last: Array  # int32 [b], the last token of each prompt: the first input of its rollouts
+
+
 def _add_blocks(
     grads_refs: _Refs,
     params: models.Params,
     policy: Policy,
     objective: Objective,
     packs_at_once: int,
-    batch: LearnerBatch,
+    whole: LearnerBatch,
     needed: Needed,
     blocks: Blocks,
 ) -> StepSums:
-    """Adds the gradients of a microbatch's blocks [N] to `grads_refs`; returns the sums."""
-    # The rows of the blocks' prompts, from the shards on which they lie to those that compute them.
-    prompt = jnp.asarray(blocks.prompt)
-    rows, is_needed = exchange.take(policy.mesh, (batch, needed.is_needed), prompt)
-    packing = _block_packing(policy, rows.trajectories, is_needed, blocks)
-    return _add_prompts(
-        grads_refs, params, policy, objective, needed.share, packs_at_once, rows, packing
-    )
+    """Adds the gradients of a microbatch's blocks [N] to `grads_refs`.
 
-
-# ---- Inside the program: a microbatch of prompts, and in it some packs at a time ----
-
-
-class PromptContext(NamedTuple):
-    """What the rollouts of b prompts go on from: computed once, whatever M is."""
-
-    prefix: models.Prefix  # keys and values of all tokens of the prompts but the last
-    last: Array  # int32 [b], the last token of each prompt: the first input of its rollouts
-
-
-def _add_prompts(
-    grads_refs: _Refs,
-    params: models.Params,
-    policy: Policy,
-    objective: Objective,
-    share: Array,
-    packs_at_once: int,
-    batch: LearnerBatch,
-    packing: Packing,
-) -> StepSums:
-    """Adds the gradients of b prompts and their packed rollouts to `grads_refs`.
+    Args:
+      whole: of all B prompts.
 
     Returns:
-      The sums over these rollouts.
+      The sums over the blocks' rollouts.
     """
+    # The rows of the blocks' prompts, from the shards on which they lie to those that compute them.
+    batch, is_needed = exchange.take(
+        policy.mesh, (whole, needed.is_needed), jnp.asarray(blocks.prompt)
+    )
+    packing = _block_packing(policy, batch.trajectories, is_needed, blocks)
     # The loss of a group depends on the parameters in two ways: through the rollouts' own passes,
     # and through the prompt's keys and values, the caches C, that all of them attend to:
     #
@@ -359,7 +347,7 @@ def _add_prompts(
     caches = context.prefix.keys, context.prefix.values
     caches_refs = _new_refs(sharding.constrain_batch(policy.mesh, _zeros(caches), axis=1))
     add = functools.partial(
-        _add_packs, grads_refs, caches_refs, params, policy, objective, share, context, batch
+        _add_packs, grads_refs, caches_refs, params, policy, objective, needed.share, context, batch
     )
     if packs_at_once == packing.token.shape[1]:
         sums = add(packing)
