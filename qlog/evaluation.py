@@ -259,6 +259,8 @@ class _PartialSamples:
             before = json.loads(paths.read(settings_file))
         except FileNotFoundError:
             before = None
+        except (ValueError, RecursionError):
+            before = "damaged"
         if before != self._inputs:
             if before is not None:
                 self._folder.rmtree()
@@ -268,9 +270,16 @@ class _PartialSamples:
         rows: list[Row] = []
         while True:
             try:
-                rows += _read_rows(self._part(len(rows)))
+                more = _read_rows(self._part(len(rows)))
             except FileNotFoundError:
                 return rows
+            except (ValueError, RecursionError):
+                more = []
+            # A damaged part is sampled again, and so are those behind it.
+            if not more or not all(isinstance(row, dict) for row in more):
+                say(f"{self._part(len(rows))} is damaged: its questions are sampled again")
+                return rows
+            rows += more
 
     def write(self, first: int, rows: list[Row]) -> None:
         """Saves a batch, the rows from number `first` on."""

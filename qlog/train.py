@@ -18,7 +18,7 @@ from qlog.config import schema
 from qlog.config.check import check_config, check_same_run, evaluation_scorers
 from qlog.config.streams import Stream, stream_key
 from qlog.console import say, show_table
-from qlog.errors import ConfigError, Stop, TrainingError
+from qlog.errors import ConfigError, Stop, TrainingError, summary
 from qlog.experiment import Experiment
 from qlog.experiment.contents import check_same_parts, identity
 from qlog.grading.scorers import ScorerError
@@ -26,6 +26,7 @@ from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState
 from qlog.runs import checkpoints, ownership
+from qlog.runs import folder as names
 from qlog.runs.folder import FINAL, RESULTS
 from qlog.runs.log import RunLog, read_events
 from qlog.runs.profiling import profiled
@@ -63,6 +64,7 @@ def claimed(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[ownershi
         stop.speaks = jax.process_index() == 0
         stack.enter_context(stop.deferred())  # to the end: giving the workdir back is not cut short
         with stop.immediate():
+            distributed.once_per_run(lambda: names.check_kinds(workdir))
             claim = stack.enter_context(ownership.claim(workdir))
             limit = config.watchdog.first_seconds
             stack.enter_context(
@@ -159,6 +161,7 @@ def run(
                     del groups, result  # or they would lie in memory next to the next step's
                 limit = config.watchdog
                 stop.step_done(time.monotonic() - started, limit.steps, limit.seconds)
+                saved.check()  # before more is computed that could not be saved
                 if training.save_is_due():
                     training.save()  # first: a preempted host may have no time to evaluate
                 if training.evaluation_is_due():
@@ -226,8 +229,12 @@ class _Training:
 
         # ---- State and reference ----
         self.reference = None
+        abstract = experiment.abstract_state()
+        if jax.process_index() == 0:
+            names.notice_room(workdir, _room(self._config, abstract, saved.num_kept))
         if self.step:
-            self.state: TrainState = saved.restore(experiment.abstract_state())
+            self.state: TrainState = saved.restore(abstract)
+            self.step = self.start = saved.latest_step or 0  # an earlier one, of a damaged one
             say(f"resumed from step {self.step} in {workdir}")
         if not self.step or experiment.estimator.reference:
             params = experiment.init_params()
@@ -239,6 +246,10 @@ class _Training:
 
         # ---- Log and watchdog ----
         if jax.process_index() == 0:
+            # Of fewer steps. Launchers take a run that has results for finished.
+            paths.remove(workdir / RESULTS)
+            if saved.latest_step != self._config.train.steps:
+                paths.remove(workdir / FINAL)
             paths.write(workdir / "config.json", schema.to_json(self._config))
         self.log = stack.enter_context(
             RunLog(workdir, self.step, self._config, is_lost=lambda: claim.is_lost)
@@ -489,21 +500,59 @@ def _logged_metrics(workdir: Path, step: int, split: str) -> dict[str, float]:
     return {}
 
 
+# Settings of an evaluation that change no number of the one after the last step.
+_NOT_OF_RESULTS = {"every", "final", "prompts_per_batch"}
+
+
 def _finished(workdir: Path, config: ConfigDict) -> dict[str, float] | None:
     """The metrics of a run that has finished with these steps; None of one that has more to do.
 
-    Removes the results of fewer steps: launchers take a run that has results for finished.
     A run that finished without `evaluation.final` stays as it is: --mode=evaluate does the same.
+
+    Raises:
+      ConfigError: it has finished, and its results are of another evaluation than the config's.
     """
     try:
         record = json.loads(paths.read(workdir / RESULTS))
+        step, metrics, evaluated = record["step"], dict(record["metrics"]), record["evaluation"]
+        is_done = step >= config.train.steps
     except FileNotFoundError:
         return None
-    if record["step"] >= config.train.steps:
-        return record["metrics"]
-    paths.remove(workdir / RESULTS)
-    paths.remove(workdir / FINAL)
-    return None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        say(f"{workdir / RESULTS} cannot be read ({summary(error)}): it is written again")
+        return None
+    if not is_done:
+        return None
+    now = json.loads(schema.to_json(config.evaluation))
+    for name in sorted(now.keys() & evaluated.keys() - _NOT_OF_RESULTS):
+        if metrics and now[name] != evaluated[name]:
+            raise ConfigError(
+                f"config.evaluation.{name} = {now[name]!r}: the run in --workdir has finished, and "
+                f"its results are of {evaluated[name]!r}: add --mode=evaluate, which writes other "
+                "numbers next to them."
+            )
+    return metrics
+
+
+def _room(config: ConfigDict, abstract: TrainState, num_kept: int) -> int:
+    """The bytes that a run will still write, about: its checkpoints, samples and rollouts.
+
+    Args:
+      num_kept: checkpoints that are there already.
+    """
+    # The latest ones, the best one, and one that is written before another is deleted.
+    left = max(config.checkpoint.keep + 2 - num_kept, 1)
+    state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    # A token is about four letters. Of each text there are the tokens and some numbers.
+    rollout, evaluated, train = config.rollout, config.evaluation, config.train
+    text = 4 * (rollout.rationale_budget + rollout.answer_reserve) + 100
+    num_evaluations = train.steps // evaluated.every if evaluated.every else 1
+    num_answers = num_evaluations * (evaluated.prompts or 1000) * evaluated.rollouts_per_prompt
+    num_logged = 0
+    if train.rollouts_every:
+        prompts = min(train.rollouts_prompts or train.prompts_per_step, train.prompts_per_step)
+        num_logged = train.steps // train.rollouts_every * prompts * rollout.rollouts_per_prompt
+    return left * state + text * (num_answers + num_logged)
 
 
 def _is_written(file: Path, record: str) -> bool:
@@ -512,7 +561,9 @@ def _is_written(file: Path, record: str) -> bool:
         before = json.loads(paths.read(file))
     except FileNotFoundError:
         return False
-    return before | {"metrics": {}} == json.loads(record)
+    except (ValueError, RecursionError):
+        before = None
+    return isinstance(before, dict) and before | {"metrics": {}} == json.loads(record)
 
 
 def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> None:

@@ -3,14 +3,16 @@
     preempted.py WORKDIR POINT NTH SIGNALS [STEPS]
 
 POINT is where the NTH time (from 1) a signal comes: decode, gradient, evaluation, save, compile,
-weights (before the first step), finished, pruning; or scoring (no signal: it is killed), stall (no
-signal: it stands still), never. SIGNALS are names, sent one after the other. MODE in the
-environment is qlog.main's --mode, FINAL is config.evaluation.final.
+weights (before the first step), finished, pruning, closing. Or, without a signal: scoring (it is
+killed), stall (it stands still), sealed (checkpoints/ becomes read-only), never. SIGNALS are names,
+sent one after the other. MODE in the environment is qlog.main's --mode, FINAL is
+config.evaluation.final, RUNS are names of config.runs.
 """
 
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -24,7 +26,7 @@ from qlog.errors import Stop
 from qlog.learner import gradient
 from qlog.parallel import distributed, interrupts
 from qlog.rollouts import sampler
-from qlog.runs import checkpoints
+from qlog.runs import checkpoints, log
 
 WORKDIR, POINT, NTH, SIGNALS = sys.argv[1:5]
 STEPS = int(sys.argv[5]) if len(sys.argv) > 5 else 4
@@ -33,7 +35,7 @@ PROCESS = os.environ.get("JAX_PROCESS_ID", "0")
 
 def get_config(**watchdog):
     """Two microbatches a step, an evaluation of three batches after every second."""
-    return tiny.config(
+    config = tiny.config(
         train={"steps": STEPS, "prompts_per_microbatch": 2 // jax.process_count()},
         checkpoint={"every": 100, "minutes": 0.0},
         rollout={"rationale_budget": 20},  # three chunks of decode steps
@@ -45,6 +47,8 @@ def get_config(**watchdog):
         },
         watchdog=watchdog,
     )
+    config.runs = {name: {} for name in os.environ.get("RUNS", "").split()}
+    return config
 
 
 def signals():
@@ -81,6 +85,11 @@ def sleep_for_long():
     time.sleep(3600)
 
 
+def seal():
+    if PROCESS == "0":
+        subprocess.run(["chattr", "+i", f"{WORKDIR}/checkpoints"], check=True)
+
+
 def main():
     gradient._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
     evaluation._BATCHES_PER_CALL = 1  # as of many questions, which take several calls
@@ -92,6 +101,8 @@ def main():
     before(experiment.Experiment, "init_params", "weights")
     before(evaluation, "record", "finished")
     before(checkpoints.Checkpoints, "prune", "pruning")
+    before(log.RunLog, "close", "closing")
+    before(checkpoints.Checkpoints, "save", "sealed", seal)
     before(checkpoints.Checkpoints, "score", "scoring", lambda: os._exit(9))  # killed outright
     before(evaluation, "_rows", "evaluation")  # after a batch was sampled
     if POINT == "save":

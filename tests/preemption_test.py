@@ -166,6 +166,23 @@ def test_signals_while_a_run_finishes_wait_for_its_end(uninterrupted, cache, tmp
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize(
+    "point",
+    ["closing", *(pytest.param(p, marks=pytest.mark.slow) for p in ("gradient", "finished"))],
+)
+def test_a_signal_at_the_end_of_a_run_stops_the_sweep(point, cache, tmp_path):
+    """In its last step (of two microbatches), while it writes its results, and while it closes."""
+    nth = 2 * STEPS if point == "gradient" else 1
+    output = run(tmp_path, point, nth, cache=cache, RUNS="one two")
+    assert "stopped after run 1/2 one: the same command goes on" in output
+    assert not (tmp_path / "two").exists()
+    output = run(tmp_path, "never", cache=cache, RUNS="one two")
+    assert "stopped" not in output
+    for name in ("one", "two"):
+        assert json.loads((tmp_path / name / "results.json").read_text())["step"] == STEPS
+    assert (tmp_path / "report.md").exists()
+
+
 def test_an_interrupted_evaluate_says_so_by_its_status_and_goes_on(uninterrupted, cache, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(uninterrupted, workdir)
@@ -246,3 +263,23 @@ def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache,
     assert "[0] SIGTERM: saving" in output and "exit codes 0: 0, 1: 0" in output
     assert not list((tmp_path / "checkpoints").glob("*"))
     assert json.loads((tmp_path / "owner.json").read_text())["status"] == 0
+
+
+def test_a_save_that_fails_on_one_process_ends_all(cache, tmp_path):
+    """`chattr +i`, which binds root too. The others wait in a barrier for the one that failed."""
+    local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
+    (tmp_path / "checkpoints").mkdir()
+    seal = lambda flag: subprocess.run(
+        ["chattr", flag, tmp_path / "checkpoints"], check=False, capture_output=True
+    )
+    if seal("+i").returncode:
+        pytest.skip("this user or this file system has no chattr")
+    seal("-i")
+    try:
+        output = run(tmp_path, "sealed", 2, launcher=local, cache=cache, code=75)
+        assert "checkpoint of step 4 could not be written (Operation not permitted)" in output
+        assert "step 2 is the newest whole one" in output
+    finally:
+        seal("-i")
+    output = run(tmp_path, "never", launcher=local, cache=cache)
+    assert "resumed from step 2" in output

@@ -58,7 +58,7 @@ def _newest(folder: paths.Path) -> int | None:
 def _beat(file: paths.Path) -> dict[str, Any] | None:
     try:
         beat = json.loads(paths.read(file))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return beat if isinstance(beat, dict) and not beat.get("released") else None
 

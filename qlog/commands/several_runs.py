@@ -43,35 +43,39 @@ def run(
             check_config(child)
         except ConfigError as error:
             raise ConfigError(f"run {name!r}: {error}") from None
-    for index, (name, child) in enumerate(children.items(), 1):
-        process.forget_programs()
-        title = f"run {index}/{len(children)} {name}"
-        if not _run_one(title, child, workdir / name, devices):
-            return
-    distributed.once_per_run(lambda: comparison.write(workdir, list(children)))
+    # Around all runs, so that a signal between two of them, or while one closes, is heard: it ends
+    # the whole series.
+    with interrupts.listening() as stop:
+        for index, (name, child) in enumerate(children.items(), 1):
+            process.forget_programs()
+            title = f"run {index}/{len(children)} {name}"
+            interrupted = _run_one(title, child, workdir / name, devices)
+            if interrupted or distributed.any_process(stop.asked):
+                say(f"stopped after {title}: the same command goes on.")
+                return
+        distributed.once_per_run(lambda: comparison.write(workdir, list(children)))
 
 
 def _run_one(
     title: str, config: ConfigDict, workdir: paths.Path, devices: Sequence[jax.Device] | None
 ) -> bool:
-    """One run, unless it has finished before; False if a signal ended it."""
+    """One run, unless it has finished before; whether a signal ended it."""
     if distributed.once_per_run(lambda: _finished(workdir, config)):
         say(f"{title}: finished before")
-        return True
+        return False
     say(title)
     start = time.monotonic()
     # Results without seconds.json: an earlier start was cut short between the two.
     was_done = distributed.once_per_run(lambda: paths.exists(workdir / train.RESULTS))
-    # Each run has its own claim on its own folder. A signal ends the whole series.
-    with interrupts.listening() as stop:
-        with train.claimed(config, workdir) as claim:
-            outcome = train.run(prepare(config, devices), workdir, claim)
-        if outcome.interrupted or distributed.any_process(stop.asked):
-            return False
+    # Each run has its own claim on its own folder.
+    with train.claimed(config, workdir) as claim:
+        outcome = train.run(prepare(config, devices), workdir, claim)
+    if outcome.interrupted:
+        return True
     if not was_done:  # else only this start's seconds are known, not those of the training
         seconds = time.monotonic() - start
         distributed.once_per_run(lambda: paths.write(workdir / "seconds.json", json.dumps(seconds)))
-    return True
+    return False
 
 
 def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:
@@ -119,4 +123,4 @@ def _finished(workdir: paths.Path, config: ConfigDict) -> bool:
     if not {train.RESULTS, "seconds.json", "config.json"} <= set(paths.names(workdir)):
         return False
     # Results of another config do not count: then the run is not finished.
-    return paths.read(workdir / "config.json") == schema.to_json(config)
+    return paths.read(workdir / "config.json", errors="replace") == schema.to_json(config)

@@ -8,25 +8,41 @@ A run saves first and evaluates then, so the score of a checkpoint comes later, 
 WORKDIR/scores.json has {step: {"value": ..., "of": metric and settings}} of the steps that were
 evaluated. The best checkpoint is the one with the highest value, among those whose "of" is the one
 of the newest score: values under other settings cannot be compared with it.
+
+Disks lose bytes, and people move files, so a checkpoint carries digests of its files
+(runs/digests.py), and `fault` says whether it is whole. A checkpoint that is not is passed over, in
+a line for the user, for the newest one that is whole (or the best). The run whose workdir it is
+also sets it aside, as checkpoints/STEP.damaged: nothing deletes it then, and the run can save that
+step again. Who only reads a workdir (init_from, evaluate, export) renames nothing there. A bucket
+cannot rename: there each object is copied by the store and then removed.
 """
 
 import dataclasses
 import json
+import logging
 import os
+import re
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from qlog import models
-from qlog.errors import ConfigError, summary
+from qlog.console import say
+from qlog.errors import ConfigError, PassingError, summary
 from qlog.parallel import distributed
 from qlog.records import TrainState
+from qlog.runs import digests
 from qlog.storage import paths
 from qlog.storage.paths import Path
 
 WHICH = "best, latest, base or a step"
 _SCORES = "scores.json"
+_PARAMS, _TRAINING = "params", "training"  # the items of a checkpoint
+_COMMITTED = "commit_success.txt"  # in a bucket, where a folder cannot be renamed when it is whole
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder on a disk, until it is whole
 _Tree = TypeVar("_Tree")
 Scores = dict[int, dict[str, Any]]  # by step; see above
 
@@ -50,11 +66,29 @@ class Checkpoints:
         self._folder = paths.parse(workdir)
         scores = distributed.once_per_run(lambda: _read_scores(self._folder))
         self.scores: Scores = {int(step): score for step, score in scores.items()}
+        self._steps = place(self._folder, "--workdir") / "checkpoints"
+        # Tried now: Orbax would find out in the background, at the first save. (A bucket has no
+        # folders that could be closed; the workdir was tried when it was claimed.)
+        if not paths.is_remote(self._steps):
+            distributed.once_per_run(lambda: paths.probe(self._steps, "--workdir"))
+        # Before Orbax looks: it would count, and in time delete, what is damaged.
+        _set_aside_damaged(self._steps)
+        _silence_orbax()
+
+        # ---- Orbax ----
         # Kept is what either policy wants. Orbax asks them after each save, and by then `_Best` may
         # know the score of an older checkpoint: it reads the dict that `score` writes to.
         latest = ocp.training.preservation_policies.LatestN(keep)
+        self._saving: int | None = None  # the step of the save that began last
+        self._response: Any = None  # Orbax's, of that save
+        self._is_broken = False  # whether other processes wait for a part that will not come
+        # (A function: Orbax copies its options deeply, and with a method the object it is of.)
+        digesting = ocp.options.AsyncOptions(
+            post_finalization_callback=lambda: self._write_digests()
+        )
         self._checkpointer = ocp.training.Checkpointer(
-            place(self._folder, "--workdir") / "checkpoints",
+            self._steps,
+            context=ocp.Context(async_options=digesting),
             # Save whenever asked: the training loop decides when. (The casts: Orbax types its own
             # policies differently from what it takes here.)
             save_decision_policy=cast(
@@ -68,12 +102,22 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=True,
         )
-        # A process that lists the folder a moment later may see another one: process 0 decides.
-        newest = self._checkpointer.latest
-        self.latest_step: int | None = distributed.broadcast(newest and newest.step)
+        self.latest_step: int | None = self._newest()
         # Scores of checkpoints that were lost: the run does these steps again.
         for step in [step for step in self.scores if step > (self.latest_step or 0)]:
             del self.scores[step]
+
+    def _newest(self) -> int | None:
+        # A process that lists the folder a moment later may see another one: process 0 decides.
+        newest = self._checkpointer.latest
+        return distributed.broadcast(newest and newest.step)
+
+    @property
+    def num_kept(self) -> int:
+        """How many checkpoints there are now."""
+        return len(self._checkpointer.checkpoints)
+
+    # ---- Saving ----
 
     def save(
         self, state: TrainState, *, step: int, config: str, identity: dict | None = None
@@ -86,15 +130,56 @@ class Checkpoints:
         Args:
           config: the resolved config, as JSON.
           identity: `experiment.contents.identity`, what the run is made of.
+
+        Raises:
+          PassingError: this save or the one before it failed; the checkpoints before it are whole.
         """
         if self.latest_step is not None and self.latest_step >= step:
             return
+        self.wait()
         # Two items of one checkpoint, in two folders (see above).
-        parts = {"params": state.params, "training": state._replace(params=None)._asdict()}
-        self._checkpointer.save_checkpointables_async(
-            step, parts, custom_metadata={"config": json.loads(config), "identity": identity or {}}
-        )
+        parts = {_PARAMS: state.params, _TRAINING: state._replace(params=None)._asdict()}
+        about = {"config": json.loads(config), "identity": identity or {}}
+
+        def start() -> None:
+            self._saving = step
+            _failures.clear()
+            self._response = self._checkpointer.save_checkpointables_async(
+                step, parts, custom_metadata=about
+            )
+
+        self._orbax(start)
         self.latest_step = step
+
+    def _write_digests(self) -> None:
+        """Orbax calls it in its thread, on process 0, when all files of a save are written.
+
+        The checkpoint is then still under its first name on a disk, and without the file that says
+        that it is whole in a bucket: it becomes whole with its digests or not at all.
+        """
+        step = self._saving
+        assert step is not None, "a save has a step"
+        folder = self._steps / str(step)
+        if not paths.is_remote(folder):
+            begun = [n for n in paths.names(self._steps) if n.startswith(f"{step}{_UNFINISHED}")]
+            folder = self._steps / begun[-1]
+        digests.write(folder, step)
+
+    def check(self) -> None:
+        """Whether the save under way has failed; costs nothing. Once per step.
+
+        Raises:
+          PassingError: it has; the checkpoints before it are whole.
+        """
+        if self._response is None:
+            return
+        if not self.is_saving:
+            self.wait()
+        elif jax.process_count() > 1 and _failures:
+            # Of several processes, those that did not fail wait in a barrier for this one, and so
+            # would Orbax here, for twenty minutes. This one ends, and that ends the others.
+            self._is_broken = True
+            self._orbax(lambda: _raise(_failures[-1]))
 
     @property
     def is_saving(self) -> bool:
@@ -102,8 +187,37 @@ class Checkpoints:
         return self._checkpointer.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Waits until what was saved is in the workdir."""
-        self._checkpointer.wait()
+        """Waits until what was saved is in the workdir.
+
+        Raises:
+          PassingError: it could not be written; the checkpoints before it are whole.
+        """
+        while jax.process_count() > 1 and self._response is not None and self.is_saving:
+            self.check()
+            time.sleep(0.05)
+        self._orbax(self._checkpointer.wait)
+        self._response = None
+
+    def _orbax(self, call: Callable[[], None]) -> None:
+        """Calls Orbax, whose errors have many kinds and hundreds of lines, and one meaning."""
+        try:
+            call()
+        except PassingError:
+            raise
+        except Exception as error:
+            # A later call would raise it again.
+            self._response = None
+            if not paths.is_remote(self._steps) and not self._steps.is_dir():
+                raise PassingError(
+                    f"{self._steps} is gone (moved, deleted or unmounted): put it back; the same "
+                    "command goes on from its newest checkpoint."
+                ) from error
+            whole = [step for step in _steps(self._steps) if step != self._saving]
+            rest = f"step {whole[-1]} is the newest whole one" if whole else "there is no other"
+            raise PassingError(
+                f"{self._steps}: the checkpoint of step {self._saving} could not be written "
+                f"({_reason(error)}), {rest}: make room or mend the disk; the same command goes on."
+            ) from error
 
     def score(self, step: int, value: float, what: str) -> None:
         """Writes down how good the parameters of `step` are.
@@ -118,32 +232,78 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int:
-        """The step of the checkpoint with the highest score; without scores that of the newest.
+        """The step of the whole checkpoint with the highest score; without scores of the newest.
 
         There must be a checkpoint. Every process must ask, and gets the same.
+
+        Raises:
+          ConfigError: none is whole.
         """
-        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-        return distributed.broadcast(_best(steps, self.scores))
+        steps = distributed.broadcast([c.step for c in self._checkpointer.checkpoints])
+        order = lambda left: _best(left, self.scores)
+        step, damaged = _first_whole(self._steps, steps, order, (_PARAMS,))
+        if damaged:
+            self._set_aside(damaged, step)
+        return step
+
+    def _set_aside(self, damaged: dict[int, str], taken: int) -> None:
+        """Renames damaged checkpoints, and lets Orbax look again at what there is."""
+        _rename_damaged(self._steps, damaged, taken)
+        self._checkpointer.reload()
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The newest state.
+        """The newest state that can be read; `latest_step` is its step, which may then be earlier.
 
         Args:
           abstract: ShapeDtypeStructs with the shardings that the state shall have.
 
         Raises:
-          ConfigError: the checkpoint was pruned to its parameters.
+          ConfigError: the checkpoint was pruned to its parameters, or none can be read.
         """
-        training = self._folder / "checkpoints" / str(self.latest_step) / "training"
+        while True:
+            step = self.latest_step
+            assert step is not None, "there is a checkpoint"
+            self._check_not_pruned(step)
+            state, reason = self._read(step, abstract)
+            # Each process reads its own parts, and all must take the same step.
+            reasons = [reason for reason in distributed.gather([reason]) if reason]
+            if state is not None and not reasons:
+                return state
+            # ---- Without digests damage shows only here; the one before it is tried ----
+            damaged = {step: reasons[0]}
+            before = [c.step for c in self._checkpointer.checkpoints if c.step < step]
+            found, more = _first_whole(
+                self._steps,
+                distributed.broadcast(before),
+                lambda left: left[-1],
+                (_PARAMS, _TRAINING),
+                damaged,
+            )
+            self._set_aside(damaged | more, found)
+            self.latest_step = found
+            for scored in [scored for scored in self.scores if scored > found]:
+                del self.scores[scored]
+
+    def _check_not_pruned(self, step: int) -> None:
+        training = self._steps / str(step) / _TRAINING
         if not distributed.once_per_run(lambda: paths.exists(training)):
             raise ConfigError(
                 f"{self._folder} kept parameters only "
                 f"(config.checkpoint.finished = 'best_params'), so the run cannot "
                 f"go on: begin another with --config.init_from={self._folder}."
             )
-        parts = {"params": abstract.params, "training": abstract._replace(params=None)._asdict()}
-        loaded = self._checkpointer.load_checkpointables(self.latest_step, parts)
-        return TrainState(**loaded["training"])._replace(params=loaded["params"])
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[TrainState | None, str]:
+        """The state of a step, or why it cannot be read."""
+        parts = {_PARAMS: abstract.params, _TRAINING: abstract._replace(params=None)._asdict()}
+        try:
+            loaded = self._checkpointer.load_checkpointables(step, parts)
+            models.check_finite(loaded[_PARAMS], f"the checkpoint of step {step}")
+        except Exception as error:  # what a damaged file makes of Orbax: of any kind
+            if paths.passes(error) and paths.is_remote(self._steps):
+                raise
+            return None, summary(error)
+        return TrainState(**loaded[_TRAINING])._replace(params=loaded[_PARAMS]), ""
 
     def made_of(self) -> tuple[dict, dict]:
         """The config and the identity that `save` was given for the newest checkpoint."""
@@ -162,18 +322,39 @@ class Checkpoints:
         steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
         # Orbax deletes whole steps, and every process must call it. One item of a step is a folder,
         # which process 0 removes.
-        best = _best(steps, self.scores)
+        best = self.best_step
         for step in steps:
             if step != best:
                 self._checkpointer.delete(step)
         if jax.process_index() == 0:
-            training = self._folder / "checkpoints" / str(best) / "training"
-            if paths.exists(training):
-                training.rmtree()
+            kept = self._steps / str(best)
+            if paths.exists(kept / _TRAINING):
+                digests.forget(kept, _TRAINING)  # first: a kill must not leave it looking damaged
+                (kept / _TRAINING).rmtree()
 
     def close(self) -> None:
-        """Waits for the save under way; a process that ends before loses it."""
-        self._checkpointer.close()
+        """Waits for the save under way; a process that ends before loses it.
+
+        Raises:
+          PassingError: as `wait` does.
+        """
+        if self._is_broken:
+            return
+        if jax.process_count() > 1:
+            self.wait()
+        self._orbax(self._checkpointer.close)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def _reason(error: Exception) -> str:
+    """Why a write failed, in the words of the operating system if the error has its number."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"os_error_code='(\d+)'", str(error))):
+        number = int(found[1])  # in a text of TensorStore
+    return os.strerror(number) if number else summary(error)
 
 
 @dataclasses.dataclass
@@ -216,19 +397,48 @@ def load_params(
       field: the flag or the config field that named the folder, for messages.
 
     Raises:
-      ConfigError: no checkpoint there, or its parameters have other names or shapes.
+      ConfigError: no whole checkpoint there, or its parameters have other names or shapes.
     """
     path = find_checkpoint(folder, field, which)
+    named = f"{field} = {os.fspath(folder)!r}"
+    difference = distributed.once_per_run(lambda: _difference(path, abstract_params))
+    if difference:
+        raise ConfigError(f"{named} holds parameters of another model: {difference}.")
     try:
-        return ocp.load_checkpointables(path, {"params": abstract_params})["params"]
-    except (ValueError, KeyError) as error:
+        return ocp.load_checkpointables(path, {_PARAMS: abstract_params})[_PARAMS]
+    except Exception as error:  # what a damaged file makes of Orbax: of any kind
+        if paths.is_remote(path) and paths.passes(error):
+            raise
         raise ConfigError(
-            f"{field} = {str(folder)!r} holds parameters of another model: {summary(error)}"
+            f"{named}: the checkpoint of step {path.name} cannot be read ({summary(error)}): take "
+            "another step's."
         ) from error
 
 
+def _difference(path: Path, abstract_params: models.Params) -> str:
+    """How the parameters of a checkpoint differ from a model's, in words; '' where they do not."""
+    there = _shapes(ocp.checkpointables_metadata(path).metadata[_PARAMS])
+    here = _shapes(abstract_params)
+    other = [name for name in here if name in there and there[name] != here[name]]
+    texts = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in other]
+    texts += [f"{name} is only there, {list(there[name])}" for name in there if name not in here]
+    texts += [f"{name} is only here, {list(here[name])}" for name in here if name not in there]
+    more = f", and {len(texts) - 3} more differ" if len(texts) > 3 else ""
+    return "; ".join(texts[:3]) + more
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf by its name, such as layers/q_proj/kernel."""
+    return {
+        "/".join(str(getattr(entry, "key", entry)) for entry in path): tuple(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
 def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") -> Path:
-    """The folder of one step, the same on every process.
+    """The folder of one whole step, the same on every process.
+
+    Damaged ones are passed over, in a line for the user.
 
     Args:
       folder: the workdir of a run, its `checkpoints` folder, or the folder of one step in it.
@@ -237,46 +447,199 @@ def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") 
         Without effect where `folder` is one step's.
 
     Raises:
-      ConfigError: no checkpoint there, or not the one that was asked for.
+      ConfigError: no checkpoint there, or not the one that was asked for, or it is damaged.
     """
-    named, folder = os.fspath(folder), place(folder, field)
-    above = distributed.once_per_run(lambda: _above(folder))
-    steps = []
-    if above:
-        # On every process: opening a Checkpointer waits for all of them.
-        with ocp.training.Checkpointer(paths.parse(above)) as checkpointer:
-            steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-    return paths.parse(
-        distributed.once_per_run(
-            lambda: _choose(folder, above, steps, f"{field} = {named!r}", which)
+    named, folder = f"{field} = {os.fspath(folder)!r}", place(folder, field)
+    if distributed.once_per_run(lambda: _is_step(folder)):
+        if reason := fault(folder, (_PARAMS,)):
+            raise ConfigError(
+                f"{named}: the checkpoint is damaged ({reason}): take another step's."
+            )
+        return folder
+    above = paths.parse(distributed.once_per_run(lambda: _above(folder)))
+    steps = distributed.once_per_run(lambda: _steps(above))
+    if not steps:
+        raise ConfigError(f"{named} has no checkpoint: name a run's workdir, or one step's folder.")
+    if which.isdigit() and int(which) in steps:
+        if reason := fault(above / which, (_PARAMS,)):
+            raise ConfigError(
+                f"--checkpoint={which}: that checkpoint of {named} is damaged ({reason}): take "
+                f"another of the steps {', '.join(map(str, steps))}, or ask for best or latest."
+            )
+        return above / which
+    if which not in ("best", "latest"):
+        raise ConfigError(
+            f"--checkpoint={which}: {named} has the steps {', '.join(map(str, steps))}; "
+            f"ask for {WHICH}."
         )
-    )
+    scores: Scores = {}
+    if which == "best":
+        found = distributed.once_per_run(lambda: _read_scores(above.parent))
+        scores = {int(step): score for step, score in found.items()}
+    step, damaged = _first_whole(above, steps, lambda left: _best(left, scores), (_PARAMS,))
+    for other, reason in damaged.items():
+        say(f"{above / str(other)} is damaged ({reason}): step {step} is taken")
+    return above / str(step)
 
 
 def _above(folder: Path) -> str:
-    """The folder that has the steps; '' if `folder` is one step's, or nothing is there."""
-    for above in (folder / "checkpoints", folder):
-        if above.name == "checkpoints" and paths.exists(above):
-            return str(above)
+    """The folder that has the steps; `folder` itself where nothing is there."""
+    above = folder / "checkpoints"
+    return str(folder if folder.name == "checkpoints" and not paths.exists(above) else above)
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether the folder is that of one step, as far as it is there."""
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        return paths.exists(folder)
+    return paths.exists(folder / _PARAMS)
+
+
+# ---- Which checkpoints are whole ----
+
+
+def fault(folder: Path, items: Sequence[str] = (_PARAMS, _TRAINING), content: bool = True) -> str:
+    """What is wrong with a checkpoint, in words; '' if it is whole. Every process must call.
+
+    An old checkpoint has no digests. Then only what describes it is read.
+
+    Args:
+      folder: of one step.
+      items: 'params', 'training': which of them are wanted.
+      content: whether all files are read; without, whether they are there with their sizes.
+    """
+    reason = digests.fault(folder, items, content)
+    return reason or distributed.once_per_run(lambda: _described(folder))
+
+
+def _described(folder: Path) -> str:
+    """Why Orbax cannot tell what is in a checkpoint; '' if it can."""
+    if not paths.exists(folder):
+        return "it is missing"
+    if not paths.names(folder):
+        return "the folder is empty"
+    try:
+        metadata = ocp.checkpointables_metadata(folder)
+        _shapes(metadata.metadata[_PARAMS])
+    except Exception as error:  # what a damaged file makes of Orbax: of any kind
+        if paths.is_remote(folder) and paths.passes(error):
+            raise
+        return f"its description cannot be read: {type(error).__name__}: {summary(error)}"
+    if not isinstance(metadata.custom_metadata, dict) or "config" not in metadata.custom_metadata:
+        return "its description has no config"
     return ""
 
 
-def _choose(folder: Path, above: str, steps: list[int], named: str, which: str) -> str:
-    """The folder of the step that was asked for; `named` is how the user named it."""
-    if paths.exists(folder / "params"):
-        return str(folder)
-    if not steps:
-        raise ConfigError(f"{named} has no checkpoint: name a run's workdir, or one step's folder.")
-    if which == "latest":
-        return f"{above}/{steps[-1]}"
-    if which == "best":
-        return f"{above}/{_best(steps, _read_scores(paths.parse(above).parent))}"
-    if which.isdigit() and int(which) in steps:
-        return f"{above}/{which}"
-    raise ConfigError(
-        f"--checkpoint={which}: {named} has the steps {', '.join(map(str, steps))}; "
-        f"ask for {WHICH}."
+def _steps(folder: Path) -> list[int]:
+    """The steps whose saves have ended, the oldest first.
+
+    The folder of an unfinished one has another name than a number or, in a bucket, lacks a file.
+    """
+    found = [int(name) for name in paths.names(folder) if name.isdecimal()]
+    return sorted(
+        step
+        for step in found
+        if not paths.is_remote(folder) or paths.exists(folder / str(step) / _COMMITTED)
     )
+
+
+def _first_whole(
+    folder: Path,
+    steps: Sequence[int],
+    order: Callable[[list[int]], int],
+    items: Sequence[str],
+    known: dict[int, str] | None = None,
+) -> tuple[int, dict[int, str]]:
+    """The first whole step, and {step: what is wrong} of those before it. Every process must call.
+
+    Args:
+      folder: has a folder for each step.
+      steps: the oldest first.
+      order: which of the steps left comes next.
+      items: which items must be whole.
+      known: other damaged steps, for the message.
+
+    Raises:
+      ConfigError: none is whole.
+    """
+    left, damaged = list(steps), {}
+    while left:
+        step = order(left)
+        reason = fault(folder / str(step), items)
+        if not reason:
+            return step, damaged
+        damaged[step] = reason
+        left.remove(step)
+    every = (known or {}) | damaged
+    reasons = ", ".join(f"{step}: {reason}" for step, reason in sorted(every.items())[-3:])
+    raise ConfigError(
+        f"{folder} has no whole checkpoint ({reasons}): put back what was there, or use another "
+        "--workdir."
+    )
+
+
+def _set_aside_damaged(folder: Path) -> None:
+    """Renames damaged checkpoints: the newest ones up to a whole one, which is then the newest.
+
+    Of older ones only the sizes are looked at, since nothing may ever read them.
+
+    Raises:
+      ConfigError: there are checkpoints, and none is whole: nothing is renamed.
+    """
+    steps = distributed.once_per_run(lambda: _steps(folder))
+    if not steps:
+        return
+    # A finished run may have kept parameters only; `restore` says so.
+    newest, damaged = _first_whole(folder, steps, lambda left: left[-1], (_PARAMS, _TRAINING))
+    for step in steps:
+        if step < newest and (reason := fault(folder / str(step), content=False)):
+            damaged[step] = reason
+    if damaged:
+        _rename_damaged(folder, damaged, newest)
+
+
+def _rename_damaged(folder: Path, damaged: dict[int, str], taken: int) -> None:
+    """Renames checkpoints to STEP.damaged, and says so. Every process must call."""
+    for step, reason in sorted(damaged.items()):
+        name = distributed.once_per_run(lambda step=step: _rename(folder, step))
+        say(
+            f"{folder / str(step)} is damaged ({reason}): set aside as {name}; step {taken} is the "
+            "newest whole one before it"
+            if step > taken
+            else f"{folder / str(step)} is damaged ({reason}): set aside as {name}"
+        )
+
+
+def _rename(folder: Path, step: int) -> str:
+    """Renames a checkpoint, and returns its new name: 12.damaged, or 12.damaged.2 and so on."""
+    taken, name, number = set(paths.names(folder)), f"{step}.damaged", 1
+    while name in taken:
+        number += 1
+        name = f"{step}.damaged.{number}"
+    paths.move(folder / str(step), folder / name)
+    return name
+
+
+# What went wrong in the background of the last save, in this process. Orbax tells the caller only
+# when all processes are done; before that it is in its log, and nowhere else.
+_failures: list[BaseException] = []
+
+
+def _silence_orbax() -> None:
+    """Its errors reach us as exceptions too, so their tracebacks need not be on the screen."""
+    logger = logging.getLogger("absl")
+    if _is_not_of_orbax not in logger.filters:
+        logger.addFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """A filter of log records; takes note of failed saves."""
+    if record.filename == "async_checkpointer.py" and record.exc_info and record.exc_info[1]:
+        _failures.append(record.exc_info[1])
+    return "orbax" not in record.pathname
+
+
+# ---- The best ----
 
 
 def _best(steps: list[int], scores: Scores) -> int:
@@ -290,11 +653,22 @@ def _best(steps: list[int], scores: Scores) -> int:
 
 
 def _read_scores(workdir: Path) -> Scores:
+    """The scores that can be read. Without one a checkpoint is only not known to be the best."""
     try:
-        scores = json.loads(paths.read(workdir / _SCORES))
+        found = json.loads(paths.read(workdir / _SCORES, errors="replace"))
+        # JSON's keys are text.
+        return {
+            int(step): {"value": float(score["value"]), "of": str(score["of"])}
+            for step, score in found.items()
+        }
     except FileNotFoundError:
         return {}
-    return {int(step): score for step, score in scores.items()}  # JSON's keys are text
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        say(
+            f"{workdir / _SCORES} cannot be read ({summary(error)}): the best checkpoint is "
+            "unknown, and the newest takes its place until one is evaluated"
+        )
+        return {}
 
 
 def place(folder: str | os.PathLike, field: str) -> Path:

@@ -11,8 +11,11 @@ there the lines are in segments: metrics/000050.jsonl begins with a line of step
 segment begins after the next `flush`. `read_jsonl(workdir / "metrics.jsonl")` reads either.
 """
 
+import contextlib
+import errno
 import itertools
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -150,13 +153,15 @@ class RunLog:
     def close(self, ending: Ending = Ending.FINISHED) -> None:
         """Flushes, and ends the writers."""
         if self._is_active:
-            for file in self._files.values():
-                file.close()
-            for tracker in self._trackers:
-                tracker.close(ending)
-            if self._uploads:
-                self._uploads.close()
-            self._tensorboard.remove_scratch()
+            # A stack, from its end: where one of them fails, on a full disk, all others are closed.
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._tensorboard.remove_scratch)
+                if self._uploads:
+                    stack.callback(self._uploads.close)
+                for tracker in reversed(self._trackers):
+                    stack.callback(tracker.close, ending)
+                for file in self._files.values():
+                    stack.callback(file.close)
 
     def _save(self, path: paths.Path, text: str) -> None:
         """Writes a small file; in a bucket with the next upload, so that no step waits for it."""
@@ -173,19 +178,31 @@ class RunLog:
 
 
 class _File:
-    """Lines appended to a file on a disk; other processes see each at once (line buffering)."""
+    """Lines appended to a file on a disk; other processes see each at once (line buffering).
+
+    Raises:
+      PassingError: of each method: the disk does not take it, or the file is not there any more.
+    """
 
     def __init__(self, path: paths.Path):
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._path = path
+        with paths.writing(path):
+            self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, line: str) -> None:
-        self._file.write(line)
+        with paths.writing(self._path):
+            # An open file can be written after it, or its whole folder, was removed: into nothing.
+            if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                raise FileNotFoundError(errno.ENOENT, "another file has taken its place")
+            self._file.write(line)
 
     def flush(self) -> None:
-        self._file.flush()
+        with paths.writing(self._path):
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with paths.writing(self._path):
+            self._file.close()
 
 
 class _Segments:

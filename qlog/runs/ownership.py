@@ -43,6 +43,7 @@ FILE = "owner.json"
 _PROOF = ".proof_"
 _SEEN_WITHIN = 5.0  # seconds; NFS may remember for a while that a file was not there
 _Owner = dict[str, Any]  # what owner.json holds; {} where there is no file
+_held: set[str] = set()  # the owners that are claims of this process now
 
 
 class Claim:
@@ -62,9 +63,12 @@ class Claim:
     def __init__(self, workdir: paths.Path, is_writer: bool, me: _Owner):
         self.workdir = workdir
         file = workdir / FILE if is_writer else None
+        # Which folder it is: one that is mounted or made in its place has another number.
+        self._place = None if paths.is_remote(workdir) else _place(workdir)
         self._file, self._me = file, me
         self._lost, self._ended = threading.Event(), threading.Event()
         self._is_failing = False
+        _held.add(me["owner"])
         if file is not None:
             self._thread = threading.Thread(
                 target=self._keep, args=(file,), name="owner", daemon=True
@@ -87,11 +91,20 @@ class Claim:
         Raises:
           PassingError: another run has taken the workdir over: nothing may be written any more.
         """
+        if not self._is_there():
+            raise PassingError(
+                f"{self.workdir} is gone (moved, deleted or unmounted): put it back; the same "
+                "command goes on from its newest checkpoint."
+            )
         if distributed.any_process(self.is_lost):
             raise PassingError(
                 "another run has taken this workdir over (this one was silent for too long): it "
                 "goes on there, this one stops."
             )
+
+    def _is_there(self) -> bool:
+        """Whether the workdir is still the folder that was claimed."""
+        return self._place is None or _place(self.workdir) == self._place
 
     def release(self, error: BaseException | None = None) -> None:
         """Gives the workdir back; the file says how the run ended.
@@ -99,6 +112,7 @@ class Claim:
         Args:
           error: what ended the run, if it did not come to its end.
         """
+        _held.discard(self._me["owner"])
         if self._file is None or self._ended.is_set():
             return
         self._ended.set()
@@ -131,6 +145,8 @@ class Claim:
 
     def _beat(self, file: paths.Path) -> None:
         """Writes the file again, unless it is another run's by now."""
+        if not self._is_there():  # or the file would make the folder again
+            raise FileNotFoundError(f"{self.workdir} is gone")
         found = _look(file)
         self._me |= {"beat": self._me["beat"] + 1, "time": time.time()}
         text = json.dumps(self._me)
@@ -304,9 +320,18 @@ def _look(file: paths.Path) -> _Owner:
         found = json.loads(paths.read(file))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"beat": None}
     return found if isinstance(found, dict) else {"beat": None}
+
+
+def _place(workdir: paths.Path) -> tuple[int, int] | None:
+    """(device, number) of a folder on a disk; None where there is none."""
+    try:
+        about = os.stat(workdir)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
 
 
 # ---- Processes of this machine ----
@@ -341,7 +366,10 @@ def _lives(owner: _Owner) -> bool:
     except OSError:  # there, but another user's
         pass
     # Ids are used again: a process that started at another moment is another one.
-    return _process_started(owner["pid"]) == owner.get("process")
+    if _process_started(owner["pid"]) != owner.get("process"):
+        return False
+    # A claim of this process may have ended without a word in the file, on a full disk.
+    return owner["pid"] != os.getpid() or owner.get("owner") in _held
 
 
 def _process_started(pid: int) -> str | None:

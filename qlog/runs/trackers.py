@@ -5,11 +5,13 @@ trackers, other processes have none.
 """
 
 import enum
+import importlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,34 +59,61 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in the workdir.
 
+    Written here and not in a thread of a library: such a thread dies at a full disk, and the run
+    would wait for it without end.
+
     Args:
       uploads: of a workdir in a bucket; None of one on a disk.
+
+    Raises:
+      PassingError: of each method: the disk does not take it.
     """
 
+    _INTERVAL = 60.0  # seconds in which events may be held back
+
     def __init__(self, workdir: paths.Path, start_step: int, uploads: Uploads | None):
-        from tensorboardX import SummaryWriter  # slow to import; only process 0 needs it
+        # Slow to import; only process 0 needs it.
+        from tensorboardX.event_file_writer import EventsWriter
+
+        # (Its names are made when it is imported, which no reader of types sees.)
+        self._messages = importlib.import_module("tensorboardX.proto.event_pb2")
 
         # The writer appends, which a bucket cannot: there a local file is uploaded again.
         self._scratch: pathlib.Path | None = None
-        if uploads is None:
-            self._events = SummaryWriter(os.fspath(workdir), purge_step=start_step, flush_secs=60)
-        else:
+        if uploads is not None:
             self._scratch = pathlib.Path(tempfile.mkdtemp(prefix="qlog_events_"))
-            self._events = SummaryWriter(str(self._scratch), purge_step=start_step)
-            uploads.follow(self._scratch, workdir, self._events.flush)
+        self._folder = self._scratch or pathlib.Path(workdir)
+        self._flushed = 0.0  # when, by time.monotonic(); the first events are shown at once
+        with paths.writing(self._folder):
+            self._events = EventsWriter(str(self._folder / "events"))
+            # Hides what an earlier start wrote of the steps that are done again.
+            started = self._messages.SessionLog(status=self._messages.SessionLog.START)
+            self._events.write_event(self._messages.Event(step=start_step, session_log=started))
+        if uploads is not None:
+            uploads.follow(self._folder, workdir, self.flush)
 
     def scalars(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        event = self._messages.Event(step=step, wall_time=time.time())
         for name, value in values.items():
-            self._events.add_scalar(f"{phase}/{name}", value, step)
+            event.summary.value.extend(scalar(f"{phase}/{name}", value).value)
+        with paths.writing(self._folder):
+            self._events.write_event(event)
+        if time.monotonic() - self._flushed > self._INTERVAL:
+            self.flush()
 
     def rollouts(self, step: int, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Shows none: they are in rollouts.jsonl."""
 
     def flush(self) -> None:
-        self._events.flush()
+        self._flushed = time.monotonic()
+        with paths.writing(self._folder):
+            self._events.flush()
 
     def close(self, ending: Ending) -> None:
-        self._events.close()
+        with paths.writing(self._folder):
+            self._events.close()
 
     def remove_scratch(self) -> None:
         """Removes the local files of a bucket's events; after the last upload."""

@@ -22,7 +22,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
-from qlog.errors import ConfigError, summary
+from qlog.errors import ConfigError, PassingError, summary
 
 Path = epath.Path  # the interface of pathlib, for gs:// and s3:// too
 
@@ -67,6 +67,10 @@ _PASSING = {
 }
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
 def passes(error: BaseException) -> bool:
     """Whether the same request may succeed later: a busy or failing server, a broken connection.
 
@@ -103,8 +107,10 @@ def retried(function: Callable[[], _T]) -> _T:
 
 def sentence(error: BaseException) -> str:
     """One sentence about a store or a disk that failed and may work later; '' for other errors."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in _FULL:
         return f"no room is left ({error}): make some; the same command goes on."
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"a disk refused ({error}): let this user write there; the same command goes on."
     if isinstance(error, Exception) and passes(error) and not isinstance(error, BrokenPipeError):
         reason = summary(error)
         return (
@@ -112,6 +118,28 @@ def sentence(error: BaseException) -> str:
             "the same command goes on."
         )
     return ""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """What writes to a file on a disk does so in here: its errors name the file and the remedy.
+
+    Raises:
+      PassingError: in the place of an OSError. What was whole before is still whole, so the run
+        ends, and the same command goes on when the disk is as it should be.
+    """
+    try:
+        yield
+    except OSError as error:
+        what, remedy = "cannot be written", "mend the disk or its mount"
+        if error.errno in _FULL:
+            what, remedy = "cannot be written, no room is left", "make some"
+        elif isinstance(error, FileNotFoundError):
+            what, remedy = "is gone", "put the folder back"
+        reason = error.strerror or type(error).__name__
+        raise PassingError(
+            f"{path} {what} ({reason}): {remedy}; the same command goes on."
+        ) from error
 
 
 # ---- Paths ----
@@ -209,16 +237,18 @@ def copy(source: pathlib.Path, target: Path) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A path to write to. When the block ends without an error, the file takes `path`'s place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since only within a file system a rename is atomic. The name is random: of
     # two processes that write the same file each has its own, and the last one wins.
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield fresh
-        os.replace(fresh, path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield fresh
+            os.replace(fresh, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # on a disk that fails this fails too
+                fresh.unlink(missing_ok=True)
+            raise
 
 
 def create(path: Path, content: str | bytes) -> bool:
@@ -234,13 +264,23 @@ def create(path: Path, content: str | bytes) -> bool:
             system, where = file_system(path)
             retried(lambda: system.pipe_file(where, data, mode="create"))
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "xb") as file:  # O_EXCL: the file system decides
-                file.write(data)
+            _create_local(path, data)
     except FileExistsError:
         # A request whose answer was lost is tried again, and finds its own content.
         return is_remote(path) and retried(path.read_bytes) == data
     return True
+
+
+def _create_local(path: Path, data: bytes) -> None:
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:  # O_EXCL: the file system decides
+                file.write(data)
+    except PassingError as error:
+        if isinstance(error.__cause__, FileExistsError):
+            raise error.__cause__ from None
+        raise
 
 
 def remove(path: Path) -> None:
@@ -249,6 +289,15 @@ def remove(path: Path) -> None:
         retried(path.unlink)
     except FileNotFoundError:
         pass
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a folder; in a bucket the store copies each object and then removes it."""
+    if is_remote(source):
+        system, where = file_system(source)
+        retried(lambda: system.mv(where, file_system(target)[1], recursive=True))
+    else:
+        os.rename(source, target)
 
 
 # ---- May this user write there? ----

@@ -1,10 +1,12 @@
 """Weights & Biases, the real package offline: what it holds is what metrics.jsonl holds."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -299,6 +301,30 @@ def test_what_raises_is_told_once_and_turned_off(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "W&B failed" in line]
     assert len(said) == 1 and "is off for this start of the run" in said[0]
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
+
+
+def test_the_death_of_its_process_does_not_hold_the_run(tmp_path, monkeypatch):
+    show = RunLog.progress
+
+    def progress(self, step, text):
+        show(self, step, text)
+        if step == 0:
+            for entry in pathlib.Path("/proc").glob("[0-9]*"):
+                # Its process is our child, or a child's.
+                with contextlib.suppress(OSError):
+                    environment = (entry / "environ").read_bytes()
+                    if b"wandb-core" in (entry / "cmdline").read_bytes() and mine in environment:
+                        os.kill(int(entry.name), signal.SIGKILL)
+                        killed.append(entry.name)
+
+    mine, killed = str(tmp_path).encode(), []
+    monkeypatch.setenv("QLOG_TEST_OWNER", str(tmp_path))
+    monkeypatch.setattr(RunLog, "progress", progress)
+    outcome = tiny.run(config(train={"steps": 4}), tmp_path, ONE)
+    assert killed and not outcome.interrupted
+    with contextlib.suppress(Exception):  # as its process ended
+        wandb.teardown()
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_disabled_it_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,198 @@
+"""Digests of a checkpoint's files: whether what is read is what was written.
+
+The store of the arrays (OCDBT) checks its indexes when it reads them, but not the numbers: a byte
+that a disk changed would be taken as it is. So CHECKPOINT/digests.json has
+
+| key   | holds                                                                                |
+|-------|--------------------------------------------------------------------------------------|
+| step  | the step of training, so that a copy under another name is noticed                   |
+| files | {name: [bytes, digest]} of each file, named from the checkpoint's folder on          |
+| about | the digest of what _CHECKPOINT_METADATA says: Orbax adds the time to it later        |
+
+It is written when all other files are, and before the checkpoint gets its name: so a checkpoint
+has it from its first moment. A digest is the SHA-256 of the content. A bucket has one of each
+object already (crc32c or md5), checks it itself, and tells it without the content being read: there
+it is that one.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+
+from qlog.parallel import distributed
+from qlog.storage import paths
+from qlog.storage.paths import Path
+
+FILE = "digests.json"
+_COMMITTED = "commit_success.txt"  # Orbax writes it after the digests, to say that all is there
+_ABOUT = "_CHECKPOINT_METADATA"  # the config, and what is in the checkpoint
+_LATE = (FILE, _COMMITTED, _ABOUT)  # no digests of these files
+_THREADS = 8  # hashing leaves Python's lock to others
+# {file: (bytes, time of change, digest)} of files that this process has read and found whole, so
+# that who looks for a checkpoint and then loads it reads its files once.
+_seen: dict[str, tuple[int, int, str]] = {}
+
+
+def write(folder: Path, step: int) -> None:
+    """Writes the digests of all files in the folder of a checkpoint; one process calls it.
+
+    Args:
+      step: of training.
+
+    Raises:
+      OSError: a file cannot be read, or the digests cannot be written.
+    """
+    if paths.is_remote(folder):
+        found = {name: [size, digest] for name, (size, digest) in _objects(folder).items()}
+    else:
+        local = pathlib.Path(folder)
+        names = _files(local)
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            digests = pool.map(lambda name: _digest(local / name), names)
+            found = {
+                name: [(local / name).stat().st_size, digest]
+                for name, digest in zip(names, digests, strict=True)
+            }
+    _save(folder, step, found, _about(folder))
+
+
+def forget(folder: Path, item: str) -> None:
+    """Takes the files of an item out, before it is deleted for good."""
+    if known := _read(folder):
+        files = {n: entry for n, entry in known["files"].items() if not n.startswith(f"{item}/")}
+        _save(folder, known["step"], files, known["about"])
+
+
+def exist(folder: Path) -> bool:
+    """Whether the checkpoint in the folder has digests; older ones have none."""
+    return paths.exists(folder / FILE)
+
+
+def fault(folder: Path, items: Sequence[str], content: bool = True) -> str:
+    """What is wrong with a checkpoint, in words; '' where nothing is. Every process must call.
+
+    The processes share the work: each reads its part of the files.
+
+    Args:
+      folder: of one step.
+      items: those that are wanted: 'params', 'training'. A damaged file of another does no harm.
+      content: whether files are read; without, only whether they are there, with their sizes.
+    """
+    plan = distributed.once_per_run(lambda: _plan(folder, items))
+    if plan["fault"] or not content or paths.is_remote(folder):
+        return plan["fault"]
+    mine = plan["files"][jax.process_index() :: jax.process_count()]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        wrong = [text for text in pool.map(lambda one: _compare(folder, *one), mine) if text]
+    return next(iter(distributed.gather(wrong)), "")
+
+
+def _plan(folder: Path, items: Sequence[str]) -> dict[str, Any]:
+    """{"fault": what sizes tell, "files": [[name, digest], ...] whose content is to be read}."""
+    try:
+        known = _read(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        if paths.is_remote(folder) and paths.passes(error):
+            raise
+        return {"fault": f"{FILE} cannot be read", "files": []}
+    if known is None:
+        return {"fault": "", "files": []}
+    if folder.name.isdigit() and int(folder.name) != known["step"]:
+        return {"fault": f"its files are those of step {known['step']}", "files": []}
+    if _about(folder) != known["about"]:
+        return {"fault": f"{_ABOUT} is missing or has changed", "files": []}
+    wanted = {
+        name: entry
+        for name, entry in known["files"].items()
+        if "/" not in name or name.partition("/")[0] in items
+    }
+    there = _objects(folder) if paths.is_remote(folder) else _sizes(folder, wanted)
+    for name, (size, digest) in wanted.items():
+        if name not in there:
+            return {"fault": f"{name} is missing", "files": []}
+        size_now, digest_now = there[name]
+        if size_now != size:
+            return {"fault": f"{name} has {size_now:,} bytes, not {size:,}", "files": []}
+        if digest_now and digest and digest_now != digest:
+            return {"fault": f"the content of {name} has changed", "files": []}
+    return {"fault": "", "files": [[name, digest] for name, (_, digest) in wanted.items()]}
+
+
+def _compare(folder: Path, name: str, digest: str) -> str:
+    """What is wrong with the content of a local file; '' where nothing is."""
+    file = pathlib.Path(folder) / name
+    try:
+        about = file.stat()
+        now = (about.st_size, about.st_mtime_ns, digest)
+        if _seen.get(str(file)) == now:
+            return ""
+        if _digest(file) != digest:
+            return f"the content of {name} has changed"
+        _seen[str(file)] = now
+    except OSError as error:  # such as EIO, of a bad place on the disk
+        return f"{name} cannot be read: {error.strerror or error}"
+    return ""
+
+
+def _digest(file: pathlib.Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+    """The names of all files that have digests, from the folder on."""
+    names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+    return sorted(name for name in names if name not in _LATE)
+
+
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, '')} of the local files that are there."""
+    found = {}
+    for name in names:
+        file = pathlib.Path(folder) / name
+        if file.is_file():
+            found[name] = file.stat().st_size, ""
+    return found
+
+
+def _objects(folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, the bucket's own checksum; '' without)} of all objects in a folder."""
+    system, where = paths.file_system(folder)
+    found = cast(dict[str, Any], paths.retried(lambda: system.find(where, detail=True)))
+    named = {name[len(where) :].lstrip("/"): about for name, about in found.items()}
+    return {
+        name: (int(about["size"]), str(about.get("crc32c") or about.get("md5Hash") or ""))
+        for name, about in named.items()
+        if name not in _LATE
+    }
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What digests.json holds; None where there is none."""
+    try:
+        known = json.loads(paths.read(folder / FILE))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    files = {name: (int(size), str(digest)) for name, (size, digest) in known["files"].items()}
+    return {"step": int(known["step"]), "files": files, "about": str(known["about"])}
+
+
+def _save(folder: Path, step: int, files: Mapping[str, Sequence[Any]], about: str) -> None:
+    paths.write(folder / FILE, json.dumps({"step": step, "about": about, "files": files}, indent=1))
+
+
+def _about(folder: Path) -> str:
+    """The digest of what a checkpoint says of itself, whenever it was written; '' without."""
+    try:
+        said = json.loads(paths.read(folder / _ABOUT))
+        kept = {name: said[name] for name in ("item_handlers", "custom_metadata")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if paths.is_remote(folder) and paths.passes(error):
+            raise
+        return ""
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

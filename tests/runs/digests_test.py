@@ -1,0 +1,256 @@
+"""Damaged checkpoints: noticed in every file, set aside by name, and the one before it is taken."""
+
+import contextlib
+import json
+import random
+import shutil
+
+import buckets
+import jax
+import pytest
+import tiny
+import trees
+
+from qlog.config import schema
+from qlog.errors import ConfigError
+from qlog.experiment import prepare
+from qlog.runs import checkpoints, digests
+from qlog.storage import paths
+
+ONE = jax.devices()[:1]
+STEPS = (3, 6, 9)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return prepare(tiny.config(), ONE, train=False, evaluate=False)
+
+
+@pytest.fixture(scope="module")
+def states(experiment):
+    """A state for each step, with parameters that differ from step to step."""
+    state = experiment.init_state(experiment.init_params())
+    scaled = lambda step: jax.tree.map(lambda leaf: leaf * (1 + step), state.params)
+    return {step: state._replace(params=scaled(step)) for step in STEPS}
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, states, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    save(workdir, experiment, states)
+    return workdir
+
+
+@pytest.fixture
+def workdir(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def save(workdir, experiment, states):
+    with contextlib.closing(checkpoints.Checkpoints(workdir, keep=9)) as saved:
+        for step, state in states.items():
+            saved.save(state, step=step, config=schema.to_json(experiment.config))
+
+
+def restore(workdir, experiment):
+    """(the step taken, its state), as a run that starts there."""
+    with contextlib.closing(checkpoints.Checkpoints(workdir, keep=9)) as saved:
+        state = saved.restore(experiment.abstract_state())
+        return saved.latest_step, state
+
+
+def files(folder):
+    """The files of a checkpoint that must be whole; Orbax writes the other for its own use."""
+    found = sorted(f for f in folder.rglob("*") if f.is_file())
+    return [f for f in found if f.name != "commit_success.txt" or f.parent != folder]
+
+
+def flip(file, offset):
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 0x10
+    file.write_bytes(bytes(content))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGE = {
+    "flipped": lambda file: flip(file, file.stat().st_size // 2),
+    "cut": cut,
+    "empty": empty,
+    "deleted": lambda file: file.unlink(),
+    "a folder": folder,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_each_file_damaged_in_each_way_is_noticed(damage, whole, tmp_path):
+    for number, name in enumerate(f.relative_to(whole) for f in files(whole / "checkpoints/9")):
+        copy = tmp_path / str(number) / "checkpoints" / "9"
+        shutil.copytree(whole / "checkpoints/9", copy)
+        DAMAGE[damage](copy.parent.parent / name)
+        # Without its digests a checkpoint is as those of older versions: whole as far as it tells.
+        if not (damage == "deleted" and name.name == digests.FILE):
+            assert checkpoints.fault(copy), name
+
+
+def test_flipped_bytes_at_random_places_are_noticed(whole, tmp_path):
+    """The arrays' store itself lets most of them pass."""
+    copy, rng = tmp_path / "checkpoints" / "9", random.Random(0)
+    shutil.copytree(whole / "checkpoints/9", copy)
+    found = files(copy)
+    for _ in range(200):
+        file = rng.choices(found, [f.stat().st_size for f in found])[0]
+        before = file.read_bytes()
+        flip(file, rng.randrange(len(before)))
+        assert checkpoints.fault(copy), file
+        file.write_bytes(before)
+    assert not checkpoints.fault(copy)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_goes_on_from_the_newest_whole_one_and_can_save_that_step_again(
+    damage, workdir, experiment, states, capsys
+):
+    data = max(files(workdir / "checkpoints/9"), key=lambda file: file.stat().st_size)
+    DAMAGE[damage](data)
+    left = sorted(
+        f.relative_to(workdir / "checkpoints/9") for f in files(workdir / "checkpoints/9")
+    )
+    step, state = restore(workdir, experiment)
+    assert step == 6
+    trees.assert_equal(state, states[6])
+    said = capsys.readouterr().out
+    assert "checkpoints/9 is damaged (" in said and "set aside as 9.damaged; step 6 is" in said
+    aside = workdir / "checkpoints" / "9.damaged"
+    assert sorted(f.relative_to(aside) for f in files(aside)) == left
+    save(workdir, experiment, {9: states[9], 12: states[3]})
+    assert restore(workdir, experiment)[0] == 12
+    assert sorted(f.relative_to(aside) for f in files(aside)) == left
+    # A second one of the same step has a name of its own.
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    empty(max(files(workdir / "checkpoints/9"), key=lambda file: file.stat().st_size))
+    assert restore(workdir, experiment)[0] == 6
+    assert {"9.damaged", "9.damaged.2"} < {f.name for f in (workdir / "checkpoints").iterdir()}
+
+
+def test_an_empty_folder_and_a_copy_under_another_number_are_damaged(workdir, experiment, capsys):
+    (workdir / "checkpoints" / "99").mkdir()
+    shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "50")
+    assert restore(workdir, experiment)[0] == 9
+    said = capsys.readouterr().out
+    assert "99 is damaged (the folder is empty)" in said
+    assert "50 is damaged (its files are those of step 6)" in said
+
+
+def test_where_none_is_whole_nothing_is_renamed(workdir, experiment):
+    for step in STEPS:
+        cut(max(files(workdir / "checkpoints" / str(step)), key=lambda file: file.stat().st_size))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"no whole checkpoint \(3: .* bytes, not .*put back"):
+            restore(workdir, experiment)
+    assert {f.name for f in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}
+
+
+def test_old_checkpoints_have_no_digests_and_load(workdir, experiment, states, capsys):
+    for step in STEPS:
+        (workdir / "checkpoints" / str(step) / digests.FILE).unlink()
+    step, state = restore(workdir, experiment)
+    assert step == 9
+    trees.assert_equal(state, states[9])
+    # Of them, damage shows when they are read, or described.
+    cut(max(files(workdir / "checkpoints/9"), key=lambda file: file.stat().st_size))
+    empty(workdir / "checkpoints/6/params/_METADATA")
+    step, state = restore(workdir, experiment)
+    assert step == 3
+    trees.assert_equal(state, states[3])
+    said = capsys.readouterr().out
+    assert "checkpoints/9 is damaged (" in said and "checkpoints/6 is damaged (" in said
+
+
+def test_numbers_that_are_not_finite_are_damage(workdir, experiment, states):
+    bad = states[9]._replace(
+        params=jax.tree.map(lambda leaf: leaf * jax.numpy.nan, states[9].params)
+    )
+    save(workdir, experiment, {12: bad})
+    assert restore(workdir, experiment)[0] == 9
+
+
+def test_readers_pass_over_damaged_ones_and_rename_nothing(workdir, experiment, states, capsys):
+    (workdir / "scores.json").write_text(
+        json.dumps({step: {"value": 1 / step, "of": "m@4"} for step in STEPS})
+    )
+    flip(max(files(workdir / "checkpoints/3"), key=lambda file: file.stat().st_size), 5000)
+    shutil.rmtree(workdir / "checkpoints/9/params/ocdbt.process_0")
+    abstract = experiment.abstract_params()
+    for which in ("best", "latest"):
+        found = checkpoints.load_params(workdir, abstract, "--workdir", which)
+        trees.assert_equal(found, states[6].params)
+    said = capsys.readouterr().out
+    assert "checkpoints/3 is damaged (the content of params/" in said and "step 6 is taken" in said
+    assert "checkpoints/9 is damaged (params/" in said and "is missing)" in said
+    assert {f.name for f in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}
+    for folder, which in ((workdir, "9"), (workdir / "checkpoints/9", "best")):
+        with pytest.raises(ConfigError, match="is damaged .*: take another"):
+            checkpoints.find_checkpoint(folder, "--workdir", which)
+    # Damage of what is not read does no harm.
+    shutil.rmtree(workdir / "checkpoints/6/training")
+    assert checkpoints.find_checkpoint(workdir, "--workdir", "6").name == "6"
+
+
+def test_the_best_is_chosen_among_whole_ones(workdir):
+    (workdir / "scores.json").write_text(
+        json.dumps({step: {"value": 1 / step, "of": "m@4"} for step in STEPS})
+    )
+    flip(max(files(workdir / "checkpoints/3"), key=lambda file: file.stat().st_size), 5000)
+    with contextlib.closing(checkpoints.Checkpoints(workdir, keep=9)) as saved:
+        assert saved.best_step == 6
+    assert (workdir / "checkpoints" / "3.damaged").is_dir()
+
+
+def test_another_model_is_told_with_the_shapes_of_both_sides(workdir):
+    other = tiny.config(architecture={**tiny.config().architecture.to_dict(), "width": 32})
+    abstract = prepare(other, ONE, train=False, evaluate=False).abstract_params()
+    with pytest.raises(
+        ConfigError,
+        match=r"another model: embed is \[48, 16\] there and \[48, 32\] here; .* more differ\.",
+    ):
+        checkpoints.load_params(workdir, abstract, "config.init_from")
+
+
+def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys):
+    with buckets.google() as (_, clients), pytest.MonkeyPatch.context() as patch:
+        for name, value in clients.items():
+            patch.setenv(name, value)
+        workdir = paths.parse(f"gs://{buckets.BUCKET}/damaged")
+        save(workdir, experiment, states)
+        known = json.loads(paths.read(workdir / "checkpoints/9" / digests.FILE))["files"]
+        assert all(size and digest for size, digest in known.values())
+        largest = max(known, key=lambda name: known[name][0])
+        for damage in ("flipped", "deleted"):
+            file = workdir / "checkpoints/9" / largest
+            if damage == "deleted":
+                paths.remove(file)
+            else:
+                content = bytearray(file.read_bytes())
+                content[len(content) // 2] ^= 0x10
+                paths.write(file, bytes(content))
+            assert checkpoints.fault(workdir / "checkpoints/9")
+        step, state = restore(workdir, experiment)
+        assert step == 6
+        trees.assert_equal(state, states[6])
+        assert "9 is damaged" in capsys.readouterr().out
+        assert paths.names(workdir / "checkpoints") == ["3", "6", "9.damaged"]
+        save(workdir, experiment, {9: states[9]})
+        assert restore(workdir, experiment)[0] == 9

@@ -1,0 +1,168 @@
+"""Disks that fail under a run: no hang, one sentence, and the same command goes on bit for bit.
+
+The disks are real: a small tmpfs, which the tests mount (they are skipped where this user may not),
+and the kernel's limit on the size of a file (RLIMIT_FSIZE), which any user may set.
+"""
+
+import resource
+import shutil
+import subprocess
+
+import jax
+import pytest
+import tiny
+import trees
+
+from qlog.errors import ConfigError, PassingError
+from qlog.experiment import prepare
+from qlog.runs import checkpoints
+from qlog.runs.log import RunLog, read_jsonl
+
+ONE = jax.devices()[:1]
+CONFIG = tiny.config(
+    train={"steps": 6}, checkpoint={"every": 2}, evaluation={"every": 3, "prompts": 4}
+)
+_TIMED = ("seconds", "per_s", "compilations", "steps_since", "utilization", "memory")
+
+
+def mount(*words):
+    return subprocess.run(["mount", *words], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not mount("-t", "tmpfs", "-o", "size=4m", "none", str(folder)):
+        pytest.skip("this user may not mount")
+    yield folder
+    for place in (folder, folder.with_name("aside")):
+        subprocess.run(["umount", "-l", place], check=False, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    tiny.run(CONFIG, workdir, ONE)
+    return workdir
+
+
+def at_step(monkeypatch, step, act):
+    """Has `act` called when the run tells of that step, from 0; returns what undoes it."""
+    show, done = RunLog.progress, []
+
+    def progress(self, now, text):
+        show(self, now, text)
+        if now == step and not done:
+            done.append(step)
+            act()
+
+    monkeypatch.setattr(RunLog, "progress", progress)
+
+
+def rows(workdir):
+    return [
+        {k: v for k, v in row.items() if not any(t in k for t in _TIMED)}
+        for row in read_jsonl(workdir / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(workdir, whole):
+    abstract = prepare(CONFIG, ONE, train=False, evaluate=False).abstract_params()
+    one, two = (checkpoints.load_params(w, abstract, which="latest") for w in (workdir, whole))
+    trees.assert_equal(one, two)
+    assert rows(workdir) == rows(whole)
+    for name in ("rollouts.jsonl", "samples/step_000003.jsonl", "samples/step_000006.jsonl"):
+        assert (workdir / name).read_text() == (whole / name).read_text()
+
+
+def fill(disk):
+    with open(disk / "filler", "wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def _full(disk):
+    return (lambda: fill(disk)), (lambda: (disk / "filler").unlink()), "no room is left|No space"
+
+
+def _unmounted(disk):
+    aside = disk.with_name("aside")
+    aside.mkdir()
+    move = lambda one, two: subprocess.run(["mount", "--move", one, two], check=True)
+    return (lambda: move(disk, aside)), (lambda: move(aside, disk)), "is gone"
+
+
+def _moved(disk):
+    there, aside = disk / "run", disk / "elsewhere"
+
+    def undo():
+        shutil.rmtree(there, ignore_errors=True)  # of what a save under way has made there
+        aside.rename(there)
+
+    return (lambda: there.rename(aside)), undo, "is gone|No such file"
+
+
+def _log_replaced(disk):
+    log, aside = disk / "run/metrics.jsonl", disk / "metrics.jsonl"
+
+    def act():
+        log.rename(aside)
+        log.write_bytes(aside.read_bytes())
+
+    return act, (lambda: None), "metrics.jsonl is gone .*another file has taken its place"
+
+
+# Before the first save, during one, and with one behind.
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("fault", [_full, _unmounted, _moved, _log_replaced])
+def test_a_disk_that_fails_under_a_run(fault, step, disk, whole, monkeypatch):
+    act, undo, said = fault(disk)
+    at_step(monkeypatch, step, act)
+    with pytest.raises(PassingError, match=said) as raised:
+        tiny.run(CONFIG, disk / "run", ONE)
+    assert "\n" not in str(raised.value) and "the same command goes on" in str(raised.value)
+    undo()
+    tiny.run(CONFIG, disk / "run", ONE)
+    assert_same_run(disk / "run", whole)
+
+
+def test_checkpoints_that_can_no_longer_be_made(tmp_path, whole, monkeypatch):
+    """`chattr +i`, which binds root too, as a disk that has become read-only does."""
+    seal = lambda flag: subprocess.run(
+        ["chattr", flag, tmp_path / "checkpoints"], check=False, capture_output=True
+    )
+    (tmp_path / "checkpoints").mkdir()
+    if seal("+i").returncode:
+        pytest.skip("this user or this file system has no chattr")
+    try:
+        with pytest.raises(ConfigError, match=r"--workdir = .*/checkpoints cannot be written"):
+            tiny.run(CONFIG, tmp_path, ONE)
+        seal("-i")
+        at_step(monkeypatch, 3, lambda: seal("+i"))  # the evaluation before has waited for step 3
+        with pytest.raises(
+            PassingError,
+            match=r"step 4 could not .*\(Operation not permitted\), step 3 is the newest",
+        ):
+            tiny.run(CONFIG, tmp_path, ONE)
+    finally:
+        seal("-i")
+    tiny.run(CONFIG, tmp_path, ONE)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_file_may_grow_no_more(tmp_path, whole, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    at_step(monkeypatch, 2, limit)
+    try:
+        with pytest.raises(PassingError, match=r"\(File too large\)"):
+            tiny.run(CONFIG, tmp_path, ONE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tiny.run(CONFIG, tmp_path, ONE)
+    assert_same_run(tmp_path, whole)
