@@ -71,6 +71,7 @@ def prepare(
         )
     tokens = _Tokens(tokenizer.vocab_size, formatter.closing, tokenizer.eos_ids, tokenizer.pad_id)
     experiment = _build(config, mesh, shape, tokens)
+    files.check_weights(weights, shape)
     # ---- The data ----
     if evaluate is None:
         evaluate = config.evaluation.every > 0 or not train

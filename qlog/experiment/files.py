@@ -52,6 +52,19 @@ def resolve_weights(config: ConfigDict) -> pathlib.Path | None:
     return resolve(config.weights, "config.weights", weights=True)
 
 
+def check_weights(weights: pathlib.Path | None, shape: models.DecoderConfig) -> None:
+    """Whether weights are those of the model, before data are read. Every process must call it.
+
+    Args:
+      weights: from `resolve_weights`.
+
+    Raises:
+      ConfigError: as `models.huggingface.check`.
+    """
+    if weights is not None:
+        distributed.once_per_host(lambda: models.huggingface.check(weights, shape))
+
+
 def load_formatter(config: ConfigDict) -> data.Formatter:
     """Turns the config's examples into tokens; the tokenizer is fetched once per host.
 

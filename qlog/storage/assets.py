@@ -37,6 +37,7 @@ from qlog.storage import paths
 ENVIRONMENT = "QLOG_ASSETS"
 # Where stores say what an object's content is, the surest first.
 _CHECKSUMS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "LastModified", "updated")
+_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar.gz", ".tgz")
 _SECONDS_BETWEEN_NEWS = 10.0
 _AT_ONCE = 8  # files copied at the same time
 
@@ -160,11 +161,52 @@ def names(spec: str, field: str) -> list[str]:
             return sorted(name for name in found if os.path.isfile(name))
         below = {"": None}
         if folder.is_dir():
-            files = (file for file in folder.rglob("*") if file.is_file())
-            below = dict.fromkeys(file.relative_to(folder).as_posix() for file in files)
+            below = dict.fromkeys(
+                file.relative_to(folder).as_posix()
+                for file in folder.rglob("*")
+                if file.is_file() or _is_dangling(file)
+            )
     # A cache of the Hub's client lies in a hidden folder of what it has downloaded.
     visible = [name for name in below if not any(p.startswith(".") for p in name.split("/"))]
+    if not paths.is_remote(path):
+        # Left out, a part of the data would be missing without a word.
+        for name in visible:
+            if name and _is_dangling(pathlib.Path(path) / name):
+                raise ConfigError(
+                    f"{field} = {spec!r} lacks {name}{why_missing(pathlib.Path(path) / name)}."
+                )
     return sorted(f"{spec.rstrip('/')}/{name}" if name else spec for name in visible)
+
+
+def _is_dangling(path: pathlib.Path) -> bool:
+    """Whether it is a link to nothing."""
+    return path.is_symlink() and not path.exists()
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name, relative to a folder, stays in that folder on every system.
+
+    Links in the folder may lead elsewhere: caches of the Hub are made of them.
+    """
+    plain = name.replace("\\", "/")
+    parts = plain.split("/")
+    return bool(name) and ".." not in parts and not plain.startswith("/") and ":" not in parts[0]
+
+
+def why_missing(path: str | os.PathLike) -> str:
+    """Why a local file is not there, in brackets for a message; '' where nothing tells.
+
+    It is a link to nothing, as in a copy of one folder of a cache; or it is packed.
+    """
+    path = pathlib.Path(path).expanduser()
+    if _is_dangling(path):
+        return (
+            f" ({path.name} is a link to {os.readlink(path)}, which is not there: copy with cp -rL)"
+        )
+    for suffix in _PACKED:
+        if path.with_name(path.name + suffix).is_file():
+            return f" ({path.name}{suffix} is there: unpack it)"
+    return ""
 
 
 def is_there(path: pathlib.Path) -> bool:

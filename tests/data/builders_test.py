@@ -186,6 +186,46 @@ def test_a_damaged_preparation_is_named(manual_dir, tmp_path):
         builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
 
 
+def test_a_prepared_folder_runs_no_code(manual_dir, tmp_path, monkeypatch):
+    """TFDS would import what features.json names; ours are the features of the builder."""
+    data_dir, payload = tmp_path / "data", tmp_path / "payload"
+    builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    payload.mkdir()
+    (payload / "strangers_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(payload))
+    (features,) = data_dir.glob("finqa-*/finqa/1.0.0/features.json")
+    old = '"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text"'
+    new = '"pythonClassName": "strangers_module.Feature"'
+    features.write_text(features.read_text().replace(old, new))
+    records = builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    assert list(records) == official_records(manual_dir / "dev.json")
+    assert not (tmp_path / "ran").exists() and "strangers_module" not in sys.modules
+
+
+@pytest.mark.parametrize("place", ["/etc/{DATASET}-{SPLIT}", "../../../other/{DATASET}-{SPLIT}"])
+def test_a_prepared_folder_names_no_file_outside(place, manual_dir, tmp_path):
+    data_dir = tmp_path / "data"
+    builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    (info,) = data_dir.glob("finqa-*/finqa/1.0.0/dataset_info.json")
+    text = info.read_text().replace("{DATASET}-{SPLIT}", place)
+    info.write_text(text)
+    with pytest.raises(ConfigError, match="is damaged .*dataset_info.json names .*not in it"):
+        builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+
+
+def test_a_prepared_folder_may_be_made_of_links(manual_dir, tmp_path):
+    data_dir = tmp_path / "data"
+    builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    (prepared,) = data_dir.glob("finqa-*/finqa/1.0.0")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(prepared.iterdir())):
+        blob = tmp_path / "blobs" / str(number)
+        file.rename(blob)
+        file.symlink_to(blob)
+    records = builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    assert list(records) == official_records(manual_dir / "dev.json")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
