@@ -455,6 +455,8 @@ def _scale_shifts(match: re.Match[str], gold: str, value: decimal.Decimal) -> li
     """The powers of ten that bring an answer's number to the unit of the target."""
     scale, stated = _scale_of(match), _quantity(gold) if gold.strip() else None
     gold_scale = _scale_of(stated) if stated else 0
+    if scale and "%" in gold:  # millions of something are no percentage
+        return [scale]
     if not stated or not gold_scale:
         return [0, scale] if scale else [0]
     # Is the target in millions, as the annotator's number, or written out?
