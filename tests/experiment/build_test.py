@@ -52,3 +52,14 @@ def test_the_same_file_for_two_splits_is_refused(tmp_path):
     # Test takes one of the four, which train has no more.
     with pytest.raises(ConfigError, match="3 of 4 examples of the validation split are in train"):
         prepare(tree, ONE)
+
+
+def with_unknown_words(split):
+    return [Example(f"{split}/{i}", f"ask amy {i}", "bob" if i else "Zoë") for i in range(5)]
+
+
+def test_golds_that_cannot_be_right_are_told(tmp_path, capsys):
+    prepare(own(with_unknown_words, tmp_path), ONE)
+    out = capsys.readouterr().out
+    assert "warning: 1 of 5 gold answers of the validation split cannot be right" in out
+    assert "under contains with this tokenizer, such as 'Zoë' (id 'validation/0')" in out
