@@ -7,6 +7,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from qlog import data, models
+from qlog.console import say
 from qlog.data import chat_templates, pipeline, tokenizer_files
 from qlog.errors import ConfigError
 from qlog.parallel import distributed
@@ -211,12 +212,22 @@ def open_split(
     Raises:
       ConfigError: as `open_source` and `data.open_dataset`.
     """
-    section = config.data
-    return data.open_dataset(
-        open_source(config, split, prepared),
+    section, source = config.data, open_source(config, split, prepared)
+    dataset = data.open_dataset(
+        source,
         formatter,
         data_limits(config, rationales),
         overlong=section.overlong,
+        invalid=section.invalid,
         measure=_LENGTHS_MEASURED if corpus(config).endless else None,
         name=f"config.data.name = {data.label(section.name)!r}, split {split!r}",
     )
+    # ---- What was left out, and what is odd ----
+    # Files know what they left out; of official datasets the records do, not the examples.
+    files = source.records if isinstance(source, data.Converted) else source
+    skipped = getattr(files, "skipped", data.Skipped()) + dataset.invalid
+    for line in skipped.lines():
+        say(f"{split}: skipped {line}")
+    for note in getattr(files, "notes", ()):
+        say(f"warning: {split}: {note}")
+    return dataclasses.replace(dataset, invalid=skipped)

@@ -23,6 +23,7 @@ import glob
 import hashlib
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -216,10 +217,13 @@ def is_there(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(target: pathlib.Path) -> Iterator[None]:
+def locked(target: pathlib.Path) -> Iterator[bool]:
     """While inside, no other process on this file system is inside for the same target.
 
     Leaves an empty file .NAME.lock next to the target.
+
+    Yields:
+      Whether that is so; False on a file system without locks.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.lock"
@@ -233,12 +237,22 @@ def locked(target: pathlib.Path) -> Iterator[None]:
     except (NotImplementedError, OSError):
         # A file system without locks, or a lock of another user. Then two processes may do the same
         # work at the same time; the renames at its end keep the result whole.
-        yield
+        yield False
         return
     try:
-        yield
+        yield True
     finally:
         lock.release()
+
+
+def remove_leftovers(target: pathlib.Path) -> None:
+    """Removes temporary folders .NAME-... of processes that were killed while they made `target`.
+
+    Only inside of `locked`: no other process makes it now.
+    """
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}-*"):
+        _say(f"removing {leftover}, which a process that was killed has left")
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish(source: pathlib.Path, target: paths.Path, names: list[str], last: str) -> int:
@@ -363,7 +377,9 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
             f"the cache folder {target.parent} cannot be written ({error.strerror or error}): set "
             "XDG_CACHE_HOME to a local folder with room."
         ) from error
-    with locked(target):
+    with locked(target) as is_locked:
+        if is_locked:
+            remove_leftovers(target)
         if is_there(target):  # another process made it while this one waited
             return result
         system, where = paths.file_system(path)

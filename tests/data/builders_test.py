@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import hashlib
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zipfile
 
 import grain
@@ -184,6 +186,110 @@ def test_a_damaged_preparation_is_named(manual_dir, tmp_path):
         shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ConfigError, match="is damaged.*delete that folder"):
         builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+
+
+def test_the_full_set_in_the_place_of_the_answerable_one_is_named(tmp_path):
+    names = [pathlib.Path(FILES["musique", split]).name for split in ("train", "dev")]
+    for name in names:
+        records = official_records(TESTDATA / "musique" / name)
+        full = [each for r in records for each in (r, {**r, "answerable": False})]
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in full))
+    with pytest.raises(
+        ConfigError, match="record 1 is not one of musique: .* this is MuSiQue-Full"
+    ):
+        builders.prepare("musique", manual_dir=tmp_path, data_dir=tmp_path / "data")
+    for name in names:
+        (tmp_path / name).rename(tmp_path / name.replace("ans", "full"))
+    with pytest.raises(
+        ConfigError, match="holds none of .*musique_full_v1.0_.* is of the full set"
+    ):
+        builders.prepare("musique", manual_dir=tmp_path, data_dir=tmp_path / "data")
+
+
+def test_the_datasets_own_folder_goes_before_others(manual_dir, tmp_path):
+    """A folder of several datasets; SQuAD's files, too, are called train.json and dev.json."""
+    together = tmp_path / "together"
+    (together / "finqa").mkdir(parents=True)
+    for split in ("train", "dev"):
+        (together / f"{split}.json").write_text('{"data": []}')
+        shutil.copy(manual_dir / f"{split}.json", together / "finqa")
+    shutil.copy(manual_dir / "test.json", together)  # each file is looked for by itself
+    for split in ("train", "dev", "test"):
+        opened = builders.open_records("finqa", split, manual_dir=together, data_dir=tmp_path / "d")
+        assert list(opened) == official_records(manual_dir / f"{split}.json")
+
+
+def test_what_a_killed_preparation_left_is_removed(manual_dir, tmp_path):
+    data_dir = tmp_path / "data"
+    folder = builders.prepare("finqa", manual_dir=manual_dir, data_dir=data_dir)
+    left = data_dir / f".{folder.name}-abc123"
+    shutil.move(folder, left)
+    other = data_dir / ".hotpotqa-1.0.0-official-x"  # of another dataset, perhaps under way
+    other.mkdir()
+    assert builders.prepare("finqa", manual_dir=manual_dir, data_dir=data_dir) == folder
+    assert not left.exists() and other.exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("dev.json", b"\xef\xbb\xbf", ""),  # a mark in front
+        ("dev.json", "utf-16", "dev.json is UTF-16 and not UTF-8: save it as UTF-8"),
+        ("dev.json", b"version https://git-lfs.github.com/spec/v1\n", "dev.json is a pointer of G"),
+        ("dev.json", b"[" * 100_000, "dev.json cannot be read after record 0 .RecursionError"),
+        ("dev.json", b'[{"id": ' + b"1" * 6000 + b"}]", "dev.json cannot be read after record 0"),
+        ("dev.json.gz", b"x", r"lacks dev.json \(dev.json.gz is there: unpack it\)"),
+        ("dev.json", None, r"lacks dev.json \(dev.json is a link to .*nowhere, which is not there"),
+    ],
+)
+def test_raw_files_in_odd_states(name, content, message, manual_dir, tmp_path):
+    original = (manual_dir / "dev.json").read_bytes()
+    (manual_dir / "dev.json").unlink()
+    if content is None:
+        (manual_dir / name).symlink_to(tmp_path / "nowhere")
+    elif content == "utf-16":
+        (manual_dir / name).write_bytes(original.decode().encode("utf-16"))
+    else:
+        whole = content if message else content + original
+        (manual_dir / name).write_bytes(whole)
+    open_dev = lambda: builders.open_records(
+        "finqa", "dev", manual_dir=manual_dir, data_dir=tmp_path / "data"
+    )
+    if not message:
+        assert list(open_dev()) == json.loads(original)
+        return
+    with pytest.raises(ConfigError, match=message):
+        open_dev()
+
+
+ARRAYS = ["[]", "[1]", " [ 1 , 2 ]\n", '[{"a": "]"}, {"b": [1, [2]]}, "x,y", 12, -1.5e3, null]']
+NO_ARRAYS = ["[", "[1", "[1,", "[1,]", "[,1]", "[1 2]", "[1]]", "[1] x", '[{"a": 1]', "[1}", "[{]"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("text", [*ARRAYS, *NO_ARRAYS, '{"a": 1}', "", "{"])
+def test_an_array_is_read_piece_by_piece(text, block, monkeypatch):
+    """As the whole at once would be, wherever the pieces end."""
+    monkeypatch.setattr(raw, "_BLOCK", block)
+    try:
+        whole = json.loads(text)
+        expected = whole if isinstance(whole, list) else [whole]
+    except ValueError:
+        with pytest.raises(ValueError):
+            list(raw._array(io.StringIO(text)))
+    else:
+        assert list(raw._array(io.StringIO(text))) == expected
+
+
+def test_a_large_array_is_never_whole_in_memory(tmp_path):
+    record = json.dumps({"text": "x" * 1000, "more": list(range(50))})
+    path = tmp_path / "a.json"
+    path.write_text("[" + ",\n".join([record] * 30_000) + "]")  # 36 MB
+    tracemalloc.start()
+    assert sum(1 for _ in raw.read(path)) == 30_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 3
 
 
 def test_a_prepared_folder_runs_no_code(manual_dir, tmp_path, monkeypatch):

@@ -154,10 +154,12 @@ def prepare(
             return staged
     # ---- Prepare it ----
     _make(root)
-    with assets.locked(folder):
+    with assets.locked(folder) as is_locked:
+        if is_locked:
+            assets.remove_leftovers(folder)
         # Another process may have prepared it while this one waited for the lock.
         if not assets.is_there(folder):
-            _prepare(builder, folder, found)
+            _prepare(builder, folder, _local(manual_dir, builder) if manual_dir else None)
     # The folder's name has the digest from before: it must be true of what was read.
     if found and raw.fingerprint(found) != key:
         shutil.rmtree(folder)
@@ -247,11 +249,15 @@ def _unwritable(root: pathlib.Path, error: OSError) -> ConfigError:
     )
 
 
-def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Path]) -> None:
-    """Builds into a temporary folder next to `folder` and renames it: complete or not there."""
+def _prepare(builder_class, folder: pathlib.Path, manual_dir: pathlib.Path | None) -> None:
+    """Builds into a temporary folder next to `folder` and renames it: complete or not there.
+
+    Args:
+      manual_dir: the folder of the raw files; None downloads them.
+    """
     import tensorflow_datasets as tfds  # here and not above: it takes seconds
 
-    if not paths:
+    if not manual_dir:
         _check_reachable(builder_class)
     try:
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -259,9 +265,9 @@ def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Pa
         raise _unwritable(folder.parent, error) from error
     logging.info("Preparing %s in %s", builder_class.name, folder)
     try:
-        # `raw.find` takes all files from one folder. A folder that does not exist makes the builder
-        # download (`RecordBuilder._split_generators`).
-        manual_dir = next(iter(paths.values())).parent if paths else temporary / "no_manual_dir"
+        # A folder that does not exist makes the builder download
+        # (`RecordBuilder._split_generators`).
+        manual_dir = manual_dir or temporary / "no_manual_dir"
         builder = builder_class(data_dir=temporary, file_format="array_record")
         with contextlib.redirect_stdout(sys.stderr):  # TFDS prints what it does
             builder.download_and_prepare(
