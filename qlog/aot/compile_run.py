@@ -15,13 +15,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
 from qlog.aot.programs import LongestStep, step_programs
 from qlog.config import schema
-from qlog.console import say
+from qlog.console import plain_console, say
 from qlog.errors import ConfigError
 from qlog.experiment import prepare_shapes
 from qlog.parallel.chips import CHIPS, Chip
@@ -48,7 +47,7 @@ def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command:
     advice = remedies(programs, chip, config)
 
     # ---- For the user ----
-    console = Console(width=150)
+    console = plain_console(150)
     console.print(_table(programs, chip, topology))
     console.print(
         "Of a training step at its longest: full prompts, every budget spent (evaluate: between "

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -78,20 +79,33 @@ def parse(
     program, *words = argv
     words = values.read_flags_from_files(words, force_gnu=False)  # --flagfile
     words, settings = split(words)
-    _let_it_import_its_neighbours(words)
+    named = _named(words)
+    file = named.partition(":")[0]
+    _let_it_import_its_neighbours(file)
     try:
         rest = values([program, *words], known_only=known_only)
         config = values[_NAME].value
         getattr(config, "seed", None)  # a file that did not load raises when it is first used
     except (ConfigError, OSError):
         raise
+    except SystemExit as error:
+        # --help ends the process, too; only that of the config file is a mistake.
+        frames = _frames_of(file, error)
+        if not frames:
+            raise
+        raise ConfigError(
+            f"--config={named} called sys.exit({error.code!r}) in line "
+            f"{frames[-1].lineno}: a config file has to return a config."
+        ) from error
     except flags.Error:
         if values[_NAME].present and values[_NAME].value is None:
             raise _no_config(values) from None
         raise
     except Exception as error:  # a config file is Python: it may raise anything
+        # Of a file that cannot be read as Python, the message itself says where.
+        place = "" if isinstance(error, SyntaxError) else f" ({last_line(error)})"
         raise ConfigError(
-            f"--config: {type(error).__name__}: {summary(error)} ({last_line(error)})."
+            f"--config={named} raised {type(error).__name__}: {summary(error)}{place}."
         ) from error
     if config is None and not values[_NAME].present:
         if settings:
@@ -103,6 +117,13 @@ def parse(
     return rest
 
 
+def _frames_of(file: str, error: BaseException) -> list[traceback.FrameSummary]:
+    """Where a config file was running when an exception was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    path = os.path.abspath(file)
+    return [frame for frame in frames if os.path.abspath(frame.filename) == path]
+
+
 def _no_config(values: flags.FlagValues) -> ConfigError:
     """Of a file whose get_config returns something else."""
     return ConfigError(
@@ -111,15 +132,21 @@ def _no_config(values: flags.FlagValues) -> ConfigError:
     )
 
 
-def _let_it_import_its_neighbours(words: Sequence[str]) -> None:
-    """A config file may import modules of its own folder, from wherever the command is started."""
+def _named(words: Sequence[str]) -> str:
+    """What --config names among the words of a command line; '' where nothing does."""
+    named = ""
     for word, after in itertools.pairwise([*words, ""]):
         flag, is_one_word, value = word.lstrip("-").partition("=")
         if word.startswith("-") and flag == _NAME:
-            file = (value if is_one_word else after).partition(":")[0]
-            folder = os.path.dirname(os.path.abspath(file))
-            if folder not in sys.path:
-                sys.path.append(folder)  # last: its modules take the place of no others
+            named = value if is_one_word else after  # of several the last one counts
+    return named
+
+
+def _let_it_import_its_neighbours(file: str) -> None:
+    """A config file may import modules of its own folder, from wherever the command is started."""
+    folder = os.path.dirname(os.path.abspath(file))
+    if file and folder not in sys.path:
+        sys.path.append(folder)  # last: its modules take the place of no others
 
 
 def spec(values: flags.FlagValues = flags.FLAGS) -> str:
@@ -300,7 +327,7 @@ def _section(old: ConfigDict, default: ConfigDict, setting: Setting) -> ConfigDi
     try:
         return ConfigDict(value) if is_open else schema.merge(old, value)
     except ValueError as error:  # a key with a dot
-        raise ConfigError(f"{setting.flag}: {error}.") from None
+        raise ConfigError(f"{setting.flag}: {str(error).rstrip('.')}.") from None
 
 
 # ---- The type of a field, from where it is read ----
