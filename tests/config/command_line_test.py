@@ -172,7 +172,6 @@ def test_runs_and_losses_that_are_none(flag, message):
         ("def get_config(:", r"mine.py.*line 1"),
         ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module'"),
         ("def get_config():\n    return 1 / 0", r"ZeroDivisionError: .*mine.py.*2"),
-        ("x = 3", "get_config"),
         ("def get_config(): return None", "get_config must return a ConfigDict"),
         ("def get_config(): return {'seed': 1}", "must return a ConfigDict, got dict"),
         ("import sys\nsys.exit(0)", r"mine.py called sys.exit\(0\) in line 2: a config file has"),
@@ -189,9 +188,20 @@ def test_a_config_file_that_fails_is_told_in_a_sentence(text, message, tmp_path)
     assert re.search(message, told) and "\n" not in told and "Traceback" not in told
 
 
-@pytest.mark.parametrize("command", ["main", "commands.show", "commands.doctor"])
-def test_a_config_file_that_exits_ends_no_command_in_silence(command, tmp_path):
-    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)")
+EXITS = ("import sys\nsys.exit(0)", r"mine.py called sys.exit\(0\) in line 2")
+
+
+@pytest.mark.parametrize(
+    "command, text, message",
+    [
+        ("main", *EXITS),
+        ("commands.show", *EXITS),
+        ("commands.doctor", *EXITS),
+        ("main", "x = 3", "get_config"),
+    ],
+)
+def test_a_config_file_that_exits_ends_no_command_in_silence(command, text, message, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
     file = str(tmp_path / "mine.py")
     words = [file] if command == "commands.show" else [f"--config={file}"]
     result = subprocess.run(
@@ -202,7 +212,7 @@ def test_a_config_file_that_exits_ends_no_command_in_silence(command, tmp_path):
         timeout=100,
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert re.search(r"mine.py called sys.exit\(0\) in line 2", result.stderr), result.stderr
+    assert re.search(message, result.stderr), result.stderr
 
 
 def test_a_reward_may_be_a_list():
