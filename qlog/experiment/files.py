@@ -196,6 +196,23 @@ def open_source(config: ConfigDict, split: str, prepared: str | None) -> pipelin
     return corpus(config).open(split, prepared)
 
 
+def check(config: ConfigDict) -> None:
+    """Reads all that a training run of this config reads, but measures and keeps nothing of it.
+
+    For a run that starts later: what is missing or damaged shows now. Every process must call it.
+
+    Raises:
+      ConfigError, PassingError: weights, tokenizer, model or data cannot be read.
+    """
+    weights = resolve_weights(config)
+    load_formatter(config)
+    check_weights(weights, model_shape(config))
+    prepared = prepare_data(config)
+    splits = ["train", config.evaluation.split if config.evaluation.every else ""]
+    for split in filter(None, [*splits, config.evaluation.final]):
+        open_source(config, split, prepared)
+
+
 def open_split(
     config: ConfigDict,
     formatter: data.Formatter,
