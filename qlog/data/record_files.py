@@ -114,7 +114,8 @@ def _nothing_there(spec: str, field: str) -> str:
     if "://" not in spec and os.path.isdir(os.path.expanduser(spec)):
         return f"{field} = {spec!r} is an empty folder: put the files there, or correct the path."
     return (
-        f"{field} = {spec!r} is neither a file nor a folder, and no file matches it: "
+        f"{field} = {spec!r} is neither a file nor a folder, and no file matches it"
+        f"{'' if '://' in spec else assets.why_missing(spec)}: "
         "correct the path (relative ones begin at the current folder)."
     )
 

@@ -396,6 +396,26 @@ def test_a_folder_without_names_of_splits_is_taken_whole(tmp_path):
         opened(files={"train": str(tmp_path / "empty")})
 
 
+def test_files_that_are_packed_or_links_to_nothing_are_told(tmp_path):
+    (tmp_path / "a.jsonl.zip").write_bytes(b"x")
+    with pytest.raises(
+        ConfigError, match=r"no file matches it \(a.jsonl.zip is there: unpack it\)"
+    ):
+        opened(files={"train": str(tmp_path / "a.jsonl")})
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ConfigError, match=r"a.jsonl is a link to .*gone.jsonl, which is not there"):
+        opened(files={"train": str(tmp_path / "a.jsonl")})
+    # A part of a folder's files would be left out without a word.
+    (tmp_path / "b.jsonl").write_text(ONE)
+    with pytest.raises(ConfigError, match=r"lacks a.jsonl \(a.jsonl is a link to .* copy with cp"):
+        opened("validation", files={"validation": str(tmp_path)})
+    (tmp_path / "gone.jsonl").write_text(ONE.replace('"a"', '"b"'))
+    (tmp_path / "gone.jsonl").rename(tmp_path / "blob")
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "blob")
+    assert len(opened("validation", files={"validation": str(tmp_path)})) == 2
+
+
 def test_rows_of_parquet_are_as_lines_of_json(tmp_path):
     records = [
         {"id": "a", "source": "s", "answer": 1.5, "aliases": ["x"], "more": {"n": [1, None]}},
