@@ -34,12 +34,16 @@ from qlog.runs import folder
 from qlog.storage import json_lines, paths
 from qlog.storage.paths import Path
 
+# Batches that are sampled in one call, so that one starts before the tail of the last one is
+# done. An interrupted evaluation goes on after whole calls.
+_BATCHES_PER_CALL = 4
 _BARE = "no_rationale/"  # before the names of metrics without a rationale
 
 
 class Row(accuracy.Row):
     """A question and its n samples: what is scored, and what only the sampler knows."""
 
+    lengths: list[int]  # n numbers, tokens of the rationale and the answer
     log_w: list[float]  # n numbers, log p(gold answer | prompt, rationale), in nats
     log_p: float  # log of the mean of w: the estimate of log p(gold answer | prompt)
     forced: list[bool]  # n flags: the rationale's budget was spent
@@ -372,7 +376,7 @@ def sample_answers(
     start: int = 0,
     interrupts: Interrupts | None = None,
 ) -> Iterator[list[Row]]:
-    """The rows of the evaluation split, batch by batch, from question number `start` on.
+    """The rows of the evaluation split, some batches at a time, from question number `start` on.
 
     Every process yields all rows, but decodes the texts only of its own part of a batch. The keys
     depend only on (seed, question, sample), so runs and checkpoints are compared on the same random
@@ -387,22 +391,40 @@ def sample_answers(
     num_shards, total = experiment.prompts_at_once(1), _num_questions(experiment)
     per_shard = min(config.evaluation.prompts_per_batch, -(-total // num_shards))
     key = stream_key(config.seed, Stream.EVALUATION)
-    batches = data.evaluation_batches(
-        _dataset(experiment), batch_size=per_shard * num_shards, limit=total, start=start
-    )
-    for batch in batches:
-        tokens, lengths, gold, gold_lengths, uids = batch_placement.put_batch(
-            mesh, (batch.tokens, batch.lengths, batch.gold, batch.gold_lengths, batch.uids)
+    batch_size = per_shard * num_shards
+    # Calls of equal size, so that one program serves all.
+    num_batches = -(-total // batch_size)
+    num_calls = -(-num_batches // _BATCHES_PER_CALL)
+    call_size = batch_size * -(-num_batches // num_calls)
+    num_rollouts = config.evaluation.rollouts_per_prompt
+    for batch in data.evaluation_batches(
+        _dataset(experiment), batch_size=call_size, limit=total, start=start
+    ):
+        # What fills up the last call is done after an answer.
+        budgets = np.where(batch.is_prompt[:, None], sampling.rationale_budget, 0)
+        budgets = np.repeat(budgets, num_rollouts, axis=1).astype(np.int32)
+        tokens, lengths, gold, gold_lengths, uids, budgets = batch_placement.put_batch(
+            mesh,
+            (
+                batch.tokens,
+                batch.lengths,
+                batch.gold,
+                batch.gold_lengths,
+                batch.uids,
+                budgets,
+            ),
         )
         samples = sampler.sample(
             params,
             experiment.policy,
             tokens,
             lengths,
-            sampler.rollout_keys(key, uids, config.evaluation.rollouts_per_prompt),
+            sampler.rollout_keys(key, uids, num_rollouts),
             Golds(gold, gold_lengths),
             sampling,
+            batch_size,
             interrupts=interrupts,
+            budgets=budgets,
         )
         rollouts, log_w = batch_placement.local_batch(mesh, (samples.rollouts, samples.log_w))
         found = _rows(experiment, formatter, batch, rollouts, log_w)
@@ -457,6 +479,7 @@ def _rows(
             ),
             answers=[text.answer for text in texts],
             rationales=[text.rationale for text in texts],
+            lengths=rollouts.lengths[local].tolist(),
             log_w=log_w[local].tolist(),
             log_p=float(np.logaddexp.reduce(log_w[local]) - np.log(log_w.shape[1])),
             forced=rollouts.forced[local].tolist(),

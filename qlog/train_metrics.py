@@ -38,6 +38,8 @@ def measure(
         values |= {f"terms/{name}": x for name, x in result.terms._asdict().items()}
     values |= losses.measurements(result.state.loss_state)
     values |= losses.token_measurements(sums.surrogate)
+    # packs that passed through the model on all devices, per pack that held something
+    values["learn_waste"] = sums.rows.executed / jnp.maximum(sums.rows.needed, 1)
     if estimator.rationale == "sampled":
         values |= _rollout_metrics(groups, sums.mismatch)
         values |= diversity.measure(groups.rollouts, with_answer=bool(estimator.reward))

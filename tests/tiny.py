@@ -8,6 +8,7 @@ from qlog import losses, models, train
 from qlog.config import schema
 from qlog.experiment import prepare
 from qlog.learner import gradient
+from qlog.learner.blocks import Blocks
 from qlog.policy import Policy
 from qlog.records import Prompts
 
@@ -31,11 +32,12 @@ def prompts(lengths=(5, 3, 4), width: int = 6, seed: int = 0) -> Prompts:
     return Prompts(jnp.array(tokens), jnp.array(lengths, jnp.int32), jnp.ones(len(lengths), bool))
 
 
-def microbatch(params, policy, batch):
-    """What `gradient.add_microbatches` takes for the first microbatch of a LearnerBatch."""
+def microbatch(params, policy, batch, prompts=None):
+    """What `gradient.add_microbatches` takes for a microbatch of a LearnerBatch; all by default."""
     begin = lambda params, batch: gradient.begin(params, policy, batch)
-    grads, *begun = jax.eval_shape(begin, params, batch)
-    return grads, params, policy, batch, *begun, 0
+    grads, needed = jax.eval_shape(begin, params, batch)
+    blocks = Blocks(*[np.zeros((1, prompts or len(batch.prompts.lengths)), np.int32)] * 3)
+    return grads, params, policy, batch, needed, blocks
 
 
 def full_log_probs(tree, prompt, tokens, temperature: float = 1.0):

@@ -70,6 +70,7 @@ def test_a_run_leaves_everything_behind(six_steps):
         "tokens_per_s/decode",
         "decode_waste",
         "tokens_per_s/train",
+        "learn_waste",
         "seconds/train",
     }
     assert gauges <= set(trained[0])

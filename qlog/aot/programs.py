@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qlog import losses, step
+from qlog import losses, models, step
 from qlog.aot.compiler import compile_lowered
 from qlog.aot.hlo_cost import DataLoop, all_slices
 from qlog.experiment import Experiment
 from qlog.learner import gradient
+from qlog.learner.blocks import Blocks
 from qlog.learner.optimizer import apply_update
-from qlog.learner.types import LearnerBatch, Objective
+from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds, Prompts, Trajectories
 from qlog.rollouts import sampler
+from qlog.rollouts.moves import Pool
+from qlog.rollouts.schedule import Schedule
 
 # Of prompts and rationales, in programs that are compiled for their shardings only.
 _FEW_TOKENS = 16
@@ -55,18 +58,19 @@ class LongestStep(NamedTuple):
     prompt_tokens: int  # P, slots of a prompt
     decode_steps: int  # tokens that a rollout samples at most
     rollout_tokens: int  # slots of a rollout and its gold answer in the learner
-    microbatches_of_rollouts: int  # per group of M rollouts
+    microbatches_of_rollouts: int  # per block, which is a whole group of M rollouts
 
     @classmethod
     def of(cls, experiment: Experiment) -> "LongestStep":
         """A step of `experiment` with full prompts and every budget spent."""
+        packs = _microbatch(experiment).packs
         return cls(
             prompt_tokens=experiment.config.data.max_prompt_tokens,
             decode_steps=experiment.sampling.max_length,
             rollout_tokens=(
                 experiment.sampling.max_rationale_length + experiment.config.rollout.answer_reserve
             ),
-            microbatches_of_rollouts=experiment.rollouts_per_prompt // experiment.microbatch.packs,
+            microbatches_of_rollouts=experiment.rollouts_per_prompt // packs,
         )
 
     def trips(self, loop: DataLoop) -> float:
@@ -87,6 +91,8 @@ class LongestStep(NamedTuple):
         | of prompts | [B, K, P, C] | all, as prompts are full |
         | of rollouts while decoding | [B, K, M, R, C] | half: a token sees those before it |
         | of packed rollouts | [B, K, w R, C] | half of one rollout's, however many w lie in line |
+
+        Where w = 1 and R = P, packed rollouts look like prompts and count as these: too many.
         """
         array = loop.array
         if len(array.shape) == 4 and array.length == self.prompt_tokens:
@@ -104,21 +110,19 @@ def step_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
 # ---- Rollouts ----
 
 
-class _Wave(NamedTuple):
-    """Shapes of what a wave of B prompts with M rollouts each is decoded from and into."""
+class _Call(NamedTuple):
+    """Shapes of what a call of the sampler decodes from and into."""
 
-    prompts: jax.ShapeDtypeStruct  # int32 [B, P]
-    lengths: jax.ShapeDtypeStruct  # int32 [B]
-    pool: sampler.Pool  # that decoding starts with
-    results: Any  # (Rollouts, log w) that finished rollouts are written to
+    plan: Schedule
+    wave: sampler.Batch  # of the prompts that start together
+    golds: Golds  # of all prompts of the call
+    pool: Pool  # that a wave starts with
+    results: sampler.Results  # of all prompts of the call
 
 
 def _rollout_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
     """A wave's sampling and scoring, and evaluation's decoding for its memory only."""
     config, policy = experiment.config, experiment.policy
-    wave_prompts = experiment.prompts_at_once(config.rollout.prompts_per_wave)
-    wave_prompts = wave_prompts or config.train.prompts_per_step
-    waves = config.train.prompts_per_step // wave_prompts
     params = experiment.abstract_params()
     weights = _results(sampler.decoding_weights, (params, policy), (params, policy))
 
@@ -128,24 +132,30 @@ def _rollout_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
     training_state = opt_state + _bytes_per_chip(params)
 
     # What is an argument of a program is in its own memory report, and not counted here again.
-    wave = _wave(experiment, experiment.sampling, wave_prompts, experiment.rollouts_per_prompt)
-    golds = Golds(_by_prompt(experiment, wave_prompts)(config.rollout.answer_reserve), wave.lengths)
+    call = _call(
+        experiment,
+        experiment.sampling,
+        config.train.prompts_per_step,
+        experiment.rollouts_per_prompt,
+        experiment.prompts_at_once(config.rollout.prompts_per_wave),
+    )
+    waves, prompts, lengths = call.plan.num_waves, call.wave.prompts, call.wave.lengths
     yield LoweredProgram("cast", sampler.decoding_weights.lower(params, policy), 1, opt_state)
     yield LoweredProgram(
         "prefill",
-        sampler.prefill.lower(params, policy, wave.prompts, wave.lengths),
+        sampler.prefill.lower(params, policy, prompts, lengths),
         waves,
         opt_state + _bytes_per_chip(weights),
     )
     yield LoweredProgram(
         "decode",
-        _lower_decode(experiment, weights, wave, experiment.sampling),
+        _lower_decode(experiment, weights, call, experiment.sampling),
         waves,
-        training_state + _bytes_per_chip(wave.results),
+        training_state + _bytes_per_chip(call.results),
     )
     yield LoweredProgram(
         "score",
-        sampler.score_and_store.lower(weights, policy, wave.pool, wave.results, golds),
+        sampler.score_and_store.lower(weights, policy, call.pool, call.results, call.golds),
         waves,
         training_state,
     )
@@ -153,46 +163,62 @@ def _rollout_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
     if config.evaluation.every:
         evaluation, sampling = config.evaluation, experiment.evaluation_sampling
         prompts = experiment.prompts_at_once(evaluation.prompts_per_batch)
-        wave = _wave(experiment, sampling, prompts, evaluation.rollouts_per_prompt)
+        call = _call(experiment, sampling, prompts, evaluation.rollouts_per_prompt, prompts)
         yield LoweredProgram(
             "evaluate",
-            _lower_decode(experiment, weights, wave, sampling),
+            _lower_decode(experiment, weights, call, sampling),
             0,
-            training_state + _bytes_per_chip(wave.results),
+            training_state + _bytes_per_chip(call.results),
         )
 
 
 def _lower_decode(
-    experiment: Experiment, weights: Any, wave: _Wave, sampling: sampler.Sampling
+    experiment: Experiment, weights: Any, call: _Call, sampling: sampler.Sampling
 ) -> jax.stages.Lowered:
     until = jax.ShapeDtypeStruct((), jnp.int32)
     flags = batch_placement.per_device_shape(experiment.mesh, bool)
-    return sampler.decode.lower(weights, experiment.policy, wave.pool, sampling, until, flags)
+    return sampler.decode.lower(weights, experiment.policy, call.pool, sampling, until, flags)
 
 
-def _wave(experiment: Experiment, sampling: sampler.Sampling, prompts: int, rollouts: int) -> _Wave:
-    policy, params = experiment.policy, experiment.abstract_params()
-    by_prompt = _by_prompt(experiment, prompts)
-    tokens, lengths = by_prompt(experiment.config.data.max_prompt_tokens), by_prompt()
-    keys = by_prompt(rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
+def _call(
+    experiment: Experiment,
+    sampling: sampler.Sampling,
+    num_prompts: int,
+    num_rollouts: int,
+    prompts_in_memory: int,
+) -> _Call:
+    """A call that samples B prompts, of which memory has room for some at their longest."""
+    config, policy, params = experiment.config, experiment.policy, experiment.abstract_params()
+    prompt_tokens = config.data.max_prompt_tokens
+    plan = sampler.plan_of(
+        policy, sampling, num_prompts, num_rollouts, prompt_tokens, prompts_in_memory
+    )
+    start = plan.sizes[0]
+    by_prompt = _by_prompt(experiment, start.num_blocks * plan.shards.number)
+    per_rollout = by_prompt(num_rollouts)
+    keys = by_prompt(num_rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    wave = sampler.Batch(by_prompt(prompt_tokens), by_prompt(), keys, per_rollout)
     # Compile at 16 tokens to learn the output shardings, then reuse them for the full shapes: XLA
     # chooses them by axes, not by sizes, and small programs compile in seconds.
-    short_tokens = by_prompt(_FEW_TOKENS)
+    short_wave = wave._replace(prompts=by_prompt(_FEW_TOKENS))
     short_sampling = dataclasses.replace(sampling, rationale_budget=_FEW_TOKENS)
-    short_prefill = (params, policy, short_tokens, lengths)
-    prefix = _results(sampler.prefill, (params, policy, tokens, lengths), short_prefill)
+    short_prefill = (params, policy, short_wave.prompts, wave.lengths)
+    prefix = _results(sampler.prefill, (params, policy, wave.prompts, wave.lengths), short_prefill)
     short_prefix = _results(sampler.prefill, short_prefill, short_prefill)
+    short_slots = models.whole_tiles(short_sampling.max_length)
     pool = _results(
         sampler.initial_pool,
-        (policy, prefix, tokens, lengths, keys, sampling),
-        (policy, short_prefix, short_tokens, lengths, keys, short_sampling),
+        (policy, prefix, wave, per_rollout, sampling, start.slots),
+        (policy, short_prefix, short_wave, per_rollout, short_sampling, short_slots),
     )
     results = _results(
         sampler.empty_results,
-        (policy, sampling, prompts, rollouts),
-        (policy, short_sampling, prompts, rollouts),
+        (policy, sampling, num_prompts, num_rollouts),
+        (policy, short_sampling, num_prompts, num_rollouts),
     )
-    return _Wave(tokens, lengths, pool, results)
+    of_all = _by_prompt(experiment, num_prompts)
+    golds = Golds(of_all(config.rollout.answer_reserve), of_all())
+    return _Call(plan, wave, golds, pool, results)
 
 
 # ---- The learner ----
@@ -204,9 +230,7 @@ def _learner_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
     updates, rollouts = config.train.updates_per_batch, experiment.rollouts_per_prompt
     prompts_per_update = config.train.prompts_per_step // updates
     by_prompt = _by_prompt(experiment, prompts_per_update)
-    longest = step.trajectory_length(
-        experiment, experiment.sampling.max_rationale_length, config.rollout.answer_reserve
-    )
+    longest, microbatch = _trajectory_slots(experiment), _microbatch(experiment)
     tokens = by_prompt(rollouts, longest)  # [B, M, R], as all that is per token
     mask = by_prompt(rollouts, longest, dtype=bool)
     log_probs = by_prompt(rollouts, longest, dtype=jnp.float32)
@@ -220,22 +244,39 @@ def _learner_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
         log_probs if estimator.reference else None,
     )
     begun = (params, experiment.policy, batch)
-    grads, *packing = _results(gradient.begin, begun, begun)
+    grads, needed = _results(gradient.begin, begun, begun)
+    of_places = jax.ShapeDtypeStruct((1, microbatch.prompts), jnp.int32)  # one microbatch
     lowered = gradient.add_microbatches.lower(
         grads,
         *begun,
-        *packing,
-        jax.ShapeDtypeStruct((), jnp.int32),
+        needed,
+        Blocks(*[of_places] * len(Blocks._fields)),
         objective=Objective(estimator.surrogate, experiment.sampling.temperature),
-        microbatch=experiment.microbatch,
+        microbatch=microbatch,
     )
-    # One program per microbatch of prompts. Packed rollouts of a microbatch are a loop inside it.
-    runs = updates * (prompts_per_update // experiment.microbatch.prompts)
+    # One program per microbatch of blocks: at full budgets a block is a prompt with all its packs,
+    # which are a loop inside of the program.
+    runs = updates * (prompts_per_update // microbatch.prompts)
     yield LoweredProgram("gradient", lowered, runs, _bytes_per_chip(state.opt_state))
     update = apply_update.lower(
         state, state.loss_state, params, optimizer=experiment.optimizer, mesh=experiment.mesh
     )
     yield LoweredProgram("update", update, updates, 0.0)
+
+
+def _trajectory_slots(experiment: Experiment) -> int:
+    """R of the longest trajectory."""
+    rationale, answer = (
+        experiment.sampling.max_rationale_length,
+        experiment.config.rollout.answer_reserve,
+    )
+    return step.trajectory_length(experiment, rationale, answer)
+
+
+def _microbatch(experiment: Experiment) -> Microbatch:
+    """As `batch_gradient` narrows it."""
+    num_shards = sharding.num_batch_shards(experiment.mesh)
+    return experiment.microbatch.narrowed(_trajectory_slots(experiment), num_shards)
 
 
 # ---- Shapes ----

@@ -130,9 +130,15 @@ def rollout_phases(
     arguments = (prompts.tokens, prompts.lengths)
     weights = sampler.decoding_weights(params, draws)
     # ---- Caches of one wave, as decoding leaves them to the scoring pass.
-    part = jax.tree.map(lambda x: x[: wave or size.prompts], (*arguments, batch.keys, batch.golds))
-    prefix = sampler.prefill(params, draws, *part[:2])
-    pool = sampler.initial_pool(draws, prefix, *part[:3], sampling)
+    budgets = jnp.full(batch.keys.shape, sampling.rationale_budget, jnp.int32)
+    part, golds = jax.tree.map(
+        lambda x: x[: wave or size.prompts],
+        (sampler.Batch(*arguments, batch.keys, budgets), batch.golds),
+    )
+    prefix = sampler.prefill(params, draws, part.prompts, part.lengths)
+    ids = jnp.arange(part.keys.size, dtype=jnp.int32).reshape(part.keys.shape)
+    slots = models.whole_tiles(sampling.max_length)
+    pool = sampler.initial_pool(draws, prefix, part, ids, sampling, slots)
     # As if every rationale had just been closed: the pool was not decoded, its tokens are padding.
     closed = jnp.full_like(pool.rollouts.rationale_lengths, size.rationale)
     pool = pool._replace(rollouts=pool.rollouts._replace(rationale_lengths=closed))
@@ -141,7 +147,7 @@ def rollout_phases(
     def score() -> jax.Array:
         for _ in range(waves):
             log_w = scoring.score_answers(
-                weights, draws, pool.prefix, pool.suffix, pool.rollouts.tokens, closed, part[3]
+                weights, draws, pool.prefix, pool.suffix, pool.rollouts.tokens, closed, golds
             )
         return log_w
 

@@ -1,14 +1,15 @@
-"""From coefficients to a gradient. A group's prompt passes once forward and backward, for any M.
+"""From coefficients to a gradient. A block's prompt passes once forward and backward.
 
 The surrogate of an update's batch is
 
     L = 1/B  sum over prompts, rollouts and tokens  of  - coefficient * log p(token),
 
-where the coefficients are constants that already know the whole batch. So L is a plain sum, and the
-size of a microbatch cannot change its gradient. The README of this package has the derivation.
+where the coefficients are constants that already know the whole batch. So L is a plain sum, and
+neither the size of a microbatch nor the way into blocks (`blocks.py`) can change its gradient. The
+README of this package has the derivation.
 
-Shapes are those of the longest possible rollouts. How many packs of rollouts pass through the model
-is decided while the program runs. So it is compiled once, and short rollouts cost little.
+Shapes are those of the longest possible rollouts. Which packs of rollouts pass through the model,
+and where, are arguments of the program. So it is compiled once, and short rollouts cost little.
 """
 
 import functools
@@ -17,13 +18,23 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qlog import losses, models
+from qlog.learner import blocks as block_plans
+from qlog.learner.blocks import Blocks, PlanSettings
 from qlog.learner.packing import Packing, pack_rollouts
-from qlog.learner.types import LearnerBatch, Microbatch, Objective, SamplerMismatch, StepSums
+from qlog.learner.types import (
+    LearnerBatch,
+    Microbatch,
+    Objective,
+    PackedRows,
+    SamplerMismatch,
+    StepSums,
+)
 from qlog.models import head
-from qlog.parallel import batch_placement, sharding
+from qlog.parallel import batch_placement, exchange, sharding
 from qlog.policy import Policy
 from qlog.records import Prompts, Trajectories
 
@@ -46,21 +57,34 @@ def batch_gradient(
 ) -> tuple[models.Params, StepSums]:
     """Gradient of the surrogate's mean over the batch's real prompts, in microbatches.
 
+    Every process must call.
+
     Args:
       batch: B prompts. Rollouts whose coefficients are zero cost nothing, unless there is a
         reference: its penalty is on all of them.
-      microbatch: what is in memory at a time.
+      microbatch: what is in memory at a time, at most.
       before_each: called before each program, which takes one microbatch, or several small ones. It
         may raise to give up; then nothing has changed.
 
     Returns:
       float32 gradients like `params`, and the sums over the batch.
     """
-    grads, packing, share = begin(params, policy, batch)
-    num_microbatches = len(batch.prompts.lengths) // microbatch.prompts
+    microbatch = microbatch.narrowed(batch.trajectories.tokens.shape[-1], _num_shards(policy))
+    grads, needed = begin(params, policy, batch)
+    # ---- Plan: the host needs the numbers of packs, and waits for them.
+    settings = plan_settings(
+        policy.config,
+        batch.prompts.tokens.shape[1],
+        batch.trajectories.tokens.shape[-1],
+        _num_shards(policy),
+        microbatch,
+    )
     several = _microbatches_per_program(policy, batch, microbatch)
+    planned = block_plans.plan_blocks(jax.device_get(needed.num_packs), settings)
+    planned = planned.padded_to_multiple(several)
+    # ---- Compute.
     sums = []
-    for index in range(num_microbatches // several):
+    for start in range(0, len(planned.prompt), several):
         if before_each:
             # JAX returns before the devices are done. Without this wait the host would queue all
             # programs at once, look for signals long before they run, and have to sit them out.
@@ -71,12 +95,10 @@ def batch_gradient(
             params,
             policy,
             batch,
-            packing,
-            share,
-            index,
+            needed,
+            planned.of(start, start + several),
             objective=objective,
             microbatch=microbatch,
-            num_microbatches=several,
         )
         sums.append(part)
     return grads, functools.reduce(merge, sums)
@@ -85,8 +107,66 @@ def batch_gradient(
 merge = jax.jit(StepSums.merge)
 
 
+def _num_shards(policy: Policy) -> int:
+    return sharding.num_batch_shards(policy.mesh) if policy.mesh else 1
+
+
+def plan_settings(
+    config: models.DecoderConfig,
+    prompt_slots: int,
+    rollout_slots: int,
+    num_shards: int,
+    microbatch: Microbatch,
+) -> PlanSettings:
+    """What blocks are planned for.
+
+    Args:
+      prompt_slots, rollout_slots: P and R.
+      microbatch: `narrowed` already.
+    """
+    flops = models.flops
+    prompt = flops.prefill_need(config, 1, prompt_slots).flops
+    # A pack costs what one rollout of R tokens does.
+    pack = flops.continuation_need(config, 1, prompt_slots, rollout_slots).flops
+    return PlanSettings(num_shards, microbatch.prompts, microbatch.packs, prompt / pack)
+
+
+def planned_work(
+    lengths: np.ndarray,
+    config: models.DecoderConfig,
+    prompt_slots: int,
+    rollout_slots: int,
+    num_shards: int,
+    microbatch: Microbatch,
+    balanced: bool = True,
+) -> block_plans.Work:
+    """What `batch_gradient` would compute for rollouts of these lengths; host arithmetic.
+
+    Args:
+      lengths: int [B, M], in tokens, of an update's rollouts; all of them are learned from.
+      config: of the model.
+      prompt_slots, rollout_slots: P and R.
+      num_shards: that the B prompts are split over.
+      microbatch: as `batch_gradient` takes it.
+      balanced: False: as if each shard kept its prompts whole and took as many packs at a time as
+        `microbatch` allows, to compare with.
+    """
+    if balanced:
+        microbatch = microbatch.narrowed(rollout_slots, num_shards)
+    settings = plan_settings(config, prompt_slots, rollout_slots, num_shards, microbatch)
+    on_device = _num_packs(jnp.asarray(lengths, jnp.int32), rollout_slots)
+    num_packs = np.asarray(jax.device_get(on_device), np.int64)
+    plan = block_plans.plan_blocks if balanced else block_plans.whole_prompts
+    return settings.work(plan(num_packs, settings))
+
+
+@functools.partial(jax.jit, static_argnames=("length",))
+def _num_packs(lengths: Array, length: int) -> Array:
+    return pack_rollouts(lengths, jnp.ones(lengths.shape, bool), length).num_packs
+
+
 def _microbatches_per_program(policy: Policy, batch: LearnerBatch, microbatch: Microbatch) -> int:
-    """How many microbatches one program takes: a divisor of their number."""
+    """How many microbatches one program takes."""
     # One per program lets the host look for signals after each. But every program does anew what a
     # loop does once for all its iterations: the layout of the weights, and a copy of the gradients.
     # Large microbatches hide that, small ones do not. So these go together, as many as take about
@@ -97,38 +177,50 @@ def _microbatches_per_program(policy: Policy, batch: LearnerBatch, microbatch: M
         policy.config, microbatch.prompts, num_rollouts, batch.prompts.tokens.shape[1], length
     )
     num_devices = policy.mesh.size if policy.mesh else 1
-    most = _FLOPS_PER_PROGRAM * num_devices / need.flops
-    divisors = (n for n in range(1, num_microbatches + 1) if num_microbatches % n == 0)
-    return max(n for n in divisors if n == 1 or n <= most)
+    most = int(_FLOPS_PER_PROGRAM * num_devices / need.flops)
+    return min(max(most, 1), num_microbatches)
 
 
 # ---- Two programs: one that begins, one that adds microbatches ----
 
 
+class Needed(NamedTuple):
+    """What the gradient of a batch is taken on, besides the batch."""
+
+    is_needed: Array  # bool [B, M], rollouts that are learned from, split over prompts
+    num_packs: Array  # int32 [B], packs that they fill; whole on every device
+    share: Array  # float32 scalar, of a prompt in the mean: 1 / the number of real prompts
+
+
 @functools.partial(jax.jit, static_argnames=("policy",))
 def begin(
     params: models.Params, policy: Policy, batch: LearnerBatch
-) -> tuple[models.Params, Packing, Array]:
-    """What the microbatches of a gradient start from.
-
-    Returns:
-      Zeros like `params`, the packing of the whole batch, and the share of a prompt in the mean,
-      float32 scalar: 1 / the number of real prompts.
-    """
+) -> tuple[models.Params, Needed]:
+    """Zeros like `params`, to which microbatches add their gradients, and what these need."""
     is_needed = (batch.coefficients.score != 0) | (batch.coefficients.path != 0)
     if batch.reference is not None:
         is_needed = jnp.ones_like(is_needed)  # the penalty is on all
     # One rollout always passes: a step that learns nothing still measures the sampler's mismatch.
-    is_needed = is_needed.at[0, 0].set(True)
-    lengths, slots = batch.trajectories.lengths, batch.trajectories.tokens.shape[-1]
-    packing = sharding.constrain_batch(policy.mesh, pack_rollouts(lengths, is_needed, slots))
-    share = 1 / jnp.maximum(batch.prompts.is_prompt.sum(), 1).astype(jnp.float32)
-    return sharding.constrain_params(policy.mesh, _zeros(params)), packing, share
+    is_needed = sharding.constrain_batch(policy.mesh, is_needed.at[0, 0].set(True))
+    # Of the packing only the numbers of packs are kept, so the compiler leaves the rest out.
+    packing = _packing(policy, batch.trajectories, is_needed)
+    needed = Needed(
+        is_needed=is_needed,
+        num_packs=sharding.constrain_replicated(policy.mesh, packing.num_packs),
+        share=1 / jnp.maximum(batch.prompts.is_prompt.sum(), 1).astype(jnp.float32),
+    )
+    return sharding.constrain_params(policy.mesh, _zeros(params)), needed
+
+
+def _packing(policy: Policy, trajectories: Trajectories, is_needed: Array) -> Packing:
+    slots = trajectories.tokens.shape[-1]
+    packing = pack_rollouts(trajectories.lengths, is_needed, slots)
+    return sharding.constrain_batch(policy.mesh, packing)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("policy", "objective", "microbatch", "num_microbatches"),
+    static_argnames=("policy", "objective", "microbatch"),
     donate_argnames=("grads",),
 )
 def add_microbatches(
@@ -136,47 +228,60 @@ def add_microbatches(
     params: models.Params,
     policy: Policy,
     batch: LearnerBatch,
-    packing: Packing,
-    share: Array,
-    index: Array | int,
+    needed: Needed,
+    blocks: Blocks,
     *,
     objective: Objective,
     microbatch: Microbatch,
-    num_microbatches: int = 1,
 ) -> tuple[models.Params, StepSums]:
-    """Adds the gradients of some microbatches; one whose rollouts are all left out costs nothing.
+    """Adds the gradients of some microbatches of blocks; one without any pack costs nothing.
 
     Args:
       grads: float32 like `params`; donated.
-      packing, share: from `begin`.
-      index: int32 scalar, which call this is: the microbatches taken are the `num_microbatches`
-        from number index * num_microbatches on.
+      needed: from `begin`.
+      blocks: [n, N] of n microbatches, N = microbatch.prompts; the same on every process.
 
     Returns:
       The gradients, and the sums over these microbatches.
     """
     grads_refs = _new_refs(grads)
     add = functools.partial(
-        _add_prompts, grads_refs, params, policy, objective, share, microbatch.packs
+        _add_blocks, grads_refs, params, policy, objective, microbatch.packs, batch, needed
     )
-    num_parts = len(batch.prompts.lengths) // microbatch.prompts
-    if num_parts == 1:
-        sums = add(batch, packing)
+    first = jax.tree.map(lambda x: x[0], blocks)
+    if len(blocks.prompt) == 1:
+        sums = add(first)
     else:
-        # Strided, so that on a mesh each device has its share of every microbatch.
-        parts = batch_placement.split((batch, packing), num_parts)
-        part = lambda number: jax.tree.map(lambda x: x[number], parts)
 
-        def add_part(sums: StepSums, number: Array) -> tuple[StepSums, None]:
-            batch_part, packing_part = part(number)
-            has_packs = packing_part.num_packs.max() > 0
-            merged = lambda: sums.merge(add(batch_part, packing_part))
-            return jax.lax.cond(has_packs, merged, lambda: sums), None
+        def add_some(sums: StepSums, some: Blocks) -> tuple[StepSums, None]:
+            merged = lambda: sums.merge(add(some))
+            return jax.lax.cond((some.num_packs > 0).any(), merged, lambda: sums), None
 
-        zeros = _zeros(jax.eval_shape(lambda: add(*part(0))))
-        numbers = index * num_microbatches + jnp.arange(num_microbatches)
-        sums, _ = jax.lax.scan(add_part, zeros, numbers)
+        zeros = _zeros(jax.eval_shape(lambda: add(first)))
+        sums, _ = jax.lax.scan(add_some, zeros, blocks)
     return jax.tree.map(jax.freeze, grads_refs), sums
+
+
+def _add_blocks(
+    grads_refs: _Refs,
+    params: models.Params,
+    policy: Policy,
+    objective: Objective,
+    packs_at_once: int,
+    batch: LearnerBatch,
+    needed: Needed,
+    blocks: Blocks,
+) -> StepSums:
+    """Adds the gradients of a microbatch's blocks [N] to `grads_refs`; returns the sums."""
+    # The rows of the blocks' prompts, from the shards on which they lie to those that compute them.
+    rows, is_needed = exchange.take(policy.mesh, (batch, needed.is_needed), blocks.prompt)
+    # Packing a prompt's rollouts gives the same packs everywhere, and costs less than sending them.
+    packing = _packing(policy, rows.trajectories, is_needed)
+    packing = packing.block(blocks.first_pack, blocks.num_packs)
+    packing = sharding.constrain_batch(policy.mesh, packing)
+    return _add_prompts(
+        grads_refs, params, policy, objective, needed.share, packs_at_once, rows, packing
+    )
 
 
 # ---- Inside the program: a microbatch of prompts, and in it some packs at a time ----
@@ -199,7 +304,11 @@ def _add_prompts(
     batch: LearnerBatch,
     packing: Packing,
 ) -> StepSums:
-    """Adds the gradients of b prompts and all their rollouts to `grads_refs`; returns the sums."""
+    """Adds the gradients of b prompts and their packed rollouts to `grads_refs`.
+
+    Returns:
+      The sums over these rollouts.
+    """
     # The loss of a group depends on the parameters in two ways: through the rollouts' own passes,
     # and through the prompt's keys and values, the caches C, that all of them attend to:
     #
@@ -279,7 +388,10 @@ def _add_packs(
     pull_tokens.with_refs(grads_refs, *caches_refs)(gradient)
     was_sampled = trajectories.was_sampled & is_here
     mismatch = SamplerMismatch.between(new, trajectories.old_log_probs, was_sampled)
-    return StepSums(sums, mismatch)
+    # A window has as many packs of each prompt, whether they hold something or not.
+    num_prompts, num_packs, _ = packing.token.shape
+    executed = jnp.asarray(num_prompts * num_packs, jnp.int32)
+    return StepSums(sums, mismatch, PackedRows(executed, packing.num_packs.sum(dtype=jnp.int32)))
 
 
 def _loss_and_sums(sums: losses.Sums) -> tuple[Array, losses.Sums]:

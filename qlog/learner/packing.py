@@ -49,6 +49,26 @@ class Packing(NamedTuple):
             token=cut(self.token),
         )
 
+    def block(self, first: Array, num_packs: Array) -> "Packing":
+        """Some packs of each prompt, as if there were no others, in the same W packs of slots.
+
+        Args:
+          first: int32 [B], the pack that becomes number 0.
+          num_packs: int32 [B], how many packs there are from there on.
+        """
+        pack = self.pack - first[:, None]
+        is_here = (pack >= 0) & (pack < num_packs[:, None])
+        num_all = self.token.shape[1]
+        # [B, W, 1]. Behind the block are other packs of the prompt: no rollout is looked up there.
+        source = (first[:, None, None] + jnp.arange(num_all)[:, None]) % num_all
+        return Packing(
+            pack=jnp.where(is_here, pack, -1),
+            offset=self.offset,
+            num_packs=num_packs,
+            rollout=jnp.take_along_axis(self.rollout, source, axis=1),
+            token=jnp.take_along_axis(self.token, source, axis=1),
+        )
+
     def to_packs(self, x: Array) -> Array:
         """[B, M, R] by rollout and token -> [B, W, R] by pack and slot, anything if empty."""
         num_prompts, num_rollouts, length = x.shape

@@ -4,6 +4,7 @@ from qlog.models import flops, huggingface
 from qlog.models.config import PRESETS, DecoderConfig, register
 from qlog.models.config_json import from_hf_config, to_hf_config
 from qlog.models.decoder import (
+    TILE,
     Params,
     Prefix,
     Suffix,
@@ -27,6 +28,7 @@ from qlog.models.rope import RopeScaling
 __all__ = [
     "PRESETS",
     "REMAT",
+    "TILE",
     "DecoderConfig",
     "Execution",
     "Family",

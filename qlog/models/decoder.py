@@ -37,7 +37,7 @@ Params = Any  # nested dicts as `init` makes them, of arrays, shapes or sharding
 # A stack of at most so many layers is laid out flat: a loop would stack and copy what it keeps.
 _UNROLLED_LAYERS = 4
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
-_TILE = 128  # slots, a TPU's lanes
+TILE = 128  # slots, a TPU's lanes
 
 
 class Prefix(NamedTuple):
@@ -587,5 +587,5 @@ def whole_tiles(length: int) -> int:
     Otherwise a TPU lays caches out in a way that the decode loop cannot update in place: it copies
     all of them before and after the loop, and compiling shifts of everything else takes minutes.
     """
-    tile = _TILE if length > _TILE else 16
+    tile = TILE if length > TILE else 16
     return -(-length // tile) * tile

@@ -11,13 +11,20 @@ those on its devices that lie there.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qlog.parallel.sharding import AXES, batch_sharding, constrain_replicated
+from qlog.parallel.sharding import (
+    AXES,
+    batch_sharding,
+    batch_sharding_of,
+    constrain_replicated,
+    replicated,
+)
 
 _Tree = TypeVar("_Tree")
 
@@ -37,6 +44,46 @@ def put_batch(mesh: Mesh | None, tree: Any) -> Any:
         return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda part: x[part])
 
     return jax.tree.map(put, tree)
+
+
+def put_everywhere(mesh: Mesh | None, x: Any) -> jax.Array:
+    """Host array, the same on each process -> global array, whole on each device."""
+    x = np.asarray(x)
+    if mesh is None:
+        return jax.numpy.asarray(x)
+    return jax.make_array_from_callback(x.shape, replicated(mesh), lambda part: x[part])
+
+
+def local_parts(x: jax.Array) -> Iterator[tuple[jax.Device, slice, np.ndarray]]:
+    """Each device of this process, its prompts, and its part of a global array [B, ...]."""
+    for shard in x.addressable_shards:
+        yield shard.device, shard.index[0], np.asarray(shard.data)
+
+
+def put_parts(
+    mesh: Mesh | None,
+    shape: tuple[int, ...],
+    dtype: Any,
+    fill: Callable[[jax.Device, int, np.ndarray], None],
+) -> jax.Array:
+    """A global array [B, ...] from parts that only the processes of their devices know.
+
+    Args:
+      shape: of the whole array; it is split as `sharding.batch_sharding_of` says.
+      fill: called with a device of this process, the number of its first prompt, and zeros for its
+        part, which it fills in.
+    """
+    if mesh is None:
+        whole = np.zeros(shape, dtype)
+        fill(jax.devices()[0], 0, whole)
+        return jax.numpy.asarray(whole)
+    place = batch_sharding_of(mesh, jax.ShapeDtypeStruct(shape, dtype))
+    parts = []
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        local = np.zeros(place.shard_shape(shape), dtype)
+        fill(device, index[0].start or 0, local)
+        parts.append(jax.device_put(local, device))
+    return jax.make_array_from_single_device_arrays(shape, place, parts)
 
 
 def put_per_device(mesh: Mesh | None, x: np.ndarray) -> jax.Array:

@@ -150,6 +150,12 @@ def num_batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def batch_shards_of_a_slice(mesh: Mesh) -> int:
+    """Batch shards between which no network of a data centre lies."""
+    slices = {getattr(device, "slice_index", 0) for device in mesh.devices.flat}
+    return num_batch_shards(mesh) // len(slices)
+
+
 def param_shardings(mesh: Mesh, tree: Any) -> Any:
     """NamedShardings for parameters, or a train state that holds them: `PARAMETER_RULES` by path.
 
@@ -191,7 +197,9 @@ def _fitting(mesh: Mesh, spec: Sequence, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*fits))
 
 
-def batch_sharding_of(mesh: Mesh, x: jax.Array, axis: int = 0) -> NamedSharding:
+def batch_sharding_of(
+    mesh: Mesh, x: jax.Array | jax.ShapeDtypeStruct, axis: int = 0
+) -> NamedSharding:
     """Prompts, at dimension `axis`, over data and fsdp; the heads of a cache over tensor."""
     spec: list[Any] = [*[None] * axis, _BATCH] if x.ndim > axis else []
     if x.ndim - axis >= 4:  # a cache [..., B, heads, T, D]; nothing else has as many dimensions
@@ -264,18 +272,31 @@ def constrain_prefix(mesh: Mesh | None, prefix: Any) -> Any:
 
 def shard_map_batch(
     mesh: Mesh | None,
-    function: Callable[[jax.Array, jax.Array], jax.Array],
+    function: Callable[..., jax.Array],
     x: jax.Array,
-    index: jax.Array,
+    *others: jax.Array,
+    everywhere: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """function(x, index) on each device, of its own part of both; the result is split as `x` is.
+    """function(x, *others, *everywhere) on each device; the result is split as `x` is.
 
-    Indices count within a device's part. So a gather by index stays on its device; of a gather from
-    the whole array the compiler cannot know that.
+    Of `x` and `others` a device gives its own part, of `everywhere` all. Indices count within a
+    device's part. So a gather by index stays on its device; of a gather from the whole array the
+    compiler cannot know that.
     """
     if mesh is None:
-        return function(x, index)
-    specs = [batch_sharding_of(mesh, a).spec for a in (x, index)]
+        return function(x, *others, *everywhere)
+    specs = [batch_sharding_of(mesh, a).spec for a in (x, *others)]
+    specs += [PartitionSpec()] * len(everywhere)
     return jax.shard_map(
         function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
-    )(x, index)
+    )(x, *others, *everywhere)
+
+
+def exchange(mesh: Mesh | None, x: jax.Array, pairs: Sequence[tuple[int, int]]) -> jax.Array:
+    """Inside `shard_map_batch`: each shard's `x` at its partner; zeros where none sends.
+
+    Args:
+      pairs: (sender, receiver), numbers of batch shards; each is once a sender and a receiver at
+        most.
+    """
+    return x if mesh is None else jax.lax.ppermute(x, _BATCH, pairs)

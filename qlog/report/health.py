@@ -193,6 +193,18 @@ def _decode_waste(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verd
     return Verdict(metric, "good", value, "little is decoded in vain.")
 
 
+def _learn_waste(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verdict:
+    value = f"{curve.last:.2f}"
+    if curve.last > 3:
+        part = config["train"].get("rollouts_per_microbatch", 0)
+        text = (
+            f"{curve.last:.1f} packs are computed for each that has something to learn from: lower "
+            f"train.rollouts_per_microbatch ({part}; 0 is all) or train.prompts_per_microbatch."
+        )
+        return Verdict(metric, "warning", value, text)
+    return Verdict(metric, "good", value, "few packs are computed in vain.")
+
+
 def _ended_early(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verdict:
     value = f"{curve.first:.0%} to {curve.last:.0%}"
     if curve.last - curve.first > 0.2:
@@ -295,6 +307,7 @@ _JUDGES: dict[str, _Judge] = {
         "answers end by themselves.",
     ),
     "decode_waste": _decode_waste,
+    "learn_waste": _learn_waste,
     "ended_early": _ended_early,
     "entropy/rationale": _entropy,
     "repetition": _repetition,

@@ -52,6 +52,7 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("tokens per second, decoding", "train", ("tokens_per_s/decode",)),
     ("tokens per second, training", "train", ("tokens_per_s/train",)),
     ("decoding in vain, lane-steps per token", "train", ("decode_waste",)),
+    ("learning in vain, packs per pack that is needed", "train", ("learn_waste",)),
     ("loss", "train", ("loss",)),
 )
 

@@ -1,8 +1,9 @@
-"""How the pool of decoding lanes shrinks: which sizes it may have, which rollout each lane has.
+"""The sizes that a pool of decoding lanes may have, and which rollout each lane has.
 
-A pool holds N blocks of m lanes. A lane decodes one rollout. All rollouts of a block belong to one
-prompt, and the block holds one copy of that prompt's cache. At first a block is a whole group: B
-blocks of M lanes. When enough rollouts are done, those that go on move to fewer or smaller blocks:
+A pool holds N blocks of m lanes on each shard. A lane decodes one rollout. All rollouts of a block
+belong to one prompt, and the block holds one copy of that prompt's cache. At first a block is a
+whole group: blocks of M lanes. When enough rollouts are done, those that go on move to fewer or
+smaller blocks, which have more slots each:
 
     blocks of 4 lanes           5 of 8 go on         blocks of 2 lanes
     prompt 0 | 0 1 2 3          | 0 . 2 3            prompt 0 | 0 2
@@ -10,10 +11,10 @@ blocks of M lanes. When enough rollouts are done, those that go on move to fewer
                                                      prompt 1 | 5 7
 
 Small blocks leave fewer lanes empty, but need more copies of the prompts' caches. Everything here
-is host arithmetic on numpy arrays; `sampler.py` moves the caches.
+is host arithmetic on numpy arrays: `balance.py` moves rollouts between shards, `schedule.py`
+decides when a pool shrinks, `sampler.py` moves the caches.
 """
 
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +23,22 @@ import numpy as np
 # ids with mode="drop" leaves empty lanes out. (-1 would not do: it means the last element.)
 NO_ROLLOUT = int(np.iinfo(np.int32).max)
 
-# Lanes of the pools, as shares of all rollouts. A step down costs a move of all caches and a pass
-# that scores gold answers, so there are few.
-_SHARES = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
-# With fewer lanes than this a decode step costs no less: it reads all weights in any case.
-_MIN_LANES = 4
+# Each pool has so many of the last one's lanes. Rollouts that end at a constant rate then leave one
+# lane in nine without work. A step down costs a move of all caches, a pass that scores gold
+# answers, and programs to compile, so there are few.
+_SHRINK = 4 / 5
+# A level may have so many of the slots that it could have with one copy of each prompt: the rest of
+# the memory is for copies, with which blocks are small.
+_SLOTS = 1 / 2
 # Shorter rollouts are done before a move pays for itself.
 _MIN_SLOTS = 64
+# The smallest pool has one of so many lanes: what it could still save, its programs cost.
+_LANES_TO_LAST = 64
+# Copies of a prompt's cache on a shard when few of its rollouts go on.
+_COPIES = 5
+# So many times the prompts of `prompts_in_memory` start together: half of the slots are enough
+# until most rollouts are done.
+_PROMPTS_AT_START = 2
 
 
 class Level(NamedTuple):
@@ -36,154 +46,120 @@ class Level(NamedTuple):
 
     num_blocks: int  # each with one copy of a prompt's cache
     lanes_per_block: int  # rollouts that a block can decode
+    slots: int  # of each lane: the step up to which it can be decoded
 
     @property
     def num_lanes(self) -> int:
         return self.num_blocks * self.lanes_per_block
 
 
-class Plan(NamedTuple):
-    """Where the lanes of a smaller pool come from: N' blocks on all shards together, m' lanes each.
+class Shape(NamedTuple):
+    """What a shard samples, and what its caches may take."""
 
-    Places count within a shard: no rollout ever leaves its device.
-    """
+    prompts: int  # of this shard
+    rollouts: int  # M of each prompt
+    slots: int  # of the longest rollout, in whole tiles
+    prompt_slots: int  # P, of a prompt's cache
+    # How many prompts with M rollouts each fit into memory when all reach the last slot. The caches
+    # of no pool take more slots than these.
+    prompts_in_memory: int
+    tile: int  # slots are multiples of it
 
-    parent: np.ndarray  # int32 [N'], the old block whose prompt the new block has
-    lane: np.ndarray  # int32 [N', m'], the old place: old block * m + old lane; 0 for an empty lane
-    rollout_ids: np.ndarray  # int32 [N', m'], b * M + m of the batch, or NO_ROLLOUT
+    @property
+    def memory(self) -> int:
+        """In slots, of keys and values of one layer each."""
+        return self.prompts_in_memory * (self.prompt_slots + self.rollouts * self.slots)
 
+    def size(self, level: Level) -> int:
+        """In slots, as `memory`."""
+        num_blocks, lanes, slots = level
+        return num_blocks * (self.prompt_slots + lanes * slots)
 
-class PoolSchedule:
-    """Which rollout is in which lane, and the sizes that the pool may still shrink to.
-
-    Attributes:
-      rollout_ids: int32 [N, m], b * M + m of each lane's rollout, or NO_ROLLOUT.
-    """
-
-    def __init__(
-        self, num_prompts: int, num_rollouts: int, levels: Sequence[Level], num_shards: int = 1
-    ):
-        """A pool of all rollouts.
-
-        Args:
-          num_prompts: on all shards together, B.
-          num_rollouts: per prompt, M.
-          levels: of one shard; the first one is the pool that decoding starts with.
-          num_shards: parts of equal size that the prompts are split into.
-        """
-        ids = np.arange(num_prompts * num_rollouts, dtype=np.int32)
-        self.rollout_ids = ids.reshape(num_prompts, num_rollouts)
-        self._num_rollouts, self._num_shards = num_rollouts, num_shards
-        self._smaller = list(levels[1:])
-
-    def shrink(self, going: np.ndarray) -> list[Plan]:
-        """The moves to the smallest pool that holds what goes on; none where the next is too small.
-
-        Level by level, never past one: so there is one program per level, and a rehearsal that
-        visits each level once has compiled them all.
-
-        Args:
-          going: bool [N, m], lanes whose rollout is not done.
-        """
-        plans = []
-        while self._smaller and going.any():
-            level = self._smaller[0]
-            plan = regroup(self.rollout_ids, going, level, self._num_shards, self._num_rollouts)
-            if plan is None:
-                break
-            plans.append(plan)
-            self.rollout_ids, self._smaller = plan.rollout_ids, self._smaller[1:]
-            # The move left the rollouts that are done behind.
-            going = self.rollout_ids != NO_ROLLOUT
-        return plans
-
-    def rehearsal(self) -> list[Plan]:
-        """Moves that visit every size once, without any rollout; the schedule stays as it is."""
-        plans = []
-        for level in self._smaller:
-            shape = (self._num_shards * level.num_blocks, level.lanes_per_block)
-            zeros = np.zeros(shape, np.int32)
-            plans.append(Plan(zeros[:, 0], zeros, np.full(shape, NO_ROLLOUT, np.int32)))
-        return plans
+    def fitting_slots(self, num_blocks: int, lanes_per_block: int) -> int:
+        """The most slots that each lane can have, 0 where not even the prompts fit."""
+        left = self.memory // num_blocks - self.prompt_slots
+        slots = left // lanes_per_block // self.tile * self.tile
+        return max(0, min(self.slots, slots))
 
 
-def levels(num_prompts: int, num_rollouts: int, slots: int, prefix_slots: int) -> list[Level]:
-    """Sizes that a shard's pool may have, the first for all rollouts, each smaller than the last.
+def prompts_per_wave(shape: Shape) -> int:
+    """Prompts of a shard that start together: a divisor of its prompts."""
+    in_memory = min(shape.prompts_in_memory, shape.prompts)
+    divisors = [n for n in range(1, shape.prompts + 1) if shape.prompts % n == 0]
+    for prompts in reversed(divisors):
+        if in_memory < prompts <= _PROMPTS_AT_START * in_memory:
+            # More prompts than fit to the last slot: they start together if there is a good part of
+            # it for each.
+            slots = shape.fitting_slots(prompts, shape.rollouts)
+            if slots >= max(_MIN_SLOTS, shape.slots // 3):
+                return prompts
+    return max(n for n in divisors if n <= in_memory)
+
+
+class Sizes(NamedTuple):
+    """The pools that a shard may have."""
+
+    shrinking: tuple[Level, ...]  # the first for a wave of prompts; fewer lanes, not fewer slots
+    full: Level  # the largest one that can be decoded to the last slot; may be among them
+
+
+def sizes(shape: Shape) -> Sizes:
+    """Pools for the waves of `prompts_per_wave`, none with more memory than `shape` has."""
+    prompts = prompts_per_wave(shape)
+    start = Level(prompts, shape.rollouts, shape.fitting_slots(prompts, shape.rollouts))
+    found = [start]
+    if shape.slots < _MIN_SLOTS:
+        return Sizes((start,), start)
+    while found[-1].num_lanes > max(1, start.num_lanes // _LANES_TO_LAST):
+        lanes = int(found[-1].num_lanes * _SHRINK)
+        found.append(_level(shape, start, found[-1], lanes))
+    whole = shape.prompts_in_memory * shape.rollouts
+    full = start if start.slots == shape.slots else _full(shape, start, whole)
+    return Sizes(tuple(found), full)
+
+
+def _level(shape: Shape, start: Level, last: Level, lanes: int) -> Level:
+    """A level of about so many lanes, less than the last; blocks as small as memory allows."""
+    slots = max(last.slots, int(_SLOTS * shape.fitting_slots(1, lanes)))
+    # But not too small: lanes of a block read their prompt's cache once together, copies are each
+    # read on their own.
+    each = max(1, int(lanes / start.num_lanes * shape.rollouts / _COPIES))
+    while True:
+        num_blocks = -(-lanes // each)
+        if num_blocks * each >= last.num_lanes:
+            num_blocks = lanes // each
+        level = Level(num_blocks, each, shape.fitting_slots(num_blocks, each))
+        # One block for all lanes fits in any case: the last level has as many lanes and slots.
+        if level.slots >= slots or each >= lanes:
+            return level
+        each += 1
+
+
+def _full(shape: Shape, start: Level, lanes: int) -> Level:
+    """The level with most lanes that have all slots, and blocks for all prompts of a wave."""
+    found = Level(1, 1, shape.slots)
+    for each in range(1, shape.rollouts + 1):
+        # As many blocks as fit.
+        num_blocks = shape.memory // (shape.prompt_slots + each * shape.slots)
+        if num_blocks >= min(start.num_blocks, lanes) and num_blocks * each > found.num_lanes:
+            found = Level(num_blocks, each, shape.slots)
+    return found
+
+
+def by_prompt(
+    rollout_ids: np.ndarray, kept: np.ndarray, num_rollouts: int
+) -> dict[int, list[tuple[int, int]]]:
+    """For each prompt with rollouts that are kept: their (id, place), in the order of the ids.
 
     Args:
-      num_prompts: on this shard.
-      num_rollouts: per prompt.
-      slots: of a rollout's cache, in tokens.
-      prefix_slots: of a prompt's cache, in tokens.
+      rollout_ids: int32 [N, m] of one shard; a place is block * m + lane.
+      kept: bool [N, m].
+      num_rollouts: per prompt, M; a rollout's id is prompt * M + its number.
     """
-    start = Level(num_prompts, num_rollouts)
-    sizes = [start]
-    if slots < _MIN_SLOTS:
-        return sizes
-    for share in _SHARES:
-        wanted = max(_MIN_LANES, int(np.ceil(share * start.num_lanes)))
-        # The slots of the lanes that are given up pay for copies of prompts: memory never grows.
-        max_blocks = max(num_prompts, int((start.num_lanes - wanted) * slots // prefix_slots))
-        # The smallest blocks that these copies allow. But not too small: lanes of a block read
-        # their prompt's cache once together, copies are each read on their own.
-        lanes = 1
-        while lanes < share * num_rollouts / 8 or -(-wanted // lanes) > max_blocks:
-            lanes *= 2
-        level = Level(-(-wanted // lanes), lanes)
-        if level.num_lanes < sizes[-1].num_lanes:
-            sizes.append(level)
-    return sizes
-
-
-def regroup(
-    rollout_ids: np.ndarray, going: np.ndarray, level: Level, num_shards: int, num_rollouts: int
-) -> Plan | None:
-    """Puts the rollouts that go on into a pool of size `level`; None when they do not fit.
-
-    Args:
-      rollout_ids: int32 [N, m], b * M + m of each lane's rollout.
-      going: bool [N, m], lanes whose rollout is not done.
-      num_shards: N and the new blocks are split evenly over so many.
-      num_rollouts: per prompt, M.
-    """
-    if going.reshape(num_shards, -1).sum(1).max() > level.num_lanes:
-        return None
-    shape = (num_shards, level.num_blocks, level.lanes_per_block)
-    parent = np.zeros(shape[:2], np.int32)
-    lane = np.zeros(shape, np.int32)
-    new_ids = np.full(shape, NO_ROLLOUT, np.int32)
-    old_lanes = rollout_ids.shape[1]
-    for shard, by_prompt in enumerate(
-        _going_by_prompt(rollout_ids, going, num_shards, num_rollouts)
-    ):
-        block = 0
-        for places, ids in by_prompt:
-            # A prompt takes as many blocks as its rollouts need; its last one may have empty lanes.
-            # So rollouts may not fit although there are enough lanes.
-            for first in range(0, len(places), level.lanes_per_block):
-                if block == level.num_blocks:
-                    return None
-                some = slice(first, first + level.lanes_per_block)
-                size = len(places[some])
-                # Any old block of this prompt has the prompt's cache: that of its first rollout.
-                parent[shard, block] = places[first] // old_lanes
-                lane[shard, block, :size] = places[some]
-                new_ids[shard, block, :size] = ids[some]
-                block += 1
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # [shards, blocks, ...] -> [N', ...]
-    return Plan(flat(parent), flat(lane), flat(new_ids))
-
-
-def _going_by_prompt(
-    rollout_ids: np.ndarray, going: np.ndarray, num_shards: int, num_rollouts: int
-) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Per shard, for each prompt with rollouts that go on: their places in the shard, their ids."""
-    shards = zip(rollout_ids.reshape(num_shards, -1), going.reshape(num_shards, -1), strict=True)
-    for ids, keep in shards:
-        places = np.flatnonzero(keep)
-        ids = ids[places]
-        # Sorted by id the rollouts of a prompt follow each other, since an id is b * M + m.
-        order = np.argsort(ids, kind="stable")
-        places, ids = places[order], ids[order]
-        starts = np.flatnonzero(np.diff(ids // num_rollouts)) + 1
-        yield list(zip(np.split(places, starts), np.split(ids, starts), strict=True))
+    places = np.flatnonzero(kept)
+    ids = rollout_ids.ravel()[places]
+    found: dict[int, list[tuple[int, int]]] = {}
+    for index in np.argsort(ids, kind="stable").tolist():
+        rollout = int(ids[index]), int(places[index])
+        found.setdefault(rollout[0] // num_rollouts, []).append(rollout)
+    return found

@@ -18,20 +18,18 @@ What token a rollout gets at step t:
 | answering, reserve not spent                      | chosen by the model            | yes     |
 | done                                              | pad                            | no      |
 
-Rollouts end at very different steps, so they are decoded in a pool of lanes that shrinks
-(`pool.py`). All lanes are at the same step. The README of this folder has a drawing.
+Rollouts end at very different steps, so they are decoded in pools of lanes that shrink
+(`schedule.py`). All lanes are at the same step. The README of this folder has a drawing.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from qlog import models
 from qlog.models import head
@@ -39,13 +37,11 @@ from qlog.parallel import batch_placement, sharding
 from qlog.parallel.interrupts import Interrupts
 from qlog.policy import Policy
 from qlog.records import Golds, Rollouts, Samples
-from qlog.rollouts import scoring
-from qlog.rollouts.pool import NO_ROLLOUT, Plan, PoolSchedule, levels
+from qlog.rollouts import balance, moves, schedule, scoring
+from qlog.rollouts.moves import Pool
+from qlog.rollouts.pool import NO_ROLLOUT, Level, Shape
+from qlog.rollouts.schedule import STEPS_PER_LOOK, Schedule
 from qlog.rollouts.token_choice import choose_token
-
-# Decode steps between two looks at which rollouts are done. At a look the host waits for the
-# devices, and they then wait for the host. Between looks, lanes that are done cost as others do.
-STEPS_PER_LOOK = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,27 +86,13 @@ class Sampling:
         return self.max_rationale_length + (self.answer_reserve if self.with_answer else 0)
 
 
-class Wave(NamedTuple):
-    """Prompts whose caches are in memory at the same time."""
+class Batch(NamedTuple):
+    """What is sampled from: all prompts of a call, or those of a wave."""
 
     prompts: Array  # int32 [B, P], right-padded
     lengths: Array  # int32 [B], at least 1
     keys: Array  # PRNG keys [B, M]
-    golds: Golds  # [B, ...]
-
-
-class Pool(NamedTuple):
-    """Rollouts under way: N blocks of m lanes. The lanes of a block belong to one prompt."""
-
-    step: Array  # int32 scalar, tokens made so far in every lane
-    rollout_ids: Array  # int32 [N, m], b * M + m of the lane's rollout, or NO_ROLLOUT
-    last: Array  # int32 [N, m], the token to feed next
-    closing_at: Array  # int32 [N, m], step at which the forced closing begins
-    done: Array  # bool [N, m], True in empty lanes
-    keys: Array  # PRNG keys [N, m], one per (seed, training step, prompt, rollout)
-    rollouts: Rollouts  # [N, m, ...], what the lanes have made so far
-    prefix: models.Prefix  # the prompts' caches, N copies
-    suffix: models.Suffix  # the rollouts' caches, [N, K, m, S, C] per layer
+    budgets: Array  # int32 [B, M], free tokens of each rationale
 
 
 class Look(NamedTuple):
@@ -159,6 +141,7 @@ def sample(
     rehearse: bool = False,
     interrupts: Interrupts | None = None,
     *,
+    budgets: Array | None = None,
     steps_per_look: int = STEPS_PER_LOOK,
     shrink: bool = True,
 ) -> Samples:
@@ -169,152 +152,169 @@ def sample(
       lengths: int32 [B], at least 1.
       keys: [B, M] from `rollout_keys`.
       golds: the gold answers, [B, A].
-      prompts_per_wave: prompts whose caches are in memory at a time, a divisor of B; 0 is all.
+      prompts_per_wave: bounds the memory: no pool takes more than the caches of so many prompts and
+        of M rollouts each at their longest. A divisor of B; 0 is all.
       rehearse: visit all sizes of the pool first, also those that this batch does not need, so that
         later batches of the same shapes compile nothing.
       interrupts: checked between chunks of decode steps.
+      budgets: int32 [B, M], free tokens of each rationale, at most sampling.rationale_budget; None
+        gives it to all.
       steps_per_look: decode steps between two looks at which rollouts are done.
       shrink: False keeps all lanes until the last rollout is done; the rollouts are the same.
 
     Raises:
       Stop: a signal has reached any process; on every process after the same chunk.
     """
-    run = _Run(params, decoding_weights(params, policy), policy, sampling, interrupts)
-    num_waves = len(prompts) // (prompts_per_wave or len(prompts))
-    batch = Wave(prompts, lengths, keys, golds)
-    results, lane_steps = [], 0
-    for index in range(num_waves):
-        wave = batch_placement.every_nth(batch, index, num_waves)
-        schedule = _schedule(policy, wave, sampling, shrink)
-        if rehearse and index == 0:
-            _rehearse(run, wave, schedule)
-        found, executed = _sample_wave(run, wave, schedule, steps_per_look)
-        results.append(found)
-        lane_steps += executed
-    whole = _join_waves(results)
-    return Samples(whole.rollouts, whole.log_w, lane_steps, whole.gold_log_probs)
-
-
-class _Run(NamedTuple):
-    """What all waves of a call of `sample` have in common."""
-
-    params: models.Params  # as they are trained: for prefill
-    weights: models.Params  # as `decoding_weights` casts and gathers them: for each decode step
-    policy: Policy
-    sampling: Sampling
-    interrupts: Interrupts | None
-
-    def start(self, wave: Wave) -> tuple[Pool, Results]:
-        """The pool of all rollouts, and the place for what will be done."""
-        prefix = prefill(self.params, self.policy, wave.prompts, wave.lengths)
-        pool = initial_pool(
-            self.policy, prefix, wave.prompts, wave.lengths, wave.keys, self.sampling
-        )
-        num_prompts, num_rollouts = wave.keys.shape
-        return pool, empty_results(self.policy, self.sampling, num_prompts, num_rollouts)
-
-    def decode(self, pool: Pool, until: int) -> tuple[Pool, Look]:
-        policy, interrupts = self.policy, self.interrupts
-        flags = interrupts.flags(policy.mesh) if interrupts else jnp.zeros(1, bool)
-        return decode(self.weights, policy, pool, self.sampling, until, flags)
-
-    def score_and_store(self, pool: Pool, results: Results, golds: Golds) -> Results:
-        return score_and_store(self.weights, self.policy, pool, results, golds)
-
-
-def _schedule(policy: Policy, wave: Wave, sampling: Sampling, shrink: bool) -> PoolSchedule:
-    num_prompts, num_rollouts = wave.keys.shape
-    # Each shard has a pool of its own, of the same size: rollouts never leave their device.
-    num_shards = sharding.num_batch_shards(policy.mesh) if policy.mesh else 1
-    sizes = levels(
-        num_prompts // num_shards, num_rollouts, sampling.max_length, wave.prompts.shape[1]
+    num_prompts, num_rollouts = keys.shape
+    if budgets is None:
+        budgets = _every_budget(policy, sampling, num_prompts, num_rollouts)
+    plan = plan_of(
+        policy,
+        sampling,
+        num_prompts,
+        num_rollouts,
+        prompts.shape[1],
+        prompts_per_wave or num_prompts,
+        shrink,
     )
-    return PoolSchedule(num_prompts, num_rollouts, sizes if shrink else sizes[:1], num_shards)
+    decoder = _Decoder(
+        params, policy, sampling, Batch(prompts, lengths, keys, budgets), golds, plan, interrupts
+    )
+    if rehearse:
+        decoder.rehearse()
+    work = schedule.run(plan, decoder, steps_per_look)
+    results = _by_prompt(decoder.results, keys.shape)
+    return Samples(results.rollouts, results.log_w, work.lane_steps, results.gold_log_probs)
 
 
-def _sample_wave(
-    run: _Run, wave: Wave, schedule: PoolSchedule, steps_per_look: int
-) -> tuple[Results, int]:
-    """The rollouts of a wave's prompts [B, M], and the steps times lanes that were executed."""
-    pool, results = run.start(wave)
-    going = np.ones(schedule.rollout_ids.shape, bool)
-    step = lane_steps = 0
-    while going.any():
-        # Decode a chunk of steps. It ends before `until` when all lanes are done.
-        until = min(step + steps_per_look, run.sampling.max_length)
-        pool, look = run.decode(pool, until)
-
-        # Look which rollouts are done. This is the one place where the host waits for the devices.
-        executed, going, stop = jax.device_get(look)
-        if run.interrupts:
-            run.interrupts.beat(bool(stop))
-        lane_steps += going.size * (int(executed) - step)
-        step = until
-
-        # Shrink when the others fit a smaller pool. All caches are scored before the move, since
-        # those of rollouts that are done do not come along. What goes on is scored again later.
-        plans = schedule.shrink(going)
-        if plans:
-            results = run.score_and_store(pool, results, wave.golds)
-        for plan in plans:
-            pool = _move(run.policy, pool, plan)
-    results = run.score_and_store(pool, results, wave.golds)
-    return _by_prompt(results, wave.keys.shape), lane_steps
-
-
-def _rehearse(run: _Run, wave: Wave, schedule: PoolSchedule) -> None:
-    """Compiles the programs of every size of the pool, on lanes without rollouts.
-
-    Which sizes a batch visits depends on the lengths of its rollouts. Without a rehearsal a program
-    might be compiled in any step of a run, for minutes, on all devices.
-    """
-    pool, results = run.start(wave)
-    for plan in schedule.rehearsal():
-        pool = _move(run.policy, pool, plan)
-        pool, _ = run.decode(pool, until=0)  # compiled, but no step is executed
-        results = run.score_and_store(pool, results, wave.golds)
-
-
-def _move(policy: Policy, pool: Pool, plan: Plan) -> Pool:
-    """The pool after `plan`.
-
-    The caches are most of the memory. They move one by one, and each old one is deleted before the
-    next is made: at most one cache is there twice, never two whole pools. In one program for all
-    of them XLA would keep every input until the end.
-    """
+def plan_of(
+    policy: Policy,
+    sampling: Sampling,
+    num_prompts: int,
+    num_rollouts: int,
+    prompt_slots: int,
+    prompts_per_wave: int,
+    shrink: bool = True,
+) -> Schedule:
+    """The sizes of pools and the waves of a call of `sample`."""
     mesh = policy.mesh
-    parent, lane, rollout_ids = batch_placement.put_batch(mesh, plan)
-
-    def move(cache: Array, take: Callable[[Mesh | None, Array, Array], Array], index: Array):
-        moved = take(mesh, cache, index)
-        cache.delete()  # its memory is free as soon as `take` has run; the host does not wait
-        return moved
-
-    layers = tuple(
-        (move(keys, _take_lanes, lane), move(values, _take_lanes, lane))
-        for keys, values in pool.suffix.layers
+    number = sharding.num_batch_shards(mesh) if mesh else 1
+    neighbours = sharding.batch_shards_of_a_slice(mesh) if mesh else 1
+    shape = shape_of(
+        sampling, num_prompts // number, num_rollouts, prompt_slots, prompts_per_wave // number
     )
-    keys, values = (
-        tuple(move(x, _take_blocks, parent) for x in caches)
-        for caches in (pool.prefix.keys, pool.prefix.values)
-    )
-    prefix = models.Prefix(keys, values, _take_blocks(mesh, pool.prefix.lengths, parent))
+    return Schedule(shape, balance.Shards(number, neighbours, num_rollouts), shrink)
 
-    # The rest is small, one program for all of it.
-    per_lane = (pool.last, pool.closing_at, pool.done, pool.keys, pool.rollouts)
-    last, closing_at, done, lane_keys, rollouts = _take_per_lane(mesh, per_lane, lane)
-    return Pool(
-        step=pool.step,
-        rollout_ids=rollout_ids,
-        last=last,
-        closing_at=closing_at,
-        # An empty lane has a copy of the shard's first lane, which may go on.
-        done=_or_empty(done, rollout_ids),
-        keys=lane_keys,
-        rollouts=rollouts,
-        prefix=prefix,
-        suffix=pool.suffix._replace(layers=layers),
+
+def shape_of(
+    sampling: Sampling,
+    num_prompts: int,
+    num_rollouts: int,
+    prompt_slots: int,
+    prompts_in_memory: int,
+) -> Shape:
+    """What one shard samples; all numbers are those of the shard."""
+    # Slots are in tiles as `models.whole_tiles` rounds them.
+    is_short = sampling.max_length <= models.TILE
+    return Shape(
+        prompts=num_prompts,
+        rollouts=num_rollouts,
+        slots=models.whole_tiles(sampling.max_length),
+        prompt_slots=prompt_slots,
+        prompts_in_memory=max(1, prompts_in_memory),
+        tile=models.whole_tiles(1) if is_short else models.TILE,
     )
+
+
+class _Decoder:
+    """The `schedule.Machine` of the real devices: owns the pool, what is held, and the results.
+
+    Attributes:
+      results: of all rollouts, at their ids.
+    """
+
+    def __init__(
+        self,
+        params: models.Params,
+        policy: Policy,
+        sampling: Sampling,
+        batch: Batch,
+        golds: Golds,
+        plan: Schedule,
+        interrupts: Interrupts | None,
+    ):
+        self._params, self._policy, self._sampling = params, policy, sampling
+        # As they are read at every decode step. Prefill takes those that are trained.
+        self._weights = decoding_weights(params, policy)
+        self._batch, self._golds, self._plan, self._interrupts = batch, golds, plan, interrupts
+        self._pool: Pool | None = None
+        self._held = moves.Held(policy.mesh, batch.keys.shape[1])
+        self.results = empty_results(policy, sampling, *batch.keys.shape)
+
+    @property
+    def _current(self) -> Pool:
+        assert self._pool is not None, "no pool was started"
+        return self._pool
+
+    def start(self, wave: int) -> None:
+        policy, plan = self._policy, self._plan
+        self._pool = None  # its memory is free before the next one is made
+        part = batch_placement.every_nth(self._batch, wave, plan.num_waves)
+        ids = batch_placement.put_batch(policy.mesh, plan.rollout_ids(wave))
+        prefix = prefill(self._params, policy, part.prompts, part.lengths)
+        self._pool = initial_pool(policy, prefix, part, ids, self._sampling, plan.sizes[0].slots)
+
+    def decode(self, until: int) -> tuple[int, np.ndarray]:
+        policy, interrupts = self._policy, self._interrupts
+        flags = interrupts.flags(policy.mesh) if interrupts else jnp.zeros(1, bool)
+        self._pool, look = decode(
+            self._weights, policy, self._current, self._sampling, until, flags
+        )
+        # This is the one place where the host waits for the devices.
+        step, going, stop = jax.device_get(look)
+        if interrupts:
+            interrupts.beat(bool(stop))
+        return int(step), going
+
+    def store(self) -> None:
+        self.results = score_and_store(
+            self._weights, self._policy, self._current, self.results, self._golds
+        )
+
+    def move(self, plan: balance.Plan, old: Level, new: Level) -> None:
+        pool, self._pool = self._current, None
+        self._pool = moves.move(self._policy.mesh, pool, plan, self._plan.shards, new.slots)
+
+    def hold(self, rollout_ids: np.ndarray, held: np.ndarray, step: int) -> None:
+        self._held.add(self._current, rollout_ids, held, step)
+
+    def resume(self, rollout_ids: np.ndarray, level: Level, step: int) -> None:
+        like, self._pool = self._current, None
+        shapes = jax.eval_shape(lambda pool: pool, like)
+        del like  # its memory is free before the next pool is made
+        self._pool = self._held.pool(shapes, rollout_ids, level, step)
+
+    def rehearse(self) -> None:
+        """Compiles the programs of every size of the pool, on lanes without rollouts.
+
+        Which sizes a batch visits depends on the lengths of its rollouts. Without a rehearsal a
+        program might be compiled in any step of a run, for minutes, on all devices.
+        """
+        self.start(0)
+        here = self._plan.sizes[0]
+        for old, new in self._plan.transitions():
+            if old != here:
+                nothing = np.full(
+                    (self._plan.shards.number * old.num_blocks, old.lanes_per_block),
+                    NO_ROLLOUT,
+                    np.int32,
+                )
+                self.resume(nothing, old, step=0)
+            self.move(balance.nothing(self._plan.shards, old, new), old, new)
+            self.decode(until=0)  # compiled, but no step is executed
+            self.store()
+            here = new
+        self._pool = None
 
 
 # ---- Compiled: a wave's first pool ----
@@ -343,38 +343,42 @@ def prefill(params: models.Params, policy: Policy, prompts: Array, lengths: Arra
     return sharding.constrain_batch(policy.mesh, models.unstack(prefix))
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "sampling"))
+@functools.partial(jax.jit, static_argnames=("policy", "sampling", "slots"))
 def initial_pool(
     policy: Policy,
     prefix: models.Prefix,
-    prompts: Array,
-    lengths: Array,
-    keys: Array,
+    wave: Batch,
+    rollout_ids: Array,
     sampling: Sampling,
+    slots: int,
 ) -> Pool:
-    """The pool of all rollouts: a block is a group, N = B and m = M.
+    """The pool of all rollouts of a wave: a block is a group, N = B and m = M.
 
     Args:
       prefix: from `prefill`.
-      prompts: int32 [B, P], right-padded.
-      lengths: int32 [B], at least 1.
-      keys: [B, M] from `rollout_keys`.
+      rollout_ids: int32 [B, M].
+      slots: of each rollout's cache.
     """
-    shape = num_prompts, num_rollouts = keys.shape
-    slots = models.whole_tiles(sampling.max_length)
-    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)
+    shape = num_prompts, num_rollouts = rollout_ids.shape
+    last = jnp.take_along_axis(wave.prompts, wave.lengths[:, None] - 1, axis=1)
     pool = Pool(
         step=jnp.zeros((), jnp.int32),
-        rollout_ids=jnp.arange(keys.size, dtype=jnp.int32).reshape(shape),
+        rollout_ids=rollout_ids,
         last=jnp.broadcast_to(last, shape),
-        closing_at=jnp.full(shape, sampling.rationale_budget, jnp.int32),
+        closing_at=jnp.minimum(wave.budgets, sampling.rationale_budget),
         done=jnp.zeros(shape, bool),
-        keys=keys,
+        keys=wave.keys,
         rollouts=_blank_rollouts(shape, sampling),
         prefix=prefix,
         suffix=models.empty_suffix(policy.config, num_prompts, num_rollouts, slots, policy.dtype),
     )
     return sharding.constrain_batch(policy.mesh, pool)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "sampling", "num_prompts", "num_rollouts"))
+def _every_budget(policy: Policy, sampling: Sampling, num_prompts: int, num_rollouts: int) -> Array:
+    budgets = jnp.full((num_prompts, num_rollouts), sampling.rationale_budget, jnp.int32)
+    return sharding.constrain_batch(policy.mesh, budgets)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "sampling", "num_prompts", "num_rollouts"))
@@ -518,7 +522,7 @@ def _advance(pool: Pool, sampling: Sampling, chosen: Array, log_probs: Array) ->
     )
 
 
-# ---- Compiled: scores, and the moves of a pool that shrinks ----
+# ---- Compiled: scores, and results ----
 
 
 @functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("results",))
@@ -533,7 +537,7 @@ def score_and_store(
     Args:
       weights: from `decoding_weights`.
       results: is donated.
-      golds: of all prompts of the wave, [B, A].
+      golds: of all prompts of the call, [B, A].
     """
     num_prompts = golds.lengths.shape[0]
     num_rollouts = results.log_w.size // num_prompts
@@ -560,46 +564,7 @@ def score_and_store(
     return sharding.constrain_batch(policy.mesh, results)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def _take_blocks(mesh: Mesh | None, blocks: Array, parent: Array) -> Array:
-    """[N, ...] -> [N', ...]; indices count within the shard."""
-    return sharding.shard_map_batch(mesh, lambda x, index: x[index], blocks, parent)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def _take_lanes(mesh: Mesh | None, cache: Array, lane: Array) -> Array:
-    """[N, K, m, S, C] -> [N', K, m', S, C]; indices count lanes within the shard."""
-
-    def take(x: Array, index: Array) -> Array:
-        # Two index arrays with a slice between them put their own dimensions in front.
-        taken = x[index // x.shape[2], :, index % x.shape[2]]  # [N', m', K, S, C]
-        return taken.transpose(0, 2, 1, 3, 4)
-
-    return sharding.shard_map_batch(mesh, take, cache, lane)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def _take_per_lane(mesh: Mesh | None, tree: Any, lane: Array) -> Any:
-    """Arrays [N, m, ...] -> [N', m', ...]; indices count lanes within the shard."""
-    take = lambda x, index: x.reshape(-1, *x.shape[2:])[index]
-    return jax.tree.map(lambda x: sharding.shard_map_batch(mesh, take, x, lane), tree)
-
-
-@jax.jit
-def _or_empty(done: Array, rollout_ids: Array) -> Array:
-    return done | (rollout_ids == NO_ROLLOUT)
-
-
-# ---- Compiled: waves ----
-
-
 @functools.partial(jax.jit, static_argnames=("shape",))
 def _by_prompt(results: Results, shape: tuple[int, int]) -> Results:
     """[B * M, ...] -> [B, M, ...]."""
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
-
-
-@jax.jit
-def _join_waves(results: list[Results]) -> Results:
-    """The inverse of `batch_placement.every_nth`, of all waves."""
-    return batch_placement.join(jax.tree.map(lambda *x: jnp.stack(x), *results))

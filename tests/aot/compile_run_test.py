@@ -65,7 +65,7 @@ def test_a_step_compiles_for_a_slice_and_fits(capsys, tmp_path):
 
 def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
     config = tiny.config(
-        train={"prompts_per_step": 8, "rollouts_per_microbatch": 2},
+        train={"prompts_per_step": 8, "rollouts_per_microbatch": 4},
         evaluation={"prompts_per_batch": 2},
         rollout={"rationale_budget": 1023, "answer_reserve": 128},
         data={"max_prompt_tokens": 512},
@@ -78,7 +78,7 @@ def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
         return longest.trips(DataLoop(scope, SlicedArray(shape, length, size)))
 
     assert trips("decode_steps", (1, 1, 4, 1024, 8), 1024, 1) == 1024
-    assert trips("packs", (1, 4, 1152), 4, 2) == 2  # microbatches of a group's rollouts
+    assert trips("packs", (1, 4, 1152), 4, 2) == 2  # windows of a group's packs: 2 of 1,152 slots
     attention = functools.partial(trips, "attention_blocks")
     assert attention((1, 1, 512, 8), 512, 128) == 4  # to a full prompt
     assert attention((1, 1, 4, 1024, 8), 1024, 128) == 4.5  # to a rollout's own past

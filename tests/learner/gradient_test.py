@@ -12,12 +12,14 @@ import trees
 
 from qlog import losses, models
 from qlog.learner import gradient
+from qlog.learner.blocks import plan_blocks
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
 from qlog.learner.packing import pack_rollouts
 from qlog.learner.terms import measure_terms
 from qlog.learner.trajectories import with_gold_answer, with_sampled_answer
 from qlog.learner.types import LearnerBatch, Microbatch, Objective
+from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds, Rollouts, TrainState, Trajectories
 
 B, M, R = 4, 4, 7
@@ -107,7 +109,9 @@ def test_results_do_not_depend_on_the_microbatch(batch, microbatch, together, mo
     whole, sums = _gradient(batch, (B, M))
     got, other_sums = _gradient(batch, microbatch)
     _assert_trees_close(got, whole)
-    trees.assert_close(other_sums, sums, rtol=1e-5)
+    # How many rows were computed for them is what a microbatch decides.
+    assert other_sums.rows.needed == sums.rows.needed
+    trees.assert_close(other_sums._replace(rows=sums.rows), sums, rtol=1e-5)
 
 
 def test_packed_rollouts_follow_one_another_in_few_packs():
@@ -240,7 +244,7 @@ def test_there_is_one_tree_of_gradients_however_many_microbatches(batch):
     params = models.shapes(shape)
     learner_batch = LearnerBatch(prompts, trajectories, coefficients)
     lowered = gradient.add_microbatches.lower(
-        *tiny.microbatch(params, policy, learner_batch),
+        *tiny.microbatch(params, policy, learner_batch, prompts=2),
         objective=Objective(losses.linear()),
         microbatch=Microbatch(2, 2),
     )
@@ -263,3 +267,74 @@ def test_the_two_terms_of_a_gradient_add_up_to_it(batch):
     norms = [np.linalg.norm(x) for x in flat]
     np.testing.assert_allclose([terms.score_norm, terms.path_norm], norms, rtol=1e-4)
     np.testing.assert_allclose(terms.cosine, flat[0] @ flat[1] / np.prod(norms), atol=1e-4)
+
+
+def _uneven(num_prompts, num_rollouts, slots):
+    """A batch in which prompt 2 has long rollouts, and the others short ones."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(2, 5, (num_prompts, num_rollouts))
+    lengths[2] = slots
+    tokens = rng.integers(5, tiny.VALID_VOCAB, (num_prompts, num_rollouts, slots))
+    is_token = np.arange(slots) < lengths[..., None]
+    is_rationale = np.arange(slots) < lengths[..., None] - 1
+    trajectories = Trajectories(
+        tokens.astype(np.int32),
+        is_rationale,
+        is_token & ~is_rationale,
+        rng.normal(size=is_token.shape).astype(np.float32),
+        is_rationale,
+        lengths.astype(np.int32),
+    )
+    score, path = rng.normal(size=(2, num_prompts, num_rollouts)).astype(np.float32)
+    score[5], path[5] = 0, 0  # nothing is learned from prompt 5
+    others = np.ones((2, num_prompts, num_rollouts), np.float32)
+    prompts = tiny.prompts(lengths=rng.integers(2, 7, num_prompts), seed=4)
+    coefficients = losses.Coefficients(score, path, *others)
+    return LearnerBatch(jax.tree.map(np.asarray, prompts), trajectories, coefficients)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """The batch, and its gradient from one microbatch of whole prompts on one device."""
+    whole = _uneven(8, 4, 8)
+    arguments = Objective(losses.linear()), Microbatch(8, 4)
+    found = batch_gradient(tiny.params(), tiny.POLICY, jax.tree.map(jnp.asarray, whole), *arguments)
+    return whole, found
+
+
+@pytest.mark.parametrize(
+    "mesh, prompts, packs", [(None, 4, 1), ((2, 2, 2), 4, 1), ((2, 2, 2), 8, 2)], ids=str
+)
+def test_blocks_on_several_shards_give_the_gradient_of_whole_prompts(
+    mesh, prompts, packs, uneven, compilations
+):
+    batch, (wanted, wanted_sums) = uneven
+    mesh = mesh and sharding.make_mesh(*mesh)
+    num_shards = sharding.num_batch_shards(mesh) if mesh else 1
+    policy, params = dataclasses.replace(tiny.POLICY, mesh=mesh), tiny.params()
+    if mesh:
+        params = jax.device_put(params, sharding.param_shardings(mesh, params))
+    placed = batch_placement.put_batch(mesh, batch)
+    objective, microbatch = Objective(losses.linear()), Microbatch(prompts, packs)
+    got, sums = batch_gradient(params, policy, placed, objective, microbatch)
+    _assert_trees_close(got, wanted)
+    trees.assert_close(sums._replace(rows=wanted_sums.rows), wanted_sums, rtol=1e-5)
+
+    # Prompt 2 fills four packs, the others one or two, prompt 5 none.
+    num_packs = np.asarray(gradient.begin(params, policy, placed)[1].num_packs)
+    assert num_packs[2] == 4 and num_packs[5] == 0
+    settings = gradient.plan_settings(policy.config, 6, 8, num_shards, microbatch)
+    planned = plan_blocks(num_packs, settings)
+    assert sums.rows.needed == num_packs.sum()
+    assert sums.rows.executed == settings.work(planned).executed_rows
+    _, places = np.nonzero((planned.prompt == 2) & (planned.num_packs > 0))
+    assert len(places) > 1, "it is cut into blocks"
+    if prompts == num_shards:
+        assert len(set(places)) > 1, "they are on several shards"
+
+    # Other lengths make another plan, of the same program.
+    lengths = np.full_like(batch.trajectories.lengths, 2)
+    even = batch._replace(trajectories=batch.trajectories._replace(lengths=lengths))
+    placed, before = batch_placement.put_batch(mesh, even), compilations()
+    batch_gradient(params, policy, placed, objective, microbatch)
+    assert compilations() == before

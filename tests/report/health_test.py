@@ -61,6 +61,7 @@ def test_numbers_that_ask_for_something(tmp_path):
             "skipped_updates": i // 25,
             "steps_since_checkpoint": i * 10,
             "decode_waste": 3.0,
+            "learn_waste": 4.0,
             "effective_reward": 1e-5,
             "repetition": 0.1 + i / 60,
             "entropy/rationale": 1 + i / 25,
@@ -81,6 +82,7 @@ def test_numbers_that_ask_for_something(tmp_path):
         "entropy/rationale": "rose by 1.8 nats",
         "steps_since_checkpoint": "490 steps without a checkpoint",
         "decode_waste": "3.0 lane-steps",
+        "learn_waste": "lower train.rollouts_per_microbatch (8; 0 is all)",
         "effective_reward": "hardly any signal; raise q (0.25)",
     }.items():
         assert words in found[metric].text, metric

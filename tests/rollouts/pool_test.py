@@ -1,72 +1,50 @@
-"""The pool's schedule: what long tails cost, rollouts that stay on their shard, memory."""
+"""Sizes of pools: memory, lanes, slots."""
 
-import numpy as np
 import pytest
 
-from qlog.rollouts import pool, sampler
+from qlog.rollouts import pool
+from qlog.rollouts.pool import Level, Shape
+
+SHAPES = [
+    Shape(prompts=2, rollouts=32, slots=2944, prompt_slots=1351, prompts_in_memory=1, tile=128),
+    Shape(prompts=32, rollouts=16, slots=1280, prompt_slots=1351, prompts_in_memory=2, tile=128),
+    Shape(prompts=1, rollouts=32, slots=256, prompt_slots=4096, prompts_in_memory=1, tile=128),
+    Shape(prompts=4, rollouts=8, slots=2944, prompt_slots=512, prompts_in_memory=4, tile=128),
+    Shape(prompts=6, rollouts=2, slots=640, prompt_slots=300, prompts_in_memory=3, tile=128),
+    Shape(prompts=5, rollouts=1, slots=96, prompt_slots=300, prompts_in_memory=2, tile=16),
+    Shape(prompts=3, rollouts=7, slots=112, prompt_slots=9, prompts_in_memory=1, tile=16),
+]
 
 
-def _lane_steps(lengths, slots, prompt_slots, num_shards=1):
-    """Lanes times steps that the sampler's loop executes on rollouts [B, M] of given lengths."""
-    num_prompts, num_rollouts = lengths.shape
-    sizes = pool.levels(num_prompts // num_shards, num_rollouts, slots, prompt_slots)
-    schedule = pool.PoolSchedule(num_prompts, num_rollouts, sizes, num_shards)
-    step = executed = 0
-    while True:
-        ids = schedule.rollout_ids
-        ends = np.where(ids == pool.NO_ROLLOUT, 0, lengths.ravel()[ids % lengths.size])
-        before, step = step, step + sampler.STEPS_PER_LOOK
-        executed += ids.size * (min(step, ends.max()) - before)
-        going = ends > step
-        if not going.any():
-            return executed
-        for plan in schedule.shrink(going):
-            _check_plan(plan, ids, going, num_shards, num_rollouts)
-            ids = plan.rollout_ids
-            going = ids != pool.NO_ROLLOUT
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_pool_takes_more_memory_than_is_given(shape):
+    sizes = pool.sizes(shape)
+    for level in (*sizes.shrinking, sizes.full):
+        assert shape.size(level) <= shape.memory
+        assert level.slots % shape.tile == 0 and level.lanes_per_block <= shape.rollouts
 
 
-def _check_plan(plan, ids, going, num_shards, num_rollouts):
-    """What goes on is there once, next to rollouts of the same prompt, on the same shard."""
-    kept = plan.rollout_ids[plan.rollout_ids != pool.NO_ROLLOUT]
-    np.testing.assert_array_equal(np.sort(kept), np.sort(ids[going]))
-    old = ids.reshape(num_shards, -1)
-    new = plan.rollout_ids.reshape(num_shards, -1, plan.rollout_ids.shape[1])
-    for shard in range(num_shards):
-        real = new[shard] != pool.NO_ROLLOUT
-        lane = plan.lane.reshape(new.shape)[shard]
-        np.testing.assert_array_equal(old[shard][lane[real]], new[shard][real])
-        prompt_of_block = np.where(real, new[shard] // num_rollouts, -1).max(1)
-        assert (real <= (new[shard] // num_rollouts == prompt_of_block[:, None])).all()
-        parent = plan.parent.reshape(num_shards, -1)[shard]
-        first = old[shard].reshape(-1, ids.shape[1])[parent]
-        holds = (first // num_rollouts == prompt_of_block[:, None]).any(1)
-        assert holds[prompt_of_block >= 0].all()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pools_shrink_to_the_last_lanes_and_never_lose_slots(shape):
+    shrinking, full = pool.sizes(shape)
+    start = shrinking[0]
+    assert start == Level(pool.prompts_per_wave(shape), shape.rollouts, start.slots)
+    assert shape.prompts % start.num_blocks == 0
+    for old, new in zip(shrinking, shrinking[1:], strict=False):
+        assert new.num_lanes < old.num_lanes and new.slots >= old.slots
+    assert shrinking[-1].num_lanes <= max(1, start.num_lanes // 64)
+    assert shrinking[-1].slots == shape.slots
+    assert full.slots == shape.slots
+    assert full.num_lanes >= max(s.num_lanes for s in shrinking if s.slots == shape.slots)
 
 
-@pytest.mark.parametrize("mean", [200, 700, 1500])
-@pytest.mark.parametrize("prompts", [4, 32])
-def test_long_tails_cost_at_most_a_third_more_than_is_needed(prompts, mean):
-    """Geometric lengths cut at 2944; waiting for the longest would cost 2 to 15 times as much."""
-    rng = np.random.default_rng(mean)
-    for _ in range(3):
-        lengths = np.minimum(rng.geometric(1 / mean, (prompts, 32)), 2944)
-        assert _lane_steps(lengths, 2944, 1351) <= 1.3 * lengths.sum()
+def test_short_rollouts_have_one_size():
+    shape = Shape(8, 8, slots=16, prompt_slots=24, prompts_in_memory=4, tile=16)
+    only = Level(4, 8, 16)
+    assert pool.sizes(shape) == ((only,), only)
 
 
-def test_shards_keep_their_rollouts():
-    lengths = np.minimum(np.random.default_rng(0).geometric(1 / 700, (32, 32)), 2944)
-    executed = _lane_steps(lengths, 2944, 1351, num_shards=8)
-    assert executed < 2 * lengths.sum() < 0.6 * 32 * 32 * lengths.max()
-
-
-def test_smaller_pools_never_need_more_memory():
-    for prompts, rollouts, slots, prompt_slots in (
-        (1, 32, 256, 4096),
-        (4, 8, 2944, 512),
-        (2, 16, 64, 1024),
-    ):
-        sizes = pool.levels(prompts, rollouts, slots, prompt_slots)
-        memory = [s.num_blocks * (prompt_slots + s.lanes_per_block * slots) for s in sizes]
-        assert max(memory) == memory[0]
-    assert len(pool.levels(4, 8, 16, 24)) == 1
+def test_twice_as_many_prompts_start_as_fit_to_the_last_slot():
+    assert pool.prompts_per_wave(SHAPES[0]) == 2
+    assert pool.prompts_per_wave(SHAPES[1]) == 4
+    assert pool.prompts_per_wave(SHAPES[3]) == 4  # there are no more

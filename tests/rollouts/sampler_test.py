@@ -1,6 +1,8 @@
 """Rollouts: caches against plain forward passes, budgets, keys, a pool that shrinks."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds
 from qlog.rollouts import sampler
 
@@ -163,6 +166,59 @@ def test_a_shrinking_pool_gives_the_same_rollouts_and_compiles_once(drawn, compi
     before = compilations()
     for other, its_keys in zip(others, keys, strict=True):
         _sample(tree, other, its_keys, sampling, steps_per_look=4)
+    assert compilations() == before
+
+
+def _uneven(prompts, mesh=None, wave=0, budget=None, **options):
+    """Samples of many prompts with rationales of planted lengths, from none to the budget."""
+    policy = dataclasses.replace(tiny.POLICY, mesh=mesh)
+    rng, put = np.random.default_rng(0), functools.partial(batch_placement.put_batch, mesh)
+    sampling = dataclasses.replace(SAMPLING, rationale_budget=120, with_answer=False)
+    tokens = rng.integers(5, tiny.VALID_VOCAB, (prompts, 6)).astype(np.int32)
+    lengths = rng.integers(1, 7, prompts).astype(np.int32)
+    gold = rng.integers(5, 20, (prompts, 3)).astype(np.int32)
+    budgets = rng.exponential(rng.gamma(1, 40, (prompts, 1)), (prompts, M)).clip(1, 120)
+    budgets = np.full(budgets.shape, budget) if budget else budgets
+    golds = Golds(*put((gold, np.full(prompts, 3, np.int32))))
+    keys = sampler.rollout_keys(jax.random.key(5), put(np.arange(prompts, dtype=np.uint32)), M)
+    return sampler.sample(
+        tiny.params(),
+        policy,
+        *put((tokens, lengths)),
+        keys,
+        golds,
+        sampling,
+        wave,
+        budgets=put(budgets.astype(np.int32)),
+        **options,
+    )
+
+
+# Prompts, the mesh, and how many prompts fit to the last slot on all shards together.
+PODS = [
+    pytest.param(8, None, 1, id="one device"),
+    pytest.param(8, (2, 1, 2), 2, id="two shards with tensor parallelism"),
+    pytest.param(16, (2, 4, 1), 8, id="eight shards", marks=pytest.mark.slow),
+    pytest.param(12, (6, 1, 1), 6, id="six shards", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("prompts, mesh, wave", PODS)
+@pytest.mark.parametrize("budget", [None, 120], ids=["uneven", "all at the budget"])
+def test_rollouts_are_the_same_wherever_they_are_decoded(prompts, mesh, wave, budget, compilations):
+    """They change lanes, shards and pools, or wait in the host's memory: nothing is seen of it."""
+    devices = jax.devices()[: math.prod(mesh)] if mesh else None
+    mesh = sharding.make_mesh(*mesh, devices=devices) if mesh else None
+    whole = _uneven(prompts, budget=budget, shrink=False)
+    moved = _uneven(prompts, mesh, wave, budget, rehearse=True)
+    _same(moved, whole)
+    assert moved.lane_steps < (0.6 if budget is None else 1.02) * whole.lane_steps
+    # The rehearsal has compiled the programs of pools that are put together from held rollouts.
+    before = compilations()
+    _same(
+        _uneven(prompts, mesh, wave, budget=119 if budget else 120),
+        _uneven(prompts, budget=119 if budget else 120, shrink=False),
+    )
     assert compilations() == before
 
 

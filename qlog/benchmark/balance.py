@@ -1,0 +1,420 @@
+"""How much work chips do in vain, since rollouts end at different lengths: host arithmetic.
+
+    python -m qlog.benchmark.balance                                # HotPotQA on 1 to 256 chips
+    python -m qlog.benchmark.balance --config=configs/finqa.py --chips=16 --mean=300
+    python -m qlog.benchmark.balance --chips=16 --lengths=FILE.npy  # int [prompts, M], in tokens
+    python -m qlog.benchmark.balance --chips=16 --samples=WORKDIR/samples/step_000050.jsonl
+    python -m qlog.benchmark.balance --topology=v5e:4x4             # bytes of the moves, by libtpu
+
+The real planning code runs (`rollouts.schedule`, `learner.blocks`), on lengths instead of devices.
+Executed over needed: of decoding lanes times steps over tokens, of the learner packs that pass
+through the model over packs that hold something. "alone" is what chips execute that exchange
+nothing and decode one wave after the other.
+
+Seconds are a model: weights, and the keys and values of all lanes, read once per decode step at the
+chip's bandwidth. They are to compare schedules with, not a measurement.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from qlog import step as steps
+from qlog.commands import entry
+from qlog.config import command_line, schema
+from qlog.errors import ConfigError
+from qlog.experiment import Experiment, prepare_shapes
+from qlog.learner.blocks import Work as LearnerWork
+from qlog.learner.gradient import planned_work
+from qlog.learner.types import Microbatch
+from qlog.models import flops
+from qlog.parallel.chips import CHIPS, Chip
+from qlog.rollouts import sampler, schedule
+from qlog.rollouts.balance import Plan, Shards
+from qlog.rollouts.pool import NO_ROLLOUT, Level
+from qlog.rollouts.schedule import Schedule, Stretch, Work
+from qlog.storage import json_lines
+
+
+class Planted:
+    """The `schedule.Machine` of rollouts whose lengths are known; computes nothing.
+
+    Attributes:
+      rollout_ids: int32 [N, m] of the pool.
+      step: that the pool is at.
+    """
+
+    def __init__(self, plan: Schedule, lengths: np.ndarray):
+        """`lengths`: int [B, M], at least 1."""
+        self._plan, self._lengths = plan, lengths.ravel()
+        self.rollout_ids, self.step = np.empty((0, 0), np.int32), 0
+
+    def start(self, wave: int) -> None:
+        self.resume(self._plan.rollout_ids(wave), self._plan.sizes[0], 0)
+
+    def decode(self, until: int) -> tuple[int, np.ndarray]:
+        ids = np.minimum(self.rollout_ids, self._lengths.size - 1)
+        ends = np.where(self.rollout_ids == NO_ROLLOUT, 0, self._lengths[ids])
+        reached = max(self.step, min(until, int(ends.max())))
+        self.step = until
+        return reached, ends > until
+
+    def store(self) -> None:
+        pass
+
+    def move(self, plan: Plan, old: Level, new: Level) -> None:
+        self.rollout_ids = plan.rollout_ids
+
+    def hold(self, rollout_ids: np.ndarray, held: np.ndarray, step: int) -> None:
+        pass
+
+    def resume(self, rollout_ids: np.ndarray, level: Level, step: int) -> None:
+        self.rollout_ids, self.step = rollout_ids, step
+
+
+def decode_work(plan: Schedule, lengths: np.ndarray) -> Work:
+    """What decoding rollouts of these lengths, int [B, M], would execute."""
+    return schedule.run(plan, Planted(plan, lengths))
+
+
+# ---- A config on a pod ----
+
+
+class Pod(NamedTuple):
+    """A config on so many chips, as far as plans depend on it."""
+
+    experiment: Experiment  # on one device: shapes and budgets are the same
+    num_shards: int  # that prompts are split over
+    chip: Chip
+    prompt_tokens: int  # of each prompt, filled; its cache has data.max_prompt_tokens slots
+
+    @classmethod
+    def of(cls, config: ConfigDict, num_chips: int, chip: Chip, prompt_tokens: int = 0) -> "Pod":
+        """`num_chips`: all of them, a multiple of mesh.tensor."""
+        if num_chips < 1 or num_chips % config.mesh.tensor:
+            raise ConfigError(
+                f"--chips={num_chips} is not a positive multiple of config.mesh.tensor = "
+                f"{config.mesh.tensor}."
+            )
+        alone = schema.merge(config, {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 0}})
+        return cls(
+            prepare_shapes(alone, jax.devices()[:1]),
+            num_chips // config.mesh.tensor,
+            chip,
+            prompt_tokens or config.data.max_prompt_tokens,
+        )
+
+    def schedule(self, num_prompts: int, num_rollouts: int, alone: bool = False) -> Schedule:
+        """Of a training step's rollouts. `alone`: one wave of them, on shards for themselves."""
+        config = self.experiment.config
+        per_shard = num_prompts // self.num_shards
+        in_memory = min(config.rollout.prompts_per_wave or per_shard, per_shard)
+        shape = sampler.shape_of(
+            self.experiment.sampling,
+            in_memory if alone else per_shard,
+            num_rollouts,
+            config.data.max_prompt_tokens,
+            in_memory,
+        )
+        neighbours = 1 if alone else self.num_shards
+        return Schedule(shape, Shards(self.num_shards, neighbours, num_rollouts))
+
+    def decode(self, lengths: np.ndarray, alone: bool = False) -> list[Work]:
+        """What decoding rollouts of these lengths, int [B, M], executes: of each call."""
+        whole = self.schedule(*lengths.shape)
+        if not alone:
+            return [decode_work(whole, lengths)]
+        plan = self.schedule(*lengths.shape, alone=True)
+        num_waves = len(lengths) // plan.num_prompts
+        return [decode_work(plan, lengths[wave::num_waves]) for wave in range(num_waves)]
+
+    def learn(self, lengths: np.ndarray, alone: bool = False) -> LearnerWork:
+        """What the gradient of rollouts of these lengths executes, in one update."""
+        config, experiment = self.experiment.config, self.experiment
+        train = config.train
+        packs = train.rollouts_per_microbatch
+        if packs and lengths.shape[1] % packs:
+            packs = 0  # of another M: as if the field were 0
+        per_shard = len(lengths) // self.num_shards
+        prompts = min(train.prompts_per_microbatch or per_shard, per_shard)
+        return planned_work(
+            lengths,
+            experiment.policy.config,
+            config.data.max_prompt_tokens,
+            steps.trajectory_length(
+                experiment,
+                experiment.sampling.max_rationale_length,
+                config.rollout.answer_reserve,
+            ),
+            self.num_shards,
+            Microbatch(prompts * self.num_shards, packs or lengths.shape[1]),
+            balanced=not alone,
+        )
+
+    # ---- The model of seconds
+
+    def seconds(self, work: list[Work]) -> float:
+        """Of decoding, on each chip, at the bandwidth of its memory."""
+        return sum(self._bytes(stretch) for each in work for stretch in each.stretches) / (
+            self.chip.hbm_speed * self._tensor
+        )
+
+    def move_seconds(self, work: list[Work]) -> float:
+        """Of the exchanges, at the bandwidth of the chip's links."""
+        sent = 0.0
+        for moved in (moved for each in work for moved in each.moves):
+            rollouts, prompts = moved.sent
+            slots = rollouts * moved.old.slots
+            slots += prompts * self.experiment.config.data.max_prompt_tokens
+            sent += slots * self._slot_bytes
+        return sent / (self.chip.link_speed * self._tensor)
+
+    def held_bytes(self, work: list[Work]) -> float:
+        """Of caches, on each shard, that go to the host's memory and back."""
+        return sum(each.held_tokens for each in work) * self._slot_bytes / self.num_shards
+
+    @property
+    def _tensor(self) -> int:
+        return self.experiment.config.mesh.tensor
+
+    @property
+    def _itemsize(self) -> int:
+        return jnp.dtype(self.experiment.policy.dtype).itemsize
+
+    @property
+    def _slot_bytes(self) -> float:
+        """Keys and values of a token in all layers."""
+        shape = self.experiment.policy.config
+        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self._itemsize
+
+    def _bytes(self, stretch: Stretch) -> float:
+        """What a shard reads: weights, prompts and rollouts, at each of the steps."""
+        level, first, last = stretch
+        of_steps = [
+            flops.decode_need(
+                self.experiment.policy.config,
+                level.num_blocks,
+                level.lanes_per_block,
+                self.prompt_tokens,
+                number,
+                self._itemsize,
+            ).bytes
+            for number in (first, last)
+        ]
+        return of_steps[1] - of_steps[0]
+
+
+# ---- Lengths ----
+
+
+def drawn_lengths(
+    rng: np.random.Generator, prompts: int, rollouts: int, mean: float, longest: int
+) -> np.ndarray:
+    """int [prompts, rollouts]: exponential around the prompt's mean, which is gamma with shape 2.
+
+    A prompt's mean is at least a twentieth of the mean of all.
+    """
+    of_prompt = np.maximum(rng.gamma(2, mean / 2, (prompts, 1)), mean / 20)
+    return np.minimum(1 + rng.exponential(of_prompt, (prompts, rollouts)).astype(int), longest)
+
+
+def read_lengths(file: str) -> np.ndarray:
+    """int [prompts, M] of a NumPy file.
+
+    Raises:
+      ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        lengths = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--lengths={file} cannot be read: {error}.") from None
+    if lengths.ndim != 2 or lengths.dtype.kind not in "iu" or not lengths.size or lengths.min() < 1:
+        raise ConfigError(
+            f"--lengths={file} holds {lengths.dtype} {list(lengths.shape)}: give integers of at "
+            "least 1, [prompts, rollouts]."
+        )
+    return lengths.astype(int)
+
+
+def sampled_lengths(file: str) -> np.ndarray:
+    """int [questions, n] of the samples that an evaluation wrote.
+
+    Raises:
+      ConfigError: the file cannot be read, or its lines have no lengths.
+    """
+    try:
+        text = pathlib.Path(file).read_text(encoding="utf-8")
+        return np.array([json.loads(line)["lengths"] for line in json_lines.split(text)], int)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--samples={file} gives no lengths ({type(error).__name__}: {error}): give the "
+            "samples of an evaluation."
+        ) from None
+
+
+# ---- The command ----
+
+_CONFIG = command_line.define(
+    "Config file, with variants after a colon; HotPotQA of the paper where none is given."
+)
+_CHIPS = flags.DEFINE_list("chips", ["1", "16", "64", "256"], "Numbers of chips.")
+_MEAN = flags.DEFINE_list("mean", ["600", "1200"], "Mean lengths of drawn rollouts, in tokens.")
+_DRAWS = flags.DEFINE_integer("draws", 3, "Draws of lengths; their mean is shown.", 1)
+_PER_CHIP = flags.DEFINE_integer("prompts_per_shard", 2, "Prompts of a step on a shard.", 1)
+_LENGTHS = flags.DEFINE_string("lengths", "", "NumPy file with lengths, int [prompts, M].")
+_SAMPLES = flags.DEFINE_string("samples", "", "Samples of an evaluation, whose lengths are taken.")
+_PROMPT = flags.DEFINE_integer("prompt", 0, "Prompt tokens; 0 is data.max_prompt_tokens.")
+_CHIP = flags.DEFINE_enum("chip", "TPU v5 lite", list(CHIPS), "Whose bandwidths seconds are of.")
+flags.mark_flag_as_required("config")
+_JSON = flags.DEFINE_bool("json", False, "End with a line of JSON: executed over needed, of the worst case.")
+
+
+class _Case(NamedTuple):
+    """A row of the table: the same law on the same chips, in one or more draws."""
+
+    chips: int
+    label: str  # of the lengths
+    draws: list[np.ndarray]  # int [B, M]
+
+
+def main(argv: list[str]) -> None:
+    entry.only_flags(argv)
+    config = _CONFIG.value
+    rows = [(case, _measure(config, case)) for case in _cases(config)]
+    Console(width=120).print(_table(rows))
+    if _JSON.value:
+        cases = [
+            {"chips": case.chips, "lengths": case.label, "decode": m.decode, "learn": m.learn}
+            for case, m in rows
+        ]
+        worst = {name: max(case[name] for case in cases) for name in ("decode", "learn")}
+        print(json.dumps(worst if len(cases) == 1 else {**worst, "cases": cases}))
+
+
+def _choose_default_config() -> None:
+    """Adds --config=configs/hotpotqa.py to a command line without --config."""
+    named = [word for word in sys.argv[1:] if word.lstrip("-").split("=")[0] == "config"]
+    file = pathlib.Path(__file__).parents[2] / "configs/hotpotqa.py"
+    if not named and file.exists():  # else a message says that --config is missing
+        sys.argv.insert(1, f"--config={file}")
+
+
+def _cases(config: ConfigDict) -> Iterator[_Case]:
+    numbers = [_positive("chips", each) for each in _CHIPS.value]
+    for chips in numbers:
+        if _LENGTHS.value or _SAMPLES.value:
+            lengths = (
+                read_lengths(_LENGTHS.value) if _LENGTHS.value else sampled_lengths(_SAMPLES.value)
+            )
+            yield _Case(chips, _LENGTHS.value or _SAMPLES.value, [lengths])
+            continue
+        for mean in (_positive("mean", each) for each in _MEAN.value):
+            shards = max(1, chips // config.mesh.tensor)
+            size = (shards * _PER_CHIP.value, config.rollout.rollouts_per_prompt)
+            longest = config.rollout.rationale_budget
+            draws = [
+                drawn_lengths(np.random.default_rng(seed), *size, mean, longest)
+                for seed in range(_DRAWS.value)
+            ]
+            yield _Case(chips, f"mean {mean}", draws)
+
+
+def _positive(name: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"--{name}={value}: give whole numbers of at least 1, with commas.")
+    return int(value)
+
+
+@dataclasses.dataclass
+class _Measured:
+    """Means over the draws of a case."""
+
+    decode_alone: float
+    decode: float
+    learn_alone: float
+    learn: float
+    prompt_passes: float  # over prompts
+    seconds_alone: float
+    seconds: float
+    move_seconds: float
+    held: float  # GB per shard
+
+
+def _measure(config: ConfigDict, case: _Case) -> _Measured:
+    pod = Pod.of(config, case.chips, CHIPS[_CHIP.value], _PROMPT.value)
+    longest = pod.experiment.sampling.max_length
+    draws = []
+    for lengths in case.draws:
+        if len(lengths) % pod.num_shards:
+            raise ConfigError(
+                f"{len(lengths)} prompts do not spread evenly over {pod.num_shards} shards "
+                f"(--chips={case.chips} / config.mesh.tensor): give a multiple."
+            )
+        lengths = np.minimum(lengths, longest)
+        alone, together = pod.decode(lengths, alone=True), pod.decode(lengths)
+        learned, learned_alone = pod.learn(lengths), pod.learn(lengths, alone=True)
+        needed = lengths.sum()
+        draws.append(
+            _Measured(
+                sum(work.lane_steps for work in alone) / needed,
+                sum(work.lane_steps for work in together) / needed,
+                learned_alone.executed_rows / learned_alone.needed_rows,
+                learned.executed_rows / learned.needed_rows,
+                learned.prompt_passes / len(lengths),
+                pod.seconds(alone),
+                pod.seconds(together),
+                pod.move_seconds(together),
+                pod.held_bytes(together) / 1e9,
+            )
+        )
+    fields = [dataclasses.astuple(each) for each in draws]
+    return _Measured(*[float(value) for value in np.mean(fields, axis=0)])
+
+
+_COLUMNS = (
+    "chips",
+    "lengths",
+    "decode: alone",
+    "balanced",
+    "learn: alone",
+    "balanced",
+    "prompt passes",
+    "decode s: alone",
+    "balanced",
+    "moves s",
+    "held GB",
+)
+
+
+def _table(rows: list[tuple[_Case, _Measured]]) -> Table:
+    title = f"executed over needed; seconds of a step's decoding, modelled for {_CHIP.value}"
+    table = Table(title=title, title_justify="left")
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "lengths" else "right")
+    for case, found in rows:
+        ratios = (found.decode_alone, found.decode, found.learn_alone, found.learn)
+        table.add_row(
+            f"{case.chips}",
+            case.label,
+            *(f"{value:.2f}" for value in (*ratios, found.prompt_passes)),
+            *(f"{value:.1f}" for value in (found.seconds_alone, found.seconds)),
+            f"{found.move_seconds:.2f}",
+            f"{found.held:.1f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    _choose_default_config()
+    entry.run(main)
