@@ -277,7 +277,9 @@ _SAMPLES = flags.DEFINE_string("samples", "", "Samples of an evaluation, whose l
 _PROMPT = flags.DEFINE_integer("prompt", 0, "Prompt tokens; 0 is data.max_prompt_tokens.")
 _CHIP = flags.DEFINE_enum("chip", "TPU v5 lite", list(CHIPS), "Whose bandwidths seconds are of.")
 flags.mark_flag_as_required("config")
-_JSON = flags.DEFINE_bool("json", False, "End with a line of JSON: executed over needed, of the worst case.")
+_JSON = flags.DEFINE_bool(
+    "json", False, "End with a line of JSON: executed over needed, of the worst case."
+)
 
 
 class _Case(NamedTuple):

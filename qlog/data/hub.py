@@ -21,7 +21,6 @@ not the executed value that the official script scores. So the program is execut
 `exe_ans`. A record without both is refused.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ from qlog.data import fields, finqa_program, record_files
 from qlog.data.invalid import InvalidRecord, Skipped
 from qlog.data.record_files import Binary, RecordFiles
 from qlog.errors import summary
+from qlog.storage import strict_json
 
 Record = Mapping[str, Any]
 
@@ -159,7 +159,7 @@ def _list(value: Any, name: str) -> list[Any]:
     """A list, or its JSON. Any other text would be taken for a list of its letters."""
     if isinstance(value, str):
         try:
-            value = json.loads(_text(value, name))
+            value = strict_json.loads(_text(value, name))
         except ValueError:
             pass  # the sentence below shows the text
     if not isinstance(value, list | tuple):
@@ -238,7 +238,7 @@ def _executed(value: Any, program: str, table: Sequence[Sequence[str]]) -> float
 def _evidence(value: Any) -> dict[str, str]:
     """The annotated evidence by its place; lists of it have lost the places."""
     if isinstance(value, str):
-        value = json.loads(value)
+        value = strict_json.loads(value)
     if not isinstance(value, Mapping):
         value = {str(index): text for index, text in enumerate(_list(value, "gold_inds"))}
     # In Parquet an object has the keys of all records: those of other records are null. Their order

@@ -29,6 +29,7 @@ def test_logits_and_greedy_continuation_equal_those_of_transformers(family):
     config = huggingface.read_config(GOLDEN / family)
     assert config.family == family
     params = huggingface.load(GOLDEN / family, config)
+    huggingface.check(GOLDEN / family, config)
     expected = np.load(GOLDEN / family / "expected.npz")
     tokens, lengths = expected["tokens"], expected["lengths"]
     head = models.unembedding(params).T
