@@ -40,6 +40,7 @@ class Skipped:
         """
         where = error.where or where
         reason = str(error).removeprefix(where).lstrip(": ").rstrip(".")
+        reason = reason.removesuffix(f", or set {fields.INVALID} to 'skip'")  # it is
         number, first = self.reasons.get(reason, (0, where))
         self.reasons[reason] = (number + 1, first)
 

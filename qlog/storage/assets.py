@@ -23,6 +23,7 @@ import glob
 import hashlib
 import os
 import pathlib
+import platform
 import shutil
 import sys
 import tempfile
@@ -40,6 +41,7 @@ ENVIRONMENT = "QLOG_ASSETS"
 _CHECKSUMS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "LastModified", "updated")
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar.gz", ".tgz")
 _SECONDS_BETWEEN_NEWS = 10.0
+_LEFT_AFTER = 24 * 3600.0  # seconds after which what another host was making is not made any more
 _AT_ONCE = 8  # files copied at the same time
 
 
@@ -245,14 +247,42 @@ def locked(target: pathlib.Path) -> Iterator[bool]:
         lock.release()
 
 
-def remove_leftovers(target: pathlib.Path) -> None:
-    """Removes temporary folders .NAME-... of processes that were killed while they made `target`.
+def temporary_prefix(target: pathlib.Path) -> str:
+    """How the name of a temporary folder begins in which this process makes `target`."""
+    return f".{target.name}-{_host()}-{os.getpid()}-"
 
-    Only inside of `locked`: no other process makes it now.
+
+def remove_leftovers(target: pathlib.Path) -> None:
+    """Removes temporary folders of processes that were killed while they made `target`.
+
+    Only inside of `locked`. A lock may not hold between hosts, so what another host has changed
+    within a day stays.
     """
     for leftover in target.parent.glob(f".{glob.escape(target.name)}-*"):
-        _say(f"removing {leftover}, which a process that was killed has left")
-        shutil.rmtree(leftover, ignore_errors=True)
+        host, _, rest = leftover.name.removeprefix(f".{target.name}-").partition("-")
+        pid = rest.partition("-")[0]
+        if host == _host() and pid.isdecimal():
+            is_dead = not _is_running(int(pid))
+        else:
+            is_dead = time.time() - leftover.stat().st_mtime > _LEFT_AFTER
+        if is_dead:
+            _say(f"removing {leftover}, which a process that was killed has left")
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _host() -> str:
+    """This host's name, without the sign that ends it in names of folders."""
+    return platform.node().replace("-", "_") or "host"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def publish(source: pathlib.Path, target: paths.Path, names: list[str], last: str) -> int:
@@ -384,7 +414,9 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
             return result
         system, where = paths.file_system(path)
         news = _News(f"from {path}", sum(entry.size for entry in listing.values()))
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        with tempfile.TemporaryDirectory(
+            prefix=temporary_prefix(target), dir=target.parent
+        ) as temporary:
             fresh = pathlib.Path(temporary) / "files"
 
             def fetch(name: str) -> int:

@@ -26,6 +26,7 @@ from qlog.data.builders import raw
 from qlog.data.builders.finqa import finqa_dataset_builder
 from qlog.data.builders.musique import musique_dataset_builder
 from qlog.errors import ConfigError, PassingError
+from qlog.storage import assets
 
 FILES = {
     ("finqa", "train"): "finqa/train.json",
@@ -220,14 +221,30 @@ def test_the_datasets_own_folder_goes_before_others(manual_dir, tmp_path):
 
 
 def test_what_a_killed_preparation_left_is_removed(manual_dir, tmp_path):
+    """Killed for real, while it writes; another process's folder stays."""
     data_dir = tmp_path / "data"
+    code = (
+        "from qlog.data import builders; from qlog.data.builders import raw; import os, signal;"
+        "read = raw.read\n"
+        "def killed(path, member=''):\n"
+        "    yield next(read(path, member)); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "raw.read = killed\n"
+        f"builders.prepare('finqa', manual_dir={str(manual_dir)!r}, data_dir={str(data_dir)!r})"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    (left,) = prepared_in(data_dir)
+    assert left.name.startswith(".finqa-1.0.0-")
+    name = left.name.split(f"-{assets._host()}-")[0]
+    others = [
+        f"{name}-{assets._host()}-{os.getpid()}-x",  # of a process that runs
+        f"{name}-elsewhere-1-x",  # of another host, a moment ago
+        ".hotpotqa-1.0.0-official-elsewhere-1-x",
+    ]
+    for other in others:
+        (data_dir / other).mkdir()
     folder = builders.prepare("finqa", manual_dir=manual_dir, data_dir=data_dir)
-    left = data_dir / f".{folder.name}-abc123"
-    shutil.move(folder, left)
-    other = data_dir / ".hotpotqa-1.0.0-official-x"  # of another dataset, perhaps under way
-    other.mkdir()
-    assert builders.prepare("finqa", manual_dir=manual_dir, data_dir=data_dir) == folder
-    assert not left.exists() and other.exists()
+    assert sorted(p.name for p in prepared_in(data_dir)) == sorted([folder.name, *others])
 
 
 @pytest.mark.parametrize(

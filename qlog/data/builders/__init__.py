@@ -260,7 +260,9 @@ def _prepare(builder_class, folder: pathlib.Path, manual_dir: pathlib.Path | Non
     if not manual_dir:
         _check_reachable(builder_class)
     try:
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary = pathlib.Path(
+            tempfile.mkdtemp(prefix=assets.temporary_prefix(folder), dir=folder.parent)
+        )
     except OSError as error:
         raise _unwritable(folder.parent, error) from error
     logging.info("Preparing %s in %s", builder_class.name, folder)
