@@ -77,10 +77,21 @@ def parse(
       flags.Error, OSError: another flag is wrong, or the config file cannot be read.
     """
     program, *words = argv
+    for word in words:
+        # Libraries below fail on such a name in the middle of a run.
+        if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
+            raise ConfigError(f"{word!r} on the command line is not UTF-8: rename the file.")
     words = values.read_flags_from_files(words, force_gnu=False)  # --flagfile
     words, settings = split(words)
     named = _named(words)
     file = named.partition(":")[0]
+    if file and not os.path.isfile(file):
+        folder = os.path.dirname(file) or "."
+        there = os.listdir(folder) if os.path.isdir(folder) else []
+        raise ConfigError(
+            f"--config={named}: {file} is not a file{closest(os.path.basename(file), there)}: name "
+            "a config file, such as configs/quickstart.py, from the current folder on."
+        )
     _let_it_import_its_neighbours(file)
     try:
         rest = values([program, *words], known_only=known_only)
@@ -97,7 +108,12 @@ def parse(
             f"--config={named} called sys.exit({error.code!r}) in line "
             f"{frames[-1].lineno}: a config file has to return a config."
         ) from error
-    except flags.Error:
+    except flags.Error as error:
+        if "takes 0 positional arguments" in str(error):
+            raise ConfigError(
+                f"--config={named}: this config file has no variants: leave out what stands behind "
+                "the colon, or give its get_config a parameter."
+            ) from None
         if values[_NAME].present and values[_NAME].value is None:
             raise _no_config(values) from None
         raise

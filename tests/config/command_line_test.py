@@ -215,6 +215,33 @@ def test_a_config_file_that_exits_ends_no_command_in_silence(command, text, mess
     assert re.search(message, result.stderr), result.stderr
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config=nope.py"], "--config=nope.py: nope.py is not a file: name a config file"),
+        (["--config", "nope.py"], "nope.py is not a file"),
+        (["--config=."], r"--config=.: . is not a file"),
+        ([f"--config={ROOT / 'configs/quikstart.py'}"], "did you mean 'quickstart.py'"),
+        (
+            [QUICKSTART, "--config.model=\udcff"],
+            r"'--config.model=\\udcff' on the command line is ",
+        ),
+    ],
+)
+def test_names_of_config_files_that_are_none(words, message):
+    values = flags.FlagValues()
+    command_line.define(values=values)
+    with pytest.raises(ConfigError, match=message):
+        command_line.parse(["program", *words], values)
+
+
+def test_a_file_without_variants(tmp_path):
+    file = tmp_path / "plain.py"
+    file.write_text("from qlog.config import default\ndef get_config(): return default()")
+    with pytest.raises(ConfigError, match="plain.py:warm: this config file has no variants: leave"):
+        read(config=f"--config={file}:warm")
+
+
 def test_a_reward_may_be_a_list():
     got = read(
         "--config.rollout.reward=exact_match,contains", "--config.evaluation.metrics=contains"

@@ -3,6 +3,7 @@
 import datetime
 import gzip
 import json
+import os
 import random
 import re
 import sys
@@ -414,6 +415,16 @@ def test_files_that_are_packed_or_links_to_nothing_are_told(tmp_path):
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "blob")
     assert len(opened("validation", files={"validation": str(tmp_path)})) == 2
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "/dev/zero"])
+def test_what_would_be_read_without_end_is_refused(name, tmp_path):
+    if not os.path.isabs(name):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "zero.jsonl").symlink_to(name)
+    for file in (str(tmp_path / "zero.jsonl"), str(tmp_path / name)):
+        with pytest.raises(ConfigError, match="is not a plain file: copy|whose name ends with"):
+            opened("validation", files={"validation": file})
 
 
 def test_rows_of_parquet_are_as_lines_of_json(tmp_path):
