@@ -336,7 +336,7 @@ def _open(file: File) -> _Opened:
     is_parquet = file.path.lower().endswith(PARQUET_SUFFIXES)
     is_packed = file.path.lower().endswith(".gz")
     if not os.path.isfile(file.path):  # a pipe or a device would be waited for without end
-        raise ConfigError(f"{file.name} is not a plain file: copy what it gives into one.")
+        raise ConfigError(f"{file.name} is not a plain file: copy its content into one.")
     try:
         if git_lfs.is_pointer_file(file.path):
             raise ConfigError(f"{file.name} {git_lfs.SENTENCE}.")
