@@ -26,6 +26,12 @@ _TOPOLOGY = flags.DEFINE_string(
     "",
     "With --mode=compile: the TPU slice, such as v5e:4x4; several, with commas, are compared.",
 )
+_LENGTHS = flags.DEFINE_string(
+    "lengths",
+    "",
+    "With --mode=compile: a NumPy file with the lengths of a step's rollouts, int [prompts, M]; '' "
+    "takes all at their longest.",
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -58,6 +64,7 @@ def main(argv: list[str]) -> int:
                 checkpoint=_CHECKPOINT.value,
                 from_samples=_FROM_SAMPLES.value,
                 topology=_TOPOLOGY.value,
+                lengths=_LENGTHS.value,
             )
 
 

@@ -14,11 +14,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
 from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
-from qlog.aot.programs import LongestStep, step_programs
+from qlog.aot.programs import StepLoops, step_programs
 from qlog.config import schema
 from qlog.console import plain_console, say
 from qlog.errors import ConfigError
@@ -29,8 +30,17 @@ from qlog.storage import paths, strict_json
 _GIB = 2**30
 
 
-def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command: str) -> int:
+def run_compile(
+    config: ConfigDict,
+    topology: str,
+    workdir: paths.Path,
+    command: str,
+    lengths: np.ndarray | None = None,
+) -> int:
     """Prints what the compiler says of a step on `topology`.
+
+    Args:
+      lengths: int [B, M] of the step's rollouts; None: all at their longest.
 
     Writes the step's seconds to workdir/compile_TOPOLOGY.json, unless the compiler gave up on a
     program for memory.
@@ -41,17 +51,18 @@ def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command:
     Raises:
       ConfigError: as `compile_run` does.
     """
-    programs, chip = compile_run(config, topology)
+    programs, chip = compile_run(config, topology, lengths)
     seconds = step_seconds(programs, chip)
-    step, tokens, decode = sum(seconds.values()), step_tokens(config), seconds["decode"]
+    step, decode = sum(seconds.values()), seconds["decode"]
+    tokens = step_tokens(config) if lengths is None else int(lengths.sum())
     advice = remedies(programs, chip, config)
 
     # ---- For the user ----
     console = plain_console(150)
     console.print(_table(programs, chip, topology))
     console.print(
-        "Of a training step at its longest: full prompts, every budget spent (evaluate: between "
-        "steps, so 0 runs of one). Loops count as often as they run. FLOPs are those of matrix "
+        f"Of a training step {_which(lengths)} (evaluate: between steps, so 0 runs of one). Pools "
+        "that shrink count as parts of runs, loops as often as they run. FLOPs are those of matrix "
         "products, collectives the bytes that one chip sends. Roofline: the slowest of arithmetic, "
         "memory and interconnect at the vendor's peaks. nan: the compiler gave up for memory. "
         ">: a kernel without a cost estimate is left out."
@@ -81,8 +92,19 @@ def run_compile(config: ConfigDict, topology: str, workdir: paths.Path, command:
     return 1 if advice else 0
 
 
-def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, CompiledProgram], Chip]:
+def _which(lengths: np.ndarray | None) -> str:
+    if lengths is None:
+        return "at its longest: full prompts, every budget spent"
+    return f"with full prompts and rollouts of {lengths.mean():,.0f} tokens on average, as given"
+
+
+def compile_run(
+    config: ConfigDict, topology: str, lengths: np.ndarray | None = None
+) -> tuple[dict[str, CompiledProgram], Chip]:
     """Compiles all programs of a step of `config` for `topology`, 'v5e:4x4' for example.
+
+    Args:
+      lengths: int [B, M] of the step's rollouts; None: all at their longest.
 
     Returns:
       The programs by name, in the order in which they first run, and the chip of the topology.
@@ -97,8 +119,14 @@ def compile_run(config: ConfigDict, topology: str) -> tuple[dict[str, CompiledPr
             f"--topology={topology}: no peaks known for {kind}, only {', '.join(CHIPS)}."
         )
     experiment = prepare_shapes(config, devices)
-    trips, programs = LongestStep.of(experiment).trips, {}
-    for name, lowered, runs, resident in step_programs(experiment):
+    expected = (config.train.prompts_per_step, config.rollout.rollouts_per_prompt)
+    if lengths is not None and lengths.shape != expected:
+        raise ConfigError(
+            f"--lengths has {list(lengths.shape)} lengths: a step has {list(expected)} rollouts "
+            "(train.prompts_per_step, rollout.rollouts_per_prompt)."
+        )
+    trips, programs = StepLoops.of(experiment, lengths).trips, {}
+    for name, lowered, runs, resident in step_programs(experiment, lengths):
         start = time.monotonic()
         programs[name] = compile_program(lowered, runs, resident, trips)
         say(f"{topology} {name}: compiled in {time.monotonic() - start:,.0f} s")
@@ -186,7 +214,7 @@ def _cells(program: CompiledProgram, chip: Chip) -> list[str]:
     """All but the first of `_COLUMNS`; costs are those of all runs in a step."""
     runs, cost = program.runs, program.cost
     sizes = (program.arguments, program.temporaries, program.peak)
-    cells = [f"{runs}", *(f"{size / _GIB:.2f} GiB" for size in sizes)]
+    cells = [f"{runs:.4g}", *(f"{size / _GIB:.2f} GiB" for size in sizes)]
     if cost is None:  # the compiler gave up for memory, so there is no program to read
         return [*cells, *["nan"] * 4, ""]
     sent = ", ".join(f"{kind} {runs * size / 1e9:,.2f}" for kind, size in cost.sent.items())

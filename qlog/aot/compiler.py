@@ -29,7 +29,7 @@ class CompiledProgram(NamedTuple):
     # arguments, and what other programs left there. A rough number where the compiler gave up.
     peak: float
     cost: hlo_cost.Cost | None  # of one run, loops in full; None where the compiler gave up
-    runs: int  # per training step; 0 of what evaluation runs between steps
+    runs: float  # per training step; 0 of what evaluation runs between steps
 
     def seconds(self, chip: Chip) -> float:
         """Of all its runs in a step, at the roofline; nan where the cost is unknown."""
@@ -77,7 +77,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 def compile_program(
     lowered: jax.stages.Lowered,
-    runs: int = 1,
+    runs: float = 1,
     resident: float = 0.0,
     trips: Callable[[hlo_cost.DataLoop], float] = hlo_cost.all_slices,
 ) -> CompiledProgram:

@@ -1,8 +1,9 @@
 """The programs of a training step, lowered from shapes: no weights, no data, no devices.
 
-A step at its longest: full prompts, every budget spent. The arguments of each program are
-`jax.ShapeDtypeStruct`s with the shardings that the programs before it give their results, so that
-what is compiled is what training compiles.
+A step at its longest, full prompts and every budget spent, or with rollouts of given lengths. The
+arguments of each program are `jax.ShapeDtypeStruct`s with the shardings that the programs before it
+give their results, so that what is compiled is what training compiles. How much of it runs is taken
+from the plans that training follows: `rollouts.schedule` and `learner.blocks`.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qlog import losses, models, step
 from qlog.aot.compiler import compile_lowered
@@ -19,13 +21,14 @@ from qlog.aot.hlo_cost import DataLoop, all_slices
 from qlog.experiment import Experiment
 from qlog.learner import gradient
 from qlog.learner.blocks import Blocks
+from qlog.learner.blocks import Work as LearnerWork
 from qlog.learner.optimizer import apply_update
 from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds, Prompts, Trajectories
 from qlog.rollouts import sampler
 from qlog.rollouts.moves import Pool
-from qlog.rollouts.schedule import Schedule
+from qlog.rollouts.schedule import Schedule, Stretch, Work, planned_work, read_bytes
 
 # Of prompts and rationales, in programs that are compiled for their shardings only.
 _FEW_TOKENS = 16
@@ -36,12 +39,14 @@ class LoweredProgram(NamedTuple):
 
     name: str  # cast, prefill, decode, score, evaluate, gradient or update
     lowered: jax.stages.Lowered
-    runs: int  # per training step; 0 of what evaluation runs between steps
+    # Per training step; 0 of what evaluation runs between steps. Decoding is compiled for the pool
+    # that a wave starts with. Pools of other sizes count as so many runs as they read bytes.
+    runs: float
     resident: float  # bytes of HBM per chip that other programs' arrays take while it runs
 
 
-class LongestStep(NamedTuple):
-    """How often the loops whose end depends on data run, in a step at its longest.
+class StepLoops(NamedTuple):
+    """How often the loops whose end depends on data run.
 
     Such loops have names in the programs, `jax.named_scope`s:
 
@@ -56,21 +61,26 @@ class LongestStep(NamedTuple):
     """
 
     prompt_tokens: int  # P, slots of a prompt
-    decode_steps: int  # tokens that a rollout samples at most
+    decode_steps: int  # of the pool that a wave starts with, until its slots are spent
     rollout_tokens: int  # slots of a rollout and its gold answer in the learner
-    microbatches_of_rollouts: int  # per block, which is a whole group of M rollouts
+    microbatches_of_rollouts: float  # per microbatch of blocks, on average
 
     @classmethod
-    def of(cls, experiment: Experiment) -> "LongestStep":
-        """A step of `experiment` with full prompts and every budget spent."""
-        packs = _microbatch(experiment).packs
+    def of(cls, experiment: Experiment, lengths: np.ndarray | None = None) -> "StepLoops":
+        """Of a step with full prompts.
+
+        Args:
+          lengths: int [B, M] of the rollouts; None: all at their longest.
+        """
+        work = _learner_work(experiment, lengths)
+        windows = work.executed_rows / _microbatch(experiment).packs
         return cls(
             prompt_tokens=experiment.config.data.max_prompt_tokens,
-            decode_steps=experiment.sampling.max_length,
+            decode_steps=min(experiment.sampling.max_length, _schedule(experiment).sizes[0].slots),
             rollout_tokens=(
                 experiment.sampling.max_rationale_length + experiment.config.rollout.answer_reserve
             ),
-            microbatches_of_rollouts=experiment.rollouts_per_prompt // packs,
+            microbatches_of_rollouts=windows / work.prompt_passes,
         )
 
     def trips(self, loop: DataLoop) -> float:
@@ -101,10 +111,16 @@ class LongestStep(NamedTuple):
         return (min(array.length, self.rollout_tokens) / array.size + 1) / 2
 
 
-def step_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
-    """The programs of a step in the order in which they first run."""
-    yield from _rollout_programs(experiment)
-    yield from _learner_programs(experiment)
+def step_programs(
+    experiment: Experiment, lengths: np.ndarray | None = None
+) -> Iterator[LoweredProgram]:
+    """The programs of a step in the order in which they first run.
+
+    Args:
+      lengths: int [B, M] of the rollouts; None: all at their longest.
+    """
+    yield from _rollout_programs(experiment, lengths)
+    yield from _learner_programs(experiment, lengths)
 
 
 # ---- Rollouts ----
@@ -120,7 +136,9 @@ class _Call(NamedTuple):
     results: sampler.Results  # of all prompts of the call
 
 
-def _rollout_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
+def _rollout_programs(
+    experiment: Experiment, lengths: np.ndarray | None
+) -> Iterator[LoweredProgram]:
     """A wave's sampling and scoring, and evaluation's decoding for its memory only."""
     config, policy = experiment.config, experiment.policy
     params = experiment.abstract_params()
@@ -139,24 +157,25 @@ def _rollout_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
         experiment.rollouts_per_prompt,
         experiment.prompts_at_once(config.rollout.prompts_per_wave),
     )
-    waves, prompts, lengths = call.plan.num_waves, call.wave.prompts, call.wave.lengths
+    waves, work = call.plan.num_waves, planned_work(call.plan, _lengths(experiment, lengths))
     yield LoweredProgram("cast", sampler.decoding_weights.lower(params, policy), 1, opt_state)
     yield LoweredProgram(
         "prefill",
-        sampler.prefill.lower(params, policy, prompts, lengths),
+        sampler.prefill.lower(params, policy, call.wave.prompts, call.wave.lengths),
         waves,
         opt_state + _bytes_per_chip(weights),
     )
     yield LoweredProgram(
         "decode",
         _lower_decode(experiment, weights, call, experiment.sampling),
-        waves,
+        _decode_runs(experiment, work, call.plan),
         training_state + _bytes_per_chip(call.results),
     )
     yield LoweredProgram(
         "score",
         sampler.score_and_store.lower(weights, policy, call.pool, call.results, call.golds),
-        waves,
+        # After each wave, and before each move, of as many lanes as there are then.
+        waves + sum(moved.old.num_lanes for moved in work.moves) / call.plan.sizes[0].num_lanes,
         training_state,
     )
     # Evaluation runs between steps and takes no time of one. It has to fit all the same.
@@ -170,6 +189,39 @@ def _rollout_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
             0,
             training_state + _bytes_per_chip(call.results),
         )
+
+
+def _decode_runs(experiment: Experiment, work: Work, plan: Schedule) -> float:
+    """How many times what a pool at its first size reads, until its slots are spent."""
+    last = min(plan.sizes[0].slots, experiment.sampling.max_length)
+    first = Stretch(plan.sizes[0], 0, last)
+    config, dtype = experiment.policy.config, jnp.dtype(experiment.policy.dtype)
+    prompt = experiment.config.data.max_prompt_tokens
+    read = lambda stretch: read_bytes(stretch, config, prompt, dtype.itemsize)
+    return sum(map(read, work.stretches)) / read(first)
+
+
+def _schedule(experiment: Experiment) -> Schedule:
+    """Of a training step's rollouts."""
+    config = experiment.config
+    prompts = config.train.prompts_per_step
+    return sampler.plan_of(
+        experiment.policy,
+        experiment.sampling,
+        prompts,
+        experiment.rollouts_per_prompt,
+        config.data.max_prompt_tokens,
+        experiment.prompts_at_once(config.rollout.prompts_per_wave) or prompts,
+    )
+
+
+def _lengths(experiment: Experiment, lengths: np.ndarray | None) -> np.ndarray:
+    """int [B, M]: what is given, cut at the budget; or all at it."""
+    longest = experiment.sampling.max_length
+    if lengths is None:
+        shape = (experiment.config.train.prompts_per_step, experiment.rollouts_per_prompt)
+        return np.full(shape, longest)
+    return np.minimum(lengths, longest)
 
 
 def _lower_decode(
@@ -224,7 +276,9 @@ def _call(
 # ---- The learner ----
 
 
-def _learner_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
+def _learner_programs(
+    experiment: Experiment, lengths: np.ndarray | None
+) -> Iterator[LoweredProgram]:
     """The gradient of a microbatch, and the update."""
     config, estimator = experiment.config, experiment.estimator
     updates, rollouts = config.train.updates_per_batch, experiment.rollouts_per_prompt
@@ -254,14 +308,31 @@ def _learner_programs(experiment: Experiment) -> Iterator[LoweredProgram]:
         objective=Objective(estimator.surrogate, experiment.sampling.temperature),
         microbatch=microbatch,
     )
-    # One program per microbatch of blocks: at full budgets a block is a prompt with all its packs,
-    # which are a loop inside of the program.
-    runs = updates * (prompts_per_update // microbatch.prompts)
+    # One program per microbatch of blocks, whose packs are a loop inside of it.
+    runs = _learner_work(experiment, lengths).prompt_passes / microbatch.prompts
     yield LoweredProgram("gradient", lowered, runs, _bytes_per_chip(state.opt_state))
     update = apply_update.lower(
         state, state.loss_state, params, optimizer=experiment.optimizer, mesh=experiment.mesh
     )
     yield LoweredProgram("update", update, updates, 0.0)
+
+
+def _learner_work(experiment: Experiment, lengths: np.ndarray | None) -> LearnerWork:
+    """What all updates of a step compute."""
+    config = experiment.config
+    parts = np.array_split(_lengths(experiment, lengths), config.train.updates_per_batch)
+    work = [
+        gradient.planned_work(
+            part,
+            experiment.policy.config,
+            config.data.max_prompt_tokens,
+            _trajectory_slots(experiment),
+            sharding.num_batch_shards(experiment.mesh),
+            experiment.microbatch,
+        )
+        for part in parts
+    ]
+    return LearnerWork(*[sum(numbers) for numbers in zip(*work, strict=True)])
 
 
 def _trajectory_slots(experiment: Experiment) -> int:

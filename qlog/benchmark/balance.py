@@ -4,7 +4,6 @@
     python -m qlog.benchmark.balance --config=configs/finqa.py --chips=16 --mean=300
     python -m qlog.benchmark.balance --chips=16 --lengths=FILE.npy  # int [prompts, M], in tokens
     python -m qlog.benchmark.balance --chips=16 --samples=WORKDIR/samples/step_000050.jsonl
-    python -m qlog.benchmark.balance --topology=v5e:4x4             # bytes of the moves, by libtpu
 
 The real planning code runs (`rollouts.schedule`, `learner.blocks`), on lengths instead of devices.
 Executed over needed: of decoding lanes times steps over tokens, of the learner packs that pass
@@ -38,55 +37,11 @@ from qlog.experiment import Experiment, prepare_shapes
 from qlog.learner.blocks import Work as LearnerWork
 from qlog.learner.gradient import planned_work
 from qlog.learner.types import Microbatch
-from qlog.models import flops
 from qlog.parallel.chips import CHIPS, Chip
+from qlog.rollouts import lengths as rollout_lengths
 from qlog.rollouts import sampler, schedule
-from qlog.rollouts.balance import Plan, Shards
-from qlog.rollouts.pool import NO_ROLLOUT, Level
-from qlog.rollouts.schedule import Schedule, Stretch, Work
-from qlog.storage import json_lines
-
-
-class Planted:
-    """The `schedule.Machine` of rollouts whose lengths are known; computes nothing.
-
-    Attributes:
-      rollout_ids: int32 [N, m] of the pool.
-      step: that the pool is at.
-    """
-
-    def __init__(self, plan: Schedule, lengths: np.ndarray):
-        """`lengths`: int [B, M], at least 1."""
-        self._plan, self._lengths = plan, lengths.ravel()
-        self.rollout_ids, self.step = np.empty((0, 0), np.int32), 0
-
-    def start(self, wave: int) -> None:
-        self.resume(self._plan.rollout_ids(wave), self._plan.sizes[0], 0)
-
-    def decode(self, until: int) -> tuple[int, np.ndarray]:
-        ids = np.minimum(self.rollout_ids, self._lengths.size - 1)
-        ends = np.where(self.rollout_ids == NO_ROLLOUT, 0, self._lengths[ids])
-        reached = max(self.step, min(until, int(ends.max())))
-        self.step = until
-        return reached, ends > until
-
-    def store(self) -> None:
-        pass
-
-    def move(self, plan: Plan, old: Level, new: Level) -> None:
-        self.rollout_ids = plan.rollout_ids
-
-    def hold(self, rollout_ids: np.ndarray, held: np.ndarray, step: int) -> None:
-        pass
-
-    def resume(self, rollout_ids: np.ndarray, level: Level, step: int) -> None:
-        self.rollout_ids, self.step = rollout_ids, step
-
-
-def decode_work(plan: Schedule, lengths: np.ndarray) -> Work:
-    """What decoding rollouts of these lengths, int [B, M], would execute."""
-    return schedule.run(plan, Planted(plan, lengths))
-
+from qlog.rollouts.balance import Shards
+from qlog.rollouts.schedule import Schedule, Work
 
 # ---- A config on a pod ----
 
@@ -134,10 +89,10 @@ class Pod(NamedTuple):
         """What decoding rollouts of these lengths, int [B, M], executes: of each call."""
         whole = self.schedule(*lengths.shape)
         if not alone:
-            return [decode_work(whole, lengths)]
+            return [schedule.planned_work(whole, lengths)]
         plan = self.schedule(*lengths.shape, alone=True)
         num_waves = len(lengths) // plan.num_prompts
-        return [decode_work(plan, lengths[wave::num_waves]) for wave in range(num_waves)]
+        return [schedule.planned_work(plan, lengths[wave::num_waves]) for wave in range(num_waves)]
 
     def learn(self, lengths: np.ndarray, alone: bool = False) -> LearnerWork:
         """What the gradient of rollouts of these lengths executes, in one update."""
@@ -166,9 +121,13 @@ class Pod(NamedTuple):
 
     def seconds(self, work: list[Work]) -> float:
         """Of decoding, on each chip, at the bandwidth of its memory."""
-        return sum(self._bytes(stretch) for each in work for stretch in each.stretches) / (
-            self.chip.hbm_speed * self._tensor
+        config = self.experiment.policy.config
+        read = sum(
+            schedule.read_bytes(stretch, config, self.prompt_tokens, self._itemsize)
+            for each in work
+            for stretch in each.stretches
         )
+        return read / (self.chip.hbm_speed * self._tensor)
 
     def move_seconds(self, work: list[Work]) -> float:
         """Of the exchanges, at the bandwidth of the chip's links."""
@@ -198,70 +157,6 @@ class Pod(NamedTuple):
         shape = self.experiment.policy.config
         return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self._itemsize
 
-    def _bytes(self, stretch: Stretch) -> float:
-        """What a shard reads: weights, prompts and rollouts, at each of the steps."""
-        level, first, last = stretch
-        of_steps = [
-            flops.decode_need(
-                self.experiment.policy.config,
-                level.num_blocks,
-                level.lanes_per_block,
-                self.prompt_tokens,
-                number,
-                self._itemsize,
-            ).bytes
-            for number in (first, last)
-        ]
-        return of_steps[1] - of_steps[0]
-
-
-# ---- Lengths ----
-
-
-def drawn_lengths(
-    rng: np.random.Generator, prompts: int, rollouts: int, mean: float, longest: int
-) -> np.ndarray:
-    """int [prompts, rollouts]: exponential around the prompt's mean, which is gamma with shape 2.
-
-    A prompt's mean is at least a twentieth of the mean of all.
-    """
-    of_prompt = np.maximum(rng.gamma(2, mean / 2, (prompts, 1)), mean / 20)
-    return np.minimum(1 + rng.exponential(of_prompt, (prompts, rollouts)).astype(int), longest)
-
-
-def read_lengths(file: str) -> np.ndarray:
-    """int [prompts, M] of a NumPy file.
-
-    Raises:
-      ConfigError: it cannot be read, or holds something else.
-    """
-    try:
-        lengths = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--lengths={file} cannot be read: {error}.") from None
-    if lengths.ndim != 2 or lengths.dtype.kind not in "iu" or not lengths.size or lengths.min() < 1:
-        raise ConfigError(
-            f"--lengths={file} holds {lengths.dtype} {list(lengths.shape)}: give integers of at "
-            "least 1, [prompts, rollouts]."
-        )
-    return lengths.astype(int)
-
-
-def sampled_lengths(file: str) -> np.ndarray:
-    """int [questions, n] of the samples that an evaluation wrote.
-
-    Raises:
-      ConfigError: the file cannot be read, or its lines have no lengths.
-    """
-    try:
-        text = pathlib.Path(file).read_text(encoding="utf-8")
-        return np.array([json.loads(line)["lengths"] for line in json_lines.split(text)], int)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--samples={file} gives no lengths ({type(error).__name__}: {error}): give the "
-            "samples of an evaluation."
-        ) from None
-
 
 # ---- The command ----
 
@@ -277,9 +172,7 @@ _SAMPLES = flags.DEFINE_string("samples", "", "Samples of an evaluation, whose l
 _PROMPT = flags.DEFINE_integer("prompt", 0, "Prompt tokens; 0 is data.max_prompt_tokens.")
 _CHIP = flags.DEFINE_enum("chip", "TPU v5 lite", list(CHIPS), "Whose bandwidths seconds are of.")
 flags.mark_flag_as_required("config")
-_JSON = flags.DEFINE_bool(
-    "json", False, "End with a line of JSON: executed over needed, of the worst case."
-)
+_JSON = flags.DEFINE_bool("json", False, "End with a line of JSON, of the worst case.")
 
 
 class _Case(NamedTuple):
@@ -316,17 +209,16 @@ def _cases(config: ConfigDict) -> Iterator[_Case]:
     numbers = [_positive("chips", each) for each in _CHIPS.value]
     for chips in numbers:
         if _LENGTHS.value or _SAMPLES.value:
-            lengths = (
-                read_lengths(_LENGTHS.value) if _LENGTHS.value else sampled_lengths(_SAMPLES.value)
-            )
-            yield _Case(chips, _LENGTHS.value or _SAMPLES.value, [lengths])
+            file = _LENGTHS.value or _SAMPLES.value
+            read = rollout_lengths.read if _LENGTHS.value else rollout_lengths.of_samples
+            yield _Case(chips, file, [read(file)])
             continue
         for mean in (_positive("mean", each) for each in _MEAN.value):
             shards = max(1, chips // config.mesh.tensor)
             size = (shards * _PER_CHIP.value, config.rollout.rollouts_per_prompt)
             longest = config.rollout.rationale_budget
             draws = [
-                drawn_lengths(np.random.default_rng(seed), *size, mean, longest)
+                rollout_lengths.drawn(np.random.default_rng(seed), *size, mean, longest)
                 for seed in range(_DRAWS.value)
             ]
             yield _Case(chips, f"mean {mean}", draws)

@@ -21,6 +21,7 @@ from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, prepare
 from qlog.experiment.contents import check_trained_ids
 from qlog.parallel import distributed, interrupts
+from qlog.rollouts import lengths as rollout_lengths
 from qlog.runs import checkpoints
 from qlog.storage import paths
 from qlog.storage.paths import Path
@@ -36,6 +37,7 @@ def run(
     checkpoint: str = "best",
     from_samples: str = "",
     topology: str = "",
+    lengths: str = "",
 ) -> int:
     """Does what --mode asks for; returns the exit status.
 
@@ -44,6 +46,7 @@ def run(
       checkpoint: read by evaluate, sample and export.
       from_samples: read only by evaluate.
       topology: read by compile: one slice, or several with commas to compare.
+      lengths: read by compile on one slice: a NumPy file, int [B, M].
 
     Raises:
       ConfigError: flags that do not go together, or something is wrong with the config.
@@ -51,11 +54,14 @@ def run(
     """
     workdir = paths.parse(workdir, "--workdir")
     _check_flags(mode, checkpoint, from_samples, topology)
+    if lengths and (mode != "compile" or "," in topology):
+        raise ConfigError(f"--lengths={lengths} is for --mode=compile on one --topology.")
     command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
     if mode == "compile" and "," in topology:
         return weak_scaling.run(config, topology.split(","), workdir, command)
     if mode == "compile":
-        return compile_run.run_compile(config, topology, workdir, command)
+        of_rollouts = rollout_lengths.read(lengths) if lengths else None
+        return compile_run.run_compile(config, topology, workdir, command, of_rollouts)
     if from_samples:
         return run_from_samples(config, workdir, paths.parse(from_samples, "--from_samples"))
     if mode in _READING:

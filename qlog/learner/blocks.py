@@ -116,9 +116,8 @@ def whole_prompts(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
     num_microbatches = len(num_packs) // settings.places
     # Strided: prompts lie on the shards in their order, so each shard has its share of every part.
     prompt = np.arange(len(num_packs)).reshape(settings.places, num_microbatches).T
-    has_packs = num_packs[prompt].any(axis=1)
-    has_packs[0] |= not has_packs.any()
-    prompt = prompt[has_packs]
+    has_packs = num_packs[prompt].any(axis=1)  # [T]
+    prompt = prompt[has_packs] if num_packs.any() else prompt[:1]
     return _as_int32(Blocks(prompt, np.zeros_like(prompt), num_packs[prompt]))
 
 

@@ -34,7 +34,7 @@ from qlog.learner.types import (
     StepSums,
 )
 from qlog.models import head
-from qlog.parallel import batch_placement, exchange, sharding
+from qlog.parallel import exchange, sharding
 from qlog.policy import Policy
 from qlog.records import Prompts, Trajectories
 
@@ -69,22 +69,12 @@ def batch_gradient(
     Returns:
       float32 gradients like `params`, and the sums over the batch.
     """
-    microbatch = microbatch.narrowed(batch.trajectories.tokens.shape[-1], _num_shards(policy))
+    microbatch = _narrowed(policy, batch.trajectories, microbatch)
     grads, needed = begin(params, policy, batch)
-    # ---- Plan: the host needs the numbers of packs, and waits for them.
-    settings = plan_settings(
-        policy.config,
-        batch.prompts.tokens.shape[1],
-        batch.trajectories.tokens.shape[-1],
-        _num_shards(policy),
-        microbatch,
-    )
-    several = _microbatches_per_program(policy, batch, microbatch)
-    planned = block_plans.plan_blocks(jax.device_get(needed.num_packs), settings)
-    planned = planned.padded_to_multiple(several)
-    # ---- Compute.
     sums = []
-    for start in range(0, len(planned.prompt), several):
+    for blocks in _programs(
+        policy, batch.prompts, batch.trajectories, needed.num_packs, microbatch
+    ):
         if before_each:
             # JAX returns before the devices are done. Without this wait the host would queue all
             # programs at once, look for signals long before they run, and have to sit them out.
@@ -96,7 +86,7 @@ def batch_gradient(
             policy,
             batch,
             needed,
-            planned.of(start, start + several),
+            blocks,
             objective=objective,
             microbatch=microbatch,
         )
@@ -109,6 +99,32 @@ merge = jax.jit(StepSums.merge)
 
 def _num_shards(policy: Policy) -> int:
     return sharding.num_batch_shards(policy.mesh) if policy.mesh else 1
+
+
+def _narrowed(policy: Policy, trajectories: Trajectories, microbatch: Microbatch) -> Microbatch:
+    return microbatch.narrowed(trajectories.tokens.shape[-1], _num_shards(policy))
+
+
+def _programs(
+    policy: Policy,
+    prompts: Prompts,
+    trajectories: Trajectories,
+    num_packs: Array,
+    microbatch: Microbatch,
+) -> list[Blocks]:
+    """The blocks that each program computes: those of one microbatch, or of several small ones.
+
+    Args:
+      num_packs: int32 [B], of each prompt, whole on every device. The host waits for it.
+      microbatch: `narrowed` already.
+    """
+    slots = prompts.tokens.shape[1], trajectories.tokens.shape[-1]
+    settings = plan_settings(policy.config, *slots, _num_shards(policy), microbatch)
+    several = _microbatches_per_program(policy, prompts, trajectories, microbatch)
+    planned = block_plans.plan_blocks(jax.device_get(num_packs), settings)
+    planned = planned.padded_to_multiple(several)
+    starts = range(0, len(planned.prompt), several)
+    return [planned.of(start, start + several) for start in starts]
 
 
 def plan_settings(
@@ -165,16 +181,18 @@ def _num_packs(lengths: Array, length: int) -> Array:
     return pack_rollouts(lengths, jnp.ones(lengths.shape, bool), length).num_packs
 
 
-def _microbatches_per_program(policy: Policy, batch: LearnerBatch, microbatch: Microbatch) -> int:
+def _microbatches_per_program(
+    policy: Policy, prompts: Prompts, trajectories: Trajectories, microbatch: Microbatch
+) -> int:
     """How many microbatches one program takes."""
     # One per program lets the host look for signals after each. But every program does anew what a
     # loop does once for all its iterations: the layout of the weights, and a copy of the gradients.
     # Large microbatches hide that, small ones do not. So these go together, as many as take about
     # a second on a CPU, which is soon enough for a signal.
-    num_microbatches = len(batch.prompts.lengths) // microbatch.prompts
-    _, num_rollouts, length = batch.trajectories.tokens.shape
+    num_microbatches = len(prompts.lengths) // microbatch.prompts
+    _, num_rollouts, length = trajectories.tokens.shape
     need = models.flops.train_need(
-        policy.config, microbatch.prompts, num_rollouts, batch.prompts.tokens.shape[1], length
+        policy.config, microbatch.prompts, num_rollouts, prompts.tokens.shape[1], length
     )
     num_devices = policy.mesh.size if policy.mesh else 1
     most = int(_FLOPS_PER_PROGRAM * num_devices / need.flops)
@@ -215,6 +233,16 @@ def begin(
 def _packing(policy: Policy, trajectories: Trajectories, is_needed: Array) -> Packing:
     slots = trajectories.tokens.shape[-1]
     packing = pack_rollouts(trajectories.lengths, is_needed, slots)
+    return sharding.constrain_batch(policy.mesh, packing)
+
+
+def _block_packing(
+    policy: Policy, trajectories: Trajectories, is_needed: Array, blocks: Blocks
+) -> Packing:
+    """The packs of blocks [N], from their prompts' trajectories [N, M, R]."""
+    # Packing a prompt's rollouts gives the same packs everywhere, and costs less than sending them.
+    packing = _packing(policy, trajectories, is_needed)
+    packing = packing.block(jnp.asarray(blocks.first_pack), jnp.asarray(blocks.num_packs))
     return sharding.constrain_batch(policy.mesh, packing)
 
 
@@ -274,11 +302,9 @@ def _add_blocks(
 ) -> StepSums:
     """Adds the gradients of a microbatch's blocks [N] to `grads_refs`; returns the sums."""
     # The rows of the blocks' prompts, from the shards on which they lie to those that compute them.
-    rows, is_needed = exchange.take(policy.mesh, (batch, needed.is_needed), blocks.prompt)
-    # Packing a prompt's rollouts gives the same packs everywhere, and costs less than sending them.
-    packing = _packing(policy, rows.trajectories, is_needed)
-    packing = packing.block(blocks.first_pack, blocks.num_packs)
-    packing = sharding.constrain_batch(policy.mesh, packing)
+    prompt = jnp.asarray(blocks.prompt)
+    rows, is_needed = exchange.take(policy.mesh, (batch, needed.is_needed), prompt)
+    packing = _block_packing(policy, rows.trajectories, is_needed, blocks)
     return _add_prompts(
         grads_refs, params, policy, objective, needed.share, packs_at_once, rows, packing
     )
@@ -494,7 +520,6 @@ def _prompt_context_vjp(
 # ---- The reference: log-probabilities without a gradient ----
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "temperature", "microbatch"))
 def reference_log_probs(
     params: models.Params,
     policy: Policy,
@@ -503,29 +528,90 @@ def reference_log_probs(
     temperature: float,
     microbatch: Microbatch,
 ) -> Array:
-    """`log_probs` of all B prompts under other parameters, in microbatches: float32 [B, M, R]."""
+    """`log_probs` of all B prompts under other parameters, in microbatches: float32 [B, M, R].
+
+    Every process must call.
+    """
+    microbatch = _narrowed(policy, trajectories, microbatch)
+    found, num_packs = _begin_reference(policy, trajectories)
+    for blocks in _programs(policy, prompts, trajectories, num_packs, microbatch):
+        found = _add_reference(
+            found,
+            params,
+            policy,
+            prompts,
+            trajectories,
+            blocks,
+            temperature=temperature,
+            microbatch=microbatch,
+        )
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def _begin_reference(policy: Policy, trajectories: Trajectories) -> tuple[Array, Array]:
+    """Zeros float32 [B, M, R], and the packs that all rollouts fill: int32 [B], on every device."""
     everything = jnp.ones(trajectories.lengths.shape, bool)
-    packing = pack_rollouts(trajectories.lengths, everything, trajectories.tokens.shape[-1])
-    num_parts = len(prompts.lengths) // microbatch.prompts
-    parts = batch_placement.split((prompts, trajectories, packing), num_parts)
-    of_part = functools.partial(_part_log_probs, params, policy, temperature, microbatch.packs)
-    return batch_placement.join(jax.lax.map(of_part, parts))
+    num_packs = _packing(policy, trajectories, everything).num_packs
+    zeros = jnp.zeros(trajectories.tokens.shape, jnp.float32)
+    return (
+        sharding.constrain_batch(policy.mesh, zeros),
+        sharding.constrain_replicated(policy.mesh, num_packs),
+    )
 
 
-def _part_log_probs(
+@functools.partial(
+    jax.jit,
+    static_argnames=("policy", "temperature", "microbatch"),
+    donate_argnames=("found",),
+)
+def _add_reference(
+    found: Array,
+    params: models.Params,
+    policy: Policy,
+    prompts: Prompts,
+    trajectories: Trajectories,
+    blocks: Blocks,
+    *,
+    temperature: float,
+    microbatch: Microbatch,
+) -> Array:
+    """`found` [B, M, R], and the log-probabilities of the rollouts in some microbatches' blocks."""
+    of_blocks = functools.partial(
+        _block_log_probs, params, policy, temperature, microbatch.packs, prompts, trajectories
+    )
+
+    def add(found: Array, some: Blocks) -> tuple[Array, None]:
+        # A rollout has 0 in all blocks but its own, so the sum puts the blocks together.
+        added = lambda: exchange.add(policy.mesh, found, of_blocks(some), jnp.asarray(some.prompt))
+        return jax.lax.cond((some.num_packs > 0).any(), added, lambda: found), None
+
+    if len(blocks.prompt) == 1:
+        return add(found, jax.tree.map(lambda x: x[0], blocks))[0]
+    return jax.lax.scan(add, found, blocks)[0]
+
+
+def _block_log_probs(
     params: models.Params,
     policy: Policy,
     temperature: float,
     packs_at_once: int,
-    part: tuple[Prompts, Trajectories, Packing],
+    prompts: Prompts,
+    trajectories: Trajectories,
+    blocks: Blocks,
 ) -> Array:
-    """`log_probs` of the b prompts of a microbatch: [b, M, R]."""
-    prompts, trajectories, packing = part
+    """`log_probs` of a microbatch's blocks: [N, M, R]; 0 of rollouts that are in other blocks."""
+    # As in `_add_blocks`.
+    prompts, trajectories = exchange.take(
+        policy.mesh, (prompts, trajectories), jnp.asarray(blocks.prompt)
+    )
+    everything = jnp.ones(trajectories.lengths.shape, bool)
+    packing = _block_packing(policy, trajectories, everything, blocks)
     context = _prompt_context(params, policy, prompts)
     of_packs = lambda window: log_probs(params, policy, context, trajectories, window, temperature)
     if packs_at_once == packing.token.shape[1]:
         return of_packs(packing)
-    # A rollout has 0 in all windows but its own, so the sum puts the windows together.
+    # As with blocks: a rollout is in one window.
     return _sum_over_packs(of_packs, packing, packs_at_once, jnp.add)
 
 

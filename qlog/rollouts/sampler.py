@@ -144,6 +144,7 @@ def sample(
     budgets: Array | None = None,
     steps_per_look: int = STEPS_PER_LOOK,
     shrink: bool = True,
+    exchange: bool = True,
 ) -> Samples:
     """Samples the rollouts of a batch of prompts and scores their gold answers.
 
@@ -161,6 +162,7 @@ def sample(
         gives it to all.
       steps_per_look: decode steps between two looks at which rollouts are done.
       shrink: False keeps all lanes until the last rollout is done; the rollouts are the same.
+      exchange: False leaves all rollouts on their shards; the rollouts are the same.
 
     Raises:
       Stop: a signal has reached any process; on every process after the same chunk.
@@ -176,6 +178,7 @@ def sample(
         prompts.shape[1],
         prompts_per_wave or num_prompts,
         shrink,
+        exchange,
     )
     decoder = _Decoder(
         params, policy, sampling, Batch(prompts, lengths, keys, budgets), golds, plan, interrupts
@@ -195,11 +198,12 @@ def plan_of(
     prompt_slots: int,
     prompts_per_wave: int,
     shrink: bool = True,
+    exchange: bool = True,
 ) -> Schedule:
     """The sizes of pools and the waves of a call of `sample`."""
     mesh = policy.mesh
     number = sharding.num_batch_shards(mesh) if mesh else 1
-    neighbours = sharding.batch_shards_of_a_slice(mesh) if mesh else 1
+    neighbours = sharding.batch_shards_of_a_slice(mesh) if mesh and exchange else 1
     shape = shape_of(
         sampling, num_prompts // number, num_rollouts, prompt_slots, prompts_per_wave // number
     )

@@ -30,6 +30,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from qlog import models
 from qlog.rollouts import balance, pool
 from qlog.rollouts.balance import Plan, Shards
 from qlog.rollouts.pool import NO_ROLLOUT, Level, Shape
@@ -357,3 +358,66 @@ def _share(
         share = len(its) * min(room, total) // max(1, total) if evenly else level.num_blocks
         going_on[shard, [place for chunk in its[:share] for _, place in chunk]] = True
     return going_on.reshape(going.shape)
+
+
+# ---- The same on lengths alone ----
+
+
+class Planted:
+    """The `schedule.Machine` of rollouts whose lengths are known; computes nothing.
+
+    Attributes:
+      rollout_ids: int32 [N, m] of the pool.
+      step: that the pool is at.
+    """
+
+    def __init__(self, plan: Schedule, lengths: np.ndarray):
+        """`lengths`: int [B, M], at least 1."""
+        self._plan, self._lengths = plan, lengths.ravel()
+        self.rollout_ids, self.step = np.empty((0, 0), np.int32), 0
+
+    def start(self, wave: int) -> None:
+        self.resume(self._plan.rollout_ids(wave), self._plan.sizes[0], 0)
+
+    def decode(self, until: int) -> tuple[int, np.ndarray]:
+        ids = np.minimum(self.rollout_ids, self._lengths.size - 1)
+        ends = np.where(self.rollout_ids == NO_ROLLOUT, 0, self._lengths[ids])
+        reached = max(self.step, min(until, int(ends.max())))
+        self.step = until
+        return reached, ends > until
+
+    def store(self) -> None:
+        pass
+
+    def move(self, plan: Plan, old: Level, new: Level) -> None:
+        self.rollout_ids = plan.rollout_ids
+
+    def hold(self, rollout_ids: np.ndarray, held: np.ndarray, step: int) -> None:
+        pass
+
+    def resume(self, rollout_ids: np.ndarray, level: Level, step: int) -> None:
+        self.rollout_ids, self.step = rollout_ids, step
+
+
+def planned_work(plan: Schedule, lengths: np.ndarray) -> Work:
+    """What decoding rollouts of these lengths, int [B, M], would execute; host arithmetic."""
+    return run(plan, Planted(plan, lengths))
+
+
+def read_bytes(
+    stretch: Stretch, config: models.DecoderConfig, prompt_tokens: int, itemsize: int
+) -> float:
+    """What a shard reads in all steps of a stretch: weights, prompts and rollouts.
+
+    Args:
+      prompt_tokens: of each prompt.
+      itemsize: bytes of a weight, a key or a value.
+    """
+    level, *steps = stretch
+    first, last = (
+        models.flops.decode_need(
+            config, level.num_blocks, level.lanes_per_block, prompt_tokens, step, itemsize
+        ).bytes
+        for step in steps
+    )
+    return last - first

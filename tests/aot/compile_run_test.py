@@ -10,7 +10,7 @@ from qlog import experiment
 from qlog.aot import compile_run, run_cost
 from qlog.aot.compiler import CompiledProgram
 from qlog.aot.hlo_cost import Cost, DataLoop, SlicedArray
-from qlog.aot.programs import LongestStep
+from qlog.aot.programs import StepLoops
 from qlog.errors import ConfigError
 from qlog.parallel.chips import CHIPS
 
@@ -72,7 +72,7 @@ def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
         mesh={"data": 8},
     )
     run = experiment.prepare_shapes(config, jax.devices())
-    longest = LongestStep.of(run)
+    longest = StepLoops.of(run)
 
     def trips(scope, shape, length, size):
         return longest.trips(DataLoop(scope, SlicedArray(shape, length, size)))

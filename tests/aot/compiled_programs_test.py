@@ -123,7 +123,7 @@ def _scopes(module):
 
 
 def test_decodings_loops_are_found_by_their_names():
-    """`LongestStep` counts by these names. It would take a nameless loop to its array's end."""
+    """`StepLoops` counts by these names. It would take a nameless loop to its array's end."""
     _, module = _compiled("decode", **MESHES[0])
     assert _scopes(module) == {"decode_steps", "attention_blocks"}
 

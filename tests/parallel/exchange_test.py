@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlog.parallel import batch_placement, sharding
-from qlog.parallel.exchange import take
+from qlog.parallel.exchange import add, take
 
 B = 16
 
@@ -48,6 +48,24 @@ def test_rows_come_from_any_shard_as_they_were(mesh):
             if mesh is not None:
                 spread = sharding.batch_sharding(mesh)
                 assert found[name].sharding.is_equivalent_to(spread, x.ndim), name
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 8, "tensor": 1}],
+    ids=str,
+)
+def test_rows_are_added_where_they_belong(mesh):
+    mesh = mesh and sharding.make_mesh(**mesh)
+    rng = np.random.default_rng(0)
+    total, rows = rng.integers(0, 100, (B, 3)), rng.integers(0, 100, (B, 3))
+    total, rows = total.astype(np.float32), rows.astype(np.float32)  # sums of these are exact
+    placed = batch_placement.put_batch(mesh, (total, rows))
+    give = jax.jit(functools.partial(add, mesh))
+    for index in (np.arange(B), np.arange(B)[::-1], np.full(B, 5), rng.integers(0, B, B)):
+        wanted = total.copy()
+        np.add.at(wanted, index, rows)
+        np.testing.assert_array_equal(give(*placed, jnp.asarray(index, jnp.int32)), wanted)
 
 
 def test_no_shard_gets_the_whole_batch():

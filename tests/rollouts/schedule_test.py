@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from qlog.benchmark.balance import Planted, decode_work
 from qlog.rollouts import schedule
 from qlog.rollouts.balance import Shards
 from qlog.rollouts.pool import NO_ROLLOUT, Shape
-from qlog.rollouts.schedule import Schedule
+from qlog.rollouts.schedule import Planted, Schedule, planned_work
 
 BUDGET, M = 2944, 32
 
@@ -43,14 +42,14 @@ def _schedule(prompts, chips, in_memory=1):
 @pytest.mark.parametrize("chips", [1, 16, 64])
 def test_at_most_a_quarter_more_is_executed_than_needed(law, chips):
     lengths = LAWS[law](np.random.default_rng(chips), 2 * chips)
-    work = decode_work(_schedule(2 * chips, chips), lengths)
+    work = planned_work(_schedule(2 * chips, chips), lengths)
     assert work.lane_steps <= 1.25 * lengths.sum()
 
 
 def test_when_all_fill_their_budget_nothing_is_executed_twice():
     for prompts, chips in ((2, 1), (32, 4), (64, 16)):
         lengths = np.full((prompts, M), BUDGET)
-        work = decode_work(_schedule(prompts, chips), lengths)
+        work = planned_work(_schedule(prompts, chips), lengths)
         assert work.lane_steps <= 1.02 * lengths.sum()
 
 
@@ -59,7 +58,7 @@ def test_waves_meet_at_one_step():
     lengths = LAWS["mean 600"](np.random.default_rng(0), 32)
     plan = _schedule(32, 1)
     assert plan.num_waves == 16 and plan.hold_at == plan.sizes[0].slots
-    work = decode_work(plan, lengths)
+    work = planned_work(plan, lengths)
     steps = sum(last - first for _, first, last in work.stretches)
     assert work.held and steps < 0.7 * 16 * BUDGET
     assert work.lane_steps <= 1.25 * lengths.sum()
@@ -111,5 +110,5 @@ def test_each_rollout_is_decoded_once_from_start_to_end(prompts, chips, in_memor
 def test_without_shrinking_all_wait_for_the_longest():
     lengths = LAWS["mean 600"](np.random.default_rng(1), 4)
     plan = Schedule(Shape(4, M, BUDGET, 1351, 2, 128), Shards(1, 1, M), shrink=False)
-    executed = decode_work(plan, lengths).lane_steps
+    executed = planned_work(plan, lengths).lane_steps
     assert executed == sum(2 * M * lengths[i::2].max() for i in range(2))

@@ -1,0 +1,54 @@
+"""Lengths of rollouts to plan with: drawn, from a file, or those of an evaluation's samples."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from qlog.errors import ConfigError
+from qlog.storage import json_lines
+
+
+def drawn(
+    rng: np.random.Generator, prompts: int, rollouts: int, mean: float, longest: int
+) -> np.ndarray:
+    """int [prompts, rollouts]: exponential around the prompt's mean, which is gamma with shape 2.
+
+    A prompt's mean is at least a twentieth of the mean of all.
+    """
+    of_prompt = np.maximum(rng.gamma(2, mean / 2, (prompts, 1)), mean / 20)
+    return np.minimum(1 + rng.exponential(of_prompt, (prompts, rollouts)).astype(int), longest)
+
+
+def read(file: str) -> np.ndarray:
+    """int [prompts, M] of a NumPy file.
+
+    Raises:
+      ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        lengths = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--lengths={file} cannot be read: {error}.") from None
+    if lengths.ndim != 2 or lengths.dtype.kind not in "iu" or not lengths.size or lengths.min() < 1:
+        raise ConfigError(
+            f"--lengths={file} holds {lengths.dtype} {list(lengths.shape)}: give integers of at "
+            "least 1, [prompts, rollouts]."
+        )
+    return lengths.astype(int)
+
+
+def of_samples(file: str) -> np.ndarray:
+    """int [questions, n] of the samples that an evaluation wrote.
+
+    Raises:
+      ConfigError: the file cannot be read, or its lines have no lengths.
+    """
+    try:
+        text = pathlib.Path(file).read_text(encoding="utf-8")
+        return np.array([json.loads(line)["lengths"] for line in json_lines.split(text)], int)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--samples={file} gives no lengths ({type(error).__name__}: {error}): give the "
+            "samples of an evaluation."
+        ) from None
