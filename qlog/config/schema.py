@@ -74,6 +74,9 @@ def default() -> ConfigDict:
                 "style": "cold",  # warm: instructions and chat template; cold: only the input
                 "max_prompt_tokens": 2048,  # a longer prompt is an error, or skipped
                 "overlong": "error",  # error | skip
+                # Of records that cannot be used (no answer, not JSON, an id twice): error | skip,
+                # which counts them by reason and tells an example of each
+                "invalid": "error",
                 "world": {},  # arguments of a synthetic task
             },
             # ---- Rollouts ----
@@ -239,6 +242,7 @@ MUST_STAY = frozenset(
         "data.style",
         "data.max_prompt_tokens",
         "data.overlong",
+        "data.invalid",
         "data.world",
         "rollout.rollouts_per_prompt",
         "rollout.rationale_budget",
