@@ -235,7 +235,9 @@ def _write_questions(config: ConfigDict, samples: Path, rows: list[Row]) -> None
 
 
 def _read_rows(file: Path) -> list[Any]:
-    return [json.loads(line) for line in json_lines.split(paths.read(file))]
+    # As bytes: what is not UTF-8 is told in a sentence.
+    text = paths.read(file, errors="surrogateescape")
+    return json_lines.loads(text.encode("utf-8", "surrogateescape"))
 
 
 class _PartialSamples:

@@ -249,6 +249,8 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
     assert train_data is not None, "describe is for runs that train"
     dataset = [f"{data.label(config.data.name)}, {config.data.style}, {len(train_data):,} prompts"]
     dataset += [f"{n} skipped over {field}" for field, n in train_data.skipped.items()]
+    if train_data.invalid.number:
+        dataset += [f"{train_data.invalid.number} skipped that cannot be used"]
     budgets = (
         f"prompt {config.data.max_prompt_tokens}, rationale {rollout.rationale_budget}, "
         f"answer {rollout.answer_reserve} tokens"

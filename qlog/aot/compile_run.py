@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
 from qlog.aot.programs import StepLoops, step_programs
 from qlog.config import schema
-from qlog.console import say
+from qlog.console import plain_console, say
 from qlog.errors import ConfigError
 from qlog.experiment import prepare_shapes
 from qlog.parallel.chips import CHIPS, Chip
@@ -59,7 +58,7 @@ def run_compile(
     advice = remedies(programs, chip, config)
 
     # ---- For the user ----
-    console = Console(width=150)
+    console = plain_console(150)
     console.print(_table(programs, chip, topology))
     console.print(
         f"Of a training step {_which(lengths)} (evaluate: between steps, so 0 runs of one). Pools "

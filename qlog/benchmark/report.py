@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from qlog import models
 from qlog.benchmark import measure, work
+from qlog.console import plain_console
 from qlog.experiment import prepare_shapes
 from qlog.storage import strict_json
 
@@ -136,7 +136,7 @@ def show(facts: Mapping[str, Any]) -> None:
             bandwidth,
             f"{memory / 2**30:.2f} GiB",
         )
-    console = Console(width=130)
+    console = plain_console(130)
     console.print(table)
     whole = facts["phases"]["train"]["seconds"]
     shares = (

@@ -24,13 +24,14 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from packaging.requirements import Requirement
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qlog import data, experiment, losses, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
+from qlog.console import output, plain_console, printable
 from qlog.errors import ConfigError, summary
 from qlog.experiment import files
 from qlog.parallel import distributed, process, sharding
@@ -90,8 +91,9 @@ def run(config: ConfigDict | None, workdir: str) -> int:
         table.add_column("", no_wrap=True)
         table.add_column("found", overflow="fold")
         for check in shown:
-            table.add_row(check.name, "ok" if check.is_ok else "[bold red]failed", check.text)
-        Console(width=None if sys.stdout.isatty() else 110).print(table)
+            state = Text("ok") if check.is_ok else Text("failed", style="bold red")
+            table.add_row(check.name, state, printable(check.text))
+        plain_console(None if sys.stdout.isatty() else 110).print(table)
     return int(distributed.any_process(bool(failed)))
 
 
@@ -289,7 +291,7 @@ def main(argv: list[str]) -> int:
     except (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         print(f"qlog.commands.doctor: {entry.sentence(error)}", file=sys.stderr)
         return 2
-    with distributed.processes(processes.value):
+    with output(), distributed.processes(processes.value):
         return run(config, workdir.value)
 
 

@@ -7,6 +7,7 @@ from typing import NoReturn
 from absl import app, flags
 
 from qlog.config import command_line
+from qlog.console import output, printable
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 from qlog.storage import paths
 
@@ -18,7 +19,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     has defined its --config by `command_line.define`.
     """
     try:
-        app.run(main, flags_parser=_parse)
+        with output():
+            app.run(main, flags_parser=_parse)
     except QLOG_ERRORS as error:
         _fail(str(error), error.status)
     except Stop as stop:
@@ -59,5 +61,5 @@ def sentence(error: Exception) -> str:
 
 
 def _fail(text: str, status: int = 2) -> NoReturn:
-    print(f"qlog: {text}", file=sys.stderr)
+    print(f"qlog: {printable(text)}", file=sys.stderr)
     sys.exit(status)

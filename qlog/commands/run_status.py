@@ -64,6 +64,7 @@ def _beat(file: paths.Path) -> dict[str, Any] | None:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit status."""
     if len(argv) != 2 or argv[1].startswith("-"):
         print("usage: python -m qlog.commands.run_status WORKDIR", file=sys.stderr)
         return 2

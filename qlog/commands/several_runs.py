@@ -1,5 +1,6 @@
 """Several runs one after the other in one process, and one report of them all."""
 
+import functools
 import json
 import os
 import time
@@ -12,8 +13,8 @@ from qlog import train
 from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import say
-from qlog.errors import ConfigError
-from qlog.experiment import prepare
+from qlog.errors import ConfigError, PassingError
+from qlog.experiment import files, prepare
 from qlog.parallel import distributed, interrupts, process
 from qlog.report import comparison
 from qlog.storage import paths
@@ -27,7 +28,7 @@ def run(
     An entry holds what differs from `config`. Its `init_from` may name another entry, and then
     means that entry's checkpoint, which is made first. Runs that have finished are not run again,
     so the same command takes up what was interrupted. All configs are checked before the first run
-    starts.
+    starts, and all that they read is read once.
 
     Args:
       devices: of every run; None takes all.
@@ -43,6 +44,7 @@ def run(
             check_config(child)
         except ConfigError as error:
             raise ConfigError(f"run {name!r}: {error}") from None
+    _check_files(children, workdir)
     # Around all runs, so that a signal between two of them, or while one closes, is heard: it ends
     # the whole series.
     with interrupts.listening() as stop:
@@ -54,6 +56,29 @@ def run(
                 say(f"stopped after {title}: the same command goes on.")
                 return
         distributed.once_per_run(lambda: comparison.write(workdir, list(children)))
+
+
+def _check_files(children: Mapping[str, ConfigDict], workdir: paths.Path) -> None:
+    """Reads what each run reads, before the first one has trained for hours.
+
+    Raises:
+      ConfigError, PassingError: as `files.check`, with the run's name.
+    """
+    checked = set()
+    for name, child in children.items():
+        # Most runs read the same. What a finished one read may be gone by now.
+        reads = {key: child[key] for key in ("model", "architecture", "weights", "tokenizer")}
+        reads |= {"data": child.data, "splits": (child.evaluation.split, child.evaluation.final)}
+        key = schema.to_json(ConfigDict(reads))
+        if key in checked or distributed.once_per_run(
+            functools.partial(_finished, workdir / name, child)
+        ):
+            continue
+        checked.add(key)
+        try:
+            files.check(child)
+        except (ConfigError, PassingError) as error:
+            raise type(error)(f"run {name!r}: {error}") from error
 
 
 def _run_one(

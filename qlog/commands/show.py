@@ -16,7 +16,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from qlog.commands import entry
 from qlog.config import command_line
+from qlog.console import output, printable
 from qlog.data import Example, Formatter, Tokenizer, pipeline
 from qlog.errors import QLOG_ERRORS
 from qlog.experiment import files
@@ -97,6 +99,11 @@ def _open(config: ConfigDict, split: str) -> tuple[pipeline.Source, Formatter, p
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
+    with output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
         print("name a config file first, as in configs/hotpotqa.py:warm", file=sys.stderr)
         return 2
@@ -113,12 +120,14 @@ def main(argv: Sequence[str]) -> int:
         command_line.parse(argv, values)
         source, formatter, limits = _open(config.value, split.value)
         for line in report(source, formatter, limits, range(min(num_examples.value, len(source)))):
-            print(line)
-    except flags.Error as error:
-        print(error, file=sys.stderr)
+            print(printable(line))
+    except (flags.Error, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(printable(entry.sentence(error)), file=sys.stderr)
         return 2
     except QLOG_ERRORS as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return error.status
     return 0
 

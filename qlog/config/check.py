@@ -80,6 +80,7 @@ _WORDS = {
     "attention": ("auto", "blocks", "tpu", "cudnn"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "data.overlong": ("error", "skip"),
+    "data.invalid": ("error", "skip"),
     "evaluation.final": ("", "test"),
     "checkpoint.finished": ("all", "best_params"),
     "train.remat": tuple(models.REMAT),

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -76,22 +77,51 @@ def parse(
       flags.Error, OSError: another flag is wrong, or the config file cannot be read.
     """
     program, *words = argv
+    for word in words:
+        # Libraries below fail on such a name in the middle of a run.
+        if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
+            raise ConfigError(f"{word!r} on the command line is not UTF-8: rename the file.")
     words = values.read_flags_from_files(words, force_gnu=False)  # --flagfile
     words, settings = split(words)
-    _let_it_import_its_neighbours(words)
+    named = _named(words)
+    file = named.partition(":")[0]
+    if file and not os.path.isfile(file):
+        folder = os.path.dirname(file) or "."
+        there = os.listdir(folder) if os.path.isdir(folder) else []
+        raise ConfigError(
+            f"--config={named}: {file} is not a file{closest(os.path.basename(file), there)}: name "
+            "a config file, such as configs/quickstart.py, from the current folder on."
+        )
+    _let_it_import_its_neighbours(file)
     try:
         rest = values([program, *words], known_only=known_only)
         config = values[_NAME].value
         getattr(config, "seed", None)  # a file that did not load raises when it is first used
     except (ConfigError, OSError):
         raise
-    except flags.Error:
+    except SystemExit as error:
+        # --help ends the process, too; only that of the config file is a mistake.
+        frames = _frames_of(file, error)
+        if not frames:
+            raise
+        raise ConfigError(
+            f"--config={named} called sys.exit({error.code!r}) in line "
+            f"{frames[-1].lineno}: a config file has to return a config."
+        ) from error
+    except flags.Error as error:
+        if "takes 0 positional arguments" in str(error):
+            raise ConfigError(
+                f"--config={named}: this config file has no variants: leave out what stands behind "
+                "the colon, or give its get_config a parameter."
+            ) from None
         if values[_NAME].present and values[_NAME].value is None:
             raise _no_config(values) from None
         raise
     except Exception as error:  # a config file is Python: it may raise anything
+        # Of a file that cannot be read as Python, the message itself says where.
+        place = "" if isinstance(error, SyntaxError) else f" ({last_line(error)})"
         raise ConfigError(
-            f"--config: {type(error).__name__}: {summary(error)} ({last_line(error)})."
+            f"--config={named} raised {type(error).__name__}: {summary(error)}{place}."
         ) from error
     if config is None and not values[_NAME].present:
         if settings:
@@ -103,6 +133,13 @@ def parse(
     return rest
 
 
+def _frames_of(file: str, error: BaseException) -> list[traceback.FrameSummary]:
+    """Where a config file was running when an exception was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    path = os.path.abspath(file)
+    return [frame for frame in frames if os.path.abspath(frame.filename) == path]
+
+
 def _no_config(values: flags.FlagValues) -> ConfigError:
     """Of a file whose get_config returns something else."""
     return ConfigError(
@@ -111,15 +148,21 @@ def _no_config(values: flags.FlagValues) -> ConfigError:
     )
 
 
-def _let_it_import_its_neighbours(words: Sequence[str]) -> None:
-    """A config file may import modules of its own folder, from wherever the command is started."""
+def _named(words: Sequence[str]) -> str:
+    """What --config names among the words of a command line; '' where nothing does."""
+    named = ""
     for word, after in itertools.pairwise([*words, ""]):
         flag, is_one_word, value = word.lstrip("-").partition("=")
         if word.startswith("-") and flag == _NAME:
-            file = (value if is_one_word else after).partition(":")[0]
-            folder = os.path.dirname(os.path.abspath(file))
-            if folder not in sys.path:
-                sys.path.append(folder)  # last: its modules take the place of no others
+            named = value if is_one_word else after  # of several the last one counts
+    return named
+
+
+def _let_it_import_its_neighbours(file: str) -> None:
+    """A config file may import modules of its own folder, from wherever the command is started."""
+    folder = os.path.dirname(os.path.abspath(file))
+    if file and folder not in sys.path:
+        sys.path.append(folder)  # last: its modules take the place of no others
 
 
 def spec(values: flags.FlagValues = flags.FLAGS) -> str:
@@ -300,7 +343,7 @@ def _section(old: ConfigDict, default: ConfigDict, setting: Setting) -> ConfigDi
     try:
         return ConfigDict(value) if is_open else schema.merge(old, value)
     except ValueError as error:  # a key with a dot
-        raise ConfigError(f"{setting.flag}: {error}.") from None
+        raise ConfigError(f"{setting.flag}: {str(error).rstrip('.')}.") from None
 
 
 # ---- The type of a field, from where it is read ----

@@ -74,6 +74,9 @@ def default() -> ConfigDict:
                 "style": "cold",  # warm: instructions and chat template; cold: only the input
                 "max_prompt_tokens": 2048,  # a longer prompt is an error, or skipped
                 "overlong": "error",  # error | skip
+                # Of records that cannot be used (no answer, not JSON, an id twice): error | skip,
+                # which counts them by reason and tells an example of each
+                "invalid": "error",
                 "world": {},  # arguments of a synthetic task
             },
             # ---- Rollouts ----
@@ -115,7 +118,7 @@ def default() -> ConfigDict:
                 "updates_per_batch": 1,  # optimizer steps per batch of rollouts, a part of it each
                 "prompts_per_microbatch": 0,  # of a shard: prompts in memory at a time; 0 is all
                 # Rollouts of a prompt in memory at a time, if they are of full length (shorter
-                # ones are packed together); 0 is all
+                # ones are packed together), at most; 0 is all
                 "rollouts_per_microbatch": 0,
                 # What the backward pass computes again. full: whole layers; attention, dots:
                 # all but those; none
@@ -239,6 +242,7 @@ MUST_STAY = frozenset(
         "data.style",
         "data.max_prompt_tokens",
         "data.overlong",
+        "data.invalid",
         "data.world",
         "rollout.rollouts_per_prompt",
         "rollout.rationale_budget",

@@ -29,7 +29,7 @@ def parse_variants(
         if name not in variants:
             raise ConfigError(
                 f"config variant {part.strip()!r} is unknown{closest(name, variants)}: this config "
-                f"has {', '.join(sorted(variants))}."
+                f"has {', '.join(sorted(variants)) or 'none'}."
             )
         variants[name](config, value)
     return config

@@ -1,6 +1,7 @@
 """Tasks, tokenizers, formatting and the input pipeline; nothing here imports JAX.
 
-In reading order: examples.py (what a task is made of), tasks.py (FinQA, HotPotQA and MuSiQue as
+In reading order: examples.py (what a task is made of), invalid.py (records that
+cannot be used), tasks.py (FinQA, HotPotQA and MuSiQue as
 text, with finqa_program.py), synthetic.py (a task that makes its examples), splits.py (which
 records train, validation and test have), builders/ (the official files, prepared by TFDS),
 record_files.py (JSON lines and Parquet), own.py (your own records and functions as examples),
@@ -14,6 +15,7 @@ from qlog.data.builders import prepare
 from qlog.data.catalog import Corpus, find_corpus, label
 from qlog.data.examples import Converted, Example, Task
 from qlog.data.formatting import Formatter
+from qlog.data.invalid import InvalidRecord, Skipped
 from qlog.data.pipeline import (
     Dataset,
     Limit,
@@ -34,9 +36,11 @@ __all__ = [
     "Dataset",
     "Example",
     "Formatter",
+    "InvalidRecord",
     "Limit",
     "Limits",
     "PromptBatch",
+    "Skipped",
     "TASKS",
     "Task",
     "Tokenizer",

@@ -34,6 +34,7 @@ _DEFAULTS = {
     "files": {},
     "fields": {},
     "description": "",
+    "invalid": "error",
     "world": {},
 }
 _SUFFIXES = {"jsonl": JSON_SUFFIXES, "parquet": PARQUET_SUFFIXES}
@@ -181,18 +182,18 @@ def _hub(section: Section) -> Corpus:
                 specs, [each for each, other in _OFFICIAL_SPLITS.items() if other in labelled]
             ),
         ),
-        open=functools.partial(_open_hub, name),
+        open=functools.partial(_open_hub, name, section["invalid"] == "skip"),
         files=specs,
     )
 
 
-def _open_hub(name: str, split: str, prepared: str | None) -> Converted:
+def _open_hub(name: str, skip_invalid: bool, split: str, prepared: str | None) -> Converted:
     # The same rule on the same official ids: the same examples as from the official files.
     files = fetched_files(prepared)
     available = [_OFFICIAL_SPLITS[each] for each in files]
     official = splits.official_split(name, split, available)
     on_hub = next(each for each, other in _OFFICIAL_SPLITS.items() if other == official)
-    records = hub.HubRecords(name, RecordFiles(files[on_hub]))
+    records = hub.HubRecords(name, RecordFiles(files[on_hub]), skip_invalid)
     chosen = splits.choose(name, split, records.ids, available)
     return Converted(splits.Split(records, chosen, official), TASKS[name])
 
@@ -233,15 +234,17 @@ def _own_files(section: Section) -> Corpus:
     return Corpus(
         Task(name, _OWN_DESCRIPTION),
         prepare=functools.partial(_fetch, specs, _SUFFIXES[name], {"train": splits.NAMES}),
-        open=functools.partial(_open_own, reader),
+        open=functools.partial(_open_own, reader, section["invalid"] == "skip"),
         files=specs,
     )
 
 
-def _open_own(reader: own.Reader, split: str, prepared: str | None) -> own.OwnExamples:
+def _open_own(
+    reader: own.Reader, skip_invalid: bool, split: str, prepared: str | None
+) -> own.OwnExamples:
     files = fetched_files(prepared)
     source = splits.own_source(split, list(files))
-    examples = own.OwnExamples(RecordFiles(files[source]), reader)
+    examples = own.OwnExamples(RecordFiles(files[source]), reader, skip_invalid)
     # Other splits may be drawn from these records: then this one is what is left of them.
     chosen = splits.choose_own(split, examples.ids, list(files))
     return examples if chosen is None else examples.selected(chosen)

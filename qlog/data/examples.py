@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qlog.data import fields
-from qlog.errors import ConfigError
+from qlog.data.invalid import InvalidRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,10 @@ class Converted(Sequence[Example]):
         try:
             return self._to_example(record)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{self._name}: record {record.get('id', record.get('_id', index))!r} is not as "
-                f"the official files have them ({type(error).__name__}: {error}): restore them in "
-                f"{fields.MANUAL_DIR} or {fields.FILES}."
+            where = f"{self._name}: record {record.get('id', record.get('_id', index))!r}"
+            raise InvalidRecord(
+                f"{where} is not as the official files have them ({type(error).__name__}: {error}):"
+                f" restore them in {fields.MANUAL_DIR} or {fields.FILES}, or set {fields.INVALID} "
+                "to 'skip'.",
+                where,
             ) from error

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 NAME = "config.data.name"
 STYLE = "config.data.style"
 OVERLONG = "config.data.overlong"
+INVALID = "config.data.invalid"
 MANUAL_DIR = "config.data.manual_dir"
 DATA_DIR = "config.data.data_dir"
 WORLD = "config.data.world"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from qlog.data import chat_templates, fields
 from qlog.data.chat_templates import ChatTemplate
 from qlog.data.examples import Example, Task
+from qlog.data.invalid import InvalidRecord
 from qlog.data.tokenizers import Tokenizer
 from qlog.errors import ConfigError
 
@@ -276,7 +277,12 @@ class Formatter:
         """
         answer = example.answer.strip()
         if not answer:
-            raise ConfigError(f"example {example.id!r} has an empty gold answer: leave it out.")
+            where = f"example {example.id!r}"
+            raise InvalidRecord(
+                f"{where} has an empty gold answer: leave it out, or set {fields.INVALID} to "
+                "'skip'.",
+                where,
+            )
         return self.tokenizer.encode(SEPARATOR + answer) + [self.tokenizer.eos_ids[0]]
 
     def rationale(self, example: Example) -> list[int]:

@@ -21,14 +21,15 @@ not the executed value that the official script scores. So the program is execut
 `exe_ans`. A record without both is refused.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qlog.data import fields, finqa_program, record_files
+from qlog.data.invalid import InvalidRecord, Skipped
 from qlog.data.record_files import Binary, RecordFiles
-from qlog.errors import ConfigError, summary
+from qlog.errors import summary
+from qlog.storage import strict_json
 
 Record = Mapping[str, Any]
 
@@ -39,29 +40,42 @@ class HubRecords(Sequence[dict[str, Any]]):
     Args:
       name: 'finqa', 'hotpotqa' or 'musique'.
       records: the files' records, in any of the layouts above.
+      skip_invalid: whether records that cannot be used are left out and counted.
 
     Attributes:
       ids: the records' ids.
+      skipped: the records that were left out.
 
     Raises:
       ConfigError: a record in another layout, or two with the same id.
     """
 
-    def __init__(self, name: str, records: RecordFiles):
+    def __init__(self, name: str, records: RecordFiles, skip_invalid: bool = False):
         self._name, self._records = name, records
+        self.skipped = Skipped()
         key = "_id" if name == "hotpotqa" else "id"
-        self.ids: Sequence[str] = record_files.unique_ids(records, lambda index: self[index][key])
+        found = record_files.usable(
+            records,
+            lambda index: self._official(index)[key],
+            self.skipped if skip_invalid else None,
+        )
+        self._indices = found.indices
+        self.ids: Sequence[str] = found.ids
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._indices)
 
     def __getitem__(self, index):
+        return self._official(self._indices[index])
+
+    def _official(self, index: int) -> dict[str, Any]:
+        """Record `index` of the files, with the official names."""
         record = self._records[index]
         try:
             return OFFICIAL[self._name](record)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else summary(error)
-            raise ConfigError(
+            raise InvalidRecord(
                 f"{self._records.where(index)} is not a record of {self._name} in a layout of the "
                 f"Hub that qlog knows ({what}): the layouts are listed in qlog/data/README.md; "
                 f"other ones are read with {fields.NAME} = 'jsonl' or 'parquet'."
@@ -145,7 +159,7 @@ def _list(value: Any, name: str) -> list[Any]:
     """A list, or its JSON. Any other text would be taken for a list of its letters."""
     if isinstance(value, str):
         try:
-            value = json.loads(_text(value, name))
+            value = strict_json.loads(_text(value, name))
         except ValueError:
             pass  # the sentence below shows the text
     if not isinstance(value, list | tuple):
@@ -224,7 +238,7 @@ def _executed(value: Any, program: str, table: Sequence[Sequence[str]]) -> float
 def _evidence(value: Any) -> dict[str, str]:
     """The annotated evidence by its place; lists of it have lost the places."""
     if isinstance(value, str):
-        value = json.loads(value)
+        value = strict_json.loads(value)
     if not isinstance(value, Mapping):
         value = {str(index): text for index, text in enumerate(_list(value, "gold_inds"))}
     # In Parquet an object has the keys of all records: those of other records are null. Their order

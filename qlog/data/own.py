@@ -12,6 +12,7 @@ A config's `data.fields` says which key of a record is which part of an example:
 Parts that are not named there have keys of the same names.
 """
 
+import collections
 import dataclasses
 import hashlib
 import inspect
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 from qlog.data import fields, record_files
 from qlog.data.examples import Example, as_json, has_half_characters, wrong_id
+from qlog.data.invalid import InvalidRecord, Skipped
 from qlog.data.record_files import Binary, Record, RecordFiles
 from qlog.errors import ConfigError, summary
 
@@ -76,20 +78,24 @@ class Reader:
           where: the record's file and line, for messages.
 
         Raises:
-          ConfigError: a part is missing, or of another type.
+          InvalidRecord: a part is missing, or of another type.
         """
         # Only answers may be numbers: graders compare texts, and how a number is written is fixed.
         answer = self._text(record, "answer", self._keys["answer"], where, numbers=True)
         if not answer.strip():
-            raise ConfigError(
-                f"{where}: the field {self._keys['answer']!r} is empty: leave the record out."
+            raise InvalidRecord(
+                f"{where}: the field {self._keys['answer']!r} is empty: leave the record "
+                f"out, or set {fields.INVALID} to 'skip'."
             )
         source = "".join(
             piece.text + (self._text(record, "source", piece.key, where) if piece.key else "")
             for piece in self._source
         )
         if not source.strip():
-            raise ConfigError(f"{where}: the source is empty: leave the record out.")
+            raise InvalidRecord(
+                f"{where}: the source is empty: leave the record out, or set {fields.INVALID} to "
+                "'skip'."
+            )
         rationale = ""
         if _find(record, self._keys["rationale"]) not in (_MISSING, None):
             rationale = self._text(record, "rationale", self._keys["rationale"], where)
@@ -97,7 +103,7 @@ class Reader:
         try:
             extra = as_json(extra)  # JSON's own 1e999 is read as infinity
         except ValueError as error:
-            raise ConfigError(f"{where} {error}.") from error
+            raise InvalidRecord(f"{where} {error}.") from error
         return Example(
             id=self.id(record, where),
             source=source,
@@ -106,6 +112,14 @@ class Reader:
             rationale=rationale,
             extra=extra,
         )
+
+    def empty_parts(self, record: Record) -> list[str]:
+        """The keys of the source that are blank in this record, such as an empty context."""
+        return [
+            piece.key
+            for piece in self._source
+            if piece.key and not str(_find(record, piece.key)).strip()
+        ]
 
     def id(self, record: Record, where: str) -> str:
         """The record's id; a digest of its content where it has none."""
@@ -119,10 +133,10 @@ class Reader:
             return str(value)
         text = self._text(record, "id", key, where)
         if wrong := wrong_id(text):
-            raise ConfigError(f"{where} {wrong}: give each record its own, or leave the key out.")
+            raise InvalidRecord(f"{where} {wrong}: give each record its own, or leave the key out.")
         return text
 
-    def check_named(self, records: RecordFiles) -> None:
+    def check_named(self, records: Sequence[Record]) -> None:
         """Raises ConfigError for a key that the user named and no record has.
 
         Parts that an example may lack would be left out without a word.
@@ -139,7 +153,7 @@ class Reader:
         """The text of a field; numbers and booleans as JSON writes them, if they are allowed."""
         value = _find(record, key)
         if value is _MISSING:
-            raise ConfigError(
+            raise InvalidRecord(
                 f"{where} has no field {key!r}{fields.closest(key, record)}, it has "
                 f"{_listed(record)}: name the key of the {part} in {fields.FIELDS}.{part}."
             )
@@ -151,22 +165,22 @@ class Reader:
             try:
                 return value.text()
             except UnicodeDecodeError as error:
-                raise ConfigError(
+                raise InvalidRecord(
                     f"{where}: the field {key!r} is binary and not UTF-8 ({error.reason}), but the "
                     f"{part} must be text: write the column as strings."
                 ) from error
         if not isinstance(value, str):
             if isinstance(value, list) and part == "answer" and value:
-                raise ConfigError(
+                raise InvalidRecord(
                     f"{where}: the field {key!r} is the list {_short(value)}, but must be one "
                     f"text: name one of its elements, {fields.FIELDS}.answer = '{key}.0', and the "
                     f"list in {fields.FIELDS}.aliases."
                 )
             kind = "null" if value is None else f"{_short(value)}"
             allowed = "text, a number, true or false" if numbers else "text"
-            raise ConfigError(f"{where}: the field {key!r} is {kind}, but must be {allowed}.")
+            raise InvalidRecord(f"{where}: the field {key!r} is {kind}, but must be {allowed}.")
         if has_half_characters(value):
-            raise ConfigError(
+            raise InvalidRecord(
                 f"{where}: the field {key!r} holds half a character (a surrogate): write it as "
                 "UTF-8."
             )
@@ -183,35 +197,66 @@ class Reader:
         return tuple(dict.fromkeys(text for text in texts if text.strip() and text != answer))
 
 
+class _Chosen(Sequence[Record]):
+    """Some of the records; each is read when it is asked for."""
+
+    def __init__(self, records: RecordFiles, indices: Sequence[int]):
+        self._records, self._indices = records, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index):
+        return self._records[self._indices[index]]
+
+
 class OwnExamples(Sequence[Example]):
     """Examples of files; each is read when it is asked for.
 
     Args:
       records: the files' records.
       reader: turns them into examples.
-      indices: the records that belong to the split, in its order; all by default.
+      skip_invalid: whether records that are no examples are left out and counted.
 
     Attributes:
       ids: the examples' ids, in their order.
+      skipped: the records that were left out.
+      notes: what else a user should hear of, in sentences.
 
     Raises:
       ConfigError: a record that is no example, two with the same id, a key that no record has.
     """
 
-    def __init__(self, records: RecordFiles, reader: Reader):
+    def __init__(self, records: RecordFiles, reader: Reader, skip_invalid: bool = False):
         self._records, self._reader = records, reader
+        self.skipped = Skipped()
+        empty: collections.Counter[str] = collections.Counter()
+        first: dict[str, str] = {}
+
+        def id_of(index: int) -> str:
+            record, where = records[index], records.where(index)
+            example = reader.example(record, where)
+            for key in reader.empty_parts(record):
+                empty[key] += 1
+                first.setdefault(key, where)
+            return example.id
+
         # One pass at the start: what is wrong in line 900,000 shows now, and not on the third day.
-        self.ids = record_files.unique_ids(
-            records, lambda index: reader.example(records[index], records.where(index)).id
-        )
-        reader.check_named(records)
-        self._indices: Sequence[int] = range(len(records))
+        found = record_files.usable(records, id_of, self.skipped if skip_invalid else None)
+        self.ids, self._indices = found.ids, found.indices
+        reader.check_named(_Chosen(records, found.indices))
+        self.notes = [
+            f"{number} of {len(self.ids)} records have an empty {key!r} (first {first[key]}): "
+            "their source is what is left"
+            for key, number in empty.items()
+        ]
 
     def selected(self, indices: Sequence[int]) -> "OwnExamples":
         """These examples only, in this order."""
         chosen = object.__new__(OwnExamples)
         chosen._records, chosen._reader = self._records, self._reader
         chosen._indices = [self._indices[index] for index in indices]
+        chosen.skipped, chosen.notes = self.skipped, self.notes
         chosen.ids = [self.ids[index] for index in indices]
         return chosen
 
@@ -359,12 +404,13 @@ class CheckedExamples(Sequence[Example]):
                 f"{summary(error)}."
             ) from error
         if wrong := _wrong(example):
-            raise ConfigError(f"{fields.NAME}: {self._call}[{index}] {wrong}.")
+            where = f"{fields.NAME}: {self._call}[{index}]"
+            raise InvalidRecord(f"{where} {wrong}.", where)
         try:
             extra = as_json(example.extra)
         except ValueError as error:
-            what = f"{self._call}[{index}] (id {example.id!r}) {error}"
-            raise ConfigError(f"{fields.NAME}: {what}.") from error
+            where = f"{fields.NAME}: {self._call}[{index}] (id {example.id!r})"
+            raise InvalidRecord(f"{where} {error}.", where) from error
         return dataclasses.replace(example, aliases=tuple(example.aliases), extra=extra)
 
 

@@ -23,9 +23,11 @@ import numpy as np
 from qlog.data import fields
 from qlog.data.examples import Example, as_json
 from qlog.data.formatting import Formatter
+from qlog.data.invalid import CHOICES, InvalidRecord, Skipped
 from qlog.errors import ConfigError, summary
 
 OVERLONG = ("error", "skip")
+INVALID = CHOICES
 _CHUNK = 256  # examples that a thread measures at a time; part of what `Dataset.content` is
 
 
@@ -107,12 +109,13 @@ class Dataset:
     limits: Limits  # a longer example raises ConfigError when it is met
     widths: Lengths  # P, A and R of each batch; R is 1 without rationales
     skipped: dict[str, int]  # by the field of a limit: how many examples exceeded it, dropped
-    # Ids of the source's examples in their order, those that were skipped included; of an endless
+    # Ids of the source's examples in their order, those that are too long included; of an endless
     # source only of the first ones, which were measured.
     ids: Sequence[str]
     questions: np.ndarray  # uint64 [len(ids)], digests of source and answer of the same examples
     content: str  # a digest of all that the same examples hold, in their order
     endless: bool = False  # the source makes examples when asked for, and only some were measured
+    invalid: Skipped = dataclasses.field(default_factory=Skipped)  # what could not be used, dropped
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -137,6 +140,7 @@ def open_dataset(
     limits: Limits,
     *,
     overlong: str = "error",
+    invalid: str = "error",
     measure: int | None = None,
     name: str = "the dataset",
 ) -> Dataset:
@@ -147,6 +151,7 @@ def open_dataset(
       formatter: makes the token ids that are measured.
       limits: how long examples may be.
       overlong: 'error' stops at longer examples, 'skip' drops and counts them.
+      invalid: 'error' stops at examples that cannot be used, 'skip' drops and counts them.
       measure: how many examples to measure now; all by default. The rest are checked when they are
         met. For tasks that make any number of examples on the fly.
       name: where the examples came from, for messages.
@@ -158,19 +163,32 @@ def open_dataset(
         raise ConfigError(
             f"{fields.OVERLONG} = {overlong!r} is unknown: use one of {', '.join(OVERLONG)}."
         )
-    if overlong == "skip" and measure is not None:
+    if invalid not in INVALID:
         raise ConfigError(
-            f"{fields.OVERLONG} = 'skip' has to measure every example, which a "
-            "task that makes them on the fly cannot: use 'error'."
+            f"{fields.INVALID} = {invalid!r} is unknown: use one of {', '.join(INVALID)}."
         )
+    for field, value in ((fields.OVERLONG, overlong), (fields.INVALID, invalid)):
+        if value == "skip" and measure is not None:
+            raise ConfigError(
+                f"{field} = 'skip' has to look at every example, which a task that makes them on "
+                "the fly cannot: use 'error'."
+            )
     size = len(source)
     if not size:
         raise ConfigError(
             f"{name} has no examples: check the split, {fields.FILES} and {fields.MANUAL_DIR}."
         )
     num_measured = size if measure is None else min(measure, size)
-    measured = _measure(source, formatter, num_measured, limits.rationale is not None, name)
+    unusable: dict[int, InvalidRecord] | None = {} if invalid == "skip" else None
+    measured = _measure(
+        source, formatter, num_measured, limits.rationale is not None, name, unusable
+    )
     ids, lengths = measured.ids, measured.lengths
+    skipped_invalid = Skipped()
+    for index, error in sorted((unusable or {}).items()):
+        skipped_invalid.add(error, f"example {index}")
+    skipped_invalid.check_some_are_left(size, name)
+    usable = [index for index in range(num_measured) if index not in (unusable or {})]
     _check_distinct(ids, name)
     if overlong == "error":
         _check_lengths(lengths, limits, name)
@@ -186,10 +204,11 @@ def open_dataset(
             f"{fields.OVERLONG} = 'skip' drops all {size} examples of {name}: "
             f"the shortest need {needs}."
         )
-    kept = range(size) if fits.all() else np.flatnonzero(fits).tolist()
+    everything = fits.all() and len(usable) == num_measured
+    kept = range(size) if everything else [usable[i] for i in np.flatnonzero(fits)]
     # Batches are as wide as the limits; if each example was measured, as wide as the longest.
     widths = Lengths(*(limit.tokens if limit else 1 for limit in limits))
-    if len(lengths) == size:
+    if num_measured == size:
         longest = lengths[fits].max(axis=0)
         widths = Lengths(*(bucket(int(n), m) for n, m in zip(longest, widths, strict=True)))
     skipped = {
@@ -208,6 +227,7 @@ def open_dataset(
         questions=measured.questions,
         content=measured.content,
         endless=measure is not None,
+        invalid=skipped_invalid,
     )
 
 
@@ -242,14 +262,30 @@ class _Measured(NamedTuple):
 
 
 def _measure(
-    source: Source, formatter: Formatter, size: int, rationales: bool, name: str = "the dataset"
+    source: Source,
+    formatter: Formatter,
+    size: int,
+    rationales: bool,
+    name: str = "the dataset",
+    unusable: dict[int, InvalidRecord] | None = None,
 ) -> _Measured:
-    """Reads the first examples of a source, each once."""
+    """Reads the first examples of a source, each once.
+
+    Args:
+      unusable: gets the examples that cannot be used, by index, which are left out; None: the
+        first one is raised.
+    """
 
     def measure(start: int) -> tuple[list[str], list[Lengths], list[int], bytes]:
         ids, lengths, questions, content = [], [], [], hashlib.sha256()
         for index in range(start, min(start + _CHUNK, size)):
-            encoded = _encode(formatter, source[index], rationales)
+            try:
+                encoded = _encode(formatter, source[index], rationales)
+            except InvalidRecord as error:
+                if unusable is None:
+                    raise
+                unusable[index] = error
+                continue
             ids.append(encoded.example.id)
             lengths.append(_lengths(encoded))
             questions.append(_question(encoded.example))
@@ -263,9 +299,7 @@ def _measure(
     content = hashlib.sha256(b"".join(digest for *_, digest in chunks)).hexdigest()[:16]
     return _Measured(
         [each for ids, *_ in chunks for each in ids],
-        np.array([each for _, lengths, *_ in chunks for each in lengths], np.int32).reshape(
-            size, 3
-        ),
+        np.array([each for _, lengths, *_ in chunks for each in lengths], np.int32).reshape(-1, 3),
         np.array([each for *_, questions, _ in chunks for each in questions], np.uint64),
         content,
     )

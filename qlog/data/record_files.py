@@ -19,7 +19,6 @@ import decimal
 import gzip
 import io
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -29,8 +28,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from qlog.data import fields
+from qlog.data.invalid import InvalidRecord, Skipped
 from qlog.errors import ConfigError, summary
-from qlog.storage import assets
+from qlog.storage import assets, git_lfs, strict_json
 
 Record = dict[str, Any]  # one record, values as JSON has them
 
@@ -46,7 +46,6 @@ _SPLIT_WORDS = {
 _SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_WORDS)})(?![^\W\d_])", re.IGNORECASE)
 # Files about a dataset that lie next to its data, as the Hub's libraries write them.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_LFS = b"version https://git-lfs"  # what Git leaves of a file that it has not downloaded
 _BOM = b"\xef\xbb\xbf"  # U+FEFF in UTF-8, which some editors write first
 
 
@@ -115,7 +114,8 @@ def _nothing_there(spec: str, field: str) -> str:
     if "://" not in spec and os.path.isdir(os.path.expanduser(spec)):
         return f"{field} = {spec!r} is an empty folder: put the files there, or correct the path."
     return (
-        f"{field} = {spec!r} is neither a file nor a folder, and no file matches it: "
+        f"{field} = {spec!r} is neither a file nor a folder, and no file matches it"
+        f"{'' if '://' in spec else assets.why_missing(spec)}: "
         "correct the path (relative ones begin at the current folder)."
     )
 
@@ -265,7 +265,7 @@ class _Lines:
         where = self.where(index)
         value = _parsed(line, where, "put one whole JSON object on each line")
         if not isinstance(value, dict):
-            raise ConfigError(
+            raise InvalidRecord(
                 f"{where} holds a JSON {_json_type(value)} and not an object: put one "
                 'object such as {"source": ..., "answer": ...} on each line.'
             )
@@ -280,12 +280,6 @@ class _Array:
         self._records = _parsed(
             file.read(), name, "it begins with [, so the whole file must be one array of objects"
         )
-        for index, record in enumerate(self._records):
-            if not isinstance(record, dict):
-                raise ConfigError(
-                    f"{self.where(index)} is a JSON {_json_type(record)} and not an object: the "
-                    "array must hold objects."
-                )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -294,7 +288,13 @@ class _Array:
         return f"{self._name}, element {index}"
 
     def record(self, index: int) -> Record:
-        return self._records[index]
+        record = self._records[index]
+        if not isinstance(record, dict):
+            raise InvalidRecord(
+                f"{self.where(index)} is a JSON {_json_type(record)} and not an object: the array "
+                "must hold objects."
+            )
+        return record
 
 
 class _Parquet:
@@ -335,18 +335,19 @@ class _Parquet:
 def _open(file: File) -> _Opened:
     is_parquet = file.path.lower().endswith(PARQUET_SUFFIXES)
     is_packed = file.path.lower().endswith(".gz")
+    if not os.path.isfile(file.path):  # a pipe or a device would be waited for without end
+        raise ConfigError(f"{file.name} is not a plain file: copy its content into one.")
     try:
-        with open(file.path, "rb") as raw:
-            if raw.read(len(_LFS)) == _LFS:
-                raise ConfigError(
-                    f"{file.name} is a pointer of Git LFS and not the data: run `git lfs pull` in "
-                    "its folder."
-                )
+        if git_lfs.is_pointer_file(file.path):
+            raise ConfigError(f"{file.name} {git_lfs.SENTENCE}.")
         if is_parquet:
             return _Parquet(file.name, file.path)
         opened = gzip.open(file.path) if is_packed else open(file.path, "rb")
         # What the content is, not what the name says: both are called .json.
-        is_array = opened.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
+        start = opened.read(4096)
+        if strict_json.is_utf16(start):  # lines of bytes would be cut in the middle of characters
+            raise ConfigError(f"{file.name} is UTF-16 and not UTF-8: save it as UTF-8.")
+        is_array = start.removeprefix(_BOM).lstrip()[:1] == b"["
         opened.seek(0)
         records = (_Array if is_array else _Lines)(file.name, cast(BinaryIO, opened))
         if is_array or is_packed:  # all of it is in memory
@@ -360,29 +361,10 @@ def _open(file: File) -> _Opened:
 
 def _parsed(text: bytes, where: str, remedy: str) -> Any:
     try:
-        return json.loads(
-            text.decode("utf-8-sig"),
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_object,
-        )
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8 ({error.reason}): save it as UTF-8.") from error
-    except (ValueError, RecursionError) as error:
+        return strict_json.loads(text, unique_keys=True)
+    except strict_json.Unreadable as error:
         # Python counts columns from the line's beginning, and a cut line ends where it was cut.
-        raise ConfigError(f"{where} is not JSON ({summary(error)}): {remedy}.") from error
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON value")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Record:
-    """A JSON object; of a repeated key Python would keep the last value without a word."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
-    return record
+        raise InvalidRecord(error.after(where, remedy)) from None
 
 
 def _json_type(value: object) -> str:
@@ -450,24 +432,50 @@ class RecordFiles(Sequence[Record]):
         return self._files[number], index - self._firsts[number]
 
 
-def unique_ids(records: RecordFiles, id_of: Callable[[int], str]) -> list[str]:
-    """The id of each record.
+class Usable(NamedTuple):
+    """The records that can be used, in their order."""
+
+    indices: Sequence[int]
+    ids: list[str]
+
+
+def usable(
+    records: RecordFiles, id_of: Callable[[int], str], skipped: Skipped | None = None
+) -> Usable:
+    """Looks at each record once.
 
     Args:
-      id_of: the id of record i.
+      id_of: the id of record i; raises InvalidRecord where it cannot be used.
+      skipped: what is told of records that cannot be used, which are left out; None: an error.
 
     Raises:
-      ConfigError: two records have the same id; both places are named.
+      ConfigError: a record that cannot be used, or that has the id of another (both places are
+        named); or none is left.
     """
     first: dict[str, int] = {}
     for index in range(len(records)):
-        record_id = id_of(index)
-        other = first.setdefault(record_id, index)
-        if other != index:
-            # Records without ids are known by their content, which a reader of the message is not.
-            is_copy = records[other] == records[index]
-            what = "hold the same record" if is_copy else f"have the same id {record_id!r}"
-            raise ConfigError(
-                f"{records.where(other)} and {records.where(index)} {what}: leave one of them out."
-            )
-    return list(first)
+        try:
+            record_id = id_of(index)
+            other = first.setdefault(record_id, index)
+            if other != index:
+                # Records without ids are known by content, which a reader of the message is not.
+                is_copy = records[other] == records[index]
+                what = "hold the same record" if is_copy else f"have the same id {record_id!r}"
+                raise InvalidRecord(
+                    f"{records.where(other)} and {records.where(index)} {what}: leave one of them "
+                    f"out, or set {fields.INVALID} to 'skip'."
+                )
+        except InvalidRecord as error:
+            if skipped is None:
+                raise
+            # Of a repeated id the message names two places.
+            where = records.where(index)
+            skipped.add(error if str(error).startswith(where) else _repeated(where), where)
+    if skipped:
+        skipped.check_some_are_left(len(records), records.where(0).partition(":")[0])
+    indices = list(first.values())
+    return Usable(range(len(records)) if len(indices) == len(records) else indices, list(first))
+
+
+def _repeated(where: str) -> InvalidRecord:
+    return InvalidRecord(f"{where} has the id of an earlier record.")

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from qlog.data import builders, fields
+from qlog.data.invalid import Skipped
 from qlog.errors import ConfigError
 from qlog.storage import paths
 
@@ -64,6 +65,7 @@ class Split(Sequence[dict[str, Any]]):
     Attributes:
       ids: the records' ids, in this order.
       official: the official split they come from.
+      skipped: records that could not be used, of all of the official split.
     """
 
     def __init__(self, records: Records, indices: Sequence[int], official: str):
@@ -71,6 +73,7 @@ class Split(Sequence[dict[str, Any]]):
         self._indices = indices
         self.ids = [records.ids[index] for index in indices]
         self.official = official
+        self.skipped: Skipped = getattr(records, "skipped", Skipped())
 
     def __len__(self) -> int:
         return len(self._indices)

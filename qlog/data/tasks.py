@@ -7,7 +7,7 @@ answer, which follows the thinking-end token.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlog.data import fields, finqa_program, splits
@@ -69,6 +69,7 @@ def finqa_example(record: Record) -> Example:
 def hotpotqa_example(record: Record) -> Example:
     """A HotPotQA record (distractor setting) -> Example; the sentences carry their own spaces."""
     paragraphs = [(title, "".join(sentences)) for title, sentences in record["context"]]
+    _check_context(text for _, text in paragraphs)
     sentences = {title: sentences for title, sentences in record["context"]}
     # The annotated supporting sentences; what points past the end of a paragraph is left out.
     facts = [
@@ -87,6 +88,7 @@ def hotpotqa_example(record: Record) -> Example:
 def musique_example(record: Record) -> Example:
     """A MuSiQue record -> Example; its aliases count as right answers."""
     paragraphs = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
+    _check_context(text for _, text in paragraphs)
     answer = record["answer"].strip()
     # Without repetitions, and in the order of the file.
     aliases = dict.fromkeys(alias.strip() for alias in record["answer_aliases"])
@@ -139,6 +141,12 @@ def _line(text: str) -> str:
 def _sentences(sentences: Sequence[str]) -> str:
     """Sentences, one per line, without the bare dots that some records are filled with."""
     return "\n".join(_line(s) for s in sentences if any(c.isalnum() for c in s))
+
+
+def _check_context(texts: Iterable[str]) -> None:
+    """Raises ValueError where all paragraphs are empty: the question alone would be trained on."""
+    if not any(text.strip() for text in texts):
+        raise ValueError("its context is empty")
 
 
 def _passage(paragraphs: Sequence[tuple[str, str]], question: str) -> str:

@@ -1,7 +1,6 @@
 """The small files next to a tokenizer: special tokens, ends of answers, the chat template."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from qlog.data import fields
 from qlog.data.chat_templates import BUILT_IN_NAME
 from qlog.errors import ConfigError
+from qlog.storage import strict_json
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -91,20 +91,21 @@ def read_template(path: pathlib.Path) -> str:
 
 def _text(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # editors of Windows begin files with a mark
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as text ({error}): download it again.") from error
+        return strict_json.text(path.read_bytes())
+    except strict_json.Unreadable as error:
+        raise ConfigError(error.after(path, "download it again")) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error}): download it again.") from error
 
 
 def _json(path: pathlib.Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if the file is not there."""
     if not path.is_file():
         return None
-    text = _text(path)
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}): download it again.") from error
+        found = strict_json.loads(_text(path))
+    except strict_json.Unreadable as error:
+        raise ConfigError(error.after(path, "download it again")) from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no JSON object: download it again.")
     return found

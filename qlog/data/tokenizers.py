@@ -24,7 +24,7 @@ from qlog.data import fields, tokenizer_files
 from qlog.data.chat_templates import BUILT_IN_NAME, ChatTemplate
 from qlog.data.tokenizer_files import TokenizerFiles
 from qlog.errors import ConfigError
-from qlog.storage import paths
+from qlog.storage import assets, git_lfs, paths, strict_json
 
 # The names of these tokens in the known families. The end of a turn goes before the end of a text:
 # the first one present closes gold answers, and a chat model ends its answers with its turn.
@@ -503,16 +503,19 @@ def load(
         found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
         found += sorted(path.glob("*.model"))
         if not found:
+            hint = assets.why_missing(path / "tokenizer.json")
             raise ConfigError(
                 f"{fields.TOKENIZER} = {path} holds neither tokenizer.json nor a "
-                "SentencePiece *.model: copy one of them from the model's folder."
+                f"SentencePiece *.model{hint}: copy one of them from the model's folder."
             )
         path = found[0]
     if not path.is_file():
         raise ConfigError(
-            f"{fields.TOKENIZER} = {path} does not exist: give a folder or a "
-            "file with tokenizer.json or a SentencePiece *.model."
+            f"{fields.TOKENIZER} = {path} does not exist{assets.why_missing(path)}: give a folder "
+            "or a file with tokenizer.json or a SentencePiece *.model."
         )
+    if git_lfs.is_pointer_file(path):
+        raise ConfigError(f"{fields.TOKENIZER} = {path} {git_lfs.SENTENCE}.")
     files = tokenizer_files.read(path.parent, with_template=not chat_template)
     tokenizer = _read(path, think_start, think_end, eos, files)
     # ---- The chat template: a given file, or the model's own ----
@@ -554,10 +557,13 @@ def _read(
             path, think_start=think_start, think_end=think_end, eos=eos, files=files
         )
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = strict_json.loads(path.read_bytes())
         vocab = spec["model"]["vocab"]
         if isinstance(vocab, dict) and not all(type(id_) is int for id_ in vocab.values()):
             raise TypeError("its vocabulary has ids that are not numbers")
+    except strict_json.Unreadable as error:
+        remedy = "take the file from the model's own folder"
+        raise ConfigError(error.after(f"{fields.TOKENIZER} = {path}", remedy)) from None
     except (ValueError, KeyError, TypeError) as error:
         raise _no_tokenizer(path, error) from error
     return JsonTokenizer(

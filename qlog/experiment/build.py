@@ -22,11 +22,12 @@ from qlog.config.check import (
     check_batches,
     check_config,
     check_final,
+    evaluation_scorers,
     reward_scorers,
 )
 from qlog.console import say
 from qlog.errors import ConfigError
-from qlog.experiment import contents, files
+from qlog.experiment import contents, files, golds
 from qlog.experiment.parts import Experiment
 from qlog.grading.scorers import Panel
 from qlog.learner import optimizer
@@ -71,6 +72,7 @@ def prepare(
         )
     tokens = _Tokens(tokenizer.vocab_size, formatter.closing, tokenizer.eos_ids, tokenizer.pad_id)
     experiment = _build(config, mesh, shape, tokens)
+    files.check_weights(weights, shape)
     # ---- The data ----
     if evaluate is None:
         evaluate = config.evaluation.every > 0 or not train
@@ -93,6 +95,7 @@ def prepare(
         weights=weights,
     )
     _check_apart(experiment)
+    _tell_unreachable_golds(experiment)
     if jax.process_count() > 1:  # each host has fetched for itself
         is_function = callable(config.data.name)
         contents.check_hosts(contents.identity(experiment), is_function)
@@ -146,6 +149,25 @@ def _check_apart(experiment: Experiment) -> None:
             f"warning: {repeated} questions of the {split} split are in train, too, word for word: "
             "its accuracy is not only that of unseen questions"
         )
+
+
+def _tell_unreachable_golds(experiment: Experiment) -> None:
+    """Says how many gold answers can never be right, in training and in evaluation."""
+    config, formatter, reward = experiment.config, experiment.formatter, experiment.reward
+    assert formatter and reward, "an experiment of shapes has no examples"
+    split = config.evaluation.split
+    for name, dataset, scorers in (
+        ("train", experiment.train_data, reward.scorers),
+        (split, experiment.evaluation_data, evaluation_scorers(config)[:1]),
+    ):
+        if dataset is None or dataset.endless:
+            continue
+        if found := golds.unreachable(dataset, formatter, scorers):
+            say(
+                f"warning: {found.number} of {found.looked_at} gold answers of the {name} split "
+                f"cannot be right under {found.grader} with this tokenizer, such as "
+                f"{found.gold!r} (id {found.example_id!r}), which its tokens spell {found.spelt!r}"
+            )
 
 
 class _Tokens(NamedTuple):

@@ -7,6 +7,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from qlog import data, models
+from qlog.console import say
 from qlog.data import chat_templates, pipeline, tokenizer_files
 from qlog.errors import ConfigError
 from qlog.parallel import distributed
@@ -50,6 +51,19 @@ def resolve_weights(config: ConfigDict) -> pathlib.Path | None:
     if config.weights == "random":
         return None
     return resolve(config.weights, "config.weights", weights=True)
+
+
+def check_weights(weights: pathlib.Path | None, shape: models.DecoderConfig) -> None:
+    """Whether weights are those of the model, before data are read. Every process must call it.
+
+    Args:
+      weights: from `resolve_weights`.
+
+    Raises:
+      ConfigError: as `models.huggingface.check`.
+    """
+    if weights is not None:
+        distributed.once_per_host(lambda: models.huggingface.check(weights, shape))
 
 
 def load_formatter(config: ConfigDict) -> data.Formatter:
@@ -182,6 +196,23 @@ def open_source(config: ConfigDict, split: str, prepared: str | None) -> pipelin
     return corpus(config).open(split, prepared)
 
 
+def check(config: ConfigDict) -> None:
+    """Reads all that a training run of this config reads, but measures and keeps nothing of it.
+
+    For a run that starts later: what is missing or damaged shows now. Every process must call it.
+
+    Raises:
+      ConfigError, PassingError: weights, tokenizer, model or data cannot be read.
+    """
+    weights = resolve_weights(config)
+    load_formatter(config)
+    check_weights(weights, model_shape(config))
+    prepared = prepare_data(config)
+    splits = ["train", config.evaluation.split if config.evaluation.every else ""]
+    for split in filter(None, [*splits, config.evaluation.final]):
+        open_source(config, split, prepared)
+
+
 def open_split(
     config: ConfigDict,
     formatter: data.Formatter,
@@ -198,12 +229,22 @@ def open_split(
     Raises:
       ConfigError: as `open_source` and `data.open_dataset`.
     """
-    section = config.data
-    return data.open_dataset(
-        open_source(config, split, prepared),
+    section, source = config.data, open_source(config, split, prepared)
+    dataset = data.open_dataset(
+        source,
         formatter,
         data_limits(config, rationales),
         overlong=section.overlong,
+        invalid=section.invalid,
         measure=_LENGTHS_MEASURED if corpus(config).endless else None,
         name=f"config.data.name = {data.label(section.name)!r}, split {split!r}",
     )
+    # ---- What was left out, and what is odd ----
+    # Files know what they left out; of official datasets the records do, not the examples.
+    files = source.records if isinstance(source, data.Converted) else source
+    skipped = getattr(files, "skipped", data.Skipped()) + dataset.invalid
+    for line in skipped.lines():
+        say(f"{split}: skipped {line}")
+    for note in getattr(files, "notes", ()):
+        say(f"warning: {split}: {note}")
+    return dataclasses.replace(dataset, invalid=skipped)

@@ -6,6 +6,7 @@ are computed for everybody are lines of `_columns`; a config adds its own (score
 """
 
 import functools
+import hashlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -61,13 +62,17 @@ def pass_at_k(n: int | np.ndarray, c: int | np.ndarray, k: int) -> np.ndarray:
 
 
 def majority_vote(
-    answers: Sequence[str], normalise: Callable[[str], str] = graders.vote_key
+    answers: Sequence[str], question: str = "", normalise: Callable[[str], str] = graders.vote_key
 ) -> int | None:
     """Index of the answer that wins the vote: the first one of the most frequent normal form.
 
-    Ties go to the form that was sampled first. Samples are exchangeable, so each of the tied forms
-    is the first with equal probability; and the winner is the same at every call. Answers whose
-    normal form is "" cast no vote.
+    A tie is drawn by a hash of the question and the form: fair over questions, the same at every
+    call, and the same in every order of the samples. Answers whose normal form is "" cast no vote.
+
+    Args:
+      answers: the samples of one vote.
+      question: its id.
+      normalise: from an answer to what is counted.
 
     Returns:
       An index into `answers`, or None where no answer casts a vote (then the vote is wrong).
@@ -76,8 +81,16 @@ def majority_vote(
     for index, answer in enumerate(answers):
         if key := normalise(answer):
             votes.setdefault(key, []).append(index)
-    # max keeps the first of equals, and a dict keeps the order of first occurrence.
-    return max(votes.values(), key=len)[0] if votes else None
+    if not votes:
+        return None
+    most = max(map(len, votes.values()))
+    tied = [key for key, indices in votes.items() if len(indices) == most]
+    return votes[min(tied, key=lambda key: _drawn(question, key))][0]
+
+
+def _drawn(question: str, form: str) -> bytes:
+    """A number that is as good as random for each form of an answer to a question."""
+    return hashlib.sha256(f"{question}\0{form}".encode("utf-8", "surrogatepass")).digest()
 
 
 def bootstrap_interval(
@@ -346,7 +359,7 @@ def _winners(rows: Sequence[Row], k: int) -> list[list[int | None]]:
         answers, of_question = row["answers"], []
         # Samples that are left over, fewer than k, take part in no vote.
         for start in range(0, len(answers) - k + 1, k):
-            winner = majority_vote(answers[start : start + k])
+            winner = majority_vote(answers[start : start + k], row["id"])
             of_question.append(None if winner is None else start + winner)
         winners.append(of_question)
     return winners

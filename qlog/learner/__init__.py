@@ -1,4 +1,4 @@
 """From rollouts and their coefficients to the next parameters; README.md has the idea.
 
-In reading order: types.py, trajectories.py, packing.py, gradient.py, optimizer.py.
+In reading order: types.py, trajectories.py, packing.py, blocks.py, gradient.py, optimizer.py.
 """

@@ -87,19 +87,22 @@ class PlanSettings(NamedTuple):
         return Work(int(rows), int(blocks.num_packs.sum()), blocks.prompt.size)
 
 
-def plan_blocks(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
+def plan_blocks(num_packs: np.ndarray, settings: PlanSettings, balanced: bool = True) -> Blocks:
     """The blocks of an update's prompts, by microbatch and place.
 
     Where nothing is gained by cutting or moving prompts, none is: then each shard computes its own.
 
     Args:
       num_packs: int [B], the packs of each prompt; B is a multiple of the places.
+      balanced: False leaves all prompts whole and where they are, to compare with.
 
     Returns:
       T >= 1 microbatches. Each pack of each prompt is in one block.
     """
     num_packs = np.asarray(num_packs, np.int64)
-    unmoved = whole_prompts(num_packs, settings)
+    unmoved = _whole_prompts(num_packs, settings)
+    if not balanced:
+        return unmoved
     parts = _cheapest_parts(num_packs, settings, settings.cost(unmoved.num_packs.max(axis=1)))
     return (
         unmoved
@@ -111,7 +114,7 @@ def plan_blocks(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
 # ---- Whole prompts, each on its own shard ----
 
 
-def whole_prompts(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
+def _whole_prompts(num_packs: np.ndarray, settings: PlanSettings) -> Blocks:
     """A block for each prompt. Microbatches without any pack are left out, all but one."""
     num_microbatches = len(num_packs) // settings.places
     # Strided: prompts lie on the shards in their order, so each shard has its share of every part.

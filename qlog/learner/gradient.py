@@ -54,6 +54,8 @@ def batch_gradient(
     objective: Objective,
     microbatch: Microbatch,
     before_each: Callable[[], None] | None = None,
+    *,
+    balanced: bool = True,
 ) -> tuple[models.Params, StepSums]:
     """Gradient of the surrogate's mean over the batch's real prompts, in microbatches.
 
@@ -65,15 +67,17 @@ def batch_gradient(
       microbatch: what is in memory at a time, at most.
       before_each: called before each program, which takes one microbatch, or several small ones. It
         may raise to give up; then nothing has changed.
+      balanced: False leaves each prompt whole, on its own device; the gradient is the same.
 
     Returns:
       float32 gradients like `params`, and the sums over the batch.
     """
-    microbatch = _narrowed(policy, batch.trajectories, microbatch)
+    if balanced:
+        microbatch = _narrowed(policy, batch.trajectories, microbatch)
     grads, needed = begin(params, policy, batch)
     sums = []
     for blocks in _programs(
-        policy, batch.prompts, batch.trajectories, needed.num_packs, microbatch
+        policy, batch.prompts, batch.trajectories, needed.num_packs, microbatch, balanced
     ):
         if before_each:
             # JAX returns before the devices are done. Without this wait the host would queue all
@@ -111,17 +115,19 @@ def _programs(
     trajectories: Trajectories,
     num_packs: Array,
     microbatch: Microbatch,
+    balanced: bool = True,
 ) -> list[Blocks]:
     """The blocks that each program computes: those of one microbatch, or of several small ones.
 
     Args:
       num_packs: int32 [B], of each prompt, whole on every device. The host waits for it.
       microbatch: `narrowed` already.
+      balanced: as `batch_gradient` takes it.
     """
     slots = prompts.tokens.shape[1], trajectories.tokens.shape[-1]
     settings = plan_settings(policy.config, *slots, _num_shards(policy), microbatch)
     several = _microbatches_per_program(policy, prompts, trajectories, microbatch)
-    planned = block_plans.plan_blocks(jax.device_get(num_packs), settings)
+    planned = block_plans.plan_blocks(jax.device_get(num_packs), settings, balanced)
     planned = planned.padded_to_multiple(several)
     starts = range(0, len(planned.prompt), several)
     return [planned.of(start, start + several) for start in starts]
@@ -171,9 +177,8 @@ def planned_work(
         microbatch = microbatch.narrowed(rollout_slots, num_shards)
     settings = plan_settings(config, prompt_slots, rollout_slots, num_shards, microbatch)
     on_device = _num_packs(jnp.asarray(lengths, jnp.int32), rollout_slots)
-    num_packs = np.asarray(jax.device_get(on_device), np.int64)
-    plan = block_plans.plan_blocks if balanced else block_plans.whole_prompts
-    return settings.work(plan(num_packs, settings))
+    planned = block_plans.plan_blocks(jax.device_get(on_device), settings, balanced)
+    return settings.work(planned)
 
 
 @functools.partial(jax.jit, static_argnames=("length",))
@@ -290,51 +295,39 @@ def add_microbatches(
     return jax.tree.map(jax.freeze, grads_refs), sums
 
 
+# ---- Inside the program: a microbatch of blocks, and in it some packs at a time ----
+
+
+class PromptContext(NamedTuple):
+    """What the rollouts of b prompts go on from: computed once, however many there are."""
+
+    prefix: models.Prefix  # keys and values of all tokens of the prompts but the last
+    last: Array  # int32 [b], the last token of each prompt: the first input of its rollouts
+
+
 def _add_blocks(
     grads_refs: _Refs,
     params: models.Params,
     policy: Policy,
     objective: Objective,
     packs_at_once: int,
-    batch: LearnerBatch,
+    whole: LearnerBatch,
     needed: Needed,
     blocks: Blocks,
 ) -> StepSums:
-    """Adds the gradients of a microbatch's blocks [N] to `grads_refs`; returns the sums."""
-    # The rows of the blocks' prompts, from the shards on which they lie to those that compute them.
-    prompt = jnp.asarray(blocks.prompt)
-    rows, is_needed = exchange.take(policy.mesh, (batch, needed.is_needed), prompt)
-    packing = _block_packing(policy, rows.trajectories, is_needed, blocks)
-    return _add_prompts(
-        grads_refs, params, policy, objective, needed.share, packs_at_once, rows, packing
-    )
+    """Adds the gradients of a microbatch's blocks [N] to `grads_refs`.
 
-
-# ---- Inside the program: a microbatch of prompts, and in it some packs at a time ----
-
-
-class PromptContext(NamedTuple):
-    """What the rollouts of b prompts go on from: computed once, whatever M is."""
-
-    prefix: models.Prefix  # keys and values of all tokens of the prompts but the last
-    last: Array  # int32 [b], the last token of each prompt: the first input of its rollouts
-
-
-def _add_prompts(
-    grads_refs: _Refs,
-    params: models.Params,
-    policy: Policy,
-    objective: Objective,
-    share: Array,
-    packs_at_once: int,
-    batch: LearnerBatch,
-    packing: Packing,
-) -> StepSums:
-    """Adds the gradients of b prompts and their packed rollouts to `grads_refs`.
+    Args:
+      whole: of all B prompts.
 
     Returns:
-      The sums over these rollouts.
+      The sums over the blocks' rollouts.
     """
+    # The rows of the blocks' prompts, from the shards on which they lie to those that compute them.
+    batch, is_needed = exchange.take(
+        policy.mesh, (whole, needed.is_needed), jnp.asarray(blocks.prompt)
+    )
+    packing = _block_packing(policy, batch.trajectories, is_needed, blocks)
     # The loss of a group depends on the parameters in two ways: through the rollouts' own passes,
     # and through the prompt's keys and values, the caches C, that all of them attend to:
     #
@@ -354,7 +347,7 @@ def _add_prompts(
     caches = context.prefix.keys, context.prefix.values
     caches_refs = _new_refs(sharding.constrain_batch(policy.mesh, _zeros(caches), axis=1))
     add = functools.partial(
-        _add_packs, grads_refs, caches_refs, params, policy, objective, share, context, batch
+        _add_packs, grads_refs, caches_refs, params, policy, objective, needed.share, context, batch
     )
     if packs_at_once == packing.token.shape[1]:
         sums = add(packing)

@@ -228,11 +228,11 @@ def maxrl() -> LossTransform:
     )
 
 
-def grpo(scale_by_std: bool = True, eps: float = 1e-6) -> LossTransform:
+def grpo(scale_by_std: bool = True, eps: float = 1e-6, sample_std: bool = False) -> LossTransform:
     """GRPO: (r_m - rbar) / (std(r) + eps) / M on sampled answers; Dr. GRPO does not scale."""
     advantage = [transforms.from_reward(), transforms.center()]
     if scale_by_std:
-        advantage.append(transforms.scale_by_group_std(eps))
+        advantage.append(transforms.scale_by_group_std(eps, sample_std))
     return chain(*advantage)
 
 

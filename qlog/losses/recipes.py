@@ -286,12 +286,13 @@ RECIPES: dict[str, Recipe] = {
     ),
     "maxrl": Recipe(
         aliases.maxrl,
+        min_rollouts=2,
         answer="sampled",
         reward="exact_match",
         is_reward_weight=True,
         weight=group_stats.log_reward,
     ),
-    "grpo": _on_rewards(aliases.grpo, surrogates.clipped, "sequence_mean"),
+    "grpo": _on_rewards(aliases.grpo, surrogates.clipped, "sequence_mean", 2),
     "rloo": _on_rewards(aliases.rloo, min_rollouts=2),
     # Relatives: what other papers do, in the same algebra.
     "log_prob": Recipe(aliases.log_prob, min_rollouts=2),
@@ -300,17 +301,17 @@ RECIPES: dict[str, Recipe] = {
         aliases.log_prob, min_rollouts=2, overrides={"kl_weight": 0.05, "kl_kind": "sequence"}
     ),
     "average_log_prob": Recipe(aliases.average_log_prob, min_rollouts=2, gold_log_probs=True),
-    "rlpr": Recipe(aliases.rlpr, gold_log_probs=True),
+    "rlpr": Recipe(aliases.rlpr, min_rollouts=2, gold_log_probs=True),
     "nover": Recipe(aliases.nover, min_rollouts=2, gold_log_probs=True),
     "r3": Recipe(aliases.r3, min_rollouts=2, gold_log_probs=True),
     "tempered": Recipe(aliases.tempered, min_rollouts=2),
     "rb_pass_at_k": Recipe(aliases.rb_pass_at_k, min_rollouts=_subset_min_rollouts),
     "rb_maxrl": Recipe(aliases.rb_maxrl, min_rollouts=_subset_min_rollouts),
     "pkpo": _on_rewards(aliases.pkpo, min_rollouts=_subset_min_rollouts),
-    "rs_grpo": _on_rewards(aliases.rs_grpo, surrogates.clipped, "sequence_mean"),
-    "gspo": _on_rewards(aliases.grpo, surrogates.clipped_sequence, "sequence_mean"),
-    "cispo": _on_rewards(aliases.grpo, surrogates.cispo, "token_mean"),
-    "lite_ppo": _on_rewards(aliases.lite_ppo, surrogates.clipped, "token_mean"),
+    "rs_grpo": _on_rewards(aliases.rs_grpo, surrogates.clipped, "sequence_mean", 2),
+    "gspo": _on_rewards(aliases.grpo, surrogates.clipped_sequence, "sequence_mean", 2),
+    "cispo": _on_rewards(aliases.grpo, surrogates.cispo, "token_mean", 2),
+    "lite_ppo": _on_rewards(aliases.lite_ppo, surrogates.clipped, "token_mean", 2),
     "reinforce_plus_plus": _on_rewards(
         aliases.reinforce_plus_plus, surrogates.clipped, "token_mean"
     ),

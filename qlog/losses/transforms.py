@@ -312,8 +312,12 @@ def leave_one_out_baseline(
 
 
 def center() -> LossTransform:
-    """Subtracts the group's mean from both coefficients."""
-    return stateless(lambda coefficients, scores, **_: _centered(coefficients, scores))
+    """Subtracts the group's mean from both coefficients.
+
+    M = 1 is a ValueError: minus itself, a single rollout teaches nothing.
+    """
+    centered = lambda coefficients, scores, **_: _centered(coefficients, scores)
+    return stateless(centered, min_rollouts=2)
 
 
 def center_leave_one_out() -> LossTransform:
@@ -336,13 +340,22 @@ def _centered(coefficients: Coefficients, scores: Scores) -> Coefficients:
     )
 
 
-def scale_by_group_std(eps: float = 1e-6) -> LossTransform:
-    """Divides by the population standard deviation of the group's rewards plus `eps` (GRPO)."""
+def scale_by_group_std(eps: float = 1e-6, sample_std: bool = False) -> LossTransform:
+    """Divides by the standard deviation of the group's rewards plus `eps` (GRPO).
+
+    Args:
+      eps: keeps groups of nearly equal rewards from being blown up.
+      sample_std: whether the sum of squares is divided by n - 1, as in TRL and verl, and not by n:
+        a factor of 1.016 at n = 32.
+    """
     check_number("eps", eps, 0, 1)
 
     def function(coefficients: Coefficients, scores: Scores, **_) -> Coefficients:
         reward = scores.require("reward", "scale_by_group_std")
         variance = group_stats.group_mean(jnp.square(group_stats.deviation(reward, scores)), scores)
+        if sample_std:
+            n = group_stats.num_valid(scores)
+            variance *= n / jnp.maximum(n - 1, 1)
         std = jnp.sqrt(variance) + eps
         # With eps = 0, a group of equal rewards has std 0; its coefficients are 0 already.
         factor = 1 / jnp.where(std > 0, std, 1.0)

@@ -5,6 +5,7 @@ import fnmatch
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -26,7 +27,7 @@ from qlog.models.config import DecoderConfig
 from qlog.models.config_json import from_hf_config, to_hf_config
 from qlog.models.decoder import Params, shapes
 from qlog.models.families import FAMILIES
-from qlog.storage import assets, paths
+from qlog.storage import assets, git_lfs, paths, strict_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,18 +84,35 @@ def resolve(
     wanted = functools.partial(is_wanted, weights=weights)
     folder = None if is_hub_id(spec) else assets.local(spec, field, wanted)
     if folder is not None and folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{field} = {str(spec)!r} holds no config.json, so it is not a Hugging Face model."
-            )
-        return folder
+        return _whole(folder, field, spec, weights)
     if folder is not None:
         raise ConfigError(
             f"{field} = {str(spec)!r} is not a folder here and not a Hub id of the form "
             "'owner/name'."
         )
     staged = assets.find(f"models/{spec}", functools.partial(_is_complete, weights), wanted)
-    return staged or _from_hub(str(spec), weights)
+    found = staged or _from_hub(str(spec), weights)
+    # Without weights it may be a repository of a tokenizer alone.
+    return _whole(found, field, spec, weights) if weights else found
+
+
+def _whole(
+    folder: pathlib.Path, field: str, spec: str | os.PathLike, weights: bool
+) -> pathlib.Path:
+    """The folder, if all of a model is there: data are prepared only for a model that loads.
+
+    A download that was cut off leaves links of a cache, or only some of the files; without a
+    network the Hub's client takes it for the model.
+    """
+    if not (folder / "config.json").is_file():
+        hint = assets.why_missing(folder / "config.json")
+        raise ConfigError(
+            f"{field} = {os.fspath(spec)!r} is not a Hugging Face model, since {folder} holds no "
+            f"config.json{hint}: correct the path, or download the model again."
+        )
+    if weights:
+        _tensor_files(folder)
+    return folder
 
 
 def is_hub_id(spec: str | os.PathLike) -> bool:
@@ -165,6 +183,50 @@ def _passes(error: BaseException | None) -> bool:
 def read_config(folder: str | os.PathLike) -> DecoderConfig:
     """The DecoderConfig of a model's folder; ConfigError if qlog's decoder cannot express it."""
     return from_hf_config(_read_json(pathlib.Path(folder) / "config.json"))
+
+
+def check(folder: str | os.PathLike, config: DecoderConfig) -> None:
+    """Whether a folder holds the weights of this model, by tensors' names, shapes and types.
+
+    Warns of a tied model whose file has another head: it is not read, as in transformers.
+
+    Raises:
+      ConfigError: as `load`.
+    """
+    folder = pathlib.Path(folder)
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(folder, config, stack)
+        _check_tensors(folder, tensors, _expected_shapes(config, shapes(config, jnp.float32)))
+        if config.tied_embeddings and (file := _file_of_other_head(folder, config, tensors)):
+            logging.warning(
+                "%s has an lm_head.weight that differs from the embedding, but its config.json "
+                "says tie_word_embeddings: the head is not read; correct config.json if the model "
+                "has a head of its own.",
+                file,
+            )
+
+
+def _file_of_other_head(
+    folder: pathlib.Path, config: DecoderConfig, tensors: Tensors
+) -> pathlib.Path | None:
+    """The file of a tied model that has a head besides, if that differs from the embedding."""
+    embedding, name = tensors[FAMILIES[config.family].tensors["embed"]]
+    rows = embedding.get_slice(name)
+    num_rows = rows.get_shape()[0]
+    with contextlib.ExitStack() as stack:
+        for path in _tensor_files(folder):
+            file = _open_safetensors(path, stack)
+            for key in file.keys():
+                if not _is_head(key):
+                    continue
+                head = file.get_slice(key)
+                if head.get_shape() != rows.get_shape():
+                    return path
+                # Some rows tell: of a copy all are equal, of another head hardly one.
+                for row in range(0, num_rows, max(num_rows // 64, 1)):
+                    if not np.array_equal(head[row], rows[row]):
+                        return path
+    return None
 
 
 def load(
@@ -309,12 +371,21 @@ def _leaf_name(path: tuple[Any, ...]) -> str:
 
 def _canonical_name(tensor: str, config: DecoderConfig) -> str | None:
     """A tensor's name as in a text-only file; None if the decoder has no use for it."""
+    # Tied models have no head of their own, but some files carry the embedding once more as one.
+    if config.tied_embeddings and _is_head(tensor):
+        return None
+    tensor = _plain_name(tensor)
+    return None if _IGNORED.search(tensor) else tensor
+
+
+def _plain_name(tensor: str) -> str:
     for pattern, replacement in _OUTER_NAMES:
         tensor = pattern.sub(replacement, tensor)
-    # Tied models have no head of their own, but some files carry the embedding once more as one.
-    if _IGNORED.search(tensor) or (config.tied_embeddings and tensor == "lm_head.weight"):
-        return None
     return tensor
+
+
+def _is_head(tensor: str) -> bool:
+    return _plain_name(tensor) == "lm_head.weight"
 
 
 def _tensors_of(config: DecoderConfig, leaf: str) -> list[str]:
@@ -351,12 +422,22 @@ def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
         if not isinstance(weight_map, dict):
             raise ConfigError(f"{index} holds no 'weight_map' of tensors: download it again.")
         names = sorted(set(map(str, weight_map.values())))
+        # An index is data: it names files of its folder, and none elsewhere on this host.
+        if outside := [name for name in names if not assets.is_inside(name)]:
+            raise ConfigError(
+                f"{index} names {outside[0]!r}, which is not in its folder: download the model "
+                "again from where you trust it."
+            )
     else:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
     absent = [name for name in names if not (folder / name).is_file()]
     if absent or not names:
         what = f"lacks {', '.join(absent)}" if absent else "holds no *.safetensors"
-        raise ConfigError(f"{folder} {what}: download the model again, safetensors included.")
+        hint = assets.why_missing(folder / (absent[0] if absent else _WHOLE))
+        raise ConfigError(f"{folder} {what}{hint}: download the model again, safetensors included.")
+    for name in names:
+        if git_lfs.is_pointer_file(folder / name):
+            raise ConfigError(f"{folder / name} {git_lfs.SENTENCE}.")
     return [folder / name for name in names]
 
 
@@ -539,9 +620,11 @@ def _to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON ({error}): download it again.") from error
+        fields = strict_json.loads(file.read_bytes())
+    except strict_json.Unreadable as error:
+        raise ConfigError(error.after(file, "download it again")) from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error}): download it again.") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{file} holds no JSON object: download it again.")
     return fields

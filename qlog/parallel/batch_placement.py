@@ -40,7 +40,7 @@ def put_batch(mesh: Mesh | None, tree: Any) -> Any:
 
     def put(x: np.ndarray) -> jax.Array:
         if mesh is None:
-            return jax.numpy.asarray(x)
+            return jax.device_put(x, may_alias=False)
         return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda part: x[part])
 
     return jax.tree.map(put, tree)
@@ -50,7 +50,7 @@ def put_everywhere(mesh: Mesh | None, x: Any) -> jax.Array:
     """Host array, the same on each process -> global array, whole on each device."""
     x = np.asarray(x)
     if mesh is None:
-        return jax.numpy.asarray(x)
+        return jax.device_put(x, may_alias=False)
     return jax.make_array_from_callback(x.shape, replicated(mesh), lambda part: x[part])
 
 
@@ -76,13 +76,14 @@ def put_parts(
     if mesh is None:
         whole = np.zeros(shape, dtype)
         fill(jax.devices()[0], 0, whole)
-        return jax.numpy.asarray(whole)
+        return jax.device_put(whole, may_alias=False)
     place = batch_sharding_of(mesh, jax.ShapeDtypeStruct(shape, dtype))
     parts = []
     for device, index in place.addressable_devices_indices_map(shape).items():
         local = np.zeros(place.shard_shape(shape), dtype)
         fill(device, index[0].start or 0, local)
-        parts.append(jax.device_put(local, device))
+        # Of its own memory: programs write into it.
+        parts.append(jax.device_put(local, device, may_alias=False))
     return jax.make_array_from_single_device_arrays(shape, place, parts)
 
 

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from qlog.console import output
     from qlog.errors import QLOG_ERRORS, ConfigError
     from qlog.report import comparison, read, server
     from qlog.storage import paths
@@ -61,9 +62,10 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # a port that is in use, a folder that cannot be written
         print(f"qlog: {error}", file=sys.stderr)
         return 2
-    print(paths.read(out / "report.md"))
-    print(f"{len(folders)} runs. The report is {out / 'report.html'}: open it in a browser.")
-    print(f"Next to it: {', '.join(name for name in names if name != 'report.html')}")
+    with output():
+        print(paths.read(out / "report.md"))
+        print(f"{len(folders)} runs. The report is {out / 'report.html'}: open it in a browser.")
+        print(f"Next to it: {', '.join(name for name in names if name != 'report.html')}")
     return 0
 
 

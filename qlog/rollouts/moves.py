@@ -215,9 +215,10 @@ class Held:
     They go back to the devices that they came from.
     """
 
-    def __init__(self, mesh: Mesh | None, num_rollouts: int):
-        """Of none; `num_rollouts`: per prompt, M. A rollout's id is prompt * M + its number."""
-        self._mesh, self._num_rollouts = mesh, num_rollouts
+    def __init__(self, mesh: Mesh | None, keys: Array):
+        """Of none; `keys`: PRNG keys [B, M] of all rollouts. An id is prompt * M + number."""
+        self._mesh, self._num_rollouts = mesh, keys.shape[1]
+        self._key_kind = jax.random.key_impl(keys)
         # By device and id of the rollout, or number of the prompt.
         self._rollouts: dict[tuple[jax.Device, int], _Kept] = {}
         self._prompts: dict[tuple[jax.Device, int], _Kept] = {}
@@ -280,7 +281,7 @@ class Held:
             last=last,
             closing_at=closing_at,
             done=batch_placement.put_batch(self._mesh, rollout_ids == NO_ROLLOUT),
-            keys=jax.random.wrap_key_data(keys, impl=jax.random.key_impl(like.keys)),
+            keys=jax.random.wrap_key_data(keys, impl=self._key_kind),
             rollouts=rollouts,
             prefix=prefix,
             suffix=like.suffix._replace(

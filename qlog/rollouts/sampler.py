@@ -252,7 +252,7 @@ class _Decoder:
         self._weights = decoding_weights(params, policy)
         self._batch, self._golds, self._plan, self._interrupts = batch, golds, plan, interrupts
         self._pool: Pool | None = None
-        self._held = moves.Held(policy.mesh, batch.keys.shape[1])
+        self._held = moves.Held(policy.mesh, batch.keys)
         self.results = empty_results(policy, sampling, *batch.keys.shape)
 
     @property

@@ -147,11 +147,11 @@ class Schedule:
     def transitions(self) -> list[tuple[Level, Level]]:
         """All moves that a run may make."""
         pairs = list(zip(self.sizes, self.sizes[1:], strict=False))
+        # When slots are spent, what fits the largest pool that has them all goes on there.
+        pairs += [(size, self.full) for size in self.sizes if size.slots < self.full.slots]
         if self.full not in self.sizes:
-            # When slots are spent, what fits the largest pool that has them all goes on there.
-            pairs += [(size, self.full) for size in self.sizes if size.slots < self.full.slots]
             pairs += [(self.full, size) for size in self.smaller(self.full)[:1]]
-        return pairs
+        return list(dict.fromkeys(pairs))
 
     def smaller(self, level: Level) -> tuple[Level, ...]:
         """The sizes that a pool of this size may shrink to."""

@@ -23,6 +23,8 @@ import glob
 import hashlib
 import os
 import pathlib
+import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -37,7 +39,9 @@ from qlog.storage import paths
 ENVIRONMENT = "QLOG_ASSETS"
 # Where stores say what an object's content is, the surest first.
 _CHECKSUMS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "LastModified", "updated")
+_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar.gz", ".tgz")
 _SECONDS_BETWEEN_NEWS = 10.0
+_LEFT_AFTER = 24 * 3600.0  # seconds after which what another host was making is not made any more
 _AT_ONCE = 8  # files copied at the same time
 
 
@@ -160,11 +164,52 @@ def names(spec: str, field: str) -> list[str]:
             return sorted(name for name in found if os.path.isfile(name))
         below = {"": None}
         if folder.is_dir():
-            files = (file for file in folder.rglob("*") if file.is_file())
-            below = dict.fromkeys(file.relative_to(folder).as_posix() for file in files)
+            below = dict.fromkeys(
+                file.relative_to(folder).as_posix()
+                for file in folder.rglob("*")
+                if file.is_file() or _is_dangling(file)
+            )
     # A cache of the Hub's client lies in a hidden folder of what it has downloaded.
     visible = [name for name in below if not any(p.startswith(".") for p in name.split("/"))]
+    if not paths.is_remote(path):
+        # Left out, a part of the data would be missing without a word.
+        for name in visible:
+            if name and _is_dangling(pathlib.Path(path) / name):
+                raise ConfigError(
+                    f"{field} = {spec!r} lacks {name}{why_missing(pathlib.Path(path) / name)}."
+                )
     return sorted(f"{spec.rstrip('/')}/{name}" if name else spec for name in visible)
+
+
+def _is_dangling(path: pathlib.Path) -> bool:
+    """Whether it is a link to nothing."""
+    return path.is_symlink() and not path.exists()
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name, relative to a folder, stays in that folder on every system.
+
+    Links in the folder may lead elsewhere: caches of the Hub are made of them.
+    """
+    plain = name.replace("\\", "/")
+    parts = plain.split("/")
+    return bool(name) and ".." not in parts and not plain.startswith("/") and ":" not in parts[0]
+
+
+def why_missing(path: str | os.PathLike) -> str:
+    """Why a local file is not there, in brackets for a message; '' where nothing tells.
+
+    It is a link to nothing, as in a copy of one folder of a cache; or it is packed.
+    """
+    path = pathlib.Path(path).expanduser()
+    if _is_dangling(path):
+        return (
+            f" ({path.name} is a link to {os.readlink(path)}, which is not there: copy with cp -rL)"
+        )
+    for suffix in _PACKED:
+        if path.with_name(path.name + suffix).is_file():
+            return f" ({path.name}{suffix} is there: unpack it)"
+    return ""
 
 
 def is_there(path: pathlib.Path) -> bool:
@@ -174,10 +219,13 @@ def is_there(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(target: pathlib.Path) -> Iterator[None]:
+def locked(target: pathlib.Path) -> Iterator[bool]:
     """While inside, no other process on this file system is inside for the same target.
 
     Leaves an empty file .NAME.lock next to the target.
+
+    Yields:
+      Whether that is so; False on a file system without locks.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.lock"
@@ -191,12 +239,50 @@ def locked(target: pathlib.Path) -> Iterator[None]:
     except (NotImplementedError, OSError):
         # A file system without locks, or a lock of another user. Then two processes may do the same
         # work at the same time; the renames at its end keep the result whole.
-        yield
+        yield False
         return
     try:
-        yield
+        yield True
     finally:
         lock.release()
+
+
+def temporary_prefix(target: pathlib.Path) -> str:
+    """How the name of a temporary folder begins in which this process makes `target`."""
+    return f".{target.name}-{_host()}-{os.getpid()}-"
+
+
+def remove_leftovers(target: pathlib.Path) -> None:
+    """Removes temporary folders of processes that were killed while they made `target`.
+
+    Only inside of `locked`. A lock may not hold between hosts, so what another host has changed
+    within a day stays.
+    """
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}-*"):
+        host, _, rest = leftover.name.removeprefix(f".{target.name}-").partition("-")
+        pid = rest.partition("-")[0]
+        if host == _host() and pid.isdecimal():
+            is_dead = not _is_running(int(pid))
+        else:
+            is_dead = time.time() - leftover.stat().st_mtime > _LEFT_AFTER
+        if is_dead:
+            _say(f"removing {leftover}, which a process that was killed has left")
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _host() -> str:
+    """This host's name, without the sign that ends it in names of folders."""
+    return platform.node().replace("-", "_") or "host"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def publish(source: pathlib.Path, target: paths.Path, names: list[str], last: str) -> int:
@@ -321,12 +407,16 @@ def _copy(path: paths.Path, listing: dict[str, _Entry]) -> pathlib.Path:
             f"the cache folder {target.parent} cannot be written ({error.strerror or error}): set "
             "XDG_CACHE_HOME to a local folder with room."
         ) from error
-    with locked(target):
+    with locked(target) as is_locked:
+        if is_locked:
+            remove_leftovers(target)
         if is_there(target):  # another process made it while this one waited
             return result
         system, where = paths.file_system(path)
         news = _News(f"from {path}", sum(entry.size for entry in listing.values()))
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        with tempfile.TemporaryDirectory(
+            prefix=temporary_prefix(target), dir=target.parent
+        ) as temporary:
             fresh = pathlib.Path(temporary) / "files"
 
             def fetch(name: str) -> int:

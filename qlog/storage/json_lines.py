@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from qlog.storage import strict_json
+
 
 def line(value: Any) -> str:
     """The line of a value, with its newline at the end."""
@@ -17,3 +19,20 @@ def split(text: str) -> list[str]:
     # Not str.splitlines, which also splits at the line separators of Unicode (U+2028). JSON allows
     # them inside of a string.
     return [line for line in text.split("\n") if line]
+
+
+def loads(content: bytes) -> list[Any]:
+    """The values of a file of JSON lines that others wrote; blank lines are left out.
+
+    Raises:
+      strict_json.Unreadable: it is no text in UTF-8, or a line is not JSON ("line 3 is not ...").
+    """
+    values = []
+    for number, each in enumerate(strict_json.text(content).split("\n"), 1):
+        if not each.strip():
+            continue
+        try:
+            values.append(strict_json.loads(each))
+        except strict_json.Unreadable as error:
+            raise strict_json.Unreadable(f"line {number} {error.what}", error.remedy) from None
+    return values

@@ -90,6 +90,41 @@ def test_a_wrong_run_stops_the_sweep_before_the_first_one(tmp_path):
     assert not (tmp_path / "good").exists()
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": {"name": "squad"}}, r"run 'wrong': config.data.name = 'squad' is unknown"),
+        (
+            {"data": {"name": "jsonl", "files": {"train": "nope.jsonl"}, "world": {}}},
+            r"run 'wrong': .*(tokenizer.path is empty|nope.jsonl)",
+        ),
+        ({"weights": "no/such/folder"}, r"run 'wrong': config.weights = 'no/such/folder' is not a"),
+    ],
+)
+def test_what_a_later_run_reads_is_looked_for_before_the_first_one(changes, message, tmp_path):
+    config = tiny.config()
+    config.runs = {"good": {}, "wrong": changes}
+    with pytest.raises(ConfigError, match=message):
+        several_runs.run(config, tmp_path, ONE)
+    assert not (tmp_path / "good").exists()
+
+
+def test_damaged_records_of_a_later_run_are_found_before_the_first_one(tmp_path):
+    config = tiny.config()
+    prepare(config, ONE).formatter.tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text('{"source": "ask amy", "answer": "bob"}\n{"source": "cut')
+    config.runs = {
+        "good": {},
+        "wrong": {
+            "data": {"name": "jsonl", "files": {"train": str(tmp_path / "a.jsonl")}, "world": {}},
+            "tokenizer": {"path": str(tmp_path / "tokenizer")},
+        },
+    }
+    with pytest.raises(ConfigError, match=r"run 'wrong': .*a.jsonl:2 is not JSON"):
+        several_runs.run(config, tmp_path / "runs", ONE)
+    assert not (tmp_path / "runs/good").exists()
+
+
 def test_every_number_can_be_computed_again_from_the_samples(swept):
     config, workdir = swept
     results = json.loads((workdir / "b_garl" / "results.json").read_text())["metrics"]

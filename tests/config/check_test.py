@@ -315,3 +315,19 @@ def test_the_command_line_answers_in_one_sentence(arguments, message, tmp_path):
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+# Losses that a single rollout per prompt teaches something.
+OF_ONE = {"paft", "rb_reinforce", "iwae", "trice", "star", "reinforce_plus_plus", "sft"}
+
+
+@pytest.mark.parametrize("loss", losses.RECIPES)
+def test_one_rollout_is_refused_where_it_would_teach_nothing(loss):
+    """Minus the mean of a group of one, every reward is 0."""
+    config = schema.merge(tiny.config(), {"rollout": {"rollouts_per_prompt": 1}})
+    config.loss = schema.loss(loss)
+    if loss in OF_ONE:
+        check.build_estimator(config)
+        return
+    with pytest.raises(ConfigError, match=rf"rollouts_per_prompt = 1: the loss '{loss}' needs at"):
+        check.build_estimator(config)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from places import ROOT
 
 from qlog import losses, models
+from qlog.commands import entry
 from qlog.config import check_config, command_line, schema
 from qlog.data import synthetic
 from qlog.errors import ConfigError
@@ -148,6 +149,13 @@ def test_none_turns_a_text_field_off_and_names_stay_names():
         ('--config.runs={"../x": {}}', "runs"),
         ('--config.runs={"a b": {}}', "config.runs has the name 'a b'"),
         ("--config.runs.grpo.runs.x.seed=3", "runs hold no runs"),
+        (
+            '--config.runs={"/abs/path": {}}',
+            "config.runs has the name '/abs/path': it must be that",
+        ),
+        ('--config.runs={"..": {}}', r"does not accept dots in field names"),
+        ('--config.runs={"x": 5}', "config.runs.x = 5 must be a section"),
+        ("--config.runs=5", "config.runs is a section"),
         ("--config.loss={}", "a loss is given by its name"),
         ('--config.loss={"q": 0.5}', "a loss is given by its name"),
         ('--config.loss={"name": "gralo"}', "no loss is called 'gralo'"),
@@ -164,12 +172,35 @@ def test_runs_and_losses_that_are_none(flag, message):
         ("def get_config(:", r"mine.py.*line 1"),
         ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module'"),
         ("def get_config():\n    return 1 / 0", r"ZeroDivisionError: .*mine.py.*2"),
-        ("x = 3", "get_config"),
         ("def get_config(): return None", "get_config must return a ConfigDict"),
+        ("def get_config(): return {'seed': 1}", "must return a ConfigDict, got dict"),
+        ("import sys\nsys.exit(0)", r"mine.py called sys.exit\(0\) in line 2: a config file has"),
+        ("import sys\ndef get_config():\n    sys.exit()", r"called sys.exit\(None\) in line 3"),
+        (b"\xff\xfe", "mine.py raised SyntaxError"),
+        ("def get_config():\n    raise KeyError", r"raised KeyError: KeyError \(mine.py:2\)"),
     ],
 )
-@pytest.mark.parametrize("command", ["main", "commands.show", "commands.doctor"])
-def test_a_config_file_that_fails_is_told_in_a_sentence(command, text, message, tmp_path):
+def test_a_config_file_that_fails_is_told_in_a_sentence(text, message, tmp_path):
+    (tmp_path / "mine.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((ConfigError, OSError, flags.Error)) as caught:
+        read(config=f"--config={tmp_path / 'mine.py'}")
+    told = entry.sentence(caught.value)
+    assert re.search(message, told) and "\n" not in told and "Traceback" not in told
+
+
+EXITS = ("import sys\nsys.exit(0)", r"mine.py called sys.exit\(0\) in line 2")
+
+
+@pytest.mark.parametrize(
+    "command, text, message",
+    [
+        ("main", *EXITS),
+        ("commands.show", *EXITS),
+        ("commands.doctor", *EXITS),
+        ("main", "x = 3", "get_config"),
+    ],
+)
+def test_a_config_file_that_exits_ends_no_command_in_silence(command, text, message, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     file = str(tmp_path / "mine.py")
     words = [file] if command == "commands.show" else [f"--config={file}"]
@@ -182,6 +213,33 @@ def test_a_config_file_that_fails_is_told_in_a_sentence(command, text, message, 
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert re.search(message, result.stderr), result.stderr
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config=nope.py"], "--config=nope.py: nope.py is not a file: name a config file"),
+        (["--config", "nope.py"], "nope.py is not a file"),
+        (["--config=."], r"--config=.: . is not a file"),
+        ([f"--config={ROOT / 'configs/quikstart.py'}"], "did you mean 'quickstart.py'"),
+        (
+            [QUICKSTART, "--config.model=\udcff"],
+            r"'--config.model=\\udcff' on the command line is ",
+        ),
+    ],
+)
+def test_names_of_config_files_that_are_none(words, message):
+    values = flags.FlagValues()
+    command_line.define(values=values)
+    with pytest.raises(ConfigError, match=message):
+        command_line.parse(["program", *words], values)
+
+
+def test_a_file_without_variants(tmp_path):
+    file = tmp_path / "plain.py"
+    file.write_text("from qlog.config import default\ndef get_config(): return default()")
+    with pytest.raises(ConfigError, match="plain.py:warm: this config file has no variants: leave"):
+        read(config=f"--config={file}:warm")
 
 
 def test_a_reward_may_be_a_list():

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import hashlib
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zipfile
 
 import grain
@@ -24,6 +26,7 @@ from qlog.data.builders import raw
 from qlog.data.builders.finqa import finqa_dataset_builder
 from qlog.data.builders.musique import musique_dataset_builder
 from qlog.errors import ConfigError, PassingError
+from qlog.storage import assets
 
 FILES = {
     ("finqa", "train"): "finqa/train.json",
@@ -184,6 +187,166 @@ def test_a_damaged_preparation_is_named(manual_dir, tmp_path):
         shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ConfigError, match="is damaged.*delete that folder"):
         builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+
+
+def test_the_full_set_in_the_place_of_the_answerable_one_is_named(tmp_path):
+    names = [pathlib.Path(FILES["musique", split]).name for split in ("train", "dev")]
+    for name in names:
+        records = official_records(TESTDATA / "musique" / name)
+        full = [each for r in records for each in (r, {**r, "answerable": False})]
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in full))
+    with pytest.raises(
+        ConfigError, match="record 1 is not one of musique: .* this is MuSiQue-Full"
+    ):
+        builders.prepare("musique", manual_dir=tmp_path, data_dir=tmp_path / "data")
+    for name in names:
+        (tmp_path / name).rename(tmp_path / name.replace("ans", "full"))
+    with pytest.raises(
+        ConfigError, match="holds none of .*musique_full_v1.0_.* is of the full set"
+    ):
+        builders.prepare("musique", manual_dir=tmp_path, data_dir=tmp_path / "data")
+
+
+def test_the_datasets_own_folder_goes_before_others(manual_dir, tmp_path):
+    """A folder of several datasets; SQuAD's files, too, are called train.json and dev.json."""
+    together = tmp_path / "together"
+    (together / "finqa").mkdir(parents=True)
+    for split in ("train", "dev"):
+        (together / f"{split}.json").write_text('{"data": []}')
+        shutil.copy(manual_dir / f"{split}.json", together / "finqa")
+    shutil.copy(manual_dir / "test.json", together)  # each file is looked for by itself
+    for split in ("train", "dev", "test"):
+        opened = builders.open_records("finqa", split, manual_dir=together, data_dir=tmp_path / "d")
+        assert list(opened) == official_records(manual_dir / f"{split}.json")
+
+
+def test_what_a_killed_preparation_left_is_removed(manual_dir, tmp_path):
+    """Killed for real, while it writes; another process's folder stays."""
+    data_dir = tmp_path / "data"
+    code = (
+        "from qlog.data import builders; from qlog.data.builders import raw; import os, signal;"
+        "read = raw.read\n"
+        "def killed(path, member=''):\n"
+        "    yield next(read(path, member)); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "raw.read = killed\n"
+        f"builders.prepare('finqa', manual_dir={str(manual_dir)!r}, data_dir={str(data_dir)!r})"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    (left,) = prepared_in(data_dir)
+    assert left.name.startswith(".finqa-1.0.0-")
+    name = left.name.split(f"-{assets._host()}-")[0]
+    others = [
+        f"{name}-{assets._host()}-{os.getpid()}-x",  # of a process that runs
+        f"{name}-elsewhere-1-x",  # of another host, a moment ago
+        ".hotpotqa-1.0.0-official-elsewhere-1-x",
+    ]
+    for other in others:
+        (data_dir / other).mkdir()
+    folder = builders.prepare("finqa", manual_dir=manual_dir, data_dir=data_dir)
+    assert sorted(p.name for p in prepared_in(data_dir)) == sorted([folder.name, *others])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("dev.json", b"\xef\xbb\xbf", ""),  # a mark in front
+        ("dev.json", "utf-16", "dev.json is UTF-16 and not UTF-8: save it as UTF-8"),
+        ("dev.json", b"version https://git-lfs.github.com/spec/v1\n", "dev.json is a pointer of G"),
+        ("dev.json", b"[" * 100_000, "dev.json cannot be read after record 0 .RecursionError"),
+        ("dev.json", b'[{"id": ' + b"1" * 6000 + b"}]", "dev.json cannot be read after record 0"),
+        ("dev.json.gz", b"x", r"lacks dev.json \(dev.json.gz is there: unpack it\)"),
+        ("dev.json", None, r"lacks dev.json \(dev.json is a link to .*nowhere, which is not there"),
+    ],
+)
+def test_raw_files_in_odd_states(name, content, message, manual_dir, tmp_path):
+    original = (manual_dir / "dev.json").read_bytes()
+    (manual_dir / "dev.json").unlink()
+    if content is None:
+        (manual_dir / name).symlink_to(tmp_path / "nowhere")
+    elif content == "utf-16":
+        (manual_dir / name).write_bytes(original.decode().encode("utf-16"))
+    else:
+        whole = content if message else content + original
+        (manual_dir / name).write_bytes(whole)
+    open_dev = lambda: builders.open_records(
+        "finqa", "dev", manual_dir=manual_dir, data_dir=tmp_path / "data"
+    )
+    if not message:
+        assert list(open_dev()) == json.loads(original)
+        return
+    with pytest.raises(ConfigError, match=message):
+        open_dev()
+
+
+ARRAYS = ["[]", "[1]", " [ 1 , 2 ]\n", '[{"a": "]"}, {"b": [1, [2]]}, "x,y", 12, -1.5e3, null]']
+NO_ARRAYS = ["[", "[1", "[1,", "[1,]", "[,1]", "[1 2]", "[1]]", "[1] x", '[{"a": 1]', "[1}", "[{]"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("text", [*ARRAYS, *NO_ARRAYS, '{"a": 1}', "", "{"])
+def test_an_array_is_read_piece_by_piece(text, block, monkeypatch):
+    """As the whole at once would be, wherever the pieces end."""
+    monkeypatch.setattr(raw, "_BLOCK", block)
+    try:
+        whole = json.loads(text)
+        expected = whole if isinstance(whole, list) else [whole]
+    except ValueError:
+        with pytest.raises(ValueError):
+            list(raw._array(io.StringIO(text)))
+    else:
+        assert list(raw._array(io.StringIO(text))) == expected
+
+
+def test_a_large_array_is_never_whole_in_memory(tmp_path):
+    record = json.dumps({"text": "x" * 1000, "more": list(range(50))})
+    path = tmp_path / "a.json"
+    path.write_text("[" + ",\n".join([record] * 30_000) + "]")  # 36 MB
+    tracemalloc.start()
+    assert sum(1 for _ in raw.read(path)) == 30_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 3
+
+
+def test_a_prepared_folder_runs_no_code(manual_dir, tmp_path, monkeypatch):
+    """TFDS would import what features.json names; ours are the features of the builder."""
+    data_dir, payload = tmp_path / "data", tmp_path / "payload"
+    builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    payload.mkdir()
+    (payload / "strangers_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(payload))
+    (features,) = data_dir.glob("finqa-*/finqa/1.0.0/features.json")
+    old = '"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text"'
+    new = '"pythonClassName": "strangers_module.Feature"'
+    features.write_text(features.read_text().replace(old, new))
+    records = builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    assert list(records) == official_records(manual_dir / "dev.json")
+    assert not (tmp_path / "ran").exists() and "strangers_module" not in sys.modules
+
+
+@pytest.mark.parametrize("place", ["/etc/{DATASET}-{SPLIT}", "../../../other/{DATASET}-{SPLIT}"])
+def test_a_prepared_folder_names_no_file_outside(place, manual_dir, tmp_path):
+    data_dir = tmp_path / "data"
+    builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    (info,) = data_dir.glob("finqa-*/finqa/1.0.0/dataset_info.json")
+    text = info.read_text().replace("{DATASET}-{SPLIT}", place)
+    info.write_text(text)
+    with pytest.raises(ConfigError, match="is damaged .*dataset_info.json names .*not in it"):
+        builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+
+
+def test_a_prepared_folder_may_be_made_of_links(manual_dir, tmp_path):
+    data_dir = tmp_path / "data"
+    builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    (prepared,) = data_dir.glob("finqa-*/finqa/1.0.0")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(prepared.iterdir())):
+        blob = tmp_path / "blobs" / str(number)
+        file.rename(blob)
+        file.symlink_to(blob)
+    records = builders.open_records("finqa", "dev", manual_dir=manual_dir, data_dir=data_dir)
+    assert list(records) == official_records(manual_dir / "dev.json")
 
 
 @pytest.mark.parametrize(

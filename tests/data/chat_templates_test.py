@@ -228,7 +228,7 @@ def test_a_content_in_the_words_of_the_template_is_no_repetition(content, tmp_pa
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"tokenizer_config.json": "{"}, "tokenizer_config.json cannot be read as JSON"),
+        ({"tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
         ({"tokenizer_config.json": "[]"}, "tokenizer_config.json holds no JSON object"),
         ({"tokenizer_config.json": '{"chat_template": 3}'}, "neither a text nor a list"),
         ({"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'}, "named 'default'"),
@@ -260,7 +260,9 @@ def test_keys_that_nothing_reads_refuse_no_tokenizer(tmp_path):
     tokenizer = tokenizers.load(folder(tmp_path, None, config=config))
     assert tokenizer.token(tokenizer.bos_id) == "<|endoftext|>"
     (tmp_path / "tokenizer_config.json").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="cannot be read as text") as caught:
+    with pytest.raises(
+        ConfigError, match="tokenizer_config.json is not UTF-8 .*: save it"
+    ) as caught:
         tokenizers.load(tmp_path)
     assert str(caught.value).count("download it again") == 1
 

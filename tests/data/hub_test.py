@@ -253,3 +253,21 @@ def test_a_mirror_without_program_and_value_is_refused(tmp_path):
     corpus = find("finqa", files={"train": str(tmp_path / "a.jsonl")})
     with pytest.raises(ConfigError, match="a.jsonl:1 is not a record of finqa .*program"):
         corpus.open("train", corpus.prepare())
+
+
+def test_records_that_cannot_be_used_are_skipped_where_asked(tmp_path):
+    """MuSiQue-Full from the Hub: half of its records have no answer in their paragraphs."""
+    good = records("musique", "dev")
+    full = [each for r in good for each in (r, {**r, "id": r["id"] + "x", "answerable": False})]
+    full += [{**good[0], "id": "deep", "paragraphs": "[" * 100_000}, {**good[0], "id": ""}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in full))
+    section = {**DATA, "name": "musique", "files": {"validation": str(tmp_path / "a.jsonl")}}
+    corpus = data.find_corpus(section)
+    with pytest.raises(ConfigError, match="a.jsonl:2 is not a record .*it is not answerable"):
+        corpus.open("validation", corpus.prepare())
+    corpus = data.find_corpus({**section, "invalid": "skip"})
+    examples = corpus.open("validation", corpus.prepare())
+    assert {e.id for e in examples} <= {r["id"] for r in good} and len(examples) > 3
+    told = examples.records.skipped.lines()
+    assert told[0].startswith(f"{len(good)} records, first ") and "not answerable" in told[0]
+    assert examples.records.skipped.number == len(good) + 2

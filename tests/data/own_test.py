@@ -3,9 +3,12 @@
 import datetime
 import gzip
 import json
+import os
 import random
+import re
 import sys
 
+import data_fixtures
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -130,7 +133,14 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
         ("null", "a.jsonl:1 holds a JSON null and not an object"),
         ("[1]", "a.jsonl, element 0 is a JSON number and not an object"),
         ("[1]\n[2]", r"a.jsonl is not JSON .*: it begins with \[, so the whole file must be one"),
-        (ONE.encode("utf-16"), "a.jsonl:1 is not UTF-8"),
+        (ONE.encode("utf-16"), "a.jsonl is UTF-16 and not UTF-8: save it as UTF-8"),
+        ("[" * 100_000, "a.jsonl has lists or objects more than 100 deep in each other: flat"),
+        ('{"source": "s", "answer": ' + "[" * 100_000 + "}", "a.jsonl:1 has lists or objects"),
+        ('{"source": "s", "answer": "a", "m": ' + "[" * 150 + "]" * 150 + "}", ":1 has lists or"),
+        (
+            '{"source": "s", "answer": ' + "1" * 6000 + "}",
+            "a.jsonl:1 holds a whole number of over 4,000",
+        ),
         (ONE.encode() + b'{"source": "\xff"}', "a.jsonl:2 is not UTF-8 .*: save it as UTF-8"),
         ("{}", "a.jsonl:1 has no field 'answer', it has none: name the key of the answer in"),
         (
@@ -161,12 +171,96 @@ def test_a_record_without_an_id_is_known_by_its_content(tmp_path):
         ('{"source": "s", "answer": "a", "m": {"n": [1e999]}}', "has inf .* its extra at 'm.n.0'"),
         ('{"source": "s", "answer": "a", "m": "\\ud800"}', "in its extra at 'm', which JSON does"),
     ],
-    ids=repr,
+    ids=lambda text: repr(text)[:40],
 )
 def test_careless_records_are_named_by_file_and_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         read(tmp_path, text)
     assert "\n" not in str(error.value)
+
+
+GOOD = [{"id": f"good-{i}", "source": f"{i} + 1 =", "answer": i + 1} for i in range(3)]
+
+
+@pytest.mark.parametrize("skip_from", ["jsonl", "json"])
+def test_invalid_records_are_skipped_and_counted_where_asked(tmp_path, skip_from):
+    bad = [
+        {"id": "b", "source": "s", "answer": ""},
+        {"id": "c", "source": "s", "answer": " "},
+        {"id": "d", "source": "s", "answer": None},
+        {"id": "e", "answer": "a"},
+        {"id": "good-0", "source": "s", "answer": "a"},
+        [1],
+    ]
+    several = [GOOD[0], *bad[:3], GOOD[1], *bad[3:], GOOD[2]]
+    name = f"a.{skip_from}"
+    text = json.dumps(several) if skip_from == "json" else lines(several) + '{"id": "cut'
+    (tmp_path / name).write_text(text)
+    files = {"validation": str(tmp_path / name)}
+    with pytest.raises(ConfigError, match="'answer' is empty: leave .*or set config.data.invalid"):
+        opened("validation", files=files)
+    source = opened("validation", files=files, invalid="skip")
+    assert [example.id for example in source] == ["good-0", "good-1", "good-2"] == source.ids
+    assert source.skipped.number == (6 if skip_from == "json" else 7)
+    told = source.skipped.lines()
+    assert re.match(
+        r"2 records, first .*a.json(l:2|, element 1): the field 'answer' is empty", told[0]
+    )
+    for reason in ("'answer' is null", "has no field 'source'", "has the id of an earlier record"):
+        assert any(reason in line for line in told), told
+
+
+def test_more_reasons_than_can_be_told_and_nothing_left(tmp_path):
+    records = [{"id": str(i), "source": "s", "answer": {"n": i}} for i in range(9)]
+    (tmp_path / "a.jsonl").write_text(lines([*records, *GOOD]))
+    files = {"validation": str(tmp_path / "a.jsonl")}
+    told = opened("validation", files=files, invalid="skip").skipped.lines()
+    assert len(told) == 6 and told[-1] == "4 records for other reasons"
+    (tmp_path / "a.jsonl").write_text(lines(records))
+    with pytest.raises(
+        ConfigError, match="invalid = 'skip' skips all 9 records of .*a.jsonl: 1 re"
+    ):
+        opened("validation", files=files, invalid="skip")
+
+
+def test_drawn_splits_are_drawn_of_the_records_that_are_left(tmp_path):
+    records = numbered(40)
+    (tmp_path / "whole.jsonl").write_text(lines(records))
+    broken = [*records[:20], {"id": "x", "source": "s", "answer": ""}, *records[20:]]
+    (tmp_path / "broken.jsonl").write_text(lines(broken))
+    for split in ("train", "validation", "test"):
+        whole = opened(split, files={"train": str(tmp_path / "whole.jsonl")})
+        left = opened(split, files={"train": str(tmp_path / "broken.jsonl")}, invalid="skip")
+        assert list(left) == list(whole)
+
+
+def test_an_empty_context_is_told(tmp_path):
+    records = [{"id": str(i), "context": "", "ask": "Why?", "answer": "a"} for i in range(2)]
+    records.append({"id": "2", "context": "Because.", "ask": "Why?", "answer": "a"})
+    (tmp_path / "a.jsonl").write_text(lines(records))
+    files = {"validation": str(tmp_path / "a.jsonl")}
+    source = opened("validation", files=files, fields={"source": ["context", "ask"]})
+    (note,) = source.notes
+    assert re.match(r"2 of 3 records have an empty 'context' \(first .*a.jsonl:1\)", note)
+
+
+def test_examples_of_a_function_that_cannot_be_used_are_skipped(tmp_path):
+    def mine(split):
+        return [example(0), example(1, answer=""), example(2)]
+
+    formatter = data.Formatter(data.word_level(["s", "a"]), data.Task("mine", ""), "cold")
+    limits = data_fixtures.limits(20, 20)
+    source = opened(name=mine)
+    with pytest.raises(ConfigError, match=r"mine\('train'\)\[1\] has an empty answer"):
+        data.open_dataset(source, formatter, limits)
+    dataset = data.open_dataset(source, formatter, limits, invalid="skip")
+    assert [dataset[i].id for i in range(len(dataset))] == ["0", "2"] == dataset.ids
+    assert dataset.encode(1).example.id == "2" and dataset.invalid.number == 1
+    assert "has an empty answer" in dataset.invalid.lines()[0]
+    with pytest.raises(ConfigError, match="invalid = 'skip' has to look at every example"):
+        data.open_dataset(source, formatter, limits, invalid="skip", measure=2)
+    with pytest.raises(ConfigError, match="config.data.invalid = 'drop' is unknown"):
+        data.open_dataset(source, formatter, limits, invalid="drop")
 
 
 def test_careless_files_that_mean_what_they_say(tmp_path):
@@ -301,6 +395,36 @@ def test_a_folder_without_names_of_splits_is_taken_whole(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="files.train = .* is an empty folder"):
         opened(files={"train": str(tmp_path / "empty")})
+
+
+def test_files_that_are_packed_or_links_to_nothing_are_told(tmp_path):
+    (tmp_path / "a.jsonl.zip").write_bytes(b"x")
+    with pytest.raises(
+        ConfigError, match=r"no file matches it \(a.jsonl.zip is there: unpack it\)"
+    ):
+        opened(files={"train": str(tmp_path / "a.jsonl")})
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ConfigError, match=r"a.jsonl is a link to .*gone.jsonl, which is not there"):
+        opened(files={"train": str(tmp_path / "a.jsonl")})
+    # A part of a folder's files would be left out without a word.
+    (tmp_path / "b.jsonl").write_text(ONE)
+    with pytest.raises(ConfigError, match=r"lacks a.jsonl \(a.jsonl is a link to .* copy with cp"):
+        opened("validation", files={"validation": str(tmp_path)})
+    (tmp_path / "gone.jsonl").write_text(ONE.replace('"a"', '"b"'))
+    (tmp_path / "gone.jsonl").rename(tmp_path / "blob")
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "blob")
+    assert len(opened("validation", files={"validation": str(tmp_path)})) == 2
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "/dev/zero"])
+def test_what_would_be_read_without_end_is_refused(name, tmp_path):
+    if not os.path.isabs(name):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "zero.jsonl").symlink_to(name)
+    for file in (str(tmp_path / "zero.jsonl"), str(tmp_path / name)):
+        with pytest.raises(ConfigError, match="is not a plain file: copy|whose name ends with"):
+            opened("validation", files={"validation": file})
 
 
 def test_rows_of_parquet_are_as_lines_of_json(tmp_path):

@@ -230,7 +230,7 @@ def test_overlong_example_met_later_stops_the_run_too(formatter):
     with pytest.raises(ConfigError, match="data.max_prompt_tokens = 12 is too small for 1 of 1"):
         take(dataset, SIZE, prompts_per_step=1)
     assert dataset.widths.gold == 8  # the limit, since not every answer has been seen
-    with pytest.raises(ConfigError, match="has to measure every example"):
+    with pytest.raises(ConfigError, match="has to look at every example"):
         data.open_dataset(
             Numbers(),
             formatter,

@@ -412,3 +412,41 @@ def test_deepseek_on_the_vocabulary_of_qwen(tmp_path, shared, qwen):
         path.unlink()
     alone = tokenizers.load(whole)
     assert (alone.eos_ids, alone.bos_id, alone.digest) == ((151_643,), 151_646, tokenizer.digest)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("tokenizer.json", LFS, "tokenizer.json is a pointer of Git LFS .*: run `git lfs pull`"),
+        ("tokenizer.model", LFS, "tokenizer.model is a pointer of Git LFS .*: run `git lfs pull`"),
+        ("tokenizer.json", "{}".encode("utf-16"), "tokenizer.json is UTF-16 and not UTF-8"),
+        ("tokenizer.json", b"[" * 100_000, "tokenizer.json has lists or objects more than 100 dee"),
+        ("tokenizer.json", b"1" * 6000, "tokenizer.json holds a whole number of over 4,000 digits"),
+        ("tokenizer.json", b"", "tokenizer.json is not JSON"),
+        ("tokenizer.json.gz", b"x", r"\(tokenizer.json.gz is there: unpack it\)"),
+        (
+            "tokenizer.json",
+            None,
+            r"\(tokenizer.json is a link to .*, which is not there: copy with",
+        ),
+    ],
+)
+def test_files_of_a_tokenizer_in_odd_states(name, content, message, tmp_path):
+    if content is None:
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        tokenizers.load(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_mark_and_blank_lines_around_a_tokenizer_do_no_harm(tmp_path):
+    path = data_fixtures.write_spec(tmp_path, data_fixtures.byte_level_spec())
+    before = tokenizers.load(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n\n")
+    after = tokenizers.load(path)
+    assert after.digest == before.digest and after.encode("a b") == before.encode("a b")

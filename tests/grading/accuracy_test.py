@@ -54,8 +54,6 @@ def test_pass_at_k_refuses_what_it_cannot_estimate(n, c, k):
     [
         (["a", "b", "b"], 1),
         (["b", "a", "A!", "b", "The a"], 1),  # normalised votes
-        (["x", "y", "y", "x"], 0),  # a tie goes to the form sampled first
-        (["y", "x", "x", "y", "z"], 0),
         (["", "", "", "z"], 3),  # empty answers cast no vote
         (["</think>", "</think>", "z"], 2),
         (["1,200", "1300", "$ 1200.0"], 0),
@@ -67,14 +65,24 @@ def test_majority_vote(answers, winner):
     assert accuracy.majority_vote(answers) == winner
 
 
-def test_ties_are_broken_fairly_over_the_order_of_sampling():
+def test_ties_are_drawn_from_the_question():
     orders = list(itertools.permutations(["x", "x", "y", "y", "z"]))
-    wins = [order[accuracy.majority_vote(order)] for order in orders]
-    assert wins.count("x") == wins.count("y") == len(orders) / 2
+    wins = []
+    for question in map(str, range(400)):
+        won = {order[accuracy.majority_vote(order, question)] for order in orders[:20]}
+        assert len(won) == 1 and won < {"x", "y"}, "the same in every order"
+        wins += won
+    assert 160 < wins.count("x") < 240  # five standard deviations are 50
+    # One form has no say in how others are drawn.
+    for question in map(str, range(50)):
+        answers = ["x", "y", "z"]
+        winner = answers[accuracy.majority_vote(answers, question)]
+        kept = [a for a in answers if a == winner or a == "z"]
+        assert kept[accuracy.majority_vote(kept, question)] == winner
 
 
 def test_majority_vote_with_another_normal_form():
-    assert accuracy.majority_vote(["Ab", "aB", "c"], normalise=str) == 0
+    assert accuracy.majority_vote(["Ab", "aB", "c", "aB"], normalise=str) == 1
     assert accuracy.majority_vote(["c", "Ab", "aB"], normalise=str.lower) == 1
 
 
@@ -292,12 +300,14 @@ def test_an_evaluation_of_real_size():
     right = np.array(right)
     assert summary["p@1"] == pytest.approx(right.mean())
     assert summary["p@16"] == pytest.approx(right.any(axis=1).mean())
-    votes = []
+    won, tied = [], []
     for row in rows:
         counts = {a: row["answers"].count(a) for a in row["answers"]}
-        winner = max(row["answers"], key=counts.__getitem__)
-        votes.append(winner == row["id"])
-    assert summary["m@16"] == pytest.approx(np.mean(votes))
+        most = [a for a, count in counts.items() if count == max(counts.values())]
+        won.append(most == [row["id"]])
+        tied.append(row["id"] in most and len(most) > 1)
+    # A tie is won about every second time.
+    assert np.mean(won) < summary["m@16"] < np.mean(won) + np.mean(tied)
     assert summary["m@16/high"] - summary["m@16/low"] < 0.07
 
 

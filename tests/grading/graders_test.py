@@ -399,6 +399,141 @@ def test_finqa_numeric(answer, target, gold, score):
     assert finqa_numeric(answer, target, gold=gold) == score
 
 
+# ---- The decisions of grading/README.md, one or more rows for each ----
+
+
+@pytest.mark.parametrize(
+    "answer, gold, score",
+    [
+        ("9{,}500", "9,500", 1),
+        ("9{,}500", "500", 0),
+        ("9\\,500", "9,500", 1),
+        ("9\\,500", "500", 0),
+        ("9\u202f500", "9,500", 1),
+        ("9\u202f500", "500", 0),
+        ("9\xa0500", "9,500", 1),
+        ("9\xa0500", "500", 0),
+        ("9\u2019500", "9500", 1),
+        ("- 5", "-5", 1),
+        ("- 5", "5", 0),
+        ("(2.4)", "-2.4", 1),
+        ("It is - 5", "-5", 1),
+        ("3 - 5", "5", 1),
+        ("3 - 5", "-5", 0),
+        ("(1995)", "1995", 1),
+        ("the ratio (2.4)", "2.4", 1),
+        ("$(2.4) million", "-2.4", 1),
+        ("(5%)", "-5%", 1),
+        ("$1.2 million", "1.2", 1),
+        ("$1.2 million", "1.2 million", 1),
+        ("1,200,000", "1.2 million", 1),
+        ("$1.2M", "1.2 million", 1),
+        ("1.2bn", "1.2 billion", 1),
+        ("1.2 billion", "$ 1.2 million", 0),
+        ("1.2 million", "1,200,000", 1),
+        ("$1.2M", "1.2", 1),
+        ("221b Baker Street", "221B Baker Street", 1),
+        ("4k", "4K", 1),
+        ("5m", "5 million", 0),
+        ("407M", "407 million", 0),
+        ("C", "C++", 0),
+        ("C++", "C", 0),
+        ("C++ is it", "C++", 1),
+        ("C#", "C", 0),
+        ("A+", "A", 0),
+        ("No. 5", "no", 0),
+        ("No.", "no", 1),
+        ("not yes", "yes", 0),
+        ("not yes", "no", 0),
+        ("no. 5 and no", "no", 1),
+        ("No, 5 were", "no", 1),
+        ("का", "की", 0),
+        ("का", "का", 1),
+        ("x\u0302", "x", 0),
+        ("İstanbul", "istanbul", 1),
+        ("İstanbul", "İSTANBUL", 1),
+        ("US", "U.S.", 1),
+        ("the U.S.", "US", 1),
+        ("A. P. J. Abdul Kalam", "A.P.J. Abdul Kalam", 1),
+        ("APJ Abdul Kalam", "A. P. J. Abdul Kalam", 1),
+        ("Washington, D.C.", "Washington DC", 1),
+        ("5 p.m.", "5 pm", 1),
+        ("J. R. R. Tolkien", "J.R.R. Tolkien", 1),
+        ("The grade is A. I think", "A", 1),
+        ("Beyonce", "Beyoncé", 0),
+        ("Cafe\u0301", "Café", 1),
+        ("\\frac{1}{2}", "1/2", 1),
+        ("1.5e3", "1500", 1),
+        ("1.5 \\times 10^3", "1,500", 1),
+        ("\\boxed{407}", "407", 1),
+        ("\\boxed{\\text{Paris}}", "Paris", 1),
+        ("10²", "102", 0),
+        ("½", "1/2", 1),
+        ("2½", "2 1/2", 1),
+        (
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+            "\u0645\u06cc\u062e\u0648\u0627\u0647\u0645",
+            1,
+        ),
+        ("34.7% decrease", "-34.7%", 0),
+        ("from 2008\u20132010", "2010", 1),
+        ("Boeing \u2013 5 planes", "5", 1),
+        ("St. John's", "St Johns", 0),
+    ],
+)
+def test_decisions_of_contains(answer, gold, score):
+    assert contains(answer, gold) == score
+
+
+@pytest.mark.parametrize(
+    "answer, target, gold, score",
+    [
+        ("$1.2 million", 1.2, "1.2", 1),
+        ("1,200,000", 1.2, "1.2", 0),
+        ("1,200,000", 1.2, "$ 1.2 million", 1),
+        ("$1.2M", 1.2, "$ 1.2 million", 1),
+        ("1.2bn", 1200000000.0, "", 1),
+        ("1.2 billion", 1.2, "$ 1.2 million", 0),
+        ("1.2 million", 1.2, "$ 1.2 million", 1),
+        ("$1200 thousand", 1.2, "$1.2 million", 1),
+        ("1.2", 1.2, "$1.2 million", 1),
+        ("407M", 407000000.0, "", 1),
+        ("103.7", 103700000.0, "$ 103.7 million", 0),
+        ("0.1037 billion", 103700000.0, "$ 103.7 million", 1),
+        ("\\frac{1}{2}", 0.5, "", 1),
+        ("-\\frac{1}{2}", -0.5, "", 1),
+        ("1.5e3", 1500, "", 1),
+        ("1.5 \\times 10^{3}", 1500, "", 1),
+        ("\\boxed{407} which is 3 more", 407, "", 1),
+        ("It rose by 34.7% (from 100 to 134.7)", 0.347, "34.7%", 1),
+        ("34.7% decrease", -0.347, "-34.7%", 1),
+        ("34.7% decrease", 0.347, "34.7%", 1),
+        ("34.7% increase", -0.347, "-34.7%", 0),
+        ("34.7% (0.347)", 0.347, "", 1),
+        ("(2.4)", -2.4, "", 1),
+        ("loss of $(2.4) million in 2008", -2.4, "", 1),
+        ("- 5", -5, "", 1),
+        ("it was - 5", -5, "", 1),
+        ("9{,}500", 9500, "", 1),
+        ("9\xa0500", 9500, "", 1),
+        ("$2.4 million (about)", 2.4, "", 1),
+        ("net loss of 2.4", -2.4, "", 1),
+        ("did not decrease, it rose 5", -5, "", 0),
+        ("2.4 million (2.39)", 2.4, "", 1),
+    ],
+)
+def test_decisions_of_finqa_numeric(answer, target, gold, score):
+    assert finqa_numeric(answer, target, gold=gold) == score
+
+
+@pytest.mark.parametrize("grader", [*TEXT_GRADERS, graders.substring])
+def test_both_spellings_of_an_accent_are_one(grader):
+    """Tokenizers make NFC of what a file may have as NFD: without this no answer could be right."""
+    composed, decomposed = "Caf\u00e9 No\u00ebl", "Cafe\u0301 Noe\u0308l"
+    assert grader(composed, decomposed) == grader(decomposed, composed) == 1
+    assert grader("Cafe Noel", composed) == 0
+
+
 # ---- By name ----
 
 

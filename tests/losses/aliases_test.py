@@ -59,6 +59,9 @@ def test_grpo():
     got = run(losses.grpo(eps=0.0), losses.Scores(reward=REWARD))
     assert_near(got.score, np.array(rows) / 4)
     assert_near(got.path, got.score)
+    # Of a sample: the sum of squares over n - 1.
+    sample = run(losses.grpo(eps=0.0, sample_std=True), losses.Scores(reward=REWARD))
+    assert_near(sample.score, np.array(rows) / 4 * np.sqrt(3 / 4))
     unscaled = run(losses.grpo(scale_by_std=False), losses.Scores(reward=REWARD))
     assert_near(unscaled.score[0], np.array([0.5, -0.5, -0.5, 0.5]) / 4)
 

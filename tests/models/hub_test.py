@@ -17,6 +17,9 @@ import pytest
 from places import GOLDEN, ROOT
 from safetensors.numpy import load_file
 
+from qlog.errors import ConfigError
+from qlog.models import huggingface
+
 GOLDEN_LLAMA = GOLDEN / "llama"
 COMMIT = "a" * 40
 WORKER = """
@@ -186,3 +189,26 @@ def test_a_fault_of_one_host_is_a_sentence_on_all(hub, tmp_path, status, kind):
     assert len(hub.seen) == seen
     for code, output in results:
         assert code == 0 and f"{kind} 'owner/name' is not a folder here" in output, output
+
+
+def test_a_snapshot_that_was_cut_off_is_no_model_without_a_network(tmp_path, monkeypatch):
+    """Before data are prepared: offline, the Hub's client takes what is there for the model."""
+    snapshot = tmp_path / "models--o--n/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--o--n/refs").mkdir()
+    (tmp_path / "models--o--n/refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (snapshot / "tokenizer.json").write_text("{}")
+    assert huggingface.resolve("o/n", weights=False) == snapshot  # all that a tokenizer needs
+    with pytest.raises(
+        ConfigError, match="'o/n' is not a Hugging Face model, since .* no config.j"
+    ):
+        huggingface.resolve("o/n")
+    for file in ("config.json", "model.safetensors.index.json"):
+        (snapshot / file).write_bytes((GOLDEN / "llama" / file).read_bytes())
+    with pytest.raises(ConfigError, match="lacks model-00001-of-00003.safetensors, model-00002"):
+        huggingface.resolve("o/n")
+    for file in (GOLDEN / "llama").glob("*.safetensors"):
+        (snapshot / file.name).write_bytes(file.read_bytes())
+    assert huggingface.resolve("o/n") == snapshot

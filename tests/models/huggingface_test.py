@@ -29,6 +29,7 @@ def test_logits_and_greedy_continuation_equal_those_of_transformers(family):
     config = huggingface.read_config(GOLDEN / family)
     assert config.family == family
     params = huggingface.load(GOLDEN / family, config)
+    huggingface.check(GOLDEN / family, config)
     expected = np.load(GOLDEN / family / "expected.npz")
     tokens, lengths = expected["tokens"], expected["lengths"]
     head = models.unembedding(params).T
@@ -181,7 +182,7 @@ def test_incomplete_folders_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no \*.safetensors"):
         huggingface.load(tmp_path, config)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json cannot be read as JSON"):
+    with pytest.raises(ConfigError, match="config.json is not JSON"):
         huggingface.read_config(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0 cut")
     with pytest.raises(ConfigError, match="is damaged .*download it again"):
@@ -203,6 +204,84 @@ def test_incomplete_folders_are_named(tmp_path):
     (tmp_path / "other.safetensors").write_bytes((GOLDEN / "llama" / part).read_bytes())
     with pytest.raises(ConfigError, match="twice, the second time in other.safetensors"):
         huggingface.load(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/x.safetensors", "a/../../x", "..\\x", "C:\\x", ""]
+)
+def test_an_index_names_files_of_its_folder_only(name, tmp_path):
+    config = huggingface.read_config(GOLDEN / "llama")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "other.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0 cut")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="names '.*', which is not in its folder"):
+        huggingface.load(tmp_path / "model", config)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_made_of_links(tmp_path):
+    config = huggingface.read_config(GOLDEN / "llama")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for file in (GOLDEN / "llama").iterdir():
+        (tmp_path / "blobs" / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "snapshot" / file.name).symlink_to(tmp_path / "blobs" / file.name)
+    folder = huggingface.resolve(tmp_path / "snapshot")
+    huggingface.check(folder, config)
+    expected = huggingface.load(GOLDEN / "llama", config)
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load(folder, config), expected)
+    # A copy of the snapshot's folder alone has links to nothing.
+    part = "model-00002-of-00003.safetensors"
+    (tmp_path / "blobs" / part).unlink()
+    with pytest.raises(ConfigError, match=f"lacks {part} .*is a link to .* copy with cp -rL"):
+        huggingface.resolve(folder)
+    (tmp_path / "blobs/config.json").unlink()
+    with pytest.raises(ConfigError, match="no config.json .config.json is a link to .*cp -rL"):
+        huggingface.resolve(folder)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("model.safetensors", LFS, "model.safetensors is a pointer of Git LFS .*git lfs pull"),
+        ("config.json", LFS, "config.json is a pointer of Git LFS .*git lfs pull"),
+        ("config.json", "{}".encode("utf-16"), "config.json is UTF-16 and not UTF-8: save it"),
+        ("config.json", b"[" * 100_000, "config.json has lists or objects more than 100 deep"),
+        ("config.json", b'{"vocab_size": ' + b"1" * 6000 + b"}", "whole number of over 4,000 dig"),
+        ("config.json", b"\xff", "config.json is not UTF-8"),
+        ("config.json", b"", "config.json is not JSON"),
+        ("config.json", b"null", "config.json holds no JSON object"),
+    ],
+)
+def test_files_of_a_model_that_are_none(name, content, message, tmp_path):
+    config = huggingface.read_config(GOLDEN / "qwen3")
+    for file in (GOLDEN / "qwen3").iterdir():
+        (tmp_path / file.name).write_bytes(content if file.name == name else file.read_bytes())
+    with pytest.raises(ConfigError, match=message) as error:
+        huggingface.read_config(huggingface.resolve(tmp_path))
+        huggingface.load(tmp_path, config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mark_at_the_start_of_config_json_is_no_part_of_it(tmp_path):
+    content = (GOLDEN / "qwen3/config.json").read_bytes()
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + content + b"\n\n")
+    assert huggingface.read_config(tmp_path) == huggingface.read_config(GOLDEN / "qwen3")
+
+
+@pytest.mark.parametrize("change, is_told", [(0.0, False), (1.0, True)])
+def test_a_head_that_a_tied_model_does_not_read_is_told(change, is_told, tmp_path, caplog):
+    config = CONFIGS["qwen3"]
+    huggingface.export(random_params(config), config, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(change)
+    (tmp_path / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    huggingface.check(tmp_path, config)
+    assert ("has an lm_head.weight that differs from the embedding" in caplog.text) == is_told
 
 
 def test_a_spec_is_a_folder_or_a_hub_id(tmp_path, monkeypatch):

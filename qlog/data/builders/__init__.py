@@ -1,7 +1,8 @@
 """FinQA, HotPotQA and MuSiQue through TensorFlow Datasets, without TensorFlow.
 
 `prepare` makes or finds a dataset, `open_prepared` opens it, `open_records` does both. TFDS, too,
-can read what is prepared here: `tfds.builder_from_directory(folder).as_data_source("train")`.
+can read what is prepared here: `tfds.builder_from_directory(folder).as_data_source("train")`
+(which imports the classes that the folder's features.json names: only for folders you trust).
 
 A dataset is added as a package NAME/NAME_dataset_builder.py with a `base.RecordBuilder`, and its
 name in `NAMES`. In reading order: raw.py (the official files), base.py (what the builders share),
@@ -25,7 +26,7 @@ from typing import Any
 from qlog.data import fields
 from qlog.data.builders import raw
 from qlog.errors import ConfigError, PassingError
-from qlog.storage import assets, paths
+from qlog.storage import assets, paths, strict_json
 
 NAMES = ("finqa", "hotpotqa", "musique")
 _IDS = "ids.json"  # next to what TFDS writes: {official split: [id]}
@@ -153,10 +154,12 @@ def prepare(
             return staged
     # ---- Prepare it ----
     _make(root)
-    with assets.locked(folder):
+    with assets.locked(folder) as is_locked:
+        if is_locked:
+            assets.remove_leftovers(folder)
         # Another process may have prepared it while this one waited for the lock.
         if not assets.is_there(folder):
-            _prepare(builder, folder, found)
+            _prepare(builder, folder, _local(manual_dir, builder) if manual_dir else None)
     # The folder's name has the digest from before: it must be true of what was read.
     if found and raw.fingerprint(found) != key:
         shutil.rmtree(folder)
@@ -174,7 +177,7 @@ def open_prepared(name: str, split: str, folder: pathlib.Path) -> Records:
       ConfigError: damaged files, or the split is not there.
     """
     builder = _builder_class(name)
-    source, ids = _read(folder, folder / name / str(builder.VERSION), split)
+    source, ids = _read(builder, folder, split)
     return Records(source, builder.FIELDS, ids)
 
 
@@ -246,21 +249,27 @@ def _unwritable(root: pathlib.Path, error: OSError) -> ConfigError:
     )
 
 
-def _prepare(builder_class, folder: pathlib.Path, paths: Mapping[str, pathlib.Path]) -> None:
-    """Builds into a temporary folder next to `folder` and renames it: complete or not there."""
+def _prepare(builder_class, folder: pathlib.Path, manual_dir: pathlib.Path | None) -> None:
+    """Builds into a temporary folder next to `folder` and renames it: complete or not there.
+
+    Args:
+      manual_dir: the folder of the raw files; None downloads them.
+    """
     import tensorflow_datasets as tfds  # here and not above: it takes seconds
 
-    if not paths:
+    if not manual_dir:
         _check_reachable(builder_class)
     try:
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary = pathlib.Path(
+            tempfile.mkdtemp(prefix=assets.temporary_prefix(folder), dir=folder.parent)
+        )
     except OSError as error:
         raise _unwritable(folder.parent, error) from error
     logging.info("Preparing %s in %s", builder_class.name, folder)
     try:
-        # `raw.find` takes all files from one folder. A folder that does not exist makes the builder
-        # download (`RecordBuilder._split_generators`).
-        manual_dir = next(iter(paths.values())).parent if paths else temporary / "no_manual_dir"
+        # A folder that does not exist makes the builder download
+        # (`RecordBuilder._split_generators`).
+        manual_dir = manual_dir or temporary / "no_manual_dir"
         builder = builder_class(data_dir=temporary, file_format="array_record")
         with contextlib.redirect_stdout(sys.stderr):  # TFDS prints what it does
             builder.download_and_prepare(
@@ -321,13 +330,14 @@ def _unreachable(builder_class, error: Exception) -> ConfigError | PassingError:
 
 
 def _read(
-    folder: pathlib.Path, prepared: pathlib.Path, split: str
+    builder_class, folder: pathlib.Path, split: str
 ) -> tuple[Sequence[Mapping[str, Any]], Sequence[str]]:
-    import tensorflow_datasets as tfds
-
     try:
         ids = _ids(folder)[split]
-        builder: Any = tfds.builder_from_directory(prepared)  # its decorators hide the signature
+        # A prepared folder is data. `tfds.builder_from_directory` would import the Python classes
+        # that its features.json names: here the features are those of our own builder.
+        builder: Any = builder_class(data_dir=folder, file_format="array_record")
+        _check_inside(builder, split)
         source = builder.as_data_source(split=split)
         if len(source) != len(ids):
             raise ValueError(f"{len(source)} examples but {len(ids)} ids")
@@ -339,9 +349,21 @@ def _read(
     return source, ids
 
 
+def _check_inside(builder: Any, split: str) -> None:
+    """Raises ValueError if dataset_info.json names files outside of the prepared folder."""
+    for path in builder.info.splits[split].filepaths:
+        name = os.path.relpath(path, builder.data_dir)
+        # Of the names, not of what links lead to: a folder may be made of links.
+        if not assets.is_inside(name):
+            raise ValueError(f"its dataset_info.json names {path}, which is not in it")
+
+
 def _ids(folder: pathlib.Path) -> dict[str, list[str]]:
     try:
-        return dict(json.loads((folder / _IDS).read_text()))
+        found = strict_json.loads((folder / _IDS).read_bytes())
+        if not isinstance(found, dict) or not all(isinstance(ids, list) for ids in found.values()):
+            raise TypeError(f"{_IDS} holds no lists of ids")
+        return found
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(folder, error) from error
 

@@ -50,6 +50,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init__(**kwargs)
         self.ids: dict[str, list[str]] = {}
 
+    @staticmethod
+    def check(record: Mapping[str, Any]) -> None:
+        """Raises TypeError for a record of another dataset that has the same fields."""
+
     def _info(self) -> tfds.core.DatasetInfo:
         features = {path: _FEATURES[kind]() for path, kind in self.FIELDS.items()}
         return self.dataset_info_from_configs(
@@ -92,6 +96,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for record in raw.read(path, member):
             try:
                 example = encode(record, self.FIELDS)
+                self.check(record)
             except TypeError as error:
                 raise ConfigError(
                     f"{path}: record {len(ids)} is not one of {self.name}: {error}; restore the "

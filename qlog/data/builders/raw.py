@@ -6,12 +6,14 @@ import io
 import json
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlog.data import fields
-from qlog.errors import ConfigError, PassingError
+from qlog.errors import ConfigError, PassingError, summary
+from qlog.storage import assets, git_lfs, strict_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,13 @@ def find(
 ) -> dict[str, pathlib.Path]:
     """Paths of the raw files in a manual download, by split; splits without a file are left out.
 
-    They may lie in the folder itself, in a subfolder named as the dataset, or where the official
-    archives and repositories put them ("data", "dataset").
+    Each is looked for in a subfolder named as the dataset first, then in the folder itself; in both
+    also where the official archives and repositories put them ("data", "dataset"). A folder of
+    several datasets may have another dataset's train.json next to finqa/.
 
     Raises:
-      ConfigError: no such folder, or none of the files in it.
+      ConfigError: no such folder, or none of the files in it; a file that is packed, or a link to
+        nothing.
     """
     folder = pathlib.Path(manual_dir).expanduser()
     names = [file.name for file in files.values()]
@@ -52,15 +56,25 @@ def find(
             f"{fields.MANUAL_DIR} = {str(manual_dir)!r} is not a folder: put {', '.join(names)} "
             f"of {dataset} into it."
         )
-    # Only the first place with any of the files counts: two places may hold two releases.
-    for place in (folder, folder / dataset, folder / "dataset", folder / "data"):
-        found = {split: place / file.name for split, file in files.items()}
-        found = {split: path for split, path in found.items() if path.is_file()}
-        if found:
-            return found
+    places = [
+        outer / inner for outer in (folder / dataset, folder) for inner in ("", "dataset", "data")
+    ]
+    found = {}
+    for split, file in files.items():
+        candidates = [place / file.name for place in places]
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is not None:
+            found[split] = path
+        # Left out, the split would come from another file without a word.
+        elif hint := "".join(map(assets.why_missing, candidates)):
+            raise ConfigError(f"{fields.MANUAL_DIR} = {str(manual_dir)!r} lacks {file.name}{hint}.")
+    if found:
+        return found
+    full = next((n for n in os.listdir(folder) if n.startswith("musique_full")), "")
+    hint = f" ({full} there is of the full set, with questions that have no answer)" if full else ""
     raise ConfigError(
         f"{fields.MANUAL_DIR} = {str(manual_dir)!r} holds none of {dataset}'s files "
-        f"{', '.join(names)}: put them there, or leave {fields.MANUAL_DIR} empty to download."
+        f"{', '.join(names)}{hint}: put them there, or leave {fields.MANUAL_DIR} empty to download."
     )
 
 
@@ -131,10 +145,12 @@ def read(path: pathlib.Path, member: str = "") -> Iterator[dict[str, Any]]:
                 yield record
                 records_read += 1
     # KeyError: the archive has no such member.
-    except (UnicodeDecodeError, json.JSONDecodeError, zipfile.BadZipFile, KeyError) as error:
+    except (ValueError, RecursionError, zipfile.BadZipFile, KeyError, EOFError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
-            f"{name} cannot be read after record {records_read} ({type(error).__name__}: {error}): "
-            "it is damaged or was not downloaded whole; download it again."
+            f"{name} cannot be read after record {records_read} ({type(error).__name__}: "
+            f"{summary(error)}): it is damaged or was not downloaded whole; download it again."
         ) from error
     if not records_read:
         raise ConfigError(f"{name} holds no records: download it again.")
@@ -142,15 +158,73 @@ def read(path: pathlib.Path, member: str = "") -> Iterator[dict[str, Any]]:
 
 def _open(path: pathlib.Path, member: str) -> io.TextIOWrapper:
     if not member:
-        return path.open(encoding="utf-8")
+        with path.open("rb") as file:
+            start = file.read(64)
+        if git_lfs.is_pointer(start):
+            raise ConfigError(f"{path} {git_lfs.SENTENCE}.")
+        if strict_json.is_utf16(start):
+            raise ConfigError(f"{path} is UTF-16 and not UTF-8: save it as UTF-8.")
+        return path.open(encoding="utf-8-sig")
     # The archive stays as it is: the member is unpacked while it is read.
     return io.TextIOWrapper(zipfile.ZipFile(path).open(member), encoding="utf-8")
 
 
+_BLOCK = 1 << 20  # characters that are read at a time
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
 def _array(file: io.TextIOBase) -> Iterator[Any]:
-    records = json.load(file)
-    # A single object counts as a list of one record.
-    return iter(records if isinstance(records, list) else [records])
+    """The elements of a JSON array, one by one: HotPotQA's train file has 566 MB."""
+    decoder, text, size = json.JSONDecoder(), file.read(_BLOCK), _BLOCK
+    while text.isspace() and (more := file.read(_BLOCK)):
+        text += more
+    at = _past_space(text, 0)
+    if text[at : at + 1] != "[":  # a single object counts as a list of one record
+        yield json.loads(text + file.read())
+        return
+    expected, at = "[", at + 1
+    while True:
+        # ---- What separates two elements; the text may end in the middle of it ----
+        at = _past_space(text, at)
+        if at == len(text):
+            text, at = file.read(_BLOCK), 0
+            if not text:
+                raise ValueError("the array has no end")
+            continue
+        if text[at] == "]" and expected != ",]":
+            break
+        if expected == ",":
+            if text[at] != ",":
+                raise ValueError(f"{text[at]!r} where a comma or the end of the array should be")
+            expected, at = ",]", at + 1  # an element has to follow
+            continue
+        # ---- An element: whole in the text, or the text is made longer ----
+        try:
+            value, end = decoder.raw_decode(text, at)
+            # 1 may be the beginning of 12 or of 1.5.
+            is_whole = end < len(text) and text[end] not in "0123456789+-.eE"
+        except json.JSONDecodeError:
+            value, end, is_whole = None, at, False
+        if not is_whole:
+            more = file.read(size)
+            if not more:
+                decoder.raw_decode(text, at)  # raises what is wrong
+                raise ValueError("the array has no end")
+            # Twice as much each time: an element of any size is tried a few times only.
+            text, at, size = text[at:] + more, 0, 2 * size
+            continue
+        yield value
+        at, size, expected = end, _BLOCK, ","
+    rest = text[at + 1 :] or file.read(_BLOCK)
+    while rest:
+        if rest.strip():
+            raise ValueError("there is more behind the end of the array")
+        rest = file.read(_BLOCK)
+
+
+def _past_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _lines(file: io.TextIOBase) -> Iterator[Any]:

@@ -1,5 +1,8 @@
 """MuSiQue-Answerable: two- to four-hop questions, twenty paragraphs (Trivedi et al., TACL 2022)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from qlog.data.builders import base
 from qlog.data.builders.raw import RawFile
 
@@ -32,3 +35,12 @@ class Builder(base.RecordBuilder):
         "paragraphs": base.JSONS,  # each {idx, title, paragraph_text, is_supporting}
         "question_decomposition": base.JSONS,  # each {id, question, answer, paragraph_support_idx}
     }
+
+    @staticmethod
+    def check(record: Mapping[str, Any]) -> None:
+        # The full set has each question twice, once with paragraphs that do not answer it.
+        if record["answerable"] is False:
+            raise TypeError(
+                "it has no answer ('answerable' is false), so this is MuSiQue-Full and not "
+                "MuSiQue-Answerable (musique_ans_v1.0_*.jsonl)"
+            )
