@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -260,7 +261,9 @@ def test_processes_evaluate_the_best_checkpoint_together(cache, tmp_path):
 def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache, tmp_path):
     local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
     output = run(tmp_path, "compile", launcher=local, cache=cache, SIGNALLED="1")
-    assert "[0] SIGTERM: saving" in output and "exit codes 0: 0, 1: 0" in output
+    # Process 0 may still be loading when it hears of it: then it is "ending", not "saving".
+    assert re.search(r"\[0\] SIGTERM: (saving|ending)", output)
+    assert "exit codes 0: 0, 1: 0" in output
     assert not list((tmp_path / "checkpoints").glob("*"))
     assert json.loads((tmp_path / "owner.json").read_text())["status"] == 0
 
