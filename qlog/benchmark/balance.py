@@ -4,6 +4,7 @@
     python -m qlog.benchmark.balance --config=configs/finqa.py --chips=16 --mean=300
     python -m qlog.benchmark.balance --chips=16 --lengths=FILE.npy  # int [prompts, M], in tokens
     python -m qlog.benchmark.balance --chips=16 --samples=WORKDIR/samples/step_000050.jsonl
+    python -m qlog.benchmark.balance --topology=v5e:4x4             # what moves cost; needs libtpu
 
 The real planning code runs (`rollouts.schedule`, `learner.blocks`), on lengths instead of devices.
 Executed over needed: of decoding lanes times steps over tokens, of the learner packs that pass
@@ -30,6 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qlog import step as steps
+from qlog.aot.compiler import topology_devices
+from qlog.aot.move_cost import move_cost
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.errors import ConfigError
@@ -172,6 +175,9 @@ _SAMPLES = flags.DEFINE_string("samples", "", "Samples of an evaluation, whose l
 _PROMPT = flags.DEFINE_integer("prompt", 0, "Prompt tokens; 0 is data.max_prompt_tokens.")
 _CHIP = flags.DEFINE_enum("chip", "TPU v5 lite", list(CHIPS), "Whose bandwidths seconds are of.")
 flags.mark_flag_as_required("config")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "Compile the moves for a TPU slice, and show what each of them sends."
+)
 _JSON = flags.DEFINE_bool("json", False, "End with a line of JSON, of the worst case.")
 
 
@@ -186,6 +192,9 @@ class _Case(NamedTuple):
 def main(argv: list[str]) -> None:
     entry.only_flags(argv)
     config = _CONFIG.value
+    if _TOPOLOGY.value:
+        _show_moves(config, _TOPOLOGY.value)
+        return
     rows = [(case, _measure(config, case)) for case in _cases(config)]
     Console(width=120).print(_table(rows))
     if _JSON.value:
@@ -307,6 +316,49 @@ def _table(rows: list[tuple[_Case, _Measured]]) -> Table:
             f"{found.held:.1f}",
         )
     return table
+
+
+# ---- What moves cost ----
+
+
+def _show_moves(config: ConfigDict, topology: str) -> None:
+    """A table of the moves of a step on a slice, from the programs that libtpu makes of them."""
+    devices = topology_devices(topology)
+    chip = CHIPS[devices[0].device_kind]
+    pod = Pod.of(config, len(devices), chip, _PROMPT.value)
+    prompts = pod.num_shards * _PER_CHIP.value
+    on_slice = prepare_shapes(
+        schema.merge(config, {"train": {"prompts_per_step": prompts}}), devices
+    )
+    mean = _positive("mean", _MEAN.value[0])
+    size = (prompts, config.rollout.rollouts_per_prompt)
+    longest = config.rollout.rationale_budget
+    lengths = rollout_lengths.drawn(np.random.default_rng(0), *size, mean, longest)
+    plan = pod.schedule(*size)
+    work = schedule.planned_work(plan, lengths)
+    table = Table(title=f"{topology}, mean {mean}: moves of a step", title_justify="left")
+    for column in ("step", "lanes", "rounds", "GB sent", "GB in HBM", "seconds"):
+        table.add_column(column, justify="right")
+    total = 0.0
+    for moved in work.moves:
+        cost = move_cost(on_slice, moved, plan.shards)
+        total += cost.seconds(chip)
+        sent = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in cost.sent.items())
+        table.add_row(
+            f"{moved.step}",
+            f"{moved.old.num_lanes} -> {moved.new.num_lanes}",
+            f"{moved.rounds}",
+            sent or "0",
+            f"{cost.bytes / 1e9:.2f}",
+            f"{cost.seconds(chip):.3f}",
+        )
+    alone, together = (pod.seconds(pod.decode(lengths, alone=way)) for way in (True, False))
+    console = Console(width=120)
+    console.print(table)
+    console.print(
+        f"all moves {total:.2f} s; decoding {alone:.1f} s alone, {together:.1f} s balanced, "
+        f"modelled at the bandwidth of {devices[0].device_kind}"
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Pool(NamedTuple):
 # ---- Moves on the devices ----
 
 
-class _Route(NamedTuple):
+class Route(NamedTuple):
     """Where rollouts, or copies of prompts, go: a `balance.Exchange` and what follows, on devices.
 
     All but `num_rounds` are split over shards.
@@ -69,7 +69,7 @@ def move(mesh: Mesh | None, pool: Pool, plan: Plan, shards: Shards, slots: int) 
         ),
     )
     num_rounds = batch_placement.put_everywhere(mesh, exchange.num_rounds)
-    to_lanes, to_blocks = (_Route(*places, num_rounds) for places in (lanes, blocks))
+    to_lanes, to_blocks = (Route(*places, num_rounds) for places in (lanes, blocks))
 
     def moved(cache: Array, take: Callable[..., Array], *arguments: Any) -> Array:
         new = take(mesh, shards, *arguments, cache)
@@ -77,14 +77,14 @@ def move(mesh: Mesh | None, pool: Pool, plan: Plan, shards: Shards, slots: int) 
         return new
 
     layers = tuple(
-        (moved(keys, _take_lanes, slots, to_lanes), moved(values, _take_lanes, slots, to_lanes))
+        (moved(keys, take_lanes, slots, to_lanes), moved(values, take_lanes, slots, to_lanes))
         for keys, values in pool.suffix.layers
     )
     keys, values = (
-        tuple(moved(x, _take_blocks, to_blocks) for x in caches)
+        tuple(moved(x, take_blocks, to_blocks) for x in caches)
         for caches in (pool.prefix.keys, pool.prefix.values)
     )
-    prefix = models.Prefix(keys, values, _take_blocks(mesh, shards, to_blocks, pool.prefix.lengths))
+    prefix = models.Prefix(keys, values, take_blocks(mesh, shards, to_blocks, pool.prefix.lengths))
     # The rest is small, one program for all of it.
     per_lane = (pool.last, pool.closing_at, pool.done, pool.keys, pool.rollouts)
     last, closing_at, done, lane_keys, rollouts = _take_per_lane(mesh, shards, to_lanes, per_lane)
@@ -106,14 +106,21 @@ def _exchanged(
     mesh: Mesh | None, shards: Shards, work: Array, out: Array, into: Array, num_rounds: Array
 ) -> Array:
     """A shard's work space [places, ...] after the rounds of a `balance.Exchange`."""
+    if not shards.bits:
+        return work
+    # One more place, behind the others: for what is received and not wanted.
+    work = jnp.concatenate([work, jnp.zeros_like(work[:1])])
     for number, bit in enumerate(shards.bits):
         first, pairs = number * MAX_ROUNDS, tuple(shards.pairs(bit))
 
         def one_round(index: Array, work: Array, pairs: Any = pairs) -> Array:
-            sent = work[out[0, index]]
-            received = sharding.exchange(mesh, sent, pairs)
-            # A place behind the end is not written.
-            return work.at[into[0, index]].set(received, mode="drop")
+            # Row by row, as slices: XLA copies a whole array for a gather or scatter of large rows.
+            sent = [jax.lax.dynamic_index_in_dim(work, place) for place in out[0, index]]
+            received = sharding.exchange(mesh, jnp.concatenate(sent), pairs)
+            for row, place in enumerate(into[0, index]):
+                rows = received[row : row + 1]
+                work = jax.lax.dynamic_update_slice_in_dim(work, rows, place, axis=0)
+            return work
 
         with jax.named_scope("exchange_rounds"):  # qlog.aot finds the loop by this name
             work = jax.lax.fori_loop(first, first + num_rounds[number], one_round, work)
@@ -121,9 +128,7 @@ def _exchanged(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shards", "slots"))
-def _take_lanes(
-    mesh: Mesh | None, shards: Shards, slots: int, route: _Route, cache: Array
-) -> Array:
+def take_lanes(mesh: Mesh | None, shards: Shards, slots: int, route: Route, cache: Array) -> Array:
     """[N, K, m, S, C] -> [N', K, m', `slots`, C]."""
 
     def take(x: Array, out: Array, into: Array, index: Array, num_rounds: Array) -> Array:
@@ -137,7 +142,7 @@ def _take_lanes(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shards"))
-def _take_blocks(mesh: Mesh | None, shards: Shards, route: _Route, blocks: Array) -> Array:
+def take_blocks(mesh: Mesh | None, shards: Shards, route: Route, blocks: Array) -> Array:
     """[N, ...] -> [N', ...]."""
 
     def take(x: Array, out: Array, into: Array, index: Array, num_rounds: Array) -> Array:
@@ -150,7 +155,7 @@ def _take_blocks(mesh: Mesh | None, shards: Shards, route: _Route, blocks: Array
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shards"))
-def _take_per_lane(mesh: Mesh | None, shards: Shards, route: _Route, tree: Any) -> Any:
+def _take_per_lane(mesh: Mesh | None, shards: Shards, route: Route, tree: Any) -> Any:
     """Arrays [N, m, ...] -> [N', m', ...]."""
 
     def take(x: Array, out: Array, into: Array, index: Array, num_rounds: Array) -> Array:
@@ -167,7 +172,7 @@ def _take_per_lane(mesh: Mesh | None, shards: Shards, route: _Route, tree: Any) 
     return jax.tree.map(moved, tree)
 
 
-def _shard_map(mesh: Mesh | None, take: Callable[..., Array], x: Array, route: _Route) -> Array:
+def _shard_map(mesh: Mesh | None, take: Callable[..., Array], x: Array, route: Route) -> Array:
     return sharding.shard_map_batch(
         mesh, take, x, route.out, route.into, route.index, everywhere=(route.num_rounds,)
     )

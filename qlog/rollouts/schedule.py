@@ -90,6 +90,7 @@ class Moved(NamedTuple):
     old: Level
     new: Level
     sent: tuple[int, int]  # rollouts and prompts, by each shard, empty places included
+    rounds: int  # of the exchange, over all bits
 
 
 @dataclasses.dataclass
@@ -271,7 +272,9 @@ class _Runner:
         # along. What goes on is scored again later.
         self._machine.store()
         self._machine.move(plan, self._level, new)
-        self.work.moves.append(Moved(self._step, self._level, new, plan.exchange.sent))
+        exchange = plan.exchange
+        rounds = int(exchange.num_rounds.sum())
+        self.work.moves.append(Moved(self._step, self._level, new, exchange.sent, rounds))
         self._ids, self._level = plan.rollout_ids, new
         return self._ids != NO_ROLLOUT
 

@@ -3,16 +3,21 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from qlog import experiment
 from qlog.aot import compile_run, run_cost
-from qlog.aot.compiler import CompiledProgram
+from qlog.aot.compiler import CompiledProgram, topology_devices
 from qlog.aot.hlo_cost import Cost, DataLoop, SlicedArray
+from qlog.aot.move_cost import move_cost
 from qlog.aot.programs import StepLoops
 from qlog.errors import ConfigError
 from qlog.parallel.chips import CHIPS
+from qlog.rollouts.balance import Shards
+from qlog.rollouts.pool import Level
+from qlog.rollouts.schedule import Moved
 
 V5E = CHIPS["TPU v5 lite"]
 
@@ -84,3 +89,37 @@ def test_loops_that_the_data_end_run_as_a_longest_step_has_it():
     assert attention((1, 1, 4, 1024, 8), 1024, 128) == 4.5  # to a rollout's own past
     assert attention((1, 1, 2 * 1152, 8), 2 * 1152, 128) == 5  # two rollouts in one line
     assert trips("", (1, 300), 300, 100) == 3  # a loop without a name: to the end of its array
+
+
+@pytest.mark.slow
+def test_lengths_make_a_step_cheaper_and_moves_have_a_price(tmp_path):
+    """Half of the budget takes less than the whole; what a move sends is read from its program."""
+    pytest.importorskip("libtpu", reason="no TPU compiler: pip install libtpu (the extra 'tpu')")
+    config = tiny.config(
+        train={"prompts_per_step": 8, "rollouts_per_microbatch": 4},
+        evaluation={"every": 0},
+        rollout={"rationale_budget": 1023, "answer_reserve": 128, "prompts_per_wave": 1},
+        data={"max_prompt_tokens": 256},
+        mesh={"data": 4},
+    )
+    rollouts = config.rollout.rollouts_per_prompt
+    seconds = []
+    for lengths in (None, np.full((8, rollouts), 200)):
+        programs, chip = compile_run.compile_run(config, "v5e:2x2", lengths)
+        seconds.append(compile_run.step_seconds(programs, chip))
+    assert seconds[1]["decode"] < 0.5 * seconds[0]["decode"]
+    assert seconds[1]["gradient"] < seconds[0]["gradient"]
+    with pytest.raises(ConfigError, match="a step has"):
+        compile_run.compile_run(config, "v5e:2x2", np.ones((3, 2), int))
+    # ---- A move.
+    run = experiment.prepare_shapes(config, topology_devices("v5e:2x2"))
+    old, new = Level(2, rollouts, 512), Level(2, rollouts // 2, 512)
+    shards = Shards(4, 4, rollouts)
+    still, sent = (move_cost(run, Moved(8, old, new, (0, 0), rounds), shards) for rounds in (0, 6))
+    assert still.sent == {} or not sum(still.sent.values())
+    shape = run.policy.config
+    rows = -(-old.num_lanes // 16)  # of a round
+    lane = rows * shape.num_kv_heads * old.slots * shape.head_dim
+    prompt = shape.num_kv_heads * 256 * shape.head_dim
+    expected = 6 * 2 * shape.num_layers * (lane + prompt) * 4
+    assert sum(sent.sent.values()) == pytest.approx(expected, rel=0.05)
