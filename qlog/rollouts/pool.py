@@ -100,7 +100,9 @@ class Sizes(NamedTuple):
     """The pools that a shard may have."""
 
     shrinking: tuple[Level, ...]  # the first for a wave of prompts; fewer lanes, not fewer slots
-    full: Level  # the largest one that can be decoded to the last slot; may be among them
+    # The largest ones that can be decoded to the last slot, which may be among the others: one for
+    # whole groups, and one with blocks for all prompts of a wave.
+    full: tuple[Level, ...]
 
 
 def sizes(shape: Shape) -> Sizes:
@@ -109,13 +111,14 @@ def sizes(shape: Shape) -> Sizes:
     start = Level(prompts, shape.rollouts, shape.fitting_slots(prompts, shape.rollouts))
     found = [start]
     if shape.slots < _MIN_SLOTS:
-        return Sizes((start,), start)
+        return Sizes((start,), (start,))
     while found[-1].num_lanes > max(1, start.num_lanes // _LANES_TO_LAST):
         lanes = int(found[-1].num_lanes * _SHRINK)
         found.append(_level(shape, start, found[-1], lanes))
-    whole = shape.prompts_in_memory * shape.rollouts
-    full = start if start.slots == shape.slots else _full(shape, start, whole)
-    return Sizes(tuple(found), full)
+    if start.slots == shape.slots:
+        return Sizes(tuple(found), (start,))
+    whole = Level(shape.prompts_in_memory, shape.rollouts, shape.slots)
+    return Sizes(tuple(found), tuple(dict.fromkeys((whole, _full(shape, start, whole.num_lanes)))))
 
 
 def _level(shape: Shape, start: Level, last: Level, lanes: int) -> Level:

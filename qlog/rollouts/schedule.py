@@ -125,8 +125,8 @@ class Schedule:
             self.sizes, self.full = pool.sizes(shape)
         else:
             in_memory = min(shape.prompts, shape.prompts_in_memory)
-            self.full = Level(in_memory, shape.rollouts, shape.slots)
-            self.sizes = (self.full,)
+            self.sizes = (Level(in_memory, shape.rollouts, shape.slots),)
+            self.full = self.sizes
         start = self.sizes[0]
         self.num_waves = shape.prompts // start.num_blocks
         self.hold_at = 0
@@ -148,11 +148,17 @@ class Schedule:
     def transitions(self) -> list[tuple[Level, Level]]:
         """All moves that a run may make."""
         pairs = list(zip(self.sizes, self.sizes[1:], strict=False))
-        # When slots are spent, what fits the largest pool that has them all goes on there.
-        pairs += [(size, self.full) for size in self.sizes if size.slots < self.full.slots]
-        if self.full not in self.sizes:
-            pairs += [(self.full, size) for size in self.smaller(self.full)[:1]]
+        for full in self.full:
+            # When slots are spent, what fits a pool that has them all goes on there.
+            pairs += [(size, full) for size in self.sizes if size.slots < full.slots]
+            if full not in self.sizes:
+                pairs += [(full, size) for size in self.smaller(full)[:1]]
         return list(dict.fromkeys(pairs))
+
+    @property
+    def most_lanes(self) -> int:
+        """Lanes on all shards that can be decoded to their last step together."""
+        return self.shards.number * max(level.num_lanes for level in self.full)
 
     def smaller(self, level: Level) -> tuple[Level, ...]:
         """The sizes that a pool of this size may shrink to."""
@@ -197,21 +203,20 @@ class _Runner:
 
     def has_enough_held(self) -> bool:
         """Whether held rollouts fill a pool."""
-        lanes = self._shards.number * self._schedule.full.num_lanes
-        return any(sum(map(len, held)) >= _ENOUGH * lanes for held in self.held.values())
+        enough = _ENOUGH * self._schedule.most_lanes
+        return any(sum(map(len, held)) >= enough for held in self.held.values())
 
     def resume(self) -> None:
         """A pool of those that were held at one step: as many as fit."""
         step = max(self.held, key=lambda step: sum(map(len, self.held[step])))
         by_shard = self.held.pop(step)
-        full = self._schedule.full
-        sizes = (full, *self._schedule.smaller(full))
-        num_rollouts = self._shards.num_rollouts
-        # The smallest pool that has room for all, or else the largest.
-        for level in reversed(sizes):
-            seats = [_Seats.of(ids, level, num_rollouts) for ids in by_shard]
-            if not any(its.left for its in seats):
-                break
+        sizes = {size for full in self._schedule.full for size in self._schedule.smaller(full)}
+        options = []
+        for level in (*self._schedule.full, *sizes):
+            seats = [_Seats.of(ids, level, self._shards.num_rollouts) for ids in by_shard]
+            options.append((sum(len(its.left) for its in seats), level.num_lanes, level, seats))
+        # The smallest pool that has room for all, or else for most.
+        _, _, level, seats = min(options, key=lambda option: option[:2])
         if any(its.left for its in seats):
             self.held[step] = [its.left for its in seats]
         self._level, self._step = level, step
@@ -280,24 +285,27 @@ class _Runner:
 
     def _meets(self, going: np.ndarray, is_last: bool) -> bool:
         """Whether this pool's rollouts go on together with others, later."""
-        lanes = self._shards.number * self._schedule.full.num_lanes
         # A pool that is full by itself goes on: holding would cost two copies and gain nothing.
-        is_full = going.sum() >= _ENOUGH * lanes
+        is_full = going.sum() >= _ENOUGH * self._schedule.most_lanes
         return self._step in self.held or not (is_last or is_full)
 
     def _make_room(self, going: np.ndarray) -> None:
         """Slots are spent: what fits a pool with more of them goes on, the rest is held."""
-        new = self._schedule.full
-        going_on = _share(self._ids, going, new, self._shards, evenly=True)
-        plan = balance.regroup(self._ids, going_on, self._level, new, self._shards)
-        if plan is None:  # rare: chunks of the prompts do not add up
-            going_on = _share(self._ids, going, new, self._shards, evenly=False)
-            plan = balance.regroup(self._ids, going_on, self._level, new, self._shards)
-            assert plan is not None, "each shard has as many blocks as it keeps"
+        options = [(*self._fitting(going, new), new) for new in self._schedule.full]
+        going_on, plan, new = max(options, key=lambda option: option[0].sum())
         held = going & ~going_on
         if held.any():
             self._hold(held)
         self._move(plan, new)
+
+    def _fitting(self, going: np.ndarray, new: Level) -> tuple[np.ndarray, Plan]:
+        """The rollouts that go on in a pool of size `new`, bool [N, m], and their move."""
+        for evenly in (True, False):
+            going_on = _share(self._ids, going, new, self._shards, evenly)
+            plan = balance.regroup(self._ids, going_on, self._level, new, self._shards)
+            if plan is not None:
+                return going_on, plan
+        raise AssertionError("each shard has as many blocks as it keeps")
 
     def _hold(self, held: np.ndarray) -> None:
         self._machine.hold(self._ids, held, self._step)
