@@ -36,7 +36,7 @@ from qlog.storage.paths import Path
 
 # Batches that are sampled in one call, so that one starts before the tail of the last one is
 # done. An interrupted evaluation goes on after whole calls.
-_BATCHES_PER_CALL = 4
+BATCHES_PER_CALL = 4
 _BARE = "no_rationale/"  # before the names of metrics without a rationale
 
 
@@ -401,10 +401,7 @@ def sample_answers(
     per_shard = min(config.evaluation.prompts_per_batch, -(-total // num_shards))
     key = stream_key(config.seed, Stream.EVALUATION)
     batch_size = per_shard * num_shards
-    # Calls of equal size, so that one program serves all.
-    num_batches = -(-total // batch_size)
-    num_calls = -(-num_batches // _BATCHES_PER_CALL)
-    call_size = batch_size * -(-num_batches // num_calls)
+    call_size = batch_size * _batches_per_call(-(-total // batch_size))
     num_rollouts = config.evaluation.rollouts_per_prompt
     for batch in data.evaluation_batches(
         _dataset(experiment), batch_size=call_size, limit=total, start=start
@@ -440,6 +437,14 @@ def sample_answers(
         # All processes get all rows, in the order of the questions, whichever process made them.
         everything = distributed.gather(found)
         yield [part["row"] for part in sorted(everything, key=lambda part: part["index"])]
+
+
+def _batches_per_call(num_batches: int) -> int:
+    """Calls are of equal size: of how many batches each."""
+    # A call costs its batches, those of copies that fill up the last one included, and its tail,
+    # about as much as one more.
+    cost = lambda size: -(-num_batches // size) * (size + 1)
+    return min(range(1, min(BATCHES_PER_CALL, num_batches) + 1), key=cost)
 
 
 def _dataset(experiment: Experiment) -> data.Dataset:

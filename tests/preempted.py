@@ -92,7 +92,7 @@ def seal():
 
 def main():
     gradient._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
-    evaluation._BATCHES_PER_CALL = 1  # as of many questions, which take several calls
+    evaluation.BATCHES_PER_CALL = 1  # as of many questions, which take several calls
     before(sampler, "decode", "decode")
     before(gradient, "add_microbatches", "gradient")
     before(checkpoints.Checkpoints, "save", "save")

@@ -54,7 +54,9 @@ def run_compile(
     programs, chip = compile_run(config, topology, lengths)
     seconds = step_seconds(programs, chip)
     step, decode = sum(seconds.values()), seconds["decode"]
-    tokens = step_tokens(config) if lengths is None else int(lengths.sum())
+    tokens = step_tokens(config)
+    if lengths is not None:
+        tokens = int(np.minimum(lengths, config.rollout.rationale_budget).sum())
     advice = remedies(programs, chip, config)
 
     # ---- For the user ----

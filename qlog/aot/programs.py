@@ -18,6 +18,7 @@ import numpy as np
 from qlog import losses, models, step
 from qlog.aot.compiler import compile_lowered
 from qlog.aot.hlo_cost import DataLoop, all_slices
+from qlog.evaluation import BATCHES_PER_CALL
 from qlog.experiment import Experiment
 from qlog.learner import gradient
 from qlog.learner.blocks import Blocks
@@ -182,7 +183,8 @@ def _rollout_programs(
     if config.evaluation.every:
         evaluation, sampling = config.evaluation, experiment.evaluation_sampling
         prompts = experiment.prompts_at_once(evaluation.prompts_per_batch)
-        call = _call(experiment, sampling, prompts, evaluation.rollouts_per_prompt, prompts)
+        several = prompts * BATCHES_PER_CALL
+        call = _call(experiment, sampling, several, evaluation.rollouts_per_prompt, prompts)
         yield LoweredProgram(
             "evaluate",
             _lower_decode(experiment, weights, call, sampling),
@@ -320,7 +322,9 @@ def _learner_programs(
 def _learner_work(experiment: Experiment, lengths: np.ndarray | None) -> LearnerWork:
     """What all updates of a step compute."""
     config = experiment.config
-    parts = np.array_split(_lengths(experiment, lengths), config.train.updates_per_batch)
+    # As `step.learn` splits them.
+    updates = config.train.updates_per_batch
+    parts = [_lengths(experiment, lengths)[index::updates] for index in range(updates)]
     work = [
         gradient.planned_work(
             part,

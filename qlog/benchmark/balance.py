@@ -142,9 +142,9 @@ class Pod(NamedTuple):
             sent += slots * self._slot_bytes
         return sent / (self.chip.link_speed * self._tensor)
 
-    def held_bytes(self, work: list[Work]) -> float:
-        """Of caches, on each shard, that go to the host's memory and back."""
-        return sum(each.held_tokens for each in work) * self._slot_bytes / self.num_shards
+    def host_bytes(self, work: list[Work]) -> float:
+        """Of caches, on each shard, that are copied to the host's memory and back."""
+        return sum(each.host_slots for each in work) * self._slot_bytes / self.num_shards
 
     @property
     def _tensor(self) -> int:
@@ -251,7 +251,7 @@ class _Measured:
     seconds_alone: float
     seconds: float
     move_seconds: float
-    held: float  # GB per shard
+    host: float  # GB per shard
 
 
 def _measure(config: ConfigDict, case: _Case) -> _Measured:
@@ -278,7 +278,7 @@ def _measure(config: ConfigDict, case: _Case) -> _Measured:
                 pod.seconds(alone),
                 pod.seconds(together),
                 pod.move_seconds(together),
-                pod.held_bytes(together) / 1e9,
+                pod.host_bytes(together) / 1e9,
             )
         )
     fields = [dataclasses.astuple(each) for each in draws]
@@ -296,7 +296,7 @@ _COLUMNS = (
     "decode s: alone",
     "balanced",
     "moves s",
-    "held GB",
+    "to host GB",
 )
 
 
@@ -313,7 +313,7 @@ def _table(rows: list[tuple[_Case, _Measured]]) -> Table:
             *(f"{value:.2f}" for value in (*ratios, found.prompt_passes)),
             *(f"{value:.1f}" for value in (found.seconds_alone, found.seconds)),
             f"{found.move_seconds:.2f}",
-            f"{found.held:.1f}",
+            f"{found.host:.1f}",
         )
     return table
 

@@ -42,14 +42,14 @@ _CONFIG = command_line.define("Config file; '' takes the model of --size on all 
 _SIZE = flags.DEFINE_enum("size", "tiny", list(compare.SIZES), "Model, where no config is given.")
 _PER_SHARD = flags.DEFINE_integer("prompts_per_shard", 2, "Prompts of a step on a shard.", 1)
 _ROLLOUTS = flags.DEFINE_integer("rollouts", 32, "Rollouts of each prompt, M.", 1)
-_PROMPT = flags.DEFINE_integer("prompt", 128, "Tokens of each prompt.", 1)
-_BUDGET = flags.DEFINE_integer("budget", 256, "Tokens of the longest rationale.", 2)
-_MEAN = flags.DEFINE_float("mean", 52, "Mean length of a rationale, in tokens.", 1)
-_PACKS = flags.DEFINE_integer("packs", 8, "Packs of a prompt that the learner takes at a time.", 1)
+_PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of each prompt.", 1)
+_BUDGET = flags.DEFINE_integer("budget", 380, "Tokens of the longest rationale.", 2)
+_MEAN = flags.DEFINE_float("mean", 77, "Mean length of a rationale, in tokens.", 1)
+_PACKS = flags.DEFINE_integer("packs", 2, "Packs of a prompt that the learner takes at a time.", 1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats of each; medians count.", 1)
 _OUT = flags.DEFINE_string("out", "", "JSON file for the numbers.")
 
-_ANSWER = 8  # tokens of each gold answer
+_ANSWER = 4  # tokens of each gold answer
 
 
 class Step(NamedTuple):

@@ -86,7 +86,8 @@ def default() -> ConfigDict:
                 "answer_reserve": 128,  # tokens kept for the answer, sampled or gold
                 # Of the distribution that is sampled, and that the gradient is about
                 "temperature": 1.0,
-                # Of a shard: prompts whose rollouts have caches in memory at a time; 0 is all
+                # Of a shard: how many prompts fit into memory with all their rollouts at their
+                # longest, which bounds what decoding takes; 0 is all
                 "prompts_per_wave": 0,
                 "closing_text": "",  # written before a forced thinking-end token
                 # Of sampled answers, for losses that ask for one: the name of a grader, a function

@@ -56,8 +56,15 @@ def put_everywhere(mesh: Mesh | None, x: Any) -> jax.Array:
 
 def local_parts(x: jax.Array) -> Iterator[tuple[jax.Device, slice, np.ndarray]]:
     """Each device of this process, its prompts, and its part of a global array [B, ...]."""
-    for shard in x.addressable_shards:
-        yield shard.device, shard.index[0], np.asarray(shard.data)
+    shards = x.addressable_shards
+    for shard in shards:
+        shard.data.copy_to_host_async()  # all at once, then they are waited for one by one
+    for shard in shards:
+        # An array keeps what it was copied to on the host for as long as it lives: this one is
+        # gone at once.
+        data = shard.data
+        alone = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+        yield shard.device, shard.index[0], np.asarray(alone)
 
 
 def put_parts(
@@ -75,7 +82,8 @@ def put_parts(
     """
     if mesh is None:
         whole = np.zeros(shape, dtype)
-        fill(jax.devices()[0], 0, whole)
+        (device,) = jax.numpy.zeros(()).devices()
+        fill(device, 0, whole)
         return jax.device_put(whole, may_alias=False)
     place = batch_sharding_of(mesh, jax.ShapeDtypeStruct(shape, dtype))
     parts = []

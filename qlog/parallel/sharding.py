@@ -151,9 +151,20 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 
 def batch_shards_of_a_slice(mesh: Mesh) -> int:
-    """Batch shards between which no network of a data centre lies."""
-    slices = {getattr(device, "slice_index", 0) for device in mesh.devices.flat}
-    return num_batch_shards(mesh) // len(slices)
+    """Batch shards next to each other between which no network of a data centre lies.
+
+    Where a mesh takes several slices as one (mesh.slices=1) so that shards do not split into equal
+    runs of one slice each, all count as neighbours.
+    """
+    number = num_batch_shards(mesh)
+    by_shard = mesh.devices.reshape(number, -1)
+    slices = [{getattr(device, "slice_index", 0) for device in shard} for shard in by_shard]
+    several = len(set().union(*slices))
+    run = number // several
+    is_even = number % several == 0 and all(
+        len(set().union(*slices[first : first + run])) == 1 for first in range(0, number, run)
+    )
+    return run if is_even else number
 
 
 def param_shardings(mesh: Mesh, tree: Any) -> Any:

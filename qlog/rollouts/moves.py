@@ -207,11 +207,9 @@ def _index(kind: str, blocks: np.ndarray, lanes: np.ndarray, step: int) -> tuple
     return (blocks, lanes) if kind == "lanes" else (blocks,)
 
 
-class _Kept(NamedTuple):
-    """What a device has of one rollout, or of one prompt: entry `index` of each array."""
-
-    arrays: list[np.ndarray]  # [entries, ...], in the order of the leaves
-    index: int
+# What a device has of one rollout, or of one prompt: an array for each leaf. They are copies, so
+# that each is freed by itself.
+_Kept = list[np.ndarray]
 
 
 class Held:
@@ -227,6 +225,15 @@ class Held:
         # By device and id of the rollout, or number of the prompt.
         self._rollouts: dict[tuple[jax.Device, int], _Kept] = {}
         self._prompts: dict[tuple[jax.Device, int], _Kept] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of host memory."""
+        return sum(
+            array.nbytes
+            for kept in (*self._rollouts.values(), *self._prompts.values())
+            for array in kept
+        )
 
     def add(self, pool: Pool, rollout_ids: np.ndarray, held: np.ndarray, step: int) -> None:
         """Copies rollouts of a pool, and their prompts.
@@ -249,11 +256,13 @@ class Held:
         for device, here, _ in batch_placement.local_parts(pool.last):
             ids = rollout_ids[here]
             for index, rollout in enumerate(ids[held[here]].tolist()):
-                self._rollouts[device, rollout] = _Kept(arrays[device, False], index)
+                kept = [entries[index].copy() for entries in arrays[device, False]]
+                self._rollouts[device, rollout] = kept
             # A prompt may have several blocks with equal caches.
             for index, block in enumerate(np.flatnonzero(held[here].any(1))):
                 prompt = int(ids[block, 0]) // self._num_rollouts
-                self._prompts[device, prompt] = _Kept(arrays[device, True], index)
+                kept = [entries[index].copy() for entries in arrays[device, True]]
+                self._prompts[device, prompt] = kept
 
     def pool(self, like: Pool, rollout_ids: np.ndarray, level: Level, step: int) -> Pool:
         """A pool of rollouts that were held at `step`.
@@ -315,7 +324,7 @@ class Held:
             else:
                 kept = [self._rollouts[device, rollout] for rollout in here[blocks, lanes].tolist()]
             if kept:
-                entries = np.stack([each.arrays[leaf_number][each.index] for each in kept])
+                entries = np.stack([arrays[leaf_number] for arrays in kept])
                 local[_index(kind, blocks, lanes, step)] = entries
 
         return batch_placement.put_parts(self._mesh, shape, leaf.dtype, fill)

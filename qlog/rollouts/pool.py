@@ -60,8 +60,8 @@ class Shape(NamedTuple):
     rollouts: int  # M of each prompt
     slots: int  # of the longest rollout, in whole tiles
     prompt_slots: int  # P, of a prompt's cache
-    # How many prompts with M rollouts each fit into memory when all reach the last slot. The caches
-    # of no pool take more slots than these.
+    # How many prompts with M rollouts each fit into memory when all reach the last slot: a divisor
+    # of `prompts`. The caches of no pool take more slots than these.
     prompts_in_memory: int
     tile: int  # slots are multiples of it
 

@@ -153,8 +153,8 @@ def sample(
       lengths: int32 [B], at least 1.
       keys: [B, M] from `rollout_keys`.
       golds: the gold answers, [B, A].
-      prompts_per_wave: bounds the memory: no pool takes more than the caches of so many prompts and
-        of M rollouts each at their longest. A divisor of B; 0 is all.
+      prompts_per_wave: bounds the memory: no pool's caches take more than those of so many prompts
+        and of M rollouts each at their longest. A divisor of B; 0 is all.
       rehearse: visit all sizes of the pool first, also those that this batch does not need, so that
         later batches of the same shapes compile nothing.
       interrupts: checked between chunks of decode steps.
@@ -291,12 +291,16 @@ class _Decoder:
 
     def hold(self, rollout_ids: np.ndarray, held: np.ndarray, step: int) -> None:
         self._held.add(self._current, rollout_ids, held, step)
+        if self._interrupts:
+            self._interrupts.beat()  # copies take seconds
 
     def resume(self, rollout_ids: np.ndarray, level: Level, step: int) -> None:
         like, self._pool = self._current, None
         shapes = jax.eval_shape(lambda pool: pool, like)
         del like  # its memory is free before the next pool is made
         self._pool = self._held.pool(shapes, rollout_ids, level, step)
+        if self._interrupts:
+            self._interrupts.beat()
 
     def rehearse(self) -> None:
         """Compiles the programs of every size of the pool, on lanes without rollouts.

@@ -101,7 +101,8 @@ class Work:
     stretches: list[Stretch] = dataclasses.field(default_factory=list)
     moves: list[Moved] = dataclasses.field(default_factory=list)
     held: int = 0  # rollouts times how often they were held, on all shards together
-    held_tokens: int = 0  # the slots that these had
+    # Slots of the pools that were copied to the host and back, empty ones included
+    host_slots: int = 0
 
     @property
     def lane_steps(self) -> int:
@@ -222,6 +223,7 @@ class _Runner:
         self._level, self._step = level, step
         self._ids = np.concatenate([its.rollout_ids for its in seats])
         self._machine.resume(self._ids, level, step)
+        self._count_copy()
 
     # ---- A pool is decoded
 
@@ -319,7 +321,11 @@ class _Runner:
         for those, ids, is_held in parts:
             those += ids[is_held].tolist()
         self.work.held += int(held.sum())
-        self.work.held_tokens += int(held.sum()) * self._step
+        self._count_copy()
+
+    def _count_copy(self) -> None:
+        # Arrays are copied whole.
+        self.work.host_slots += self._shards.number * self._schedule.shape.size(self._level)
 
 
 class _Seats(NamedTuple):

@@ -30,7 +30,12 @@ def get_config(steps=2):
         train={"steps": steps, "prompts_per_step": 8, "rollouts_prompts": 1},
         evaluation={"every": 2, "prompts": 11, "prompts_per_batch": 1},
         loss=schema.loss(tiny.graded_garl, q=0.75),
-        rollout={"reward": [("exact_match", 1.0), (words, 0.5)]},
+        # Long enough that pools shrink, and that rollouts of several waves meet.
+        rollout={
+            "reward": [("exact_match", 1.0), (words, 0.5)],
+            "rationale_budget": 90,
+            "prompts_per_wave": 1,
+        },
         optimizer={"eps": 1e-3},
         mesh={"data": 4, "fsdp": 2},
     )

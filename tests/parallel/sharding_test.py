@@ -1,6 +1,7 @@
 """A step on eight devices gives the samples, losses and parameters of one device."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -107,3 +108,22 @@ def test_caches_are_split_over_prompts_and_heads_from_the_start():
     pool = sampler.initial_pool(policy, prefix, wave, ids, settings, slots=16)
     for cache in jax.tree.leaves((pool.suffix.layers, pool.prefix.keys)):
         assert cache.addressable_shards[0].data.size == cache.size // 8
+
+
+@pytest.mark.parametrize(
+    "slices, shards, expected",
+    [(1, 8, 8), (2, 8, 4), (4, 8, 2), (2, 1, 1), (2, 5, 5)],
+    ids=["one slice", "two", "four", "a shard of both", "shards that do not split evenly"],
+)
+def test_neighbours_are_shards_of_one_slice(slices, shards, expected):
+    """Of meshes over several slices, and of those that take several as one."""
+
+    class Device(types.SimpleNamespace):
+        __hash__ = object.__hash__
+
+    num_devices = shards * 2
+    devices = [Device(slice_index=i * slices // num_devices) for i in range(num_devices)]
+    mesh = types.SimpleNamespace(
+        devices=np.array(devices).reshape(shards, 1, 2), shape={"data": shards, "fsdp": 1}
+    )
+    assert sharding.batch_shards_of_a_slice(mesh) == expected

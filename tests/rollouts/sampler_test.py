@@ -13,6 +13,7 @@ import tiny
 from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds
 from qlog.rollouts import moves, sampler
+from qlog.rollouts.pool import NO_ROLLOUT, Level
 
 END, EOS, PAD = 3, (1, 2), 0
 SAMPLING = sampler.Sampling(
@@ -232,6 +233,28 @@ def test_rollouts_are_the_same_wherever_they_are_decoded(
     before = compilations()
     _uneven(prompts, mesh, wave, budget=LONGEST // 2 + 9)
     assert compilations() == before
+
+
+def test_what_went_on_is_held_no_more():
+    """One rollout that stays keeps nothing of the others."""
+    prompts, ids = tiny.prompts(), np.arange(3 * 4, dtype=np.int32).reshape(3, 4)
+    keys = sampler.rollout_keys(jax.random.key(0), jnp.arange(3, dtype=jnp.uint32), 4)
+    budgets = jnp.full((3, 4), 9, jnp.int32)
+    prefix = sampler.prefill(tiny.params(), tiny.POLICY, prompts.tokens, prompts.lengths)
+    wave = sampler.Batch(prompts.tokens, prompts.lengths, keys, budgets)
+    pool = sampler.initial_pool(tiny.POLICY, prefix, wave, jnp.asarray(ids), SAMPLING, 16)
+    held = moves.Held(None, keys)
+    held.add(pool, ids, np.ones(ids.shape, bool), step=4)
+    before = held.num_bytes
+    some = np.full((3, 4), NO_ROLLOUT, np.int32)
+    some[:, :3] = ids[:, :3]
+    some[2, 3] = ids[2, 3]
+    held.pool(jax.eval_shape(lambda pool: pool, pool), some, Level(3, 4, 32), step=4)
+    assert 0 < held.num_bytes < before / 3
+    some[:] = NO_ROLLOUT
+    some[:2, 0] = ids[:2, 3]
+    held.pool(jax.eval_shape(lambda pool: pool, pool), some, Level(3, 4, 32), step=4)
+    assert held.num_bytes == 0
 
 
 def test_keys_depend_only_on_prompt_and_rollout():
