@@ -9,7 +9,7 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,9 @@ def move(mesh: Mesh | None, pool: Pool, plan: Plan, shards: Shards, slots: int) 
         ),
     )
     num_rounds = batch_placement.put_everywhere(mesh, exchange.num_rounds)
-    to_lanes, to_blocks = (Route(*places, num_rounds) for places in (lanes, blocks))
+    to_lanes, to_blocks = (
+        Route(out, into, index, num_rounds) for out, into, index in (lanes, blocks)
+    )
 
     def moved(cache: Array, take: Callable[..., Array], *arguments: Any) -> Array:
         new = take(mesh, shards, *arguments, cache)
@@ -209,7 +211,7 @@ def _index(kind: str, blocks: np.ndarray, lanes: np.ndarray, step: int) -> tuple
 
 # What a device has of one rollout, or of one prompt: an array for each leaf. They are copies, so
 # that each is freed by itself.
-_Kept = list[np.ndarray]
+_Kept: TypeAlias = list[np.ndarray]
 
 
 class Held:

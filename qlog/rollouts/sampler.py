@@ -168,8 +168,9 @@ def sample(
       Stop: a signal has reached any process; on every process after the same chunk.
     """
     num_prompts, num_rollouts = keys.shape
-    if budgets is None:
-        budgets = _every_budget(policy, sampling, num_prompts, num_rollouts)
+    of_rollouts = budgets
+    if of_rollouts is None:
+        of_rollouts = _every_budget(policy, sampling, num_prompts, num_rollouts)
     plan = plan_of(
         policy,
         sampling,
@@ -181,7 +182,13 @@ def sample(
         exchange,
     )
     decoder = _Decoder(
-        params, policy, sampling, Batch(prompts, lengths, keys, budgets), golds, plan, interrupts
+        params,
+        policy,
+        sampling,
+        Batch(prompts, lengths, keys, of_rollouts),
+        golds,
+        plan,
+        interrupts,
     )
     if rehearse:
         decoder.rehearse()
