@@ -9,7 +9,7 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,11 +209,6 @@ def _index(kind: str, blocks: np.ndarray, lanes: np.ndarray, step: int) -> tuple
     return (blocks, lanes) if kind == "lanes" else (blocks,)
 
 
-# What a device has of one rollout, or of one prompt: an array for each leaf. They are copies, so
-# that each is freed by itself.
-_Kept: TypeAlias = list[np.ndarray]
-
-
 class Held:
     """Rollouts in the host's memory, each on the processes that have its shard.
 
@@ -224,9 +219,10 @@ class Held:
         """Of none; `keys`: PRNG keys [B, M] of all rollouts. An id is prompt * M + number."""
         self._mesh, self._num_rollouts = mesh, keys.shape[1]
         self._key_kind = jax.random.key_impl(keys)
-        # By device and id of the rollout, or number of the prompt.
-        self._rollouts: dict[tuple[jax.Device, int], _Kept] = {}
-        self._prompts: dict[tuple[jax.Device, int], _Kept] = {}
+        # By device and id of the rollout, or number of the prompt: what the device has of it, an
+        # array for each leaf. They are copies, so that each is freed by itself.
+        self._rollouts: dict[tuple[Any, int], list[np.ndarray]] = {}
+        self._prompts: dict[tuple[Any, int], list[np.ndarray]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -316,7 +312,7 @@ class Held:
         elif kind == "caches":
             shape = (num_blocks, leaf.shape[1], num_lanes, level.slots, leaf.shape[4])
 
-        def fill(device: jax.Device, first: int, local: np.ndarray) -> None:
+        def fill(device: Any, first: int, local: np.ndarray) -> None:
             here = ids[first : first + len(local)]
             blocks, lanes = np.nonzero(here != NO_ROLLOUT)
             if kind == "blocks":
