@@ -112,7 +112,7 @@ class Work:
 
 
 class Schedule:
-    """The sizes of pools and the waves of a call; hashable parts only, no state of a run.
+    """The sizes of pools and the waves of a call; it has no state of a run.
 
     Attributes:
       sizes: of pools, the first one that of a wave.

@@ -19,6 +19,7 @@ import concurrent.futures
 import hashlib
 import json
 import pathlib
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ FILE = "digests.json"
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the digests, to say that all is there
 _ABOUT = "_CHECKPOINT_METADATA"  # the config, and what is in the checkpoint
 _LATE = (FILE, _COMMITTED, _ABOUT)  # no digests of these files
+_TRIES, _PAUSE = 3, 0.5  # seconds between them
 _THREADS = 8  # hashing leaves Python's lock to others
 # {file: (bytes, time of change, digest)} of files that this process has read and found whole, so
 # that who looks for a checkpoint and then loads it reads its files once.
@@ -189,10 +191,22 @@ def _save(folder: Path, step: int, files: Mapping[str, Sequence[Any]], about: st
 def _about(folder: Path) -> str:
     """The digest of what a checkpoint says of itself, whenever it was written; '' without."""
     try:
-        said = json.loads(paths.read(folder / _ABOUT))
+        said = json.loads(_read_about(folder / _ABOUT))
         kept = {name: said[name] for name in ("item_handlers", "custom_metadata")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if paths.is_remote(folder) and paths.passes(error):
             raise
         return ""
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _read_about(file: Path) -> str:
+    # Orbax writes it a second time when all is there. Not every store replaces an object at once.
+    for _ in range(_TRIES):
+        try:
+            return paths.read(file)
+        except FileNotFoundError:
+            if not paths.is_remote(file):
+                raise
+            time.sleep(_PAUSE)
+    return paths.read(file)

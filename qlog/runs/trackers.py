@@ -84,6 +84,7 @@ class TensorBoard:
             self._scratch = pathlib.Path(tempfile.mkdtemp(prefix="qlog_events_"))
         self._folder = self._scratch or pathlib.Path(workdir)
         self._flushed = 0.0  # when, by time.monotonic(); the first events are shown at once
+        self._is_closed = False
         with paths.writing(self._folder):
             self._events = EventsWriter(str(self._folder / "events"))
             # Hides what an earlier start wrote of the steps that are done again.
@@ -108,10 +109,13 @@ class TensorBoard:
 
     def flush(self) -> None:
         self._flushed = time.monotonic()
-        with paths.writing(self._folder):
-            self._events.flush()
+        # The last upload comes after the writer was closed, which has written all.
+        if not self._is_closed:
+            with paths.writing(self._folder):
+                self._events.flush()
 
     def close(self, ending: Ending) -> None:
+        self._is_closed = True
         with paths.writing(self._folder):
             self._events.close()
 
