@@ -307,7 +307,7 @@ def _rewards(
             interrupts.beat()  # slow scorers are no standstill
             if interrupts.asked:
                 raise _Stopped
-        line.show(f"scoring rollouts: {number}/{len(samples)}")
+        line.show(f"scoring rollouts: {number}/{len(samples)}", number / max(len(samples), 1))
 
     try:
         found = panel.score(samples, done)

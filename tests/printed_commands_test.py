@@ -25,6 +25,7 @@ from absl import flags as absl_flags
 from gcp_storage_emulator.server import create_server
 from places import ROOT
 
+import qlog.main
 from qlog.config import command_line
 
 PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("README.md"))]
@@ -225,6 +226,11 @@ def check(command):
     "command", [pytest.param(c, id=f"{d}: {c[:60]}") for d in DOCUMENTS for c in COMMANDS[d]]
 )
 def test_what_a_printed_command_names_exists(command):
+    check(command)
+
+
+@pytest.mark.parametrize("command", commands(qlog.main.__doc__))
+def test_what_the_page_of_help_names_exists(command):
     check(command)
 
 

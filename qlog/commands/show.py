@@ -104,18 +104,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
-        print("name a config file first, as in configs/hotpotqa.py:warm", file=sys.stderr)
-        return 2
-    # The first argument becomes the flag that names the config. The flags are defined in a
-    # FlagValues of this call, so that a second call in the process can define them again.
-    argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
+    # Flags of this call, so that a second call in the process can define them again.
     values = flags.FlagValues()
     config = command_line.define(values=values)
     split = flags.DEFINE_string("split", "train", "train, validation or test", flag_values=values)
     num_examples = flags.DEFINE_integer(
         "examples", 1, "how many examples to print", flag_values=values
     )
+    if entry.show_help(argv, __doc__ or "", values):
+        return 0
+    if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
+        print("name a config file first, as in configs/hotpotqa.py:warm", file=sys.stderr)
+        return 2
+    # The first argument becomes the flag that names the config.
+    argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
     try:
         command_line.parse(argv, values)
         source, formatter, limits = _open(config.value, split.value)
