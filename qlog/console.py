@@ -43,7 +43,7 @@ def printable(text: str) -> str:
 
 def is_live(stream: TextIO | None = None) -> bool:
     """Whether lines can be rewritten in place. Of stdout, unless another stream is given."""
-    stream = stream or sys.stdout
+    stream = sys.stdout if stream is None else stream
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

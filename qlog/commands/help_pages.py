@@ -22,11 +22,11 @@ _WIDEST = 100  # columns: longer lines are hard to read
 # How a value of a type is described.
 _KINDS: dict[Any, str] = {
     bool: "true or false",
-    int: "a whole number",
-    float: "a number",
+    int: "whole number",
+    float: "number",
     str: "text",
-    tuple: "values with commas between them",
-    list: "a list",
+    tuple: "list, as in a,b",
+    list: "list",
     type(None): "None",
 }
 _DASH = " - "  # between a word of a choice and its meaning
@@ -75,8 +75,9 @@ class Row(NamedTuple):
     meaning: str  # for users
     value: Any = None  # in this config, as JSON has it; None of a section
     default: Any = None  # of the schema, or of the loss that was chosen
-    facts: str = ""  # type, range, unit, whether it may change; '' of a section
+    facts: str = ""  # type, range, unit, whether it may change; '' of a section of the schema
     choices: Mapping[str, str] = types.MappingProxyType({})  # word -> its meaning
+    is_detail: bool = False  # shown only where it is asked for
 
 
 def fields(config: ConfigDict, wanted: str = "") -> Iterator[str]:
@@ -91,20 +92,25 @@ def fields(config: ConfigDict, wanted: str = "") -> Iterator[str]:
       ConfigError: no field has it.
     """
     rows = list(_rows(config))
-    shown = _matching(rows, wanted) if wanted else rows
+    # Of open sections only what is set: all their keys are shown to those who ask for one.
+    shown = _matching(rows, wanted) if wanted else [row for row in rows if not row.is_detail]
     if not wanted:
         yield from _wrapped(
-            "Every field of the config: its value here, and the default where that is another one. "
-            "Set it as --config.FIELD=VALUE. --help-config=WORD shows only fields with the word."
+            "Every field of the config: its value, and the default where that is another one. "
+            "Set it with --config.FIELD=VALUE. A run that resumes keeps what must stay, and may "
+            "change the rest. --help-config=WORD shows a section, a field, or all that has the "
+            "word."
         )
-    group = ""
+    above = None
     for row in shown:
-        if row.group != group:
-            group = row.group
+        if above is None or row.group != above.group:
             yield ""
-            yield styled(f"---- {group} ----", "cyan")
-        yield ""
+            yield styled(f"---- {row.group} ----", "cyan")
+            yield ""
+        elif row.meaning or above.meaning:  # what needs no words stands close together
+            yield ""
         yield from _lines(row)
+        above = row
 
 
 def _matching(rows: list[Row], wanted: str) -> list[Row]:
@@ -119,8 +125,15 @@ def _matching(rows: list[Row], wanted: str) -> list[Row]:
     for test in tests:
         found = [row for row in rows if test(row)]
         if found:
+            sections = [row.path for row in found if not row.facts]
             above = {row.path.rpartition(".")[0] for row in found}
-            return [row for row in rows if row in found or (not row.facts and row.path in above)]
+            return [
+                row
+                for row in rows
+                if row in found
+                or (not row.facts and row.path in above)
+                or any(row.path.startswith(f"{section}.") for section in sections)
+            ]
     from qlog.losses.checks import closest
 
     names = {row.path for row in rows} | {row.path.split(".")[-1] for row in rows}
@@ -132,19 +145,23 @@ def _matching(rows: list[Row], wanted: str) -> list[Row]:
 
 def _lines(row: Row) -> Iterator[str]:
     """A row: what it is set to, then what it means."""
-    if not row.facts:  # a section
-        yield styled(row.path, "bold")
-    else:
-        is_changed = row.value != row.default
-        shown = f"{row.path} = {_text(row.value)}"
-        yield styled(shown, "bold") + (
-            styled(f"  (default {_text(row.default)})", "yellow") if is_changed else ""
+    if row.facts:
+        changed = f"  (default {_text(row.default)})" if row.value != row.default else ""
+        head, facts = f"{row.path} = {_text(row.value)}", f"[{row.facts}]"
+        fits = len(head + changed) + 2 + len(facts) <= _columns()
+        # The facts stand behind the value, or below it where there is no room.
+        yield (
+            styled(head, "bold")
+            + styled(changed, "yellow")
+            + (f"  {styled(facts, 'dim')}" if fits else "")
         )
+        if not fits:
+            yield from (styled(line, "dim") for line in _wrapped(facts, indent=4))
+    else:  # a section
+        yield styled(row.path, "bold")
     yield from _wrapped(row.meaning, indent=4)
     for word, meaning in row.choices.items():
         yield from _wrapped(f"{word or repr(word)}{_DASH}{meaning}", indent=6, hanging=4)
-    if row.facts:
-        yield from (styled(line, "dim") for line in _wrapped(row.facts, indent=4))
 
 
 def _rows(config: ConfigDict) -> Iterator[Row]:
@@ -174,23 +191,17 @@ def _at(tree: Mapping[str, Any], path: str) -> Any:
 def _facts(field: Field) -> str:
     """What values a field takes, and whether a resumed run may have another one."""
     if field.keys:
-        kind = f"a section: its keys are {field.keys}"
-    elif field.choices:
-        kind = "one of these words"
+        kind = f"section: {field.keys}"
     else:
-        kind = _KINDS[type(field.default)]
+        kind = "word" if field.choices else _KINDS[type(field.default)]
     if field.is_function:
-        kind += ", or a function in a config file"
+        kind += " or function"
     if field.unit:
-        kind += f" of {field.unit}" if field.unit != "nats per token" else f" ({field.unit})"
+        kind += f" of {field.unit}" if isinstance(field.default, int) else f", {field.unit}"
     if field.range:
         low, high = (f"{x:,}" if isinstance(x, int) else f"{x:.9g}" for x in field.range)
-        kind += f", from {low} to {high}"
-    return f"{_sentence(kind)} {_may_change(field)}"
-
-
-def _may_change(field: Field) -> str:
-    return "May change at resume." if field.may_change else "Must stay at resume."
+        kind += f", {low} to {high}"
+    return f"{kind}; {'may change' if field.may_change else 'must stay'}"
 
 
 # ---- Sections whose keys are not of the schema ----
@@ -201,20 +212,25 @@ def _loss(config: ConfigDict, group: str, path: str, field: Field) -> Iterator[R
     from qlog import losses
 
     name = schema.loss_name(config)
+    try:
+        usual, kinds = losses.arguments(name), losses.argument_types(name)
+    except ValueError as error:
+        raise ConfigError(f"config.loss: {error}.") from None
     yield Row(
         group,
         f"{path}.name",
-        f"{field.meaning}\n{_about_loss(name)}",
+        f"{field.meaning} Recipes: {', '.join(losses.RECIPES)}.\n\n{_about_loss(name)}",
         losses.label(name),
         schema.default().loss.name,
-        f"A recipe's name, or a function in a config file: {', '.join(losses.RECIPES)}. "
-        + _may_change(field),
+        "text or function; must stay, as do the arguments",
     )
-    usual, kinds = losses.arguments(name), losses.argument_types(name)
     given = {key: value for key, value in config.loss.items() if key != "name"}
     for key, value in (usual | given).items():
-        kind = _sentence(_kind(kinds.get(key, Any))) + f" {_may_change(field)}"
-        yield Row(group, f"{path}.{key}", "", _plain(value), _plain(usual.get(key)), kind)
+        default = _plain(usual.get(key, value))  # an argument without a default has none to show
+        kind, meaning = _kind(kinds.get(key, Any)), ""
+        if isinstance(name, str):
+            meaning = losses.ARGUMENTS.get(key, "")  # a key that the recipe does not know
+        yield Row(group, f"{path}.{key}", meaning, _plain(value), default, kind)
 
 
 def _about_loss(name: Any) -> str:
@@ -226,7 +242,7 @@ def _about_loss(name: Any) -> str:
         return inspect.getdoc(recipe) or ""
     about = inspect.getdoc(recipe.transform) or ""
     if recipe.surrogate is not losses.linear:
-        about += f"\n{recipe.surrogate.__name__}: {inspect.getdoc(recipe.surrogate) or ''}"
+        about += f"\n\n{recipe.surrogate.__name__}: {inspect.getdoc(recipe.surrogate) or ''}"
     return about
 
 
@@ -242,7 +258,8 @@ def _record(record: Any, usual: Mapping[str, Any], given: Mapping[str, Any]) -> 
             about.get(each.name, ""),
             _plain(value),
             _plain(default),
-            _sentence(_kind(hints[each.name])),
+            _kind(hints[each.name]),
+            is_detail=value == default,
         )
 
 
@@ -324,22 +341,22 @@ def _text(value: Any) -> str:
     return printable(str(value))
 
 
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
-
-
 def _wrapped(text: str, indent: int = 0, hanging: int = 0) -> Iterator[str]:
     """The paragraphs of a text, in lines that fit the terminal."""
-    columns = max(min(width(), _WIDEST), 40)
     for paragraph in _paragraphs(text.splitlines()):
         yield from textwrap.wrap(
             paragraph,
-            columns,
+            _columns(),
             initial_indent=" " * indent,
             subsequent_indent=" " * (indent + hanging),
             break_long_words=False,
             break_on_hyphens=False,
         )
+
+
+def _columns() -> int:
+    """The longest line."""
+    return max(min(width(), _WIDEST), 40)
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:

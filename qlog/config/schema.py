@@ -102,7 +102,7 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
         "architecture": Field(
             {},
             "What differs from the shape of the model.",
-            keys="fields of qlog.models.DecoderConfig",
+            keys="fields of models.DecoderConfig",
             may_change=True,
         ),
         "weights": Field(
@@ -153,8 +153,8 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                 ),
                 "chat_template": Field(
                     "",
-                    "Of the warm style: the path of a .jinja file, or 'builtin'; '' takes the "
-                    "model's own, or a built-in one where it has none.",
+                    "The template of prompts in the warm style: the path of a .jinja file, or "
+                    "'builtin'; '' takes the model's own, or a built-in one where it has none.",
                     may_change=True,
                 ),
                 "chat_template_kwargs": Field(
@@ -179,13 +179,15 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                     {},
                     "Where the records of train, validation and test are: for each a path, a "
                     "folder, a glob, or a list of them.",
-                    keys="names of splits",
+                    keys="train, validation, test",
                     may_change=True,
                 ),
                 "fields": Field(
                     {},
-                    "Which key of a record is which part of an example.",
-                    keys="parts of an example",
+                    "Which key of a record is which part of an example; a part that is not named "
+                    "has the key of its name. A source may be a list of keys, or a text with keys "
+                    "in braces; dots lead into objects and lists (qlog/data/README.md).",
+                    keys="id, source, answer, aliases, rationale",
                 ),
                 "description": Field(
                     "", "The text that the warm style opens with; '' is the dataset's own."
@@ -230,7 +232,7 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                 "world": Field(
                     {},
                     "The sizes of a synthetic task's worlds.",
-                    keys="fields of qlog.data.synthetic.World",
+                    keys="fields of data.synthetic.World",
                 ),
             },
         )
@@ -239,7 +241,9 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
         "rollout": Section(
             "What is sampled in training: M rollouts per prompt, each a rationale and an answer.",
             {
-                "rollouts_per_prompt": Field(32, "M.", unit="rollouts", range=(1, _BATCH)),
+                "rollouts_per_prompt": Field(
+                    32, "M, the size of a prompt's group.", unit="rollouts", range=(1, _BATCH)
+                ),
                 "rationale_budget": Field(
                     2944,
                     "A rationale that is as long is cut off: the thinking-end token is forced.",
@@ -248,13 +252,14 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                 ),
                 "answer_reserve": Field(
                     128,
-                    "Kept for the answer behind a rationale, sampled or gold.",
+                    "Room that is kept for the answer behind a rationale, sampled or gold.",
                     unit="tokens",
                     range=(1, _LONG),
                 ),
                 "temperature": Field(
                     1.0,
-                    "Of the distribution that is sampled, and that the gradient is about.",
+                    "The temperature of the distribution that is sampled, and that the gradient is "
+                    "about.",
                     range=(1e-3, 1e3),
                 ),
                 "prompts_per_wave": Field(
@@ -265,12 +270,14 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                     range=(0, _BATCH),
                     may_change=True,
                 ),
-                "closing_text": Field("", "Written before a thinking-end token that is forced."),
+                "closing_text": Field(
+                    "", "A text that is written before a thinking-end token that is forced."
+                ),
                 "reward": Field(
                     "",
-                    "Of sampled answers, for losses that ask for one: the name of a grader, a "
-                    "function (qlog/grading/README.md), or a list of these or of (one, weight), "
-                    "which are added; '' is the loss's own.",
+                    "What a sampled answer is worth, for losses that ask for a reward: the name of "
+                    "a grader, a function (qlog/grading/README.md), or a list of these or of (one, "
+                    "weight), which are added. '' is the loss's own reward.",
                     is_function=True,
                 ),
                 "reward_threads": Field(
@@ -294,7 +301,7 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
         "optimizer": Section(
             "AdamW, with warm-up and a limit on the gradient's norm.",
             {
-                "learning_rate": Field(1e-6, "Its highest value.", range=(0, 1e3)),
+                "learning_rate": Field(1e-6, "The highest learning rate.", range=(0, 1e3)),
                 "warmup_steps": Field(
                     10,
                     "How long the learning rate rises, from 0.",
@@ -312,8 +319,12 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                 ),
                 "b1": Field(0.9, "AdamW's decay of the mean.", range=(0, _BELOW_ONE)),
                 "b2": Field(0.999, "AdamW's decay of the mean square.", range=(0, _BELOW_ONE)),
-                "eps": Field(1e-8, "Added to AdamW's divisor.", range=(0, 1.0)),
-                "weight_decay": Field(0.0, "AdamW's.", range=(0, 1e3)),
+                "eps": Field(1e-8, "What is added to AdamW's divisor.", range=(0, 1.0)),
+                "weight_decay": Field(
+                    0.0,
+                    "How much of the weights AdamW takes away, times the learning rate.",
+                    range=(0, 1e3),
+                ),
                 "max_grad_norm": Field(
                     1.0,
                     "A gradient with a larger norm is scaled down to it.",
@@ -333,13 +344,15 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
             {
                 "steps": Field(
                     500,
-                    "How long the run is. It may change at resume if optimizer.schedule is "
-                    "constant.",
+                    "How long the run is. With a schedule of the learning rate other than constant "
+                    "it must stay.",
                     unit="steps",
                     range=(1, _MANY),
                     may_change=True,
                 ),
-                "prompts_per_step": Field(32, "B.", unit="prompts", range=(1, _BATCH)),
+                "prompts_per_step": Field(
+                    32, "B: from how many prompts a step learns.", unit="prompts", range=(1, _BATCH)
+                ),
                 "updates_per_batch": Field(
                     1,
                     "Optimizer steps per batch of rollouts, each on another part of it.",
@@ -384,15 +397,15 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                 ),
                 "terms_every": Field(
                     0,
-                    "Between measurements of the gradient's two terms, score and pathwise; each "
-                    "costs a second backward pass; 0 is never.",
+                    "Steps from one measurement of the gradient's two terms, score and pathwise, "
+                    "to the next. Each costs a second backward pass. 0 is never.",
                     unit="steps",
                     range=(0, _MANY),
                     may_change=True,
                 ),
                 "rollouts_every": Field(
                     10,
-                    "Between rollouts that are written to disk.",
+                    "Steps from one writing of rollouts to disk to the next.",
                     unit="steps",
                     range=(1, _MANY),
                     may_change=True,
@@ -413,7 +426,8 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
             {
                 "every": Field(
                     50,
-                    "Between evaluations; the last step has one, too. 0 is never.",
+                    "Steps from one evaluation to the next; the last step has one, too. 0 is "
+                    "never.",
                     unit="steps",
                     range=(0, _MANY),
                 ),
@@ -446,7 +460,9 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                     16, "k: answers to each question.", unit="answers", range=(1, _BATCH)
                 ),
                 "temperature": Field(
-                    1.0, "Of the answers; 0 always takes the most probable token.", range=(0, 1e3)
+                    1.0,
+                    "The temperature of the answers; 0 always takes the most probable token.",
+                    range=(0, 1e3),
                 ),
                 # Not for training: the gradient is about the whole distribution, so rollouts are
                 # drawn from it.
@@ -472,24 +488,25 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                 ),
                 "metrics": Field(
                     (),
-                    "Means that are reported besides: a list as rollout.reward.",
+                    "Scores of answers whose means are reported besides: a list as rollout.reward.",
                     is_function=True,
                 ),
             },
             may_change=True,
         ),
         "checkpoint": Section(
-            "From which a run resumes, and which evaluation and export read.",
+            "Checkpoints: a run resumes from them, and evaluation and export read them.",
             {
                 "every": Field(
                     50,
-                    "Between checkpoints; the last step has one, too.",
+                    "Steps from one checkpoint to the next; the last step has one, too.",
                     unit="steps",
                     range=(1, _MANY),
                 ),
                 "minutes": Field(
                     10.0,
-                    "Between checkpoints, if that is sooner; 0 counts only steps.",
+                    "Minutes from one checkpoint to the next, if that is sooner; 0 counts only "
+                    "steps.",
                     unit="minutes",
                     range=(0, _SECONDS),
                 ),
@@ -555,8 +572,8 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
     },
     "Devices": {
         "mesh": Section(
-            "Devices per axis of one slice (of TPUs; a node of GPUs); -1 is the rest. Each slice "
-            "has a replica. Prompts are split over slices x data x fsdp shards.",
+            "The devices of one slice (of TPUs; a node of GPUs) by axis; -1 is the rest. Each "
+            "slice has a replica of the parameters. Prompts are split over slices x data x fsdp shards.",
             {
                 "data": Field(-1, "Replicas of the parameters.", unit="devices", range=(-1, 2**20)),
                 "fsdp": Field(
