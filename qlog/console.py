@@ -120,15 +120,21 @@ class ProgressLine:
         if is_live():
             # A line that wraps could not be cleared: it is cut one column before the edge.
             columns = width() - 1
+            bar = ""
             if share is not None and columns >= 4 * _BAR:
-                text, bar = text[: columns - _BAR - 1], _bar(share) + " "
-            else:
-                text, bar = text[:columns], ""
-            print(f"{_CLEAR}{bar}{text}", end="\n" if force else "", flush=True)
+                bar, columns = _bar(share) + " ", columns - _BAR - 1
+            print(f"{_CLEAR}{bar}{_cut(text, columns)}", end="\n" if force else "", flush=True)
             ProgressLine._is_open = not force
         elif force or now - self._printed >= self._every:
             self._printed = now
             print(text, flush=True)
+
+    @staticmethod
+    def clear() -> None:
+        """Takes away a line that stands on the terminal."""
+        if ProgressLine._is_open:
+            ProgressLine._is_open = False
+            print(_CLEAR, end="", flush=True)
 
     @staticmethod
     def leave() -> None:
@@ -136,6 +142,13 @@ class ProgressLine:
         if ProgressLine._is_open:
             ProgressLine._is_open = False
             print(flush=True)
+
+
+def _cut(text: str, columns: int) -> str:
+    """As much of a line as fits: whole items, which two spaces divide, if one fits."""
+    if len(text) <= columns:
+        return text
+    return text[: columns + 2].rpartition("  ")[0] or text[:columns]
 
 
 def _bar(share: float) -> str:
@@ -189,6 +202,7 @@ def show_table(title: str, facts: Mapping[str, object]) -> None:
         table.add_column(overflow="fold")  # paths are not cut short
         for name, value in facts.items():
             table.add_row(name, printable(str(value)))
+        ProgressLine.clear()
         # Without a terminal there is no width to fit: a fixed one.
         plain_console(None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
 

@@ -95,7 +95,8 @@ from qlog.console import *
 with output():
     say("begun"); say("warning: odd"); say("title", "bold")
     line = ProgressLine()
-    line.show("step 1/2  " + 200 * "x", share=0.5)
+    line.show(200 * "x", share=0.5)
+    line.show("step 1/2  loss 1  " + 200 * "x", share=0.5)
     line.show("step 2/2", share=1.0, force=True)
     line.show("evaluating 1/2")
 """
@@ -105,9 +106,11 @@ def test_on_a_terminal_a_progress_line_is_rewritten_and_never_wraps():
     out = on_a_terminal(LINES)
     assert "\x1b[33mwarning:\x1b[0m odd" in out and "\x1b[1mtitle\x1b[0m" in out
     # Each text clears the line before it; only what is for good ends with a newline.
-    first, second, third = out.split("\x1b[2K")[-3:]
-    visible = re.sub(r"\x1b\[[0-9;]*m", "", first).rstrip("\r")
-    assert visible.startswith(8 * "━" + 8 * "─" + " step 1/2  xxx") and len(visible) == 79
+    first, cut, second, third = out.split("\x1b[2K")[-4:]
+    visible = [re.sub(r"\x1b\[[0-9;]*m", "", each).rstrip("\r") for each in (first, cut)]
+    bar = 8 * "━" + 8 * "─"
+    # Whole items where one fits. A word of 200 letters is one item, and is cut at the edge.
+    assert visible == [f"{bar} {'x' * 62}", f"{bar} step 1/2  loss 1"]
     assert "\n" not in first and second.count("\n") == 1 and 16 * "━" in second
     # What ends a command begins below the line.
     assert third == "evaluating 1/2\n"

@@ -184,6 +184,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     if kwargs := config.tokenizer.chat_template_kwargs.to_dict():
         say(f"prompts were written with chat_template_kwargs {kwargs}: give them to the template")
     say(f"exported to {folder}")
+    say(f"  transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it", "dim")
     return 0
 
 
@@ -277,9 +278,20 @@ def _report(workdir: Path, name: str, record: str) -> None:
         say(record)
         return
     found = json.loads(record)
-    numbers = {metric: f"{value:.4g}" for metric, value in found["metrics"].items()}
-    show_table(f"{found['data']}, {found['split']}: {found['source']}", numbers)
-    say(f"written to {file}")
+    show_table(f"{found['data']}, {found['split']}", _main_numbers(found["metrics"]))
+    say(f"Of {found['source']}. All numbers, with what they are of: {file}")
+
+
+def _main_numbers(metrics: dict[str, float]) -> dict[str, str]:
+    """The numbers that a reader looks for, with their intervals: not those of every grader."""
+    shown = {}
+    for name, value in metrics.items():
+        plain = name.removeprefix("no_rationale/").removeprefix("metrics/")
+        if "/" not in plain:
+            low, high = metrics.get(f"{name}/low"), metrics.get(f"{name}/high")
+            interval = "" if low is None or high is None else f"   {low:.4g} to {high:.4g}"
+            shown[name] = f"{value:.4g}{interval}"
+    return shown
 
 
 # The modes that read a checkpoint

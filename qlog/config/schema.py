@@ -573,7 +573,8 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
     "Devices": {
         "mesh": Section(
             "The devices of one slice (of TPUs; a node of GPUs) by axis; -1 is the rest. Each "
-            "slice has a replica of the parameters. Prompts are split over slices x data x fsdp shards.",
+            "slice has a replica of the parameters. Prompts are split over slices x data x fsdp "
+            "shards.",
             {
                 "data": Field(-1, "Replicas of the parameters.", unit="devices", range=(-1, 2**20)),
                 "fsdp": Field(
