@@ -19,7 +19,7 @@ def get_config(arg=""):
 def test_a_finished_run_says_what_it_wrote_and_what_comes_next(tmp_path):
     file = tmp_path / "my config.py"  # a shell needs quotes for it
     file.write_text(CONFIG)
-    env = {"PYTHONPATH": "tests:.", "COLUMNS": "80"}
+    env = {"PYTHONPATH": "tests:.", "JAX_NUM_CPU_DEVICES": "1"}
     workdir = tmp_path / "run"
     words = [f"--config={file}:x", f"--workdir={workdir}", "--config.seed", "3"]
     out = processes.run(sys.executable, "-m", "qlog.main", *words, env=env)
