@@ -29,8 +29,8 @@ import qlog.main
 from qlog.commands import help_pages
 from qlog.config import command_line, schema
 
-PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("README.md"))]
-DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", "qlog/report/RESULTS.md", *PAGES]
+PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("*.md"))]
+DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", *PAGES]
 CLOUD = ("gcloud", "kubectl", "sbatch", "scontrol", "gcluster", "xpk", "docker", "sky")
 PROGRAMS = {*CLOUD, "python", "python3", "pip", "uv", "source", "squeue", "scancel", "srun", "hf"}
 
