@@ -28,6 +28,7 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _CLEAR = "\r\x1b[2K"  # to the start of the line, and clear it
 _PLAIN_WIDTH = 110  # columns of a table that goes into a file or a pipe
 _BAR = 16  # columns of a progress bar
+_PAUSE = 0.1  # seconds between two states of a line: more often would flicker
 _STYLES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "33", "cyan": "36"}
 Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
 _ALARM = re.compile(r"(?:warning:|NOTE:?)(?= )")  # how a line begins that should be noticed
@@ -99,13 +100,15 @@ class ProgressLine:
     """A line about work under way: on a terminal rewritten in place, elsewhere printed at times.
 
     Args:
-      every: seconds between printed lines.
+      every: seconds between printed lines, where they are not rewritten.
+      after: seconds until the first one: work that takes less shows none.
     """
 
     _is_open = False  # whether a line stands on the terminal that the next text takes the place of
 
-    def __init__(self, every: float = 10.0):
+    def __init__(self, every: float = 10.0, after: float = 0.0):
         self._every, self._printed = every, time.monotonic()
+        self._next = self._printed + after  # when a terminal gets the next one
 
     def show(self, text: str, share: float | None = None, force: bool = False) -> None:
         """Shows the line.
@@ -118,6 +121,9 @@ class ProgressLine:
             return
         now, text = time.monotonic(), printable(text)
         if is_live():
+            if now < self._next and not force:
+                return
+            self._next = now + _PAUSE
             # A line that wraps could not be cleared: it is cut one column before the edge.
             columns = width() - 1
             bar = ""

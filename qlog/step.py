@@ -300,7 +300,7 @@ def _rewards(
         for b, index in places.items()
         for sample in _samples(experiment, local, index, batch, b)
     ]
-    line, is_stopped = ProgressLine(), False
+    line, is_stopped = ProgressLine(after=1.0), False
 
     def done(number: int) -> None:
         if interrupts:

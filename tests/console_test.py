@@ -94,11 +94,13 @@ LINES = """
 from qlog.console import *
 with output():
     say("begun"); say("warning: odd"); say("title", "bold")
+    ProgressLine().show(200 * "x", share=0.5)
     line = ProgressLine()
-    line.show(200 * "x", share=0.5)
     line.show("step 1/2  loss 1  " + 200 * "x", share=0.5)
+    line.show("too soon after the last one")
+    ProgressLine(after=60).show("too soon after the beginning")
     line.show("step 2/2", share=1.0, force=True)
-    line.show("evaluating 1/2")
+    ProgressLine().show("evaluating 1/2")
 """
 
 
