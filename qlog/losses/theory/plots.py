@@ -6,10 +6,12 @@ the functions of `closed_forms` and `exact`.
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -143,4 +145,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Numbers of a few points: no accelerator is looked for, unless the environment names one.
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
     main()
