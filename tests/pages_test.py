@@ -8,6 +8,7 @@ from places import ROOT
 PAGES = [
     ROOT / "README.md",
     ROOT / "BUILD.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "launch/README.md",
     *sorted((ROOT / "qlog").rglob("*.md")),
 ]

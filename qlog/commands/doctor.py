@@ -108,12 +108,12 @@ def _check(name: str, function: Callable[[], str]) -> Check:
 
 
 def _versions() -> str:
-    """Every requirement of this installation is there, in a version that it accepts."""
+    """Every requirement of the commands is there, in a version that it accepts."""
     unfit = []
     for line in importlib.metadata.requires("qlog") or ():
         needed = Requirement(line)
-        if needed.marker and not needed.marker.evaluate({"extra": ""}):
-            continue  # of an extra
+        if needed.marker and not needed.marker.evaluate({"extra": "train"}):
+            continue  # of an extra that no command needs by itself
         try:
             has = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:

@@ -8,16 +8,21 @@ the functions of `closed_forms` and `exact`.
 import argparse
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib import pyplot
-from matplotlib.axes import Axes
 
 from qlog.losses import aliases
 from qlog.losses.theory import closed_forms, exact
+
+try:
+    from matplotlib import pyplot
+    from matplotlib.axes import Axes
+except ModuleNotFoundError:  # the losses need JAX and optax only, their plots this as well
+    sys.exit("qlog: the plots need the package matplotlib: run pip install matplotlib.")
 
 pyplot.switch_backend("Agg")  # files only: needs no display
 
