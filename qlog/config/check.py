@@ -78,6 +78,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
 _WORDS = {
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "blocks", "tpu", "cudnn"),
+    "rollout.cache": ("auto", "int8"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "data.overlong": ("error", "skip"),
     "data.invalid": ("error", "skip"),

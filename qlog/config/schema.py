@@ -89,6 +89,10 @@ def default() -> ConfigDict:
                 # Of a shard: how many prompts fit into memory with all their rollouts at their
                 # longest, which bounds what decoding takes; 0 is all
                 "prompts_per_wave": 0,
+                # Keys and values of prompts and rollouts while they are decoded and scored: auto
+                # (as dtype), or int8 with a scale per token and head, which takes about half the
+                # memory of bfloat16 and rounds log-probabilities (qlog/rollouts/README.md)
+                "cache": "auto",
                 "closing_text": "",  # written before a forced thinking-end token
                 # Of sampled answers, for losses that ask for one: the name of a grader, a function
                 # (qlog/grading/README.md), or a list of these or of (one, weight), which are added;
@@ -249,6 +253,7 @@ MUST_STAY = frozenset(
         "rollout.rationale_budget",
         "rollout.answer_reserve",
         "rollout.temperature",
+        "rollout.cache",
         "rollout.closing_text",
         "rollout.reward",
         "loss",
