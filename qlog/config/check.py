@@ -7,7 +7,10 @@ qlog/experiment/files.py, which reads them.
 import dataclasses
 import importlib.metadata
 import json
+import math
 import re
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +34,7 @@ _LONG = 2**24  # tokens
 _BATCH = 2**20  # prompts, rollouts
 _SECONDS = 10.0**9
 _BELOW_ONE = 1 - 2**-24  # float32 rounds what is nearer to 1
+_LARGEST_SIZE = 2**31 - 1  # of a dimension of an array, which int32 counts
 _LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),  # keys are made of 32 bits: a larger one would be that of a smaller
     "rollout.rollouts_per_prompt": (1, _BATCH),
@@ -351,13 +355,44 @@ def wandb_is_installed() -> bool:
 
 
 def _check_architecture(config: ConfigDict) -> None:
-    known = {field.name for field in dataclasses.fields(models.DecoderConfig)}
+    known = typing.get_type_hints(models.DecoderConfig)
     for key in config.architecture:
         if key not in known:
             raise ConfigError(
                 f"config.architecture.{key} = {config.architecture[key]!r} is read by nothing: "
                 f"a decoder has {', '.join(sorted(known))}."
             )
+        value = config.architecture[key]
+        options = typing.get_args(known[key]) or (known[key],)
+        if typing.get_origin(known[key]) is tuple:
+            options = (tuple,)
+        if not any(_is_of_kind(value, option) for option in options):
+            words = " or ".join(_KINDS.get(option, "a section of settings") for option in options)
+            raise ConfigError(f"config.architecture.{key} = {value!r} must be {words}.")
+
+
+# The types of a decoder's fields, in words.
+_KINDS = {
+    int: f"a whole number of at most {_LARGEST_SIZE}",
+    float: "a number above 0",
+    bool: "True or False",
+    str: "text",
+    tuple: "a list of them",
+    types.NoneType: "None",
+}
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Whether a value can be that of a field; whether it makes sense, the decoder checks."""
+    if kind is int:  # isinstance would take True for one
+        return type(value) is int and value <= _LARGEST_SIZE
+    if kind is float:
+        return type(value) in (int, float) and 0 < value < math.inf  # nor NaN
+    if kind is tuple:
+        return isinstance(value, (list, tuple))
+    if dataclasses.is_dataclass(kind):  # RopeScaling
+        return isinstance(value, (Mapping, ConfigDict, kind))
+    return type(value) is kind
 
 
 def _check_tokenizer(config: ConfigDict) -> None:
