@@ -450,5 +450,5 @@ def _get(config: Any, field: str) -> Any:
 
 
 def size_text(num_bytes: float) -> str:
-    """25.2 GB, or 0.004 GB."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e9:.3f} GB"
+    """25.2 GB, or 3.7 MB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -139,7 +139,7 @@ def test_data_files(record_property, tmp_path):
         elif not isinstance(lenient, str):
             assert len(lenient) < content.count(b"\n") + 1
 
-    fuzzing.try_cases(record_property, "data files", 250, lines(_RECORDS), holds)
+    fuzzing.try_cases(record_property, "data files", 100, lines(_RECORDS), holds)
 
 
 # ---- Logs ----
@@ -201,8 +201,8 @@ def test_logs(record_property, tmp_path):
         assert _same(now[:-1], kept) and now[-1]["step"] == start
         # ---- What was set aside is whole ----
         aside = workdir / f"{name}.jsonl.damaged"
-        for line in content[: content.rfind(b"\n") + 1].split(b"\n"):
-            if line and not (rows := _readable(line)) or (rows and not is_event(rows[0])):
+        for line in filter(None, content[: content.rfind(b"\n") + 1].split(b"\n")):
+            if not any(map(is_event, _readable(line).values())):
                 assert line in aside.read_bytes().split(b"\n")
 
     cases = st.tuples(lines(_EVENTS), st.sampled_from(["metrics", "rollouts"]), st.integers(0, 10))
