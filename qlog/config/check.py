@@ -443,9 +443,15 @@ def _check_tokenizer(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict) -> None:
     """The data exist, as far as no file has to be read, and every key that is set is read."""
     # Not above: tokenizers and grain take a second, and config files need only the schema.
-    from qlog.data import find_corpus, label
+    from qlog.data import find_corpus, label, splits
 
     corpus = find_corpus(config.data.to_dict())
+    # A function may know others.
+    if not callable(config.data.name) and config.evaluation.split not in splits.NAMES:
+        raise ConfigError(
+            f"config.evaluation.split = {config.evaluation.split!r} is unknown: use one of "
+            f"{', '.join(splits.NAMES)}{closest(config.evaluation.split, splits.NAMES)}."
+        )
     if config.data.description and config.data.style != "warm":
         raise ConfigError(
             f"config.data.description = {config.data.description!r} is read only by the warm "

@@ -12,6 +12,7 @@ from absl import flags
 from hypothesis import strategies as st
 
 from qlog import losses, models
+from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.data import synthetic
 from qlog.errors import ConfigError, TrainingError
@@ -104,7 +105,7 @@ def test_configs(record_property, tmp_path, capsys):
             with contextlib.chdir(tmp_path):
                 prepare(schema.several(config).popitem()[1] if config.runs else config, ONE)
         except (ConfigError, flags.Error) as error:
-            text = str(error)
+            text = entry.sentence(error)  # as the command prints it
             # One sentence, with a field that was given or one that goes with it.
             assert "\n" not in text and "Traceback" not in text, text
             assert "config" in text or "mesh." in text or "DecoderConfig." in text, text
