@@ -390,7 +390,7 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
         return type(value) in (int, float) and 0 < value < math.inf  # nor NaN
     if kind is tuple:
         return isinstance(value, (list, tuple))
-    if dataclasses.is_dataclass(kind):  # RopeScaling
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):  # RopeScaling
         return isinstance(value, (Mapping, ConfigDict, kind))
     return type(value) is kind
 

@@ -61,10 +61,28 @@ _KEYS = st.one_of(
     st.sampled_from(["", ".", "x", "train", "loss", "optimizer", "mesh", "runs", "data.world"]),
 )
 _TEXTS = st.one_of(fuzzing.TEXTS, st.sampled_from(_WORDS), st.integers(-3, 40).map(str))
-_SETTINGS = st.tuples(_KEYS, _TEXTS).filter(
+_ODD = st.tuples(_KEYS, _TEXTS).filter(
     lambda case: not (case[0] in _REPOSITORIES and "/" in case[1])
 )
-_COMMANDS = st.lists(_SETTINGS, min_size=1, max_size=3)
+
+
+@st.composite
+def _near(draw):
+    """A number or a flag near the one that the run has: most of these are accepted."""
+    fields = schema.fields(tiny.config())
+    usual = {k: v for k, v in fields.items() if type(v) in (bool, int, float)}
+    field = draw(st.sampled_from(sorted(usual)))
+    value = usual[field]
+    if isinstance(value, bool):
+        return field, str(not value)
+    others = [2 * value, value / 2] if isinstance(value, float) else [value + 1, 2 * value, 1]
+    return field, str(draw(st.sampled_from(others)))
+
+
+_COMMANDS = st.one_of(
+    st.lists(_ODD, min_size=1, max_size=3),
+    st.lists(st.one_of(_near(), _near(), _ODD), min_size=1, max_size=3),
+)
 
 
 def _small(config):
