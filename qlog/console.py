@@ -1,26 +1,75 @@
-"""Lines for the user, from process 0 only."""
+"""Lines for the user, from process 0 only.
+
+On a terminal a progress line is rewritten in place, and some words have a colour. Into a file or a
+pipe goes plain text, with a progress line now and then. NO_COLOR turns colours off, FORCE_COLOR
+turns them on everywhere, and a terminal with TERM=dumb gets plain text, as those names have it in
+other programs.
+"""
 
 import contextlib
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TextIO
 
-import jax
-from rich.console import Console
-from rich.table import Table
+# Libraries that take long to import are not imported above: a command that only shows its help, or
+# refuses a flag, should not wait for them.
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # What a terminal obeys instead of showing it: control characters (not tab and newline), and marks
 # that turn the direction of writing. Records, names and paths may hold them.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CLEAR = "\r\x1b[2K"  # to the start of the line, and clear it
+_PLAIN_WIDTH = 110  # columns of a table that goes into a file or a pipe
+_BAR = 16  # columns of a progress bar
+_PAUSE = 0.1  # seconds between two states of a line: more often would flicker
+_STYLES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "33", "cyan": "36"}
+Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
+_ALARM = re.compile(r"(?:warning:|NOTE:?)(?= )")  # how a line begins that should be noticed
 
 
 def printable(text: str) -> str:
     """The text with every character that a terminal obeys written out, as \\x1b."""
     return _OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+# ---- What the terminal can do ----
+
+
+def is_live(stream: TextIO | None = None) -> bool:
+    """Whether lines can be rewritten in place. Of stdout, unless another stream is given."""
+    stream = sys.stdout if stream is None else stream
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def has_colours(stream: TextIO | None = None) -> bool:
+    """Whether colours are wanted. Of stdout, unless another stream is given."""
+    if os.environ.get("NO_COLOR"):  # https://no-color.org: set, and not empty
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or is_live(stream)
+
+
+def styled(text: str, style: Style, stream: TextIO | None = None) -> str:
+    """The text in a colour or weight, where the stream has colours."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if has_colours(stream) else text
+
+
+def width() -> int:
+    """Columns of a line: those of the terminal, or of COLUMNS; 80 where nothing is known."""
+    return shutil.get_terminal_size().columns
+
+
+def is_first_process() -> bool:
+    """Whether this is process 0. A process without JAX is the only one."""
+    # Not imported here: what was started without JAX (a help page, a report) stays without it.
+    jax = sys.modules.get("jax")
+    return jax is None or jax.process_index() == 0
 
 
 @contextlib.contextmanager
@@ -36,6 +85,7 @@ def output() -> Iterator[None]:
         try:
             yield
         finally:  # a command may end by sys.exit
+            ProgressLine.leave()
             sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes once more when it ends: into nothing, or it would complain.
@@ -43,27 +93,76 @@ def output() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
 
 
+# ---- Lines ----
+
+
 class ProgressLine:
     """A line about work under way: on a terminal rewritten in place, elsewhere printed at times.
 
     Args:
-      every: seconds between printed lines.
+      every: seconds between printed lines, where they are not rewritten.
+      after: seconds until the first one: work that takes less shows none.
     """
 
-    def __init__(self, every: float = 10.0):
-        self._every, self._printed = every, time.monotonic()
+    _is_open = False  # whether a line stands on the terminal that the next text takes the place of
 
-    def show(self, text: str, force: bool = False) -> None:
-        """Shows the line; with `force` also if the last one was printed just now, and for good."""
-        if jax.process_index():
+    def __init__(self, every: float = 10.0, after: float = 0.0):
+        self._every, self._printed = every, time.monotonic()
+        self._next = self._printed + after  # when a terminal gets the next one
+
+    def show(self, text: str, share: float | None = None, force: bool = False) -> None:
+        """Shows the line.
+
+        Args:
+          share: how much of the work is done, from 0 to 1: a terminal draws it as a bar.
+          force: shows it also if the last one was printed just now, and for good.
+        """
+        if not is_first_process():
             return
         now, text = time.monotonic(), printable(text)
-        if sys.stdout.isatty():
-            # To the line's start, and clear it: the next text comes over this one, unless forced.
-            print(f"\r\x1b[2K{text}", end="\n" if force else "", flush=True)
+        if is_live():
+            if now < self._next and not force:
+                return
+            self._next = now + _PAUSE
+            # A line that wraps could not be cleared: it is cut one column before the edge.
+            columns = width() - 1
+            bar = ""
+            if share is not None and columns >= 4 * _BAR:
+                bar, columns = _bar(share) + " ", columns - _BAR - 1
+            print(f"{_CLEAR}{bar}{_cut(text, columns)}", end="\n" if force else "", flush=True)
+            ProgressLine._is_open = not force
         elif force or now - self._printed >= self._every:
             self._printed = now
             print(text, flush=True)
+
+    @staticmethod
+    def clear() -> None:
+        """Takes away a line that stands on the terminal."""
+        if ProgressLine._is_open:
+            ProgressLine._is_open = False
+            print(_CLEAR, end="", flush=True)
+
+    @staticmethod
+    def leave() -> None:
+        """Ends a line that stands on the terminal: what comes next begins below it."""
+        if ProgressLine._is_open:
+            ProgressLine._is_open = False
+            print(flush=True)
+
+
+def _cut(text: str, columns: int) -> str:
+    """As much of a line as fits: whole items, which two spaces divide, if one fits."""
+    if len(text) <= columns:
+        return text
+    return text[: columns + 2].rpartition("  ")[0] or text[:columns]
+
+
+def _bar(share: float) -> str:
+    """A bar of `_BAR` columns, of which `share` is full."""
+    full = round(_BAR * min(max(share, 0.0), 1.0))
+    has_lines = (sys.stdout.encoding or "").lower().startswith("utf")
+    done, left = ("━", "─") if has_lines else ("#", "-")
+    return styled(done * full, "green") + styled(left * (_BAR - full), "dim")
 
 
 def clock(seconds: float) -> str:
@@ -73,26 +172,57 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def say(text: str) -> None:
+def put(text: str) -> None:
+    """A line in the place of a progress line, as it is, from every process."""
+    print((_CLEAR if is_live() else "") + text, flush=True)
+    ProgressLine._is_open = False
+
+
+def say(text: str, style: Style | None = None) -> None:
     """A line for the user; it takes the place of a progress line."""
+    if not is_first_process():
+        return
     text = printable(text)
-    if jax.process_index() == 0:
-        print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
+    if style:
+        text = styled(text, style)
+    elif alarm := _ALARM.match(text):
+        text = styled(alarm[0], "yellow") + text[alarm.end() :]
+    put(text)
+
+
+def complain(text: str) -> None:
+    """A line on stderr about what went wrong: 'qlog: ...'. From every process."""
+    print(f"{styled('qlog:', 'red', sys.stderr)} {printable(text)}", file=sys.stderr, flush=True)
+
+
+# ---- Tables ----
 
 
 def show_table(title: str, facts: Mapping[str, object]) -> None:
     """A table of names and values for the user."""
-    if jax.process_index() == 0:
+    if is_first_process():
+        from rich.table import Table
+
         table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")  # paths are not cut short
         for name, value in facts.items():
             table.add_row(name, printable(str(value)))
+        ProgressLine.clear()
         # Without a terminal there is no width to fit: a fixed one.
-        plain_console(None if sys.stdout.isatty() else 110).print(table)
+        plain_console(None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
 
 
-def plain_console(width: int | None) -> Console:
-    """Where tables are printed: [words] and :words: of cells are text, and no orders to rich."""
-    return Console(width=width, markup=False, emoji=False)
+def plain_console(width: int | None) -> "Console":
+    """Where tables are printed: [words] and :words: of cells are text, and no orders to rich.
+
+    Args:
+      width: in columns; None is the terminal's.
+    """
+    from rich.console import Console
+
+    colours = "auto" if has_colours() else None
+    return Console(width=width, markup=False, emoji=False, color_system=colours)
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

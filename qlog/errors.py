@@ -1,7 +1,9 @@
 """The exceptions that a user is meant to read, and the exit status of each."""
 
+import importlib.util
 import os
 import signal
+import sys
 import traceback
 
 
@@ -63,3 +65,44 @@ def summary(error: BaseException) -> str:
     The name of its type where it said nothing.
     """
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# Modules of the extra `train` in setup.cfg, which holds what the commands need.
+TRAIN_MODULES = (
+    "absl",
+    "etils",
+    "filelock",
+    "flax",
+    "fsspec",
+    "grain",
+    "huggingface_hub",
+    "importlib_resources",
+    "jinja2",
+    "matplotlib",
+    "ml_collections",
+    "orbax",
+    "packaging",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tensorboardX",
+    "tensorflow_datasets",
+    "tokenizers",
+)
+
+
+def exit_without_train() -> None:
+    """Ends the process with one sentence and status 2 where the extra `train` is not installed.
+
+    What a command imports first calls it: qlog can be installed for its losses only.
+    """
+    # Looked for, not imported: together they would take seconds.
+    missing = next((name for name in TRAIN_MODULES if not importlib.util.find_spec(name)), "")
+    if missing:
+        print(
+            f"qlog: commands need the packages of the extra train, and {missing} is missing: run "
+            "pip install 'qlog[train]' in this environment, or launch/install in a clone.",
+            file=sys.stderr,
+        )
+        sys.exit(ConfigError.status)

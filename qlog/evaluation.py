@@ -127,6 +127,8 @@ def _sample_all(
 
     # Sample the rest, and save each batch at once.
     line, began, num_done = ProgressLine(), time.monotonic(), num_saved
+    title = f"evaluating {parameters_from}"
+    line.show(f"{title}: {num_done}/{total} questions", num_done / total)  # the first call compiles
     for batch in sample_answers(experiment, params, sampling, num_saved, interrupts):
         if is_first_process:
             rows += batch
@@ -134,7 +136,8 @@ def _sample_all(
                 partial.write(num_done, batch)
         num_done += len(batch)
         left = (time.monotonic() - began) / (num_done - num_saved) * (total - num_done)
-        line.show(f"evaluating {parameters_from}: {num_done}/{total} questions  {clock(left)} left")
+        text = f"{title}: {num_done}/{total} questions  {clock(left)} left"
+        line.show(text, num_done / total)
 
     if partial and is_first_process:
         partial.finish(rows)

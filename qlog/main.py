@@ -1,11 +1,44 @@
-"""The command line: `python -m qlog.main --config=configs/quickstart.py`."""
+"""Trains a reasoning language model, evaluates it, samples from it, exports it.
+
+Train. The same command takes up a run that was stopped:
+
+    python -m qlog.main --config=configs/quickstart.py
+    python -m qlog.main --config=configs/hotpotqa.py:warm,grpo --workdir=runs/first
+
+Behind the colon stand variants, which the config file names. Every field of the
+config is a flag, too:
+
+    python -m qlog.main --config=configs/hotpotqa.py --config.train.steps=100
+
+List the fields: their meanings, allowed values, and values in a config:
+
+    python -m qlog.main --help-config
+    python -m qlog.main --config=configs/hotpotqa.py:warm --help-config=optimizer
+
+Use what a run has trained (with the config and workdir of the run):
+
+    python -m qlog.main --config=configs/hotpotqa.py --mode=evaluate
+    python -m qlog.main --config=configs/hotpotqa.py --mode=sample
+    python -m qlog.main --config=configs/hotpotqa.py --mode=export
+    python -m qlog.report runs/hotpotqa
+
+Does a run fit on TPUs, and how long does a step take? No TPU is needed:
+
+    python -m qlog.main --config=configs/hotpotqa.py --mode=compile --topology=v5e:4x4
+
+Where qlog is installed, `qlog` is short for `python -m qlog.main`; `qlog report`,
+`qlog doctor`, `qlog show`, `qlog stage` and `qlog status` are the other commands.
+Each has a --help. --helpfull lists the flags of libraries, too.
+"""
 
 import pathlib
+import sys
 
 from absl import flags, logging
 
 from qlog.commands import entry
 from qlog.config import command_line
+from qlog.errors import ConfigError
 
 _CONFIG = command_line.define()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
@@ -38,12 +71,15 @@ _DISTRIBUTED = flags.DEFINE_enum(
     ["auto", "on", "off"],
     "Connect to the other processes of this run: on, off, or auto: if the environment names them.",
 )
-flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> int:
     """Reads the flags, connects the processes of the run, and does what --mode asks for."""
     entry.only_flags(argv)
+    if _CONFIG.value is None:
+        raise ConfigError(
+            "--config=FILE is needed, such as --config=configs/quickstart.py; --help has examples."
+        )
     logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
     # Imported after the flags were read, which takes seconds: a wrong flag is reported at once.
     from qlog.parallel import distributed, process
@@ -65,6 +101,7 @@ def main(argv: list[str]) -> int:
                 from_samples=_FROM_SAMPLES.value,
                 topology=_TOPOLOGY.value,
                 lengths=_LENGTHS.value,
+                argv=sys.argv,
             )
 
 

@@ -286,14 +286,14 @@ def _rewards(
         for b, index in places.items()
         for sample in _samples(experiment, local, index, batch, b)
     ]
-    line, is_stopped = ProgressLine(), False
+    line, is_stopped = ProgressLine(after=1.0), False
 
     def done(number: int) -> None:
         if interrupts:
             interrupts.beat()  # slow scorers are no standstill
             if interrupts.asked:
                 raise _Stopped
-        line.show(f"scoring rollouts: {number}/{len(samples)}")
+        line.show(f"scoring rollouts: {number}/{len(samples)}", number / max(len(samples), 1))
 
     try:
         found = panel.score(samples, done)

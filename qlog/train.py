@@ -286,6 +286,8 @@ class _Training:
         for step, batch in batches:
             if step >= config.train.steps:
                 return
+            if step == self.start:
+                self.log.begins(step)
             # Here, so that it does not count with the step what an evaluation compiled.
             self._num_compiled = self._compilations.num_compiled
             yield step, batch

@@ -1,6 +1,7 @@
 """What is printed is text: no order to rich or to a terminal, in any encoding, into any pipe."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -56,3 +57,95 @@ def test_a_reader_that_has_gone_ends_a_command_quietly():
     code += "with output():\n  print(1); time.sleep(1); sys.exit(0)"
     status, _, err = run(code, "utf-8", "true")
     assert status == 141 and "BrokenPipe" not in err
+
+
+# ---- What a terminal gets ----
+
+_PTY = """
+import os, pty, sys
+sys.stdout.flush()
+status = pty.spawn([sys.executable, "-c", sys.argv[1]])
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def on_a_terminal(code: str, **env: str) -> str:
+    """What a program writes on a terminal of 80 columns."""
+    hidden = ("NO_COLOR", "FORCE_COLOR", "COLUMNS")
+    result = subprocess.run(
+        [sys.executable, "-c", _PTY, code],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        env={
+            **{name: value for name, value in os.environ.items() if name not in hidden},
+            "PYTHONPATH": str(ROOT),
+            "TERM": "xterm",
+            "COLUMNS": "80",
+            "PYTHONIOENCODING": "utf-8",
+            **env,
+        },
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.decode().replace("\r\n", "\n")
+
+
+LINES = """
+from qlog.console import *
+with output():
+    say("begun"); say("warning: odd"); say("title", "bold")
+    ProgressLine().show(200 * "x", share=0.5)
+    line = ProgressLine()
+    line.show("step 1/2  loss 1  " + 200 * "x", share=0.5)
+    line.show("too soon after the last one")
+    ProgressLine(after=60).show("too soon after the beginning")
+    line.show("step 2/2", share=1.0, force=True)
+    ProgressLine().show("evaluating 1/2")
+"""
+
+
+def test_on_a_terminal_a_progress_line_is_rewritten_and_never_wraps():
+    out = on_a_terminal(LINES)
+    assert "\x1b[33mwarning:\x1b[0m odd" in out and "\x1b[1mtitle\x1b[0m" in out
+    # Each text clears the line before it; only what is for good ends with a newline.
+    first, cut, second, third = out.split("\x1b[2K")[-4:]
+    visible = [re.sub(r"\x1b\[[0-9;]*m", "", each).rstrip("\r") for each in (first, cut)]
+    bar = 8 * "━" + 8 * "─"
+    # Whole items where one fits. A word of 200 letters is one item, and is cut at the edge.
+    assert visible == [f"{bar} {'x' * 62}", f"{bar} step 1/2  loss 1"]
+    assert "\n" not in first and second.count("\n") == 1 and 16 * "━" in second
+    # What ends a command begins below the line.
+    assert third == "evaluating 1/2\n"
+
+
+@pytest.mark.parametrize(
+    "env, colours, rewrites",
+    [
+        ({"NO_COLOR": "1"}, False, True),
+        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, False, True),
+        ({"NO_COLOR": ""}, True, True),
+        ({"TERM": "dumb"}, False, False),
+        ({"TERM": "dumb", "FORCE_COLOR": "1"}, True, False),
+    ],
+    ids=str,
+)
+def test_a_terminal_gets_what_its_user_wants(env, colours, rewrites):
+    out = on_a_terminal(LINES + 'show_table("run", {"model": "x"})', **env)
+    assert ("\x1b[1mtitle" in out) == colours == (re.search(r"\x1b\[\d+m", out) is not None)
+    assert ("\x1b[2K" in out) == rewrites == ("\r" in out)
+
+
+def test_a_pipe_gets_plain_lines_unless_colours_are_forced(monkeypatch, capsys):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    line = console.ProgressLine(every=1000)
+    line.show("step 1/9", share=0.1)
+    line.show("step 9/9", share=1.0, force=True)
+    console.say("warning: odd", "bold")
+    assert capsys.readouterr().out == "step 9/9\nwarning: odd\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console.say("warning: odd")
+    console.complain("bad")
+    captured = capsys.readouterr()
+    assert captured.out == "\x1b[33mwarning:\x1b[0m odd\n"
+    assert captured.err == "\x1b[1;31mqlog:\x1b[0m bad\n"

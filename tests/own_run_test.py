@@ -1,14 +1,18 @@
 """A run as its user has it: qlog installed as a wheel, everything else in a folder of one's own."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from places import ROOT
 
 from qlog.runs.log import read_jsonl
@@ -70,18 +74,26 @@ def near(*, answer, golds, **_):
 '''
 
 
+_PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder with qlog alone, from its wheel; what it depends on is that of this environment."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
+def wheel(tmp_path_factory):
+    """qlog's wheel, built from a copy of this clone."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.cfg", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "qlog", source / "qlog", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir=dist", "."], cwd=source, check=True)
-    (wheel,) = (source / "dist").glob("qlog-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", f"--target={target}", str(wheel)], check=True)
+    subprocess.run([*_PIP, "wheel", "--no-deps", "--wheel-dir=dist", "."], cwd=source, check=True)
+    (path,) = (source / "dist").glob("qlog-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A folder with qlog alone, from its wheel; what it depends on is that of this environment."""
+    target = tmp_path_factory.mktemp("installed")
+    subprocess.run([*_PIP, "install", "--no-deps", f"--target={target}", wheel], check=True)
     return target
 
 
@@ -125,9 +137,9 @@ def _tokenizer(folder: pathlib.Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(spec))
 
 
-def _main(folder, installed, *arguments):
+def _main(folder, installed, *arguments, config="mine.py"):
     return subprocess.run(
-        [sys.executable, "-P", "-m", "qlog.main", "--config=mine.py", *arguments],
+        [sys.executable, "-P", "-m", "qlog.main", f"--config={config}", *arguments],
         cwd=folder,
         # One device, as a user has it who sets nothing.
         env=os.environ
@@ -163,3 +175,177 @@ def test_a_mistake_in_it_is_one_sentence(folder, installed):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "qestion" in result.stderr and "question" in result.stderr
     assert not (folder / "out/checkpoints").exists()
+
+
+def test_the_wheel_holds_every_file_of_the_package(installed):
+    """Pages, tables and figures are read at run time, py.typed by type checkers."""
+    there = {p.relative_to(installed / "qlog") for p in (installed / "qlog").rglob("*")}
+    missing = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "qlog").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+        if path.relative_to(ROOT / "qlog") not in there
+    ]
+    assert not missing, missing
+
+
+def test_the_config_that_build_md_shows_trains_from_a_wheel(tmp_path, installed):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "BUILD.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(block)
+    short = ["--config.train.steps=2", "--config.evaluation.prompts=4"]
+    result = _main(tmp_path, installed, *short, config="mine.py:paft,q=0.5")
+    assert result.returncode == 0, result.stdout + result.stderr
+    workdir = tmp_path / "runs/mine-paft,q=0.5"
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    assert [row["phase"] for row in rows] == ["train", "train", "validation"]
+    assert json.loads((workdir / "config.json").read_text())["loss"]["name"] == "paft"
+
+
+# ---- Only what `pip install qlog` brings ----
+
+# Hides the packages that are named, wherever Python starts.
+_HIDES = """
+import os, sys
+
+
+class Hides:
+    def __init__(self, finder):
+        self._finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if path is None and name.partition(".")[0] in hidden:
+            return None
+        return self._finder.find_spec(name, path, target)
+
+
+hidden = set(os.environ["HIDDEN"].split(","))
+sys.meta_path[:] = map(Hides, sys.meta_path)
+"""
+
+
+def _closure(package: str, seen: set[str]) -> set[str]:
+    """A package and all that it requires, without extras: their names on the index."""
+    if package not in seen:
+        seen.add(package)
+        for line in importlib.metadata.requires(package) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                _closure(canonicalize_name(needed.name), seen)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def few(installed, tmp_path_factory):
+    """Environment variables with which Python sees qlog's wheel, JAX, optax and what these need."""
+    metadata = installed.glob("qlog-*.dist-info/METADATA")
+    lines = [line for path in metadata for line in path.read_text().splitlines()]
+    base = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    names: set[str] = set()
+    for line in base:
+        _closure(canonicalize_name(Requirement(line.partition(":")[2].strip()).name), names)
+    hidden = {
+        module
+        for module, packages in importlib.metadata.packages_distributions().items()
+        if not (names | {"qlog"}) & set(map(canonicalize_name, packages))
+    }
+    assert {"flax", "orbax", "rich", "ml_collections"} <= hidden
+    assert not {"jax", "optax", "numpy", "qlog"} & hidden
+    hides = tmp_path_factory.mktemp("hides")
+    (hides / "sitecustomize.py").write_text(_HIDES)
+    return {
+        "PYTHONPATH": f"{hides}{os.pathsep}{installed}",
+        "HIDDEN": ",".join(sorted(hidden)),
+        "XLA_FLAGS": "",
+    }
+
+
+def _python(folder, variables, *arguments):
+    return subprocess.run(
+        [sys.executable, "-P", *arguments],
+        cwd=folder,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def _page_of_losses() -> str:
+    """The examples of the page on the losses that use nothing else of qlog, as one program."""
+    page = (ROOT / "qlog/losses/README.md").read_text()
+    return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:3])
+
+
+def test_the_losses_need_jax_and_optax_only(tmp_path, few):
+    (tmp_path / "page.py").write_text(_page_of_losses())
+    result = _python(tmp_path, few, "page.py")
+    assert result.returncode == 0, result.stderr
+    assert "effective_reward_max" in result.stdout
+    result = _python(tmp_path, few, "-m", "qlog.losses.examples.pmap_trainer")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["qlog.main", "--config=mine.py"],
+        ["qlog.main"],
+        ["qlog.commands.doctor"],
+        ["qlog.commands.show", "mine.py"],
+        ["qlog.report", "runs"],
+        ["qlog.benchmark", "--config=mine.py"],
+        ["qlog.benchmark.balance"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_command_says_which_extra_it_needs(tmp_path, few, command):
+    result = _python(tmp_path, few, "-m", *command)
+    assert result.returncode == 2 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "absl" not in line and "run pip install 'qlog[train]' in this environment" in line
+
+
+def test_the_plots_of_the_theory_say_what_they_need(tmp_path, few):
+    result = _python(tmp_path, few, "-m", "qlog.losses.theory.plots", "--out=figures")
+    assert result.returncode == 1 and "run pip install matplotlib" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_wheel_in_an_empty_environment(tmp_path, wheel):
+    """Needs a package registry: first the losses, then what the sentence says, then a run."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    constraints = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PYTHONPATH": ""}
+
+    def run(*command, status=0):
+        result = subprocess.run(
+            [python, *command],
+            cwd=tmp_path,
+            env=os.environ | constraints | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"},
+            capture_output=True,
+            text=True,
+            timeout=1500,
+        )
+        assert result.returncode == status, result.stdout + result.stderr
+        return result.stdout + result.stderr
+
+    run("-m", "pip", "install", "--quiet", wheel)
+    listed = json.loads(run("-m", "pip", "list", "--format=json"))
+    names = {package["name"] for package in listed}
+    assert {"jax", "optax", "qlog"} <= names and not names & {"flax", "orbax-checkpoint", "rich"}
+    (tmp_path / "page.py").write_text(_page_of_losses())
+    assert "effective_reward_max" in run("page.py")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "BUILD.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(block)
+    told = run("-m", "qlog.main", "--config=mine.py", status=2)
+    # The sentence's own command, in the environment where qlog is.
+    found = re.search(r"run pip (install) '(\S+)'", told)
+    assert found
+    run("-m", "pip", *found.groups(), "--quiet")
+    run("-m", "pip", "check")
+    output = run("-m", "qlog.main", "--config=mine.py")
+    rows = read_jsonl(tmp_path / "runs/mine/metrics.jsonl")
+    assert [row["phase"] for row in rows].count("train") == 20, output
+    run("-m", "qlog.report", "runs/mine")
+    assert (tmp_path / "report/report.html").exists()

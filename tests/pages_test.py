@@ -8,9 +8,9 @@ from places import ROOT
 PAGES = [
     ROOT / "README.md",
     ROOT / "BUILD.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "launch/README.md",
-    ROOT / "qlog/report/RESULTS.md",
-    *sorted((ROOT / "qlog").rglob("README.md")),
+    *sorted((ROOT / "qlog").rglob("*.md")),
 ]
 _LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 _PATH = re.compile(r"`((?:qlog|configs|launch|tests)/[\w./]+|[\w/]+\.(?:py|md))`")
@@ -32,7 +32,10 @@ def test_files_that_a_page_names_exist(page):
 
 
 def test_a_room_that_newcomers_look_for_has_a_page():
-    for room in ("aot", "grading", "learner", "losses", "models", "parallel", "rollouts"):
+    for room in (
+        *("aot", "benchmark", "grading", "learner", "losses", "models", "parallel", "rollouts"),
+        "runs",
+    ):
         page = (ROOT / "qlog" / room / "README.md").read_text()
         files = {file.name for file in (ROOT / "qlog" / room).glob("*.py")} - {"__init__.py"}
         assert not [file for file in files if file not in page], room

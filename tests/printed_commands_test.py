@@ -25,10 +25,12 @@ from absl import flags as absl_flags
 from gcp_storage_emulator.server import create_server
 from places import ROOT
 
-from qlog.config import command_line
+import qlog.main
+from qlog.commands import help_pages
+from qlog.config import command_line, schema
 
-PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("README.md"))]
-DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", "qlog/report/RESULTS.md", *PAGES]
+PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "qlog").rglob("*.md"))]
+DOCUMENTS = ["README.md", "launch/README.md", "BUILD.md", *PAGES]
 CLOUD = ("gcloud", "kubectl", "sbatch", "scontrol", "gcluster", "xpk", "docker", "sky")
 PROGRAMS = {*CLOUD, "python", "python3", "pip", "uv", "source", "squeue", "scancel", "srun", "hf"}
 
@@ -145,8 +147,6 @@ def check_config(spec):
 
 def check_main_flags(words):
     """qlog.main takes these flags, and their values."""
-    import qlog.main  # noqa: F401  defines them
-
     values = absl_flags.FlagValues()
     own = ["main", *(word for word in words if re.match(r"--config[.=]", word))]
     named = [word for word in own if word.startswith("--config=")]
@@ -157,7 +157,9 @@ def check_main_flags(words):
         command_line.parse(own, values)  # a field that is not there is an error
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--config") and value != "...":
+        if name == "help-config":  # a word that chooses no field is an error
+            assert list(help_pages.fields(schema.default(), value))
+        elif not word.startswith("--config") and value != "...":
             assert word.startswith("--") and name in absl_flags.FLAGS, (
                 f"qlog.main has no flag {word}"
             )
@@ -225,6 +227,11 @@ def check(command):
     "command", [pytest.param(c, id=f"{d}: {c[:60]}") for d in DOCUMENTS for c in COMMANDS[d]]
 )
 def test_what_a_printed_command_names_exists(command):
+    check(command)
+
+
+@pytest.mark.parametrize("command", commands(qlog.main.__doc__))
+def test_what_the_page_of_help_names_exists(command):
     check(command)
 
 

@@ -31,10 +31,10 @@ from qlog import data, experiment, losses, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.console import output, plain_console, printable
+from qlog.console import complain, output, plain_console, printable
 from qlog.errors import ConfigError, summary
 from qlog.experiment import cost, files
-from qlog.parallel import distributed, process, sharding
+from qlog.parallel import distributed, libtpu, process, sharding
 from qlog.runs import checkpoints, ownership
 from qlog.storage import paths
 
@@ -109,12 +109,12 @@ def _check(name: str, function: Callable[[], str]) -> Check:
 
 
 def _versions() -> str:
-    """Every requirement of this installation is there, in a version that it accepts."""
+    """Every requirement of the commands is there, in a version that it accepts."""
     unfit = []
     for line in importlib.metadata.requires("qlog") or ():
         needed = Requirement(line)
-        if needed.marker and not needed.marker.evaluate({"extra": ""}):
-            continue  # of an extra
+        if needed.marker and not needed.marker.evaluate({"extra": "train"}):
+            continue  # of an extra that no command needs by itself
         try:
             has = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
@@ -292,13 +292,16 @@ def main(argv: list[str]) -> int:
         "Connect to the other processes: on, off, or auto, where the environment names them.",
         flag_values=own,
     )
+    if entry.show_help(argv, __doc__ or "", own):
+        return 0
     try:
         rest = command_line.parse(argv, own)
         config = wanted.value
         entry.only_flags(rest)
-    except (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-        print(f"qlog.commands.doctor: {entry.sentence(error)}", file=sys.stderr)
+    except entry.MISTAKES as error:
+        complain(entry.sentence(error))
         return 2
+    libtpu.keep_quiet()
     with output(), distributed.processes(processes.value):
         return run(config, workdir.value)
 

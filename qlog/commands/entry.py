@@ -1,26 +1,40 @@
-"""What the commands share: flags in, and a mistake out, in one sentence."""
+"""What the commands share: flags in, a page of help out, and a mistake told in one sentence."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags
 
-from qlog.config import command_line
-from qlog.console import output, printable
+from qlog.commands import help_pages
+from qlog.config import command_line, schema
+from qlog.console import complain, output
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
-from qlog.storage import paths
+from qlog.parallel import libtpu
+
+# What `command_line.parse` raises where a command line is wrong.
+MISTAKES = (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError)
+_HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
+_FIELDS = re.compile(r"--?help[-_]config(?:=(.*))?", re.DOTALL)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """`app.run(main)`, with mistakes told in one sentence on stderr instead of a traceback.
 
     A wrong flag ends with status 2, an exception of `qlog.errors` with its own status. The command
-    has defined its --config by `command_line.define`.
+    has defined its --config by `command_line.define`. --help prints the docstring of the module
+    that was started, and qlog's own flags; --help-config prints the fields of the config.
+
+    Args:
+      main: takes what is left of the command line, and returns the exit status.
     """
+    about = sys.modules["__main__"].__doc__ or ""
+    libtpu.keep_quiet()  # before anything imports JAX
     try:
         with output():
-            app.run(main, flags_parser=_parse)
+            if not show_help(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
+                app.run(main, flags_parser=_parse)
     except QLOG_ERRORS as error:
         _fail(str(error), error.status)
     except Stop as stop:
@@ -28,16 +42,64 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:  # Ctrl-C before the command listens to signals: it still imports
         sys.exit(130)
     except Exception as error:
+        from qlog.storage import paths  # takes a third of a second
+
         if reason := paths.sentence(error):  # a store, a network or a disk failed
             _fail(reason, PassingError.status)
         raise
+
+
+# ---- Help ----
+
+
+def show_help(argv: Sequence[str], about: str, values: flags.FlagValues) -> bool:
+    """Prints the page of a command where --help asks for it; whether it did.
+
+    Args:
+      argv: the program's name first.
+      about: the docstring of the command.
+      values: its flags.
+    """
+    if not _HELP & set(_before_dashes(argv)):
+        return False
+    for line in help_pages.usage(about, values):
+        print(line)
+    return True
+
+
+def _show_fields(argv: Sequence[str]) -> bool:
+    """Prints the fields of the config where --help-config asks for it; whether it did."""
+    asked = [match for match in map(_FIELDS.fullmatch, _before_dashes(argv)) if match]
+    if not asked:
+        return False
+    # Without the other flags, and with --config only if it is there: then of the defaults.
+    values = flags.FlagValues()
+    config = command_line.define(values=values)
+    words = [word for word in argv if not _FIELDS.fullmatch(word)]
+    try:
+        command_line.parse(words, values, known_only=True)
+    except MISTAKES as error:
+        _fail(sentence(error))
+    chosen = config.value if config.present else schema.default()
+    for line in help_pages.fields(chosen, asked[-1][1] or ""):
+        print(line)
+    return True
+
+
+def _before_dashes(argv: Sequence[str]) -> list[str]:
+    """The words of a command line that may be flags: behind "--" there are none."""
+    words = list(argv[1:])
+    return words[: words.index("--")] if "--" in words else words
+
+
+# ---- Flags ----
 
 
 def _parse(argv: list[str]) -> list[str]:
     """What is left of the command line when the flags are read."""
     try:
         return command_line.parse(argv)
-    except (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+    except MISTAKES as error:
         _fail(sentence(error))
 
 
@@ -63,5 +125,5 @@ def sentence(error: Exception) -> str:
 
 
 def _fail(text: str, status: int = 2) -> NoReturn:
-    print(f"qlog: {printable(text)}", file=sys.stderr)
+    complain(text)
     sys.exit(status)

@@ -5,17 +5,16 @@ import itertools
 import json
 import os
 import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
 from qlog import evaluation, models, train
 from qlog.aot import compile_run, weak_scaling
-from qlog.commands import several_runs
+from qlog.commands import next_steps, several_runs
 from qlog.config import schema
 from qlog.config.check import check_config
-from qlog.console import say
+from qlog.console import is_live, say, show_table
 from qlog.data import chat_templates, tokenizer_files
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, cost, prepare
@@ -38,6 +37,7 @@ def run(
     from_samples: str = "",
     topology: str = "",
     lengths: str = "",
+    argv: Sequence[str] = (),
 ) -> int:
     """Does what --mode asks for; returns the exit status.
 
@@ -47,6 +47,8 @@ def run(
       from_samples: read only by evaluate.
       topology: read by compile: one slice, or several with commas to compare.
       lengths: read by compile on one slice: a NumPy file, int [B, M].
+      argv: the command line, the program's name first, for the commands that a run names when it
+        ends, and for what compile writes down; () where there is none.
 
     Raises:
       ConfigError: flags that do not go together, or something is wrong with the config.
@@ -56,7 +58,7 @@ def run(
     _check_flags(mode, checkpoint, from_samples, topology)
     if lengths and (mode != "compile" or "," in topology):
         raise ConfigError(f"--lengths={lengths} is for --mode=compile on one --topology.")
-    command = f"python -m qlog.main {shlex.join(sys.argv[1:])}"
+    command = f"python -m qlog.main {shlex.join(argv[1:])}"
     if mode == "compile" and "," in topology:
         return weak_scaling.run(config, topology.split(","), workdir, command)
     if mode == "compile":
@@ -72,7 +74,9 @@ def run(
         else:
             # Claimed first: a second start is refused before it downloads anything.
             with train.claimed(config, workdir) as claim:
-                train.run(prepare(config), workdir, claim)
+                outcome = train.run(prepare(config), workdir, claim)
+            if not outcome.interrupted:
+                next_steps.after_training(config, workdir, argv)
     return 0
 
 
@@ -181,6 +185,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     if kwargs := config.tokenizer.chat_template_kwargs.to_dict():
         say(f"prompts were written with chat_template_kwargs {kwargs}: give them to the template")
     say(f"exported to {folder}")
+    say(f"  transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it", "dim")
     return 0
 
 
@@ -267,9 +272,27 @@ def _write_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def _report(workdir: Path, name: str, record: str) -> None:
-    """Prints the numbers and writes evaluation_NAME.json."""
-    distributed.once_per_run(lambda: paths.write(workdir / f"evaluation_{name}.json", record))
-    say(record)
+    """Writes evaluation_NAME.json, and prints it: a table on a terminal, else as it is."""
+    file = workdir / f"evaluation_{name}.json"
+    distributed.once_per_run(lambda: paths.write(file, record))
+    if not is_live():
+        say(record)
+        return
+    found = json.loads(record)
+    show_table(f"{found['data']}, {found['split']}", _main_numbers(found["metrics"]))
+    say(f"Of {found['source']}. All numbers, with what they are of: {file}")
+
+
+def _main_numbers(metrics: dict[str, float]) -> dict[str, str]:
+    """The numbers that a reader looks for, with their intervals: not those of every grader."""
+    shown = {}
+    for name, value in metrics.items():
+        plain = name.removeprefix("no_rationale/").removeprefix("metrics/")
+        if "/" not in plain:
+            low, high = metrics.get(f"{name}/low"), metrics.get(f"{name}/high")
+            interval = "" if low is None or high is None else f"   {low:.4g} to {high:.4g}"
+            shown[name] = f"{value:.4g}{interval}"
+    return shown
 
 
 # The modes that read a checkpoint

@@ -65,6 +65,9 @@ def _beat(file: paths.Path) -> dict[str, Any] | None:
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
+    if argv[1:] in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     if len(argv) != 2 or argv[1].startswith("-"):
         print("usage: python -m qlog.commands.run_status WORKDIR", file=sys.stderr)
         return 2

@@ -88,7 +88,7 @@ def _run_one(
     if distributed.once_per_run(lambda: _finished(workdir, config)):
         say(f"{title}: finished before")
         return False
-    say(title)
+    say(title, "bold")
     start = time.monotonic()
     # Results without seconds.json: an earlier start was cut short between the two.
     was_done = distributed.once_per_run(lambda: paths.exists(workdir / train.RESULTS))

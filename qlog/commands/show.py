@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from qlog.commands import entry
 from qlog.config import command_line
-from qlog.console import output, printable
+from qlog.console import complain, output, printable
 from qlog.data import Example, Formatter, Tokenizer, pipeline
 from qlog.errors import QLOG_ERRORS
 from qlog.experiment import files
+from qlog.parallel import libtpu
 
 _MEASURED = 20_000  # examples whose lengths count; a synthetic task has no end of them
 
@@ -104,18 +105,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
-        print("name a config file first, as in configs/hotpotqa.py:warm", file=sys.stderr)
-        return 2
-    # The first argument becomes the flag that names the config. The flags are defined in a
-    # FlagValues of this call, so that a second call in the process can define them again.
-    argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
+    # Flags of this call, so that a second call in the process can define them again.
     values = flags.FlagValues()
     config = command_line.define(values=values)
     split = flags.DEFINE_string("split", "train", "train, validation or test", flag_values=values)
     num_examples = flags.DEFINE_integer(
         "examples", 1, "how many examples to print", flag_values=values
     )
+    if entry.show_help(argv, __doc__ or "", values):
+        return 0
+    if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
+        complain("name a config file first, as in configs/hotpotqa.py:warm")
+        return 2
+    libtpu.keep_quiet()
+    # The first argument becomes the flag that names the config.
+    argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
     try:
         command_line.parse(argv, values)
         source, formatter, limits = _open(config.value, split.value)
@@ -124,10 +128,10 @@ def _main(argv: Sequence[str]) -> int:
     except (flags.Error, OSError) as error:
         if isinstance(error, BrokenPipeError):
             raise
-        print(printable(entry.sentence(error)), file=sys.stderr)
+        complain(entry.sentence(error))
         return 2
     except QLOG_ERRORS as error:
-        print(printable(str(error)), file=sys.stderr)
+        complain(str(error))
         return error.status
     return 0
 

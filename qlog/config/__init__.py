@@ -5,9 +5,22 @@ it has variants. In reading order: schema.py, variants.py, paper.py, check.py,
 command_line.py, streams.py.
 """
 
-from qlog.config.check import build_estimator, check_config
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qlog.config.schema import default, loss, merge, to_json
-from qlog.config.variants import estimator_variants, parse_variants
+
+if TYPE_CHECKING:
+    from qlog.config.check import build_estimator, check_config
+    from qlog.config.variants import estimator_variants, parse_variants
+
+# Imported when they are first used (PEP 562): they need JAX, and `--help` should not wait for it.
+_LATER = {
+    "build_estimator": "qlog.config.check",
+    "check_config": "qlog.config.check",
+    "estimator_variants": "qlog.config.variants",
+    "parse_variants": "qlog.config.variants",
+}
 
 __all__ = [
     "build_estimator",
@@ -19,3 +32,10 @@ __all__ = [
     "parse_variants",
     "to_json",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A function of `_LATER`."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -27,68 +27,7 @@ from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
 from qlog.parallel import sharding
 
-# (least, greatest) value of every number of the schema. What has no natural end has one that no run
-# needs: a slip of the hand is then a sentence, and not an hour of allocation.
-_MANY = 10**9  # steps, questions
-_LONG = 2**24  # tokens
-_BATCH = 2**20  # prompts, rollouts
-_SECONDS = 10.0**9
-_BELOW_ONE = 1 - 2**-24  # float32 rounds what is nearer to 1
 _LARGEST_SIZE = 2**31 - 1  # of a dimension of an array, which int32 counts
-_LIMITS: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1),  # keys are made of 32 bits: a larger one would be that of a smaller
-    "rollout.rollouts_per_prompt": (1, _BATCH),
-    "rollout.rationale_budget": (0, _LONG),
-    "rollout.answer_reserve": (1, _LONG),
-    "rollout.prompts_per_wave": (0, _BATCH),
-    "rollout.reward_threads": (1, 1024),
-    "rollout.temperature": (1e-3, 1e3),
-    "train.steps": (1, _MANY),
-    "train.prompts_per_step": (1, _BATCH),
-    "train.updates_per_batch": (1, _BATCH),
-    "train.prompts_per_microbatch": (0, _BATCH),
-    "train.rollouts_per_microbatch": (0, _BATCH),
-    "train.max_mismatch": (0, 1e3),
-    "train.terms_every": (0, _MANY),
-    "train.rollouts_every": (1, _MANY),
-    "train.rollouts_prompts": (0, _BATCH),
-    "evaluation.every": (0, _MANY),
-    "evaluation.prompts": (0, _MANY),
-    "evaluation.prompts_per_batch": (1, _BATCH),
-    "evaluation.rollouts_per_prompt": (1, _BATCH),
-    "evaluation.temperature": (0, 1e3),
-    "evaluation.top_k": (0, 2**31 - 1),
-    "evaluation.top_p": (1e-6, 1.0),
-    "checkpoint.every": (1, _MANY),
-    "checkpoint.keep": (1, _MANY),
-    "checkpoint.minutes": (0, _SECONDS),
-    "watchdog.steps": (0, _SECONDS),
-    "watchdog.seconds": (1, _SECONDS),
-    "watchdog.first_seconds": (0, _SECONDS),
-    "data.max_prompt_tokens": (2, _LONG),
-    "optimizer.learning_rate": (0, 1e3),
-    "optimizer.warmup_steps": (0, _MANY),
-    "optimizer.b1": (0, _BELOW_ONE),
-    "optimizer.b2": (0, _BELOW_ONE),
-    "optimizer.eps": (0, 1.0),
-    "optimizer.weight_decay": (0, 1e3),
-    "optimizer.max_grad_norm": (1e-12, 1e30),
-    "optimizer.max_skipped_in_a_row": (1, _MANY),
-    "mesh.data": (-1, 2**20),
-    "mesh.fsdp": (-1, 2**20),
-    "mesh.tensor": (-1, 2**20),
-    "mesh.slices": (0, 2**20),
-}
-_WORDS = {
-    "dtype": ("float32", "bfloat16"),
-    "attention": ("auto", "blocks", "tpu", "cudnn"),
-    "optimizer.schedule": ("constant", "cosine", "linear"),
-    "data.overlong": ("error", "skip"),
-    "data.invalid": ("error", "skip"),
-    "evaluation.final": ("", "test"),
-    "checkpoint.finished": ("all", "best_params"),
-    "train.remat": tuple(models.REMAT),
-}
 
 
 def check_config(config: ConfigDict) -> None:
@@ -101,17 +40,8 @@ def check_config(config: ConfigDict) -> None:
     _check_keys(config, schema.default(), "config")
     schema.several(config)
     values = schema.fields(config)
-    for field, (low, high) in _LIMITS.items():
-        value = values[field]
-        if not low <= value <= high:  # a NaN is not, either
-            most = f"{high:.9g}" if isinstance(high, float) else high
-            limit = f"at least {low}" if value < low else f"at most {most}"
-            limit = limit if value == value else f"a number from {low} to {most}"
-            raise ConfigError(f"config.{field} = {value!r} must be {limit}.")
-    for field, words in _WORDS.items():
-        if values[field] not in words:
-            known = " or ".join(word or "''" for word in words)
-            raise ConfigError(f"config.{field} = {values[field]!r} is unknown: use {known}.")
+    for name, field in schema.FIELDS.items():
+        _check_value(name, values[name], field)
     for step in config.profile.steps:
         if type(step) is not int or step < 0:
             raise ConfigError(
@@ -124,6 +54,20 @@ def check_config(config: ConfigDict) -> None:
     _check_slices(config)
     reward_scorers(config, build_estimator(config))
     evaluation_scorers(config)
+
+
+def _check_value(name: str, value: Any, field: schema.Field) -> None:
+    """Raises ConfigError where the value is out of the field's range, or none of its words."""
+    if field.range is not None:
+        low, high = field.range
+        if not low <= value <= high:  # a NaN is not, either
+            most = f"{high:.9g}" if isinstance(high, float) else high
+            limit = f"at least {low}" if value < low else f"at most {most}"
+            limit = limit if value == value else f"a number from {low} to {most}"
+            raise ConfigError(f"config.{name} = {value!r} must be {limit}.")
+    if field.choices and value not in field.choices:
+        known = " or ".join(word or "''" for word in field.choices)
+        raise ConfigError(f"config.{name} = {value!r} is unknown: use {known}.")
 
 
 def check_final(config: ConfigDict) -> None:

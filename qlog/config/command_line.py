@@ -21,16 +21,14 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qlog import losses
 from qlog.config import schema
 from qlog.errors import ConfigError, last_line, summary
-from qlog.losses.checks import closest
 
 _NAME = "config"
 _SETTING = re.compile(rf"--?(no)?{_NAME}\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -89,8 +87,9 @@ def parse(
         folder = os.path.dirname(file) or "."
         there = os.listdir(folder) if os.path.isdir(folder) else []
         raise ConfigError(
-            f"--config={named}: {file} is not a file{closest(os.path.basename(file), there)}: name "
-            "a config file, such as configs/quickstart.py, from the current folder on."
+            f"--config={named}: {file} is not a file"
+            f"{_suggestion(os.path.basename(file), there)}: name a config file, such as "
+            "configs/quickstart.py, from the current folder on."
         )
     _let_it_import_its_neighbours(file)
     try:
@@ -163,6 +162,19 @@ def _let_it_import_its_neighbours(file: str) -> None:
     folder = os.path.dirname(os.path.abspath(file))
     if file and folder not in sys.path:
         sys.path.append(folder)  # last: its modules take the place of no others
+
+
+def again(argv: Sequence[str]) -> list[str]:
+    """The words of a command line that make its config: `--config=...` and all that sets fields.
+
+    Args:
+      argv: the program's name first.
+    """
+    words = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)  # --flagfile
+    words, settings = split(words)
+    named = _named(words)
+    changes = [f"--{_NAME}.{'.'.join(each.path)}={each.text}" for each in settings]
+    return [f"--{_NAME}={named}", *changes] if named else changes
 
 
 def spec(values: flags.FlagValues = flags.FLAGS) -> str:
@@ -257,6 +269,8 @@ def _choose_loss(config: ConfigDict, setting: Setting) -> None:
 
     An argument of the old loss that the new one does not have goes with the old one.
     """
+    from qlog import losses
+
     try:
         known = losses.arguments(setting.text)
     except ValueError as error:
@@ -275,7 +289,7 @@ def _apply_to_entry(config: ConfigDict, name: str, settings: Sequence[Setting]) 
     """--config.runs.NAME.x=y: changes what differs in one of several runs."""
     if name not in schema.several(config):
         raise ConfigError(
-            f"{settings[0].flag}: config.runs has no run {name!r}{closest(name, config.runs)}; "
+            f"{settings[0].flag}: config.runs has no run {name!r}{_suggestion(name, config.runs)}; "
             f"its runs are {', '.join(config.runs) or 'none'}."
         )
     entry, run = config.runs[name], schema.several(config)[name]
@@ -347,6 +361,9 @@ def _section(old: ConfigDict, default: ConfigDict, setting: Setting) -> ConfigDi
 
 
 # ---- The type of a field, from where it is read ----
+#
+# Readers are imported where a command line asks for them, not above: JAX, grain and tokenizers take
+# seconds, and `--help` and a wrong flag need none of them.
 
 
 def _types_in(config: ConfigDict, path: tuple[str, ...]) -> Any:
@@ -374,6 +391,8 @@ def _types_in(config: ConfigDict, path: tuple[str, ...]) -> Any:
 
 
 def _loss_types(config: ConfigDict) -> Any:
+    from qlog import losses
+
     loss = schema.loss_name(config)
     if losses.takes_any(loss):
         return Any
@@ -387,7 +406,6 @@ def _architecture_types(config: ConfigDict) -> Mapping[str, Any]:
 
 
 def _world_types(config: ConfigDict) -> Mapping[str, Any]:
-    # Not above: tokenizers and grain take a second, and few command lines ask for it.
     from qlog.data.synthetic import World
 
     return _hints(World)
@@ -417,12 +435,19 @@ def _look_up(known: Any, key: str, setting: Setting) -> Any:
     if not isinstance(known, Mapping):
         return known
     if key not in known:
-        similar = closest(key, known).strip(" ()")
+        similar = _suggestion(key, known).strip(" ()")
         raise ConfigError(
             f"{setting.flag}: the config has no field {key!r}; "
             + (similar or f"there are {', '.join(known)}.")
         )
     return known[key]
+
+
+def _suggestion(value: str, choices: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" for the choice that `value` is close to, '' where there is none."""
+    from qlog.losses.checks import closest
+
+    return closest(value, choices)
 
 
 def _options(wanted: Any) -> tuple[Any, ...]:

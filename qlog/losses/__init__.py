@@ -64,6 +64,7 @@ from qlog.losses.normalization import (
 )
 from qlog.losses.q_schedules import adaptive_q, q_for_pace, schedule, scheduled
 from qlog.losses.recipes import (
+    ARGUMENTS,
     RECIPES,
     Loss,
     Recipe,
@@ -130,6 +131,7 @@ from qlog.losses.types import (
 )
 
 __all__ = [
+    "ARGUMENTS",
     "Coefficients",
     "Estimator",
     "Loss",

@@ -6,7 +6,7 @@ trainer must provide. Its arguments are those of both functions, plus, where the
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast, get_args, get_type_hints
 
@@ -15,6 +15,7 @@ import optax
 from qlog.losses import aliases, gauges, group_stats, normalization, q_schedules, surrogates
 from qlog.losses.checks import check_choice, check_integer, check_number, closest
 from qlog.losses.compose import chain
+from qlog.losses.resampling import RESAMPLING
 from qlog.losses.types import (
     Answer,
     Commitment,
@@ -49,6 +50,49 @@ PENALTY: dict[str, Any] = {"kl_weight": 0.0, "kl_kind": "k3"}
 # Arguments of those among them whose surrogate has no ratio itself: weights that correct for the
 # updates since the rollouts were sampled.
 IMPORTANCE: dict[str, Any] = {"importance": "none", "max_ratio": 2.0}
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return f"One of {', '.join(words)}."
+
+
+# What the arguments of all recipes mean, with the values that they take.
+ARGUMENTS: dict[str, str] = {
+    "q": "The commitment, from 0 (the answer's probability) to 1 (its logarithm); with a schedule "
+    "its first value.",
+    "q_schedule": "How q moves over the steps. " + _one_of(q_schedules.SCHEDULES),
+    "q_end": "Where a schedule ends, from 0 to 1; the lower limit of an adaptive q.",
+    "q_steps": "How many steps a schedule takes, at least 1.",
+    "q_pace": "The P^(1-q) that an adaptive q holds, between 0 and 1.",
+    "normalize": "Whether to divide by M^q, the largest factor that q brings.",
+    "pathwise": "False leaves out the term that raises the gold answer's probability.",
+    "score": "False leaves out the term that raises the probability of good rationales.",
+    "max_coefficient": "M times a coefficient is clipped to it, at least 0. None clips nothing.",
+    "aggregation": "How tokens are averaged. " + _one_of(normalization.AGGREGATIONS),
+    "max_tokens": "With the aggregation 'constant': what it divides by, at least 1. Else None.",
+    "kl_weight": "The weight of the distance from the first policy, at least 0. 0 keeps no "
+    "reference in memory.",
+    "kl_kind": "How that distance is estimated. " + _one_of(surrogates.KL_KINDS),
+    "importance": "Weights p_new / p_old, for several updates per batch. "
+    + _one_of(("none", *surrogates.LEVELS)),
+    "max_ratio": "The largest of these weights, at least 1.",
+    "clip_low": "The ratio p_new / p_old is clipped below 1 - clip_low; from 0 to 1.",
+    "clip_high": "The ratio p_new / p_old is clipped above 1 + clip_high; at least 0.",
+    "baseline": "What the score subtracts. " + _one_of(aliases.BASELINES),
+    "correction": "What removes the bias of finite M. " + _one_of(aliases.CORRECTIONS),
+    "k": "Of paft and trice: posterior draws per group, None is M. Of others: the k of pass@k, at "
+    "most M.",
+    "resampling": "How posterior draws are made. " + _one_of(RESAMPLING),
+    "drop": "How far log P may fall below its best, in nats, before paft takes over; above 0.",
+    "decay": "Of the average of log P that is watched, from 0 to below 1.",
+    "scale_by_std": "Whether to divide by the standard deviation of the group's rewards.",
+    "sample_std": "Whether that divides by M - 1 instead of M.",
+    "eps": "Added to a standard deviation that divides.",
+    "efficiency": "The weight of being short, next to the rank.",
+    "exponent": "t of E w^t, from 1e-6 to 1000.",
+    "order": "How many terms of log P's series there are, at most M.",
+    "beta": "How much the best reward counts, from 0.001 to 1000.",
+}
 
 Arguments = Mapping[str, Any]  # name to value; the part that reads a value checks it
 

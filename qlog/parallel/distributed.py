@@ -31,7 +31,7 @@ import numpy as np
 from jax._src import distributed as jax_distributed  # the client has no public name
 from jax.experimental import multihost_utils
 
-from qlog.console import say
+from qlog.console import complain, say
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 from qlog.storage import paths
 
@@ -75,12 +75,12 @@ def processes(choice: str) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         if isinstance(error, QLOG_ERRORS):
-            print(f"qlog: {error}", file=sys.stderr)
+            complain(str(error))
             _leave(error.status)
         if isinstance(error, Stop):
             _leave(error.status)
         if reason := paths.sentence(error):
-            print(f"qlog: {reason}", file=sys.stderr)
+            complain(reason)
             _leave(PassingError.status)
         traceback.print_exc()
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)

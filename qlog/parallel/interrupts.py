@@ -36,6 +36,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from qlog.console import put
 from qlog.errors import PassingError, Stop
 from qlog.parallel import batch_placement, distributed
 
@@ -265,7 +266,7 @@ class Interrupts:
         if self.speaks:
             # Ctrl-C also ends the reader of `python ... | tee`: then no reader is left.
             with contextlib.suppress(OSError, ValueError):
-                print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, flush=True)
+                put(text)
 
     def _stalled(self, seconds: float) -> None:
         """Shows where each thread is, to find the cause, and ends the process."""

@@ -36,8 +36,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from qlog.console import output
-    from qlog.errors import QLOG_ERRORS, ConfigError
+    from qlog.errors import QLOG_ERRORS, ConfigError, exit_without_train
+
+    exit_without_train()
+    from qlog.console import complain, output
     from qlog.report import comparison, read, server
     from qlog.storage import paths
 
@@ -57,10 +59,10 @@ def main(argv: list[str]) -> int:
         out = paths.parse(options.out, "--out")
         names = comparison.write_report(read.read(folders), options.table or (), out)
     except QLOG_ERRORS as error:
-        print(f"qlog: {error}", file=sys.stderr)
+        complain(str(error))
         return error.status
     except OSError as error:  # a port that is in use, a folder that cannot be written
-        print(f"qlog: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     with output():
         print(paths.read(out / "report.md"))

@@ -93,13 +93,14 @@ def figure4(groups: Sequence[Group], k: int) -> list[Panel]:
 
 
 def escape(groups: Sequence[Group]) -> list[Panel]:
-    """Figure 3's quantity, and mean log P: who escapes a cold start, and when."""
+    """Mean log P, p@1 and Figure 3's quantity: who escapes a cold start, and when."""
     # Runs on annotated rationales have no log P.
     having = [group for group in groups if training_lines([group], "log_p")]
-    return [
-        *figure3(having),
-        Panel(training_lines(having, "log_p"), r"mean $\log P$"),
-    ]
+    panels = [Panel(training_lines(having, "log_p"), r"mean $\log P$")]
+    accuracy = evaluation_lines(having, "p@1")
+    if any(len(line.steps) > 1 for line in accuracy):  # one evaluation is no curve
+        panels.append(Panel(accuracy, "validation p@1"))
+    return panels + figure3(having)
 
 
 def draw(panels: Sequence[Panel]) -> dict[str, bytes]:

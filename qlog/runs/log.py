@@ -123,17 +123,27 @@ class RunLog:
             for tracker in self._trackers:
                 tracker.rollouts(step, rollouts)
 
+    def begins(self, step: int) -> None:
+        """Shows that the first step of this start is under way: it compiles, so it takes long."""
+        if self._is_active:
+            text = f"step {step + 1}/{self._total_steps}  compiling, which later steps do not"
+            self._line.show(text, share=step / self._total_steps)
+
     def progress(self, step: int, text: str) -> None:
         """Shows how far the run is; `text` is about its last step."""
         if not self._is_active:
             return
         now, done = time.monotonic(), step + 1 - self._start_step
         self._started = self._started or now
-        line = f"step {step + 1}/{self._total_steps}  {text}"
+        line = f"step {step + 1}/{self._total_steps}"
         if done > 1:
             left = (now - self._started) / (done - 1) * (self._total_steps - step - 1)
             line += f"  {clock(left)} left"
-        self._line.show(line, force=done == 1 or step + 1 == self._total_steps)
+        is_last = step + 1 == self._total_steps
+        # The first one for good: it compiled, and shows how the run begins.
+        self._line.show(
+            f"{line}  {text}", share=(step + 1) / self._total_steps, force=done == 1 or is_last
+        )
 
     def flush(self) -> None:
         """Brings all that was written into the workdir; call it before a checkpoint is saved.

@@ -1,31 +1,65 @@
-"""The schema: every field says whether a run may resume with another value of it."""
+"""The schema: what it says of every field, and what a run may change when it resumes."""
 
 import json
 
 import pytest
 import tiny
 
+from qlog import losses, models
 from qlog.config import schema
 from qlog.config.check import check_same_run
+from qlog.data import formatting, pipeline
 from qlog.errors import ConfigError
 
+VALUES = schema.fields(schema.default())
 
-def test_every_field_may_change_in_a_resumed_run_or_must_stay():
-    fields = schema.fields(schema.default())
-    sections = {field.partition(".")[0] for field in fields}
-    for name in schema.MAY_CHANGE | schema.MUST_STAY:
-        assert name in fields or name in sections, f"{name} is neither field nor section"
-    for field in fields:
-        named = [
-            table
-            for table in (schema.MAY_CHANGE, schema.MUST_STAY)
-            for name in (field, field.partition(".")[0])
-            if name in table
-        ]
-        # A field at the top level, such as seed, is found by both names.
-        assert len({id(table) for table in named}) == 1, (
-            f"{field}: in one of the two, in config/schema.py"
-        )
+
+def test_the_fields_are_those_of_a_config():
+    assert set(VALUES) == set(schema.FIELDS)
+    assert losses.arguments("garl").items() <= VALUES["loss"].to_dict().items()
+
+
+@pytest.mark.parametrize("name", schema.ENTRIES)
+def test_every_field_and_section_is_explained_in_sentences(name):
+    meaning = schema.ENTRIES[name].meaning
+    assert meaning.endswith(".") and meaning[0].isupper() | (meaning[0] in "0fk"), meaning
+    assert "  " not in meaning and "\n" not in meaning
+
+
+@pytest.mark.parametrize("name", schema.FIELDS)
+def test_a_default_is_a_value_that_the_field_takes(name):
+    field, value = schema.FIELDS[name], VALUES[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    assert is_number == (field.range is not None), "every number has a range, nothing else has one"
+    if field.range is not None:
+        assert field.range[0] <= value <= field.range[1]
+    if field.choices:
+        assert value in field.choices
+        assert all(field.choices.values()), "every word has a meaning"
+    assert (name.split(".")[-1] in schema.CHOICES) == bool(field.keys)
+
+
+def test_words_are_those_that_the_readers_know():
+    def words(name):
+        return tuple(schema.FIELDS[name].choices)
+
+    assert words("train.remat") == tuple(models.REMAT)
+    assert set(words("data.style")) == set(formatting.STYLES)
+    assert set(words("data.overlong")) == set(pipeline.OVERLONG)
+    assert set(words("data.invalid")) == set(pipeline.INVALID)
+
+
+def test_defaults_are_made_anew():
+    one = schema.default()
+    one.data.files.train = "x"
+    one.loss.q = 0.5
+    assert not schema.default().data.files and schema.default().loss.q == 0.75
+
+
+def test_what_a_section_says_its_fields_say_too():
+    assert {"mesh", "mesh.fsdp", "evaluation.split", "train.remat"} <= schema.MAY_CHANGE
+    for name in ("seed", "loss", "data.name", "optimizer.learning_rate", "train"):
+        assert name not in schema.MAY_CHANGE
 
 
 @pytest.mark.parametrize(

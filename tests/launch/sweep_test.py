@@ -403,10 +403,10 @@ def test_the_price_is_steps_and_evaluations_times_chips():
 
 
 def test_rooflines_are_those_of_the_readme_and_of_a_compilation():
-    """README's table and launch/tables/roofline.json agree; a weak_scaling.json serves as well."""
+    """aot/README.md and launch/tables/roofline.json agree; a weak_scaling.json serves as well."""
     rooflines = run_cost.read_rooflines(LAUNCH / "tables/roofline.json")
     ours = sorted((r["rows"][0]["topology"], r["rows"][0]["seconds"]) for r in rooflines)
-    rows = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines()]
+    rows = [line.split("|") for line in (ROOT / "qlog/aot/README.md").read_text().splitlines()]
     readme = sorted((r[2].strip(), float(r[-2])) for r in rows if len(r) == 11 and ":" in r[2])
     assert ours == readme and len(ours) == 8
     (scaling,) = run_cost.read_rooflines(ROOT / "qlog/aot/results/weak_scaling.json")

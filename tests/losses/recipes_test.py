@@ -415,3 +415,14 @@ def test_importing_the_losses_needs_jax_and_optax_only():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", losses.RECIPES)
+def test_every_argument_of_a_recipe_is_explained(name):
+    for argument in losses.arguments(name):
+        assert losses.ARGUMENTS[argument].endswith(".")
+
+
+def test_no_argument_is_explained_that_no_recipe_has():
+    known = {argument for name in losses.RECIPES for argument in losses.arguments(name)}
+    assert set(losses.ARGUMENTS) == known

@@ -1,4 +1,4 @@
-"""Verdicts name the number and the remedy; every metric of the README's table has one."""
+"""Verdicts name the number and the remedy; every metric of the page's table has one."""
 
 import re
 
@@ -19,7 +19,12 @@ def verdicts(tmp_path, lines, variants="cold,garl,q=0.25"):
 
 
 def test_every_metric_of_the_table_is_judged():
-    page = (ROOT / "README.md").read_text().partition("## Is my run healthy?")[2].partition("##")[0]
+    page = (
+        (ROOT / "qlog/report/README.md")
+        .read_text()
+        .partition("## Is my run healthy?")[2]
+        .partition("##")[0]
+    )
     named = re.findall(
         r"`([^`]+)`", "".join(line.split("|")[1] for line in page.splitlines()[4:] if line)
     )

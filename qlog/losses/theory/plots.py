@@ -6,16 +6,23 @@ the functions of `closed_forms` and `exact`.
 """
 
 import argparse
+import os
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib import pyplot
-from matplotlib.axes import Axes
 
 from qlog.losses import aliases
 from qlog.losses.theory import closed_forms, exact
+
+try:
+    from matplotlib import pyplot
+    from matplotlib.axes import Axes
+except ModuleNotFoundError:  # the losses need JAX and optax only, their plots this as well
+    sys.exit("qlog: the plots need the package matplotlib: run pip install matplotlib.")
 
 pyplot.switch_backend("Agg")  # files only: needs no display
 
@@ -138,4 +145,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Numbers of a few points: no accelerator is looked for, unless the environment names one.
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
     main()

@@ -8,6 +8,7 @@ labels, each method at the best of the given learning rates.
 
 import argparse
 import functools
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -228,4 +229,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Models of a few numbers: no accelerator is looked for, unless the environment names one.
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
     main()

@@ -138,8 +138,10 @@ def test_the_gradient_is_lowered_for_cuda_with_cudnn_for_prompts_and_rollouts(
     traced = gradient.add_microbatches.trace(*tiny.microbatch(*arguments), **compute.keywords)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("Softmax", "ScaleBiasSoftmax"):
-        assert program.count(f"@__cudnn$fmha{kernel}(") == forwards
-        assert program.count(f"@__cudnn$fmha{kernel}Backward(") == 1
+        # In the text once for all layers or once for each, as the version of JAX has it.
+        backwards = program.count(f"@__cudnn$fmha{kernel}Backward(")
+        assert backwards in (1, tiny.SHAPE.num_layers)
+        assert program.count(f"@__cudnn$fmha{kernel}(") == forwards * backwards
 
 
 def compute_on_cpus(module):

@@ -1,12 +1,17 @@
-"""The losses in a pmap trainer of one's own: `python -m qlog.losses.examples.pmap_trainer`.
+"""The losses in a trainer of one's own: `python -m qlog.losses.examples.own_trainer`.
 
 The policy is a table: 16 rationales for each of 64 questions, and one answer after each. Nothing
-else of qlog is used; only `axis_name` says that prompts are split over devices.
+else of qlog is used; only `axis_name` says that prompts are split over devices, by pmap or by jit
+and shard_map: the step is the same.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from qlog import losses
 
@@ -14,7 +19,10 @@ PROMPTS, RATIONALES, ROLLOUTS = 64, 16, 8
 
 
 def train(
-    estimator: losses.Estimator, steps: int, num_devices: int | None = None
+    estimator: losses.Estimator,
+    steps: int,
+    num_devices: int | None = None,
+    how: Literal["pmap", "shard_map"] = "shard_map",
 ) -> tuple[dict[str, jax.Array], list[float]]:
     """Parameters after `steps` steps, and the mean over prompts of P before each step.
 
@@ -22,6 +30,7 @@ def train(
       estimator: must be one of sampled rationales, without a reward.
       steps: how many.
       num_devices: split the prompts over so many; None is all.
+      how: what maps the step over devices. Under pmap prompts have an axis of devices in front.
     """
     devices = jax.devices()[:num_devices]
     optimizer = optax.adam(0.1)
@@ -55,9 +64,22 @@ def train(
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: g / PROMPTS, grads), opt_state)
         return optax.apply_updates(params, updates), opt_state, loss_state, jnp.exp(log_w)
 
-    axes = (None, None, None, 0)
-    mapped = jax.pmap(step, "devices", in_axes=(*axes, None), out_axes=axes, devices=devices)
-    prompts, history = jnp.arange(PROMPTS).reshape(len(devices), -1), []
+    prompts, history = jnp.arange(PROMPTS), []
+    if how == "pmap":
+        axes = (None, None, None, 0)
+        mapped = jax.pmap(step, "devices", in_axes=(*axes, None), out_axes=axes, devices=devices)
+        prompts = prompts.reshape(len(devices), -1)
+    else:
+        mesh = Mesh(np.array(devices), ("devices",))
+        whole, split = PartitionSpec(), PartitionSpec("devices")
+        specs = (whole, whole, whole, split)
+        # Unchecked, as under pmap, a gradient is the device's own, and psum adds them up. With
+        # check_vma=True jax.grad of replicated parameters adds up by itself: then leave psum out.
+        mapped = jax.jit(
+            jax.shard_map(
+                step, mesh=mesh, in_specs=(*specs, whole), out_specs=specs, check_vma=False
+            )
+        )
     loss_state = estimator.transform.init(losses.abstract_scores(PROMPTS, ROLLOUTS))
     state = params, optimizer.init(params), loss_state
     for number in range(steps):

@@ -1,0 +1,45 @@
+"""The command `qlog`: what `python -m` runs, with its exit status."""
+
+import configparser
+import importlib
+import sys
+
+import processes
+import pytest
+from places import ROOT
+
+from qlog.commands import program
+
+RUN = "import sys; sys.argv[0] = '/usr/bin/qlog'; from qlog.commands.program import run; run()"
+
+
+def qlog(*words, code=0):
+    return processes.run(sys.executable, "-c", RUN, *words, code=code)
+
+
+def test_the_installed_command_is_this_function():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name, _, place = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    module, _, function = place.partition(":")
+    assert name == "qlog"
+    assert getattr(importlib.import_module(module), function) is program.run
+
+
+def test_without_a_word_it_is_qlog_main():
+    assert "--mode=train|evaluate" in qlog("--help")
+    assert "Did you mean: workdir" in qlog("--config=configs/quickstart.py", "--wrokdir=x", code=2)
+    assert "what is 'fly'?" in qlog("--config=configs/quickstart.py", "fly", code=2)
+    assert "--config=FILE is needed" in qlog(code=2)
+
+
+@pytest.mark.parametrize("word", program.SUBCOMMANDS)
+def test_a_word_runs_the_module_that_it_names(word):
+    page = qlog(word, "--help")
+    assert f"python -m {program.SUBCOMMANDS[word]}" in page
+
+
+def test_a_subcommand_keeps_its_status():
+    assert "usage: python -m qlog.commands.run_status" in qlog("status", code=2)
+    assert '"finished": false' in qlog("status", "/tmp/no-such-run-of-qlog")
+    assert "no run is in" in qlog("report", "/tmp/no-such-run-of-qlog", code=2)
