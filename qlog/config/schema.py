@@ -272,7 +272,7 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                 ),
                 "cache": Field(
                     "auto",
-                    "How keys and values of prompts and rollouts are kept while rollouts are decoded "
+                    "How keys and values of prompts and rollouts are kept while they are decoded "
                     "and scored (qlog/rollouts/README.md).",
                     choices={
                         "auto": "as dtype",
