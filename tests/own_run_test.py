@@ -281,7 +281,7 @@ def test_the_losses_need_jax_and_optax_only(tmp_path, few):
     result = _python(tmp_path, few, "page.py")
     assert result.returncode == 0, result.stderr
     assert "effective_reward_max" in result.stdout
-    result = _python(tmp_path, few, "-m", "qlog.losses.examples.pmap_trainer")
+    result = _python(tmp_path, few, "-m", "qlog.losses.examples.own_trainer")
     assert result.returncode == 0, result.stderr
 
 
