@@ -245,23 +245,9 @@ def _coefficients(
     return losses.coefficients(estimator.transform, estimator.measured(scores), loss_state, key=key)
 
 
-def trajectory_length(experiment: Experiment, rationale: int, answer: int) -> int:
-    """R, the slots of a trajectory: the most there can be, so that one program serves all steps.
-
-    Args:
-      rationale: slots of the batch's rationales, which bound annotated ones.
-      answer: A, slots of the batch's gold answers.
-    """
-    estimator, sampling = experiment.estimator, experiment.sampling
-    if estimator.answer != "gold":
-        return models.whole_tiles(sampling.max_length)
-    longest = sampling.max_rationale_length if estimator.rationale == "sampled" else rationale
-    return models.whole_tiles(longest + answer)
-
-
 def _trajectories(experiment: Experiment, groups: Groups) -> Trajectories:
     rollouts, answer = groups.rollouts, groups.golds.tokens.shape[-1]
-    length = trajectory_length(experiment, rollouts.tokens.shape[-1], answer)
+    length = experiment.trajectory_length(rollouts.tokens.shape[-1], answer)
     if experiment.estimator.answer != "gold":
         return with_sampled_answer(rollouts, length)
     return with_gold_answer(rollouts, groups.golds, length)

@@ -28,7 +28,7 @@ from qlog.records import Groups, TrainState
 from qlog.runs import checkpoints, ownership
 from qlog.runs import folder as names
 from qlog.runs.folder import FINAL, RESULTS
-from qlog.runs.log import RunLog, read_events
+from qlog.runs.log import RunLog, numbers, read_events
 from qlog.runs.profiling import profiled
 from qlog.step import StepResult, Stopwatch, collect, learn
 from qlog.storage import paths
@@ -230,8 +230,9 @@ class _Training:
         # ---- State and reference ----
         self.reference = None
         abstract = experiment.abstract_state()
-        if jax.process_index() == 0:
-            names.notice_room(workdir, _room(self._config, abstract, saved.num_kept))
+        state_bytes = _num_bytes(abstract)
+        needed = _room(self._config, state_bytes, saved.num_kept)
+        distributed.once_per_run(lambda: names.notice_room(workdir, needed, state_bytes))
         if self.step:
             self.state: TrainState = saved.restore(abstract)
             self.step = self.start = saved.latest_step or 0  # an earlier one, of a damaged one
@@ -483,7 +484,9 @@ def _check_nothing_is_lost(workdir: Path) -> None:
     told, whole = {0}, {0}
     for row in read_events(workdir):
         if row["phase"] == "train":
-            told.add(row["step"] + 1 - int(row.get("steps_since_checkpoint", row["step"] + 1)))
+            since = numbers(row).get("steps_since_checkpoint", math.nan)
+            if 0 <= since <= row["step"]:
+                told.add(row["step"] + 1 - int(since))
         else:
             whole.add(row["step"] + 1)
     whole |= told - {max(told)}
@@ -498,7 +501,7 @@ def _logged_metrics(workdir: Path, step: int, split: str) -> dict[str, float]:
     """The metrics of an evaluation, from metrics.jsonl; {} where it has none."""
     for row in read_events(workdir):
         if (row["step"], row["phase"]) == (step, split):
-            return {name: value for name, value in row.items() if name not in ("step", "phase")}
+            return numbers(row)
     return {}
 
 
@@ -536,15 +539,20 @@ def _finished(workdir: Path, config: ConfigDict) -> dict[str, float] | None:
     return metrics
 
 
-def _room(config: ConfigDict, abstract: TrainState, num_kept: int) -> int:
+def _num_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree of shapes, each counted once."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _room(config: ConfigDict, state: int, num_kept: int) -> int:
     """The bytes that a run will still write, about: its checkpoints, samples and rollouts.
 
     Args:
+      state: bytes of a checkpoint.
       num_kept: checkpoints that are there already.
     """
     # The latest ones, the best one, and one that is written before another is deleted.
     left = max(config.checkpoint.keep + 2 - num_kept, 1)
-    state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     # A token is about four letters. Of each text there are the tokens and some numbers.
     rollout, evaluated, train = config.rollout, config.evaluation, config.train
     text = 4 * (rollout.rationale_budget + rollout.answer_reserve) + 100

@@ -8,7 +8,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from qlog import data, losses, models
-from qlog.experiment import Experiment
+from qlog.experiment import Experiment, cost
 from qlog.learner.types import SamplerMismatch
 from qlog.parallel import batch_placement, chips
 from qlog.records import Groups
@@ -268,11 +268,21 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
             f"{num_rollouts}: {train.prompts_per_step * num_rollouts} rollouts per step"
         ),
         "budgets": budgets,
+        **_tokens_line(experiment),
+        "memory": cost.describe(experiment, experiment.evaluation_data is not None),
         "estimator": _estimator_call(config),
         **_reward_line(experiment),
         "steps": f"{train.steps}" + (f", resuming at {start_step}" if start_step else ""),
         "workdir": workdir,
     }
+
+
+def _tokens_line(experiment: Experiment) -> dict[str, str]:
+    """What a step samples at most; {} where rationales are annotated."""
+    if experiment.estimator.rationale == "annotated":
+        return {}
+    most = cost.step_tokens(experiment.config)
+    return {"tokens per step": f"at most {most:,}, where all rationales spend their budget"}
 
 
 def _reward_line(experiment: Experiment) -> dict[str, str]:

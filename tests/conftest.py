@@ -49,3 +49,11 @@ def shared():
     if not folder.is_dir():
         pytest.skip("no folder ../shared with real records and vocabularies")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the fuzzers tried."""
+    import fuzzing  # hypothesis takes a while to import
+
+    reports = [report for each in terminalreporter.stats.values() for report in each]
+    fuzzing.show(reports, terminalreporter.write_line)

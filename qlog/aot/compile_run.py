@@ -24,6 +24,7 @@ from qlog.config import schema
 from qlog.console import plain_console, say
 from qlog.errors import ConfigError
 from qlog.experiment import prepare_shapes
+from qlog.experiment.cost import remedy, step_tokens
 from qlog.parallel.chips import CHIPS, Chip
 from qlog.storage import paths, strict_json
 
@@ -140,42 +141,14 @@ def step_seconds(programs: Mapping[str, CompiledProgram], chip: Chip) -> dict[st
     return {name: program.seconds(chip) for name, program in programs.items() if program.runs}
 
 
-def step_tokens(config: ConfigDict) -> int:
-    """Tokens of a step's rationales when all of them spend their budget."""
-    rollouts = config.train.prompts_per_step * config.rollout.rollouts_per_prompt
-    return rollouts * config.rollout.rationale_budget
-
-
 def remedies(programs: Mapping[str, CompiledProgram], chip: Chip, config: ConfigDict) -> list[str]:
     """What to change for each program that does not fit; [] when all fit."""
     return [
         f"{name} needs {program.peak / _GIB:.1f} of {chip.usable / _GIB:.2f} GiB: "
-        f"{_remedy(name, config)}"
+        f"{remedy(name, config)}"
         for name, program in programs.items()
         if program.peak > chip.usable
     ]
-
-
-def _remedy(name: str, config: ConfigDict) -> str:
-    """The fields, with their values, that make the program of that name smaller."""
-    rollout, train, mesh = config.rollout, config.train, config.mesh
-    if name == "gradient":
-        remat = "" if train.remat == "full" else "set train.remat=full, "
-        return (
-            f"{remat}lower train.rollouts_per_microbatch = {train.rollouts_per_microbatch} or "
-            f"train.prompts_per_microbatch = {train.prompts_per_microbatch} (0 is all), raise "
-            f"mesh.fsdp = {mesh.fsdp}"
-        )
-    if name == "update":
-        return f"raise mesh.fsdp = {mesh.fsdp} or mesh.tensor = {mesh.tensor}"
-    if name == "evaluate":
-        prompts = config.evaluation.prompts_per_batch
-        return f"lower evaluation.prompts_per_batch = {prompts}, raise mesh.fsdp = {mesh.fsdp}"
-    return (
-        f"lower rollout.prompts_per_wave = {rollout.prompts_per_wave} (0 is all), raise "
-        f"mesh.fsdp = {mesh.fsdp}, or mesh.tensor = {mesh.tensor} (a divisor of the key/value "
-        "heads)"
-    )
 
 
 def provenance(config: ConfigDict, command: str) -> dict[str, Any]:

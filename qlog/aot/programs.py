@@ -7,7 +7,6 @@ from the plans that training follows: `rollouts.schedule` and `learner.blocks`.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlog import losses, models, step
+from qlog import losses, models
 from qlog.aot.compiler import compile_lowered
 from qlog.aot.hlo_cost import DataLoop, all_slices
 from qlog.evaluation import BATCHES_PER_CALL
 from qlog.experiment import Experiment
+from qlog.experiment.cost import bytes_per_device
 from qlog.learner import gradient
 from qlog.learner.blocks import Blocks
 from qlog.learner.blocks import Work as LearnerWork
@@ -147,8 +147,8 @@ def _rollout_programs(
 
     # ---- What lies in HBM: the optimizer's state all the time, the parameters while their copy in
     # the activations' dtype decodes.
-    opt_state = _bytes_per_chip(experiment.abstract_state().opt_state)
-    training_state = opt_state + _bytes_per_chip(params)
+    opt_state = bytes_per_device(experiment.abstract_state().opt_state)
+    training_state = opt_state + bytes_per_device(params)
 
     # What is an argument of a program is in its own memory report, and not counted here again.
     call = _call(
@@ -156,7 +156,9 @@ def _rollout_programs(
         experiment.sampling,
         config.train.prompts_per_step,
         experiment.rollouts_per_prompt,
-        experiment.prompts_at_once(config.rollout.prompts_per_wave),
+        # 0 is all, as `sampler.sample` takes it.
+        experiment.prompts_at_once(config.rollout.prompts_per_wave)
+        or config.train.prompts_per_step,
     )
     waves, work = call.plan.num_waves, planned_work(call.plan, _lengths(experiment, lengths))
     yield LoweredProgram("cast", sampler.decoding_weights.lower(params, policy), 1, opt_state)
@@ -164,13 +166,13 @@ def _rollout_programs(
         "prefill",
         sampler.prefill.lower(params, policy, call.wave.prompts, call.wave.lengths),
         waves,
-        opt_state + _bytes_per_chip(weights),
+        opt_state + bytes_per_device(weights),
     )
     yield LoweredProgram(
         "decode",
         _lower_decode(experiment, weights, call, experiment.sampling),
         _decode_runs(experiment, work, call.plan),
-        training_state + _bytes_per_chip(call.results),
+        training_state + bytes_per_device(call.results),
     )
     yield LoweredProgram(
         "score",
@@ -189,7 +191,7 @@ def _rollout_programs(
             "evaluate",
             _lower_decode(experiment, weights, call, sampling),
             0,
-            training_state + _bytes_per_chip(call.results),
+            training_state + bytes_per_device(call.results),
         )
 
 
@@ -312,7 +314,7 @@ def _learner_programs(
     )
     # One program per microbatch of blocks, whose packs are a loop inside of it.
     runs = _learner_work(experiment, lengths).prompt_passes / microbatch.prompts
-    yield LoweredProgram("gradient", lowered, runs, _bytes_per_chip(state.opt_state))
+    yield LoweredProgram("gradient", lowered, runs, bytes_per_device(state.opt_state))
     update = apply_update.lower(
         state, state.loss_state, params, optimizer=experiment.optimizer, mesh=experiment.mesh
     )
@@ -345,7 +347,7 @@ def _trajectory_slots(experiment: Experiment) -> int:
         experiment.sampling.max_rationale_length,
         experiment.config.rollout.answer_reserve,
     )
-    return step.trajectory_length(experiment, rationale, answer)
+    return experiment.trajectory_length(rationale, answer)
 
 
 def _microbatch(experiment: Experiment) -> Microbatch:
@@ -378,11 +380,4 @@ def _results(function: Any, arguments: tuple, small_arguments: tuple) -> Any:
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         function.eval_shape(*arguments),
         shardings,
-    )
-
-
-def _bytes_per_chip(tree: Any) -> float:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
     )

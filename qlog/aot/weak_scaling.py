@@ -18,6 +18,7 @@ from qlog.aot.compiler import topology_devices
 from qlog.config import schema
 from qlog.console import markdown_table, say
 from qlog.errors import ConfigError
+from qlog.experiment.cost import step_tokens
 from qlog.parallel.chips import Chip
 from qlog.storage import paths, strict_json
 
@@ -110,7 +111,7 @@ def _slice_step(
         seconds,
         phases,
         **resources,
-        tokens_per_second=compile_run.step_tokens(config) / seconds,
+        tokens_per_second=step_tokens(config) / seconds,
     )
 
 

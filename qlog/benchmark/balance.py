@@ -30,7 +30,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from qlog import step as steps
 from qlog.aot.compiler import topology_devices
 from qlog.aot.move_cost import move_cost
 from qlog.commands import entry
@@ -110,8 +109,7 @@ class Pod(NamedTuple):
             lengths,
             experiment.policy.config,
             config.data.max_prompt_tokens,
-            steps.trajectory_length(
-                experiment,
+            experiment.trajectory_length(
                 experiment.sampling.max_rationale_length,
                 config.rollout.answer_reserve,
             ),

@@ -33,7 +33,7 @@ from qlog.config import command_line, schema
 from qlog.config.check import check_config
 from qlog.console import complain, output, plain_console, printable
 from qlog.errors import ConfigError, summary
-from qlog.experiment import files
+from qlog.experiment import cost, files
 from qlog.parallel import distributed, libtpu, process, sharding
 from qlog.runs import checkpoints, ownership
 from qlog.storage import paths
@@ -72,6 +72,7 @@ def checks(config: ConfigDict | None, workdir: str) -> Iterator[Check]:
     if config is not None:
         yield _check("weights", lambda: _weights(config))
         yield _check("tokenizer", lambda: _tokenizer(config))
+        yield _check("memory", lambda: _memory(config))
 
 
 def run(config: ConfigDict | None, workdir: str) -> int:
@@ -265,6 +266,13 @@ def _tokenizer(config: ConfigDict) -> str:
         f"{prepared.policy.valid_vocab} tokens, for {vocabulary} rows of the model; answers end "
         f"with {formatter.tokenizer.describe_ends()}; chat template: {formatter.template_name}"
     )
+
+
+def _memory(config: ConfigDict) -> str:
+    """The devices can hold a step, as far as a lower bound tells."""
+    shapes, evaluate = experiment.prepare_shapes(config), config.evaluation.every > 0
+    cost.check(shapes, train=True, evaluate=evaluate)
+    return cost.describe(shapes, evaluate)
 
 
 def main(argv: list[str]) -> int:

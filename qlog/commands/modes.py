@@ -17,7 +17,7 @@ from qlog.config.check import check_config
 from qlog.console import is_live, say, show_table
 from qlog.data import chat_templates, tokenizer_files
 from qlog.errors import ConfigError, Stop
-from qlog.experiment import Experiment, prepare
+from qlog.experiment import Experiment, cost, prepare
 from qlog.experiment.contents import check_trained_ids
 from qlog.parallel import distributed, interrupts
 from qlog.rollouts import lengths as rollout_lengths
@@ -163,6 +163,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False, evaluate=False)
+    cost.check(experiment, train=False, evaluate=False)
     params, _, _ = _load(experiment, path)
     folder, tokenizer = workdir / "export", experiment.formatter.tokenizer
     copied = []

@@ -7,7 +7,10 @@ qlog/experiment/files.py, which reads them.
 import dataclasses
 import importlib.metadata
 import json
+import math
 import re
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +26,8 @@ from qlog.grading import scorers
 from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
 from qlog.parallel import sharding
+
+_LARGEST_SIZE = 2**31 - 1  # of a dimension of an array, which int32 counts
 
 
 def check_config(config: ConfigDict) -> None:
@@ -294,13 +299,44 @@ def wandb_is_installed() -> bool:
 
 
 def _check_architecture(config: ConfigDict) -> None:
-    known = {field.name for field in dataclasses.fields(models.DecoderConfig)}
+    known = typing.get_type_hints(models.DecoderConfig)
     for key in config.architecture:
         if key not in known:
             raise ConfigError(
                 f"config.architecture.{key} = {config.architecture[key]!r} is read by nothing: "
                 f"a decoder has {', '.join(sorted(known))}."
             )
+        value = config.architecture[key]
+        options = typing.get_args(known[key]) or (known[key],)
+        if typing.get_origin(known[key]) is tuple:
+            options = (tuple,)
+        if not any(_is_of_kind(value, option) for option in options):
+            words = " or ".join(_KINDS.get(option, "a section of settings") for option in options)
+            raise ConfigError(f"config.architecture.{key} = {value!r} must be {words}.")
+
+
+# The types of a decoder's fields, in words.
+_KINDS = {
+    int: f"a whole number of at most {_LARGEST_SIZE}",
+    float: "a number above 0",
+    bool: "True or False",
+    str: "text",
+    tuple: "a list of them",
+    types.NoneType: "None",
+}
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Whether a value can be that of a field; whether it makes sense, the decoder checks."""
+    if kind is int:  # isinstance would take True for one
+        return type(value) is int and value <= _LARGEST_SIZE
+    if kind is float:
+        return type(value) in (int, float) and 0 < value < math.inf  # nor NaN
+    if kind is tuple:
+        return isinstance(value, (list, tuple))
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):  # RopeScaling
+        return isinstance(value, (Mapping, ConfigDict, kind))
+    return type(value) is kind
 
 
 def _check_tokenizer(config: ConfigDict) -> None:
@@ -351,9 +387,15 @@ def _check_tokenizer(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict) -> None:
     """The data exist, as far as no file has to be read, and every key that is set is read."""
     # Not above: tokenizers and grain take a second, and config files need only the schema.
-    from qlog.data import find_corpus, label
+    from qlog.data import find_corpus, label, splits
 
     corpus = find_corpus(config.data.to_dict())
+    # A function may know others.
+    if not callable(config.data.name) and config.evaluation.split not in splits.NAMES:
+        raise ConfigError(
+            f"config.evaluation.split = {config.evaluation.split!r} is unknown: use one of "
+            f"{', '.join(splits.NAMES)}{closest(config.evaluation.split, splits.NAMES)}."
+        )
     if config.data.description and config.data.style != "warm":
         raise ConfigError(
             f"config.data.description = {config.data.description!r} is read only by the warm "

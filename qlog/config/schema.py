@@ -272,8 +272,8 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                 ),
                 "cache": Field(
                     "auto",
-                    "How keys and values of prompts and rollouts are kept while rollouts are "
-                    "decoded and scored (qlog/rollouts/README.md).",
+                    "How keys and values of prompts and rollouts are kept while they are decoded "
+                    "and scored (qlog/rollouts/README.md).",
                     choices={
                         "auto": "as dtype",
                         "int8": "in about half the memory of bfloat16, with a scale per token and "

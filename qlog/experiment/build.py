@@ -27,7 +27,7 @@ from qlog.config.check import (
 )
 from qlog.console import say
 from qlog.errors import ConfigError
-from qlog.experiment import contents, files, golds
+from qlog.experiment import contents, cost, files, golds
 from qlog.experiment.parts import Experiment
 from qlog.grading.scorers import Panel
 from qlog.learner import optimizer
@@ -51,7 +51,8 @@ def prepare(
       evaluate: whether evaluation_data is; None: if the config evaluates, or nothing is trained.
 
     Raises:
-      ConfigError: something is wrong; one sentence with the field, the value and the remedy.
+      ConfigError: something is wrong, or this machine cannot hold the run; one sentence with the
+        field, the value and the remedy.
       PassingError: weights, tokenizer or data cannot be fetched now, or hosts read different ones.
     """
     check_config(config)
@@ -59,12 +60,18 @@ def prepare(
     if train:  # evaluation pads its last batch, so that any number of prompts will do
         check_batches(config, mesh)
         check_final(config)
+    if evaluate is None:
+        evaluate = config.evaluation.every > 0 or not train
     # ---- The model: named before data are read, which takes longer ----
     if config.init_from:
         checkpoints.find_checkpoint(config.init_from, "config.init_from")
+    # Before weights are fetched: by the model's shape alone, and the smallest data that there are.
+    shape = files.model_shape(config)
+    if train or evaluate:
+        cost.check(_build(config, mesh, shape, _placeholders(shape)), train, evaluate)
     weights = files.resolve_weights(config)
     formatter = files.load_formatter(config)
-    tokenizer, shape = formatter.tokenizer, files.model_shape(config)
+    tokenizer = formatter.tokenizer
     if tokenizer.vocab_size > shape.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
@@ -74,8 +81,6 @@ def prepare(
     experiment = _build(config, mesh, shape, tokens)
     files.check_weights(weights, shape)
     # ---- The data ----
-    if evaluate is None:
-        evaluate = config.evaluation.every > 0 or not train
     prepared = files.prepare_data(config) if train or evaluate else None
     open_split = functools.partial(files.open_split, config, formatter, prepared)
     annotated = experiment.estimator.rationale == "annotated"
@@ -94,6 +99,8 @@ def prepare(
         else None,
         weights=weights,
     )
+    if train or evaluate:
+        cost.check(experiment, train, evaluate)
     _check_apart(experiment)
     _tell_unreachable_golds(experiment)
     if jax.process_count() > 1:  # each host has fetched for itself
@@ -122,8 +129,7 @@ def prepare_shapes(config: ConfigDict, devices: Sequence[jax.Device] | None = No
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_batches(config, mesh)
     shape = files.model_shape(config)
-    # One token less than the model has rows: as with most tokenizers, rows have to be masked.
-    return _build(config, mesh, shape, _Tokens(shape.vocab_size - 1, (1,), (2,), 0))
+    return _build(config, mesh, shape, _placeholders(shape))
 
 
 def _check_apart(experiment: Experiment) -> None:
@@ -177,6 +183,12 @@ class _Tokens(NamedTuple):
     closing: tuple[int, ...]  # forced where the rationale's budget is spent
     eos: tuple[int, ...]  # any of them ends a sequence
     pad: int
+
+
+def _placeholders(shape: models.DecoderConfig) -> _Tokens:
+    """Tokens for programs that are not run."""
+    # One token less than the model has rows: as with most tokenizers, rows have to be masked.
+    return _Tokens(max(shape.vocab_size - 1, 1), (1,), (2,), 0)
 
 
 def _build(

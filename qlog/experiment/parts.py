@@ -89,6 +89,20 @@ class Experiment:
         """How much of an update's batch the gradient has in memory at a time."""
         return Microbatch.of(self.config, self.mesh)
 
+    def trajectory_length(self, rationale: int, answer: int) -> int:
+        """R, the slots of a trajectory: the most there can be; one program serves all steps.
+
+        Args:
+          rationale: slots of the batch's rationales, which bound annotated ones.
+          answer: A, slots of the batch's gold answers.
+        """
+        sampling = self.sampling
+        if self.estimator.answer != "gold":
+            return models.whole_tiles(sampling.max_length)
+        is_sampled = self.estimator.rationale == "sampled"
+        longest = sampling.max_rationale_length if is_sampled else rationale
+        return models.whole_tiles(longest + answer)
+
     def prompts_at_once(self, per_shard: int) -> int:
         """Prompts of the whole mesh at a time, from a config field that counts those of a shard."""
         return per_shard * sharding.num_batch_shards(self.mesh)

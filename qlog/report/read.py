@@ -5,13 +5,14 @@ left out and noted. A run is a folder with qlog's config.json, whatever its name
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 from qlog.grading import accuracy
 from qlog.report.records import Evaluation, Run, State
 from qlog.runs import folder as names
@@ -126,11 +127,26 @@ def _once(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _scores(folder: Path) -> dict[int, float]:
     """The scores that compare with the newest one, by step."""
     found = _json(folder / names.SCORES)
-    if not isinstance(found, dict) or not found:
+    if not isinstance(found, dict):
         return {}
-    scores = {int(step): score for step, score in found.items()}
-    newest = scores[max(scores)]
-    return {step: score["value"] for step, score in scores.items() if score["of"] == newest["of"]}
+    scores = {
+        int(step): score
+        for step, score in found.items()
+        if step.isdecimal() and isinstance(score, dict) and _is_number(score.get("value"))
+    }
+    if not scores:
+        return {}
+    newest = scores[max(scores)].get("of")
+    return {step: score["value"] for step, score in scores.items() if score.get("of") == newest}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _whole(value: Any) -> int:
+    """A whole number of a file that anything may be in; 0 where it has another type."""
+    return int(value) if _is_number(value) else 0
 
 
 # ---- Where a run is ----
@@ -139,13 +155,13 @@ def _scores(folder: Path) -> dict[int, float]:
 def _state(
     folder: Path, config: dict[str, Any], steps: list[dict[str, Any]], is_evaluated: bool
 ) -> State:
-    total = int(config["train"].get("steps", 0))
+    total = _whole(config["train"].get("steps"))
     done = steps[-1]["step"] + 1 if steps else 0
     results = _json(folder / names.RESULTS)
     if isinstance(results, dict):
-        return State("finished", int(results.get("step") or done), total, "")
+        return State("finished", _whole(results.get("step")) or done, total, "")
     owner = ownership.look(folder)
-    done = max(done, int(owner.get("step") or 0))
+    done = max(done, _whole(owner.get("step")))
     if not owner:
         return State("evaluated" if is_evaluated and not steps else "new", done, total, "")
     # ---- It has told of its end ----
@@ -157,7 +173,7 @@ def _state(
     if ownership.is_gone(owner):
         return State("failed", done, total, "its process is gone; the same command goes on")
     # Clocks of two hosts may differ, so that minutes are the least that can be told.
-    age = time.time() - float(owner.get("time") or 0)
+    age = time.time() - _whole(owner.get("time"))
     return State("running" if age < _SILENT else "silent", done, total, "")
 
 
@@ -177,11 +193,12 @@ def _evaluation(folder: Path, file: str, samples: str, notes: list[str]) -> Eval
     if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
         notes.append(f"{folder / file} holds no evaluation.")
         return None
-    settings = record.get("evaluation") or {}
+    settings = record.get("evaluation")
+    settings = settings if isinstance(settings, dict) else {}
     ids, questions = _questions(folder / "samples" / f"{samples}.jsonl", settings, notes)
     return Evaluation(
         split=str(record.get("split", "")),
-        step=record.get("step"),
+        step=_whole(record["step"]) if _is_number(record.get("step")) else None,
         source=str(record.get("source", "")),
         settings=settings,
         metrics=record["metrics"],
@@ -195,28 +212,38 @@ def _questions(
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     """Ids and accuracies of the questions: from their own file, or computed from the samples."""
     found = _json(names.questions(samples))
-    if isinstance(found, dict) and isinstance(found.get("ids"), list):
-        values = {name: np.array(each) for name, each in found.items() if name != "ids"}
-        if all(each.shape == (len(found["ids"]),) for each in values.values()):
-            return tuple(found["ids"]), values
+    if isinstance(found, dict) and _are_texts(found.get("ids")):
+        size = len(found["ids"])
+        values = {name: each for name, each in found.items() if name != "ids"}
+        if all(_are_numbers(each, size) for each in values.values()):
+            return tuple(found["ids"]), {name: np.array(each) for name, each in values.items()}
     # An older run, or a file that is being written.
     try:
         rows = [json.loads(line) for line in json_lines.split(paths.read(samples))]
-        values = accuracy.per_question(rows, int(settings.get("rollouts_per_prompt", 16)))
+        values = accuracy.per_question(rows, _whole(settings.get("rollouts_per_prompt")) or 16)
     except FileNotFoundError:
         notes.append(f"{samples} is not there: its questions cannot be compared one by one.")
         return (), {}
-    except (ValueError, TypeError, AttributeError) as error:
-        notes.append(f"{samples} cannot be read ({error}): its questions are left out.")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError) as error:
+        reason = summary(error)
+        notes.append(f"{samples} cannot be read ({reason}): its questions are left out.")
         return (), {}
     return tuple(row["id"] for row in rows), values
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _are_numbers(value: Any, size: int) -> bool:
+    return isinstance(value, list) and len(value) == size and all(map(_is_number, value))
 
 
 def _json(file: Path) -> Any:
     """A file's content; None where there is no such file, or it is not whole."""
     try:
         return json.loads(paths.read(file))
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None

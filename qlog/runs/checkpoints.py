@@ -43,6 +43,8 @@ _SCORES = "scores.json"
 _PARAMS, _TRAINING = "params", "training"  # the items of a checkpoint
 _COMMITTED = "commit_success.txt"  # in a bucket, where a folder cannot be renamed when it is whole
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder on a disk, until it is whole
+# What a checkpoint says of itself: without its digests it is then damaged, and not only old.
+_HAS_DIGESTS = "has_digests"
 _Tree = TypeVar("_Tree")
 Scores = dict[int, dict[str, Any]]  # by step; see above
 
@@ -140,7 +142,7 @@ class Checkpoints:
         self.wait()
         # Two items of one checkpoint, in two folders (see above).
         parts = {_PARAMS: state.params, _TRAINING: state._replace(params=None)._asdict()}
-        about = {"config": json.loads(config), "identity": identity or {}}
+        about = {"config": json.loads(config), "identity": identity or {}, _HAS_DIGESTS: True}
 
         def start() -> None:
             self._saving = step
@@ -528,6 +530,8 @@ def _described(folder: Path) -> str:
         return f"its description cannot be read: {type(error).__name__}: {summary(error)}"
     if not isinstance(metadata.custom_metadata, dict) or "config" not in metadata.custom_metadata:
         return "its description has no config"
+    if metadata.custom_metadata.get(_HAS_DIGESTS) and not digests.exist(folder):
+        return f"{digests.FILE} is missing"
     return ""
 
 

@@ -46,19 +46,28 @@ def check_kinds(workdir: Path) -> None:
             )
 
 
-def notice_room(workdir: Path, needed: int) -> None:
+def notice_room(workdir: Path, needed: int, least: int = 0) -> None:
     """Says so where the disk has less room than a run will need; it may be made meanwhile.
 
     Args:
       needed: bytes.
+      least: bytes of one checkpoint.
+
+    Raises:
+      ConfigError: the disk is smaller than one checkpoint, however empty it is.
     """
     if paths.is_remote(workdir):
         return
-    free = shutil.disk_usage(workdir).free
-    if free < needed:
+    disk = shutil.disk_usage(workdir)
+    if disk.total < least:
+        raise ConfigError(
+            f"--workdir = {workdir}: its disk has {_size(disk.total)} in all, and one checkpoint "
+            f"takes {_size(least)}: give a folder on a larger disk, or take a smaller model."
+        )
+    if disk.free < needed:
         say(
-            f"NOTE: {workdir} has {_size(free)} free, and the run needs about {_size(needed)} for "
-            "checkpoints and samples: make room, or lower config.checkpoint.keep."
+            f"NOTE: {workdir} has {_size(disk.free)} free, and the run needs about {_size(needed)} "
+            "for checkpoints and samples: make room, or lower config.checkpoint.keep."
         )
 
 

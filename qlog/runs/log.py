@@ -89,9 +89,7 @@ class RunLog:
             wandb = Harmless(open_, "W&B")
             # What is in the log already: W&B takes what it has not got. TensorBoard has it all.
             for line in kept["metrics"]:
-                # Numbers that are not finite are text in the log.
-                values = {k: float(v) for k, v in line.items() if k not in ("step", "phase")}
-                wandb.scalars(line["step"], line["phase"], values)
+                wandb.scalars(line["step"], line["phase"], numbers(line))
             for step, lines in itertools.groupby(kept["rollouts"], lambda line: line["step"]):
                 wandb.rollouts(step, [_without_step(line) for line in lines])
             self._trackers.append(wandb)
@@ -270,8 +268,28 @@ def read_jsonl(path: paths.Path | pathlib.Path) -> list[dict[str, Any]]:
 
 def read_events(workdir: paths.Path | pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics: {"step", "phase", ...}; [] where there are none."""
-    lines = read_jsonl(paths.Path(workdir) / METRICS)
-    return [line for line in lines if type(line.get("step")) is int and "phase" in line]
+    return [line for line in read_jsonl(paths.Path(workdir) / METRICS) if _is_of(line, _EVENT)]
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an event by name, all else left out. Those not finite are text in the log."""
+    found = {}
+    for name, value in line.items():
+        is_number = type(value) in (int, float) or value in ("nan", "inf", "-inf")
+        if is_number and name not in _EVENT:
+            with contextlib.suppress(OverflowError):  # a whole number of hundreds of digits
+                found[name] = float(value)
+    return found
+
+
+# What a line must have: names with their types.
+_EVENT: dict[str, type] = {"step": int, "phase": str}
+_ROLLOUT: dict[str, type] = {"step": int}
+
+
+def _is_of(line: Mapping[str, Any], needs: Mapping[str, type]) -> bool:
+    """Whether the line has all that `needs` names, each of its type (True is no int)."""
+    return all(type(line.get(name)) is kind for name, kind in needs.items())
 
 
 class _Lines(NamedTuple):
@@ -281,11 +299,11 @@ class _Lines(NamedTuple):
     damaged: list[tuple[int, str]]  # number of the line, from 1, and its text
 
 
-def _read(path: paths.Path, needs: Sequence[str] = ()) -> _Lines:
+def _read(path: paths.Path, needs: Mapping[str, type] | None = None) -> _Lines:
     """The lines of a file or a segment.
 
     Args:
-      needs: what an object without counts as damaged: "step", a whole number, or another name.
+      needs: what an object without counts as damaged, as `_is_of` takes it.
     """
     objects, damaged = [], []
     # Bytes that are no UTF-8 stay what they are when they are written again.
@@ -299,9 +317,7 @@ def _read(path: paths.Path, needs: Sequence[str] = ()) -> _Lines:
             json_lines.line(value).encode()  # surrogates, such as bytes that were no UTF-8
         except (ValueError, RecursionError):
             value = None
-        if isinstance(value, dict) and all(
-            type(value.get(name)) is int if name == "step" else name in value for name in needs
-        ):
+        if isinstance(value, dict) and _is_of(value, needs or {}):
             objects.append(value)
         elif number <= whole.count("\n"):  # else a crash has cut it short
             damaged.append((number, line))
@@ -335,7 +351,7 @@ def _keep_before(log: paths.Path, file: paths.Path, step: int) -> list[dict[str,
     Args:
       log: metrics.jsonl and the like, next to which damaged lines are set aside.
     """
-    lines = _read(file, ("step", "phase") if log.name == METRICS else ("step",))
+    lines = _read(file, _EVENT if log.name == METRICS else _ROLLOUT)
     kept = [line for line in lines.objects if line["step"] < step]
     if lines.damaged:
         aside = log.with_name(f"{log.name}.damaged")

@@ -265,7 +265,7 @@ def _refuse_living(file: paths.Path, first: _Owner) -> None:
     if not first or first.get("released"):
         return
     # On this machine the process itself can be looked up, at once.
-    if first.get("machine") == _machine():
+    if _is_here(first):
         if _lives(first):
             _refuse(file, first)
         return
@@ -308,7 +308,7 @@ def is_gone(owner: dict[str, Any]) -> bool:
     Args:
       owner: from `look`, not {}.
     """
-    return owner.get("machine") == _machine() and not _lives(owner)
+    return _is_here(owner) and not _lives(owner)
 
 
 def _look(file: paths.Path) -> _Owner:
@@ -348,11 +348,16 @@ def _machine() -> str:
     return " ".join(parts)
 
 
+def _is_here(owner: _Owner) -> bool:
+    """Whether the owner is a process of this machine, which can be looked up."""
+    return owner.get("machine") == _machine() and type(owner.get("pid")) is int
+
+
 def _lives(owner: _Owner) -> bool:
     """Whether the owner, a process of this machine, still runs."""
     try:
         os.kill(owner["pid"], 0)  # signal 0 does nothing but ask
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has such a number, or none now
         return False
     except OSError:  # there, but another user's
         pass

@@ -134,7 +134,10 @@ WRONG = {
         {"rollout": {"answer_reserve": 3}},
         r"config\.rollout\.answer_reserve = 3 is too small",
     ),
-    "split": ({"evaluation": {"split": "dev", "every": 1}}, r"split 'dev' is unknown"),
+    "split": (
+        {"evaluation": {"split": "dev"}},
+        r"config\.evaluation\.split = 'dev' is unknown: use one of train, validation, test",
+    ),
     "model": ({"model": "qwen9"}, r"config\.model = 'qwen9' is unknown: use one of"),
     "architecture": (
         {"architecture": {"depth": 3}},

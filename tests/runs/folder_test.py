@@ -118,3 +118,5 @@ def test_room_that_is_short_is_said(tmp_path, capsys):
     folder.notice_room(paths.Path(tmp_path), 10**18)
     said = capsys.readouterr().out
     assert "GB free, and the run needs about 1,000,000,000.0 GB for checkpoints and samples" in said
+    with pytest.raises(ConfigError, match=r"its disk has .* GB in all, and one checkpoint takes"):
+        folder.notice_room(paths.Path(tmp_path), 1000, least=10**18)

@@ -1,0 +1,75 @@
+"""Real starts of the command: a signal in a real compilation, and two starts at once."""
+
+import signal
+import threading
+import time
+
+import commanded
+import pytest
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return commanded.config_file(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, file, cache):
+    workdir = tmp_path_factory.mktemp("whole")
+    status, out, err = commanded.run(file, workdir, cache)
+    assert status == 0, out + err
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_first_step_compiles(file, cache, whole, tmp_path):
+    """Nothing is done yet, so nothing is saved; the process ends by itself, and soon."""
+    process = commanded.start(
+        file,
+        tmp_path / "run",
+        tmp_path / "empty",  # of compiled programs
+        {"JAX_LOG_COMPILES": "1"},
+        ["--config.architecture.num_layers=4"],
+    )
+    lines = []
+
+    def listen():
+        for line in process.stderr:
+            lines.append(line)
+            if "Compiling jit(decode)" in line and not sent:
+                sent.append(time.monotonic())
+                process.send_signal(signal.SIGTERM)
+
+    sent = []
+    listener = threading.Thread(target=listen)
+    listener.start()
+    out = process.stdout.read()
+    status = process.wait(timeout=120)
+    listener.join()
+    assert sent, "".join(lines)
+    assert status in (0, 75), out + "".join(lines)
+    assert "SIGTERM" in out + "".join(lines)
+    assert not any("Traceback" in line for line in lines)
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    # The same command goes on, here with what compiled programs there are.
+    status, out, err = commanded.run(file, tmp_path / "other", cache)
+    assert status == 0, out + err
+    commanded.assert_same_run(tmp_path / "other", whole)
+
+
+@pytest.mark.slow
+def test_two_starts_at_once_in_one_workdir(file, cache, whole, tmp_path):
+    workdir = tmp_path / "run"
+    processes = [commanded.start(file, workdir, cache) for _ in range(2)]
+    ends = [(*process.communicate(timeout=240), process.returncode) for process in processes]
+    assert sorted(status for _, _, status in ends) == [0, 75], ends
+    (refused,) = [err for _, err, status in ends if status == 75]
+    assert (
+        len(refused.strip().splitlines()) == 1 and "which still runs: wait for its end" in refused
+    )
+    commanded.assert_same_run(workdir, whole)

@@ -1,0 +1,66 @@
+"""Signals at random moments of a real run, again and again: its end is that of an unbroken one."""
+
+import signal
+import subprocess
+import time
+
+import commanded
+import fuzzing
+import pytest
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.slow
+_KINDS = ("SIGINT", "SIGTERM", "SIGKILL")
+# What a start that was interrupted may end with: it saved and stopped, it was cut short before it
+# had anything to save, or it was killed.
+_STATUS = {0, 130, 143, -signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return commanded.config_file(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, file, cache):
+    """The workdir of a run that nothing disturbed, and the seconds that one takes."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    for name in ("first", "second"):  # the first one compiles
+        began = time.monotonic()
+        status, out, err = commanded.run(file, workdir / name, cache)
+        assert status == 0, out + err
+    return workdir / "second", time.monotonic() - began
+
+
+def test_signals_at_random_moments(record_property, unbroken, file, cache, tmp_path):
+    whole, seconds = unbroken
+    numbers = iter(range(10**6))
+
+    def holds(signals):
+        workdir = tmp_path / f"run{next(numbers)}"
+        for name, moment, after in signals:
+            process = commanded.start(file, workdir, cache)
+            time.sleep(moment * seconds)
+            process.send_signal(getattr(signal, name))
+            if after:  # of two signals the second may end it at once
+                time.sleep(after)
+                process.send_signal(signal.SIGTERM)
+            try:
+                out, err = process.communicate(timeout=120)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+            assert process.returncode in _STATUS, (process.returncode, out, err)
+            assert "Traceback" not in out + err, out + err
+        status, out, err = commanded.run(file, workdir, cache)
+        assert status == 0, out + err
+        commanded.assert_same_run(workdir, whole)
+
+    one = st.tuples(st.sampled_from(_KINDS), st.floats(0, 1), st.sampled_from([0.0, 0.0, 0.2]))
+    cases = st.lists(one, min_size=1, max_size=3)
+    fuzzing.try_cases(record_property, "runs with one to three signals", 10, cases, holds)
