@@ -9,6 +9,7 @@ models of its own to start from. qlog/report/RESULTS.md has the results.
     --config=configs/miniature.py:seeds=1    fewer seeds; seeds=2+5 are those two, and so on
     --config=configs/miniature.py:collapse   the warm start with one of GARL's terms left out
     --config=configs/miniature.py:longer     GARL from it with more steps, tokens, or updates
+    --config=configs/miniature.py:int8       GARL from the cold start on caches of int8
 """
 
 from collections.abc import Callable
@@ -126,6 +127,17 @@ def _longer(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _int8(config: ConfigDict) -> dict[str, Any]:
+    """GARL from the cold start: what do quantised caches cost, and what do weights correct?"""
+    start, int8 = {"init_from": "base"}, {"rollout": {"cache": "int8"}}
+    weighted = loss("garl", q=0.75, importance="sequence")
+    return {
+        "garl": {**start, "loss": loss("garl", q=0.75)},
+        "garl_int8": {**start, **int8, "loss": loss("garl", q=0.75)},
+        "garl_int8_weights": {**start, **int8, "loss": weighted},
+    }
+
+
 def _warm() -> dict[str, Any]:
     """A model that knows the format and has P from 0.04 to 0.35: the base, fine-tuned a little."""
     return {
@@ -154,4 +166,5 @@ def _variants(chosen: dict[str, Any]) -> dict[str, Variant]:
 
         return variant
 
-    return {"seeds": seeds, "collapse": study(_collapse), "longer": study(_longer)}
+    studies = {"collapse": _collapse, "longer": _longer, "int8": _int8}
+    return {"seeds": seeds, **{name: study(runs) for name, runs in studies.items()}}

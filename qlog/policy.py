@@ -30,6 +30,19 @@ class Policy:
     # compiler.
     mesh: Mesh | None = None
     attention: str = "blocks"  # the kernels: a name that `models.attention.kernels` takes
+    # Keys and values that sampling and scoring keep: "auto" is `dtype`, "int8" quantises them
+    # (`models.attention.quantised`). The learner keeps none.
+    cache: str = "auto"
+
+    @property
+    def cache_dtype(self) -> DTypeLike:
+        """Of the caches that sampling and scoring keep."""
+        return jnp.int8 if self.cache == "int8" else self.dtype
+
+    @property
+    def cache_itemsize(self) -> float:
+        """Bytes per number of a key or a value in these caches, scales included."""
+        return attention.quantised.itemsize(self.cache_dtype, self.config.head_dim)
 
     @property
     def execution(self) -> models.Execution:

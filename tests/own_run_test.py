@@ -190,7 +190,7 @@ def test_the_wheel_holds_every_file_of_the_package(installed):
 
 
 def test_the_config_that_build_md_shows_trains_from_a_wheel(tmp_path, installed):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "BUILD.md").read_text(), re.DOTALL)
+    (block,) = _python_blocks("BUILD.md")
     (tmp_path / "mine.py").write_text(block)
     short = ["--config.train.steps=2", "--config.evaluation.prompts=4"]
     result = _main(tmp_path, installed, *short, config="mine.py:paft,q=0.5")
@@ -271,9 +271,13 @@ def _python(folder, variables, *arguments):
 
 
 def _page_of_losses() -> str:
-    """The examples of the page on the losses that use nothing else of qlog, as one program."""
-    page = (ROOT / "qlog/losses/README.md").read_text()
-    return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:3])
+    """The examples of the pages that use the losses and nothing else of qlog, as one program."""
+    first, *_ = _python_blocks("README.md")
+    return "\n".join([first, *_python_blocks("qlog/losses/README.md")[:3]])
+
+
+def _python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_the_losses_need_jax_and_optax_only(tmp_path, few):
@@ -281,7 +285,7 @@ def test_the_losses_need_jax_and_optax_only(tmp_path, few):
     result = _python(tmp_path, few, "page.py")
     assert result.returncode == 0, result.stderr
     assert "effective_reward_max" in result.stdout
-    result = _python(tmp_path, few, "-m", "qlog.losses.examples.pmap_trainer")
+    result = _python(tmp_path, few, "-m", "qlog.losses.examples.own_trainer")
     assert result.returncode == 0, result.stderr
 
 
@@ -336,7 +340,7 @@ def test_a_wheel_in_an_empty_environment(tmp_path, wheel):
     assert {"jax", "optax", "qlog"} <= names and not names & {"flax", "orbax-checkpoint", "rich"}
     (tmp_path / "page.py").write_text(_page_of_losses())
     assert "effective_reward_max" in run("page.py")
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "BUILD.md").read_text(), re.DOTALL)
+    (block,) = _python_blocks("BUILD.md")
     (tmp_path / "mine.py").write_text(block)
     told = run("-m", "qlog.main", "--config=mine.py", status=2)
     # The sentence's own command, in the environment where qlog is.

@@ -9,6 +9,7 @@ import numpy as np
 from qlog.aot import hlo, hlo_cost
 from qlog.aot.compiler import compile_lowered
 from qlog.experiment import Experiment
+from qlog.models.attention import quantised
 from qlog.parallel import sharding
 from qlog.parallel.chips import Chip
 from qlog.rollouts import balance, moves
@@ -49,13 +50,24 @@ def move_cost(experiment: Experiment, moved: Moved, shards: Shards) -> MoveCost:
         places = (_split(mesh, out.shape), _split(mesh, into.shape))
         index = _split(mesh, (shards.number * index[0], *index[1:]))
         routes[kind] = moves.Route(*places, index, _rounds(mesh, exchange))
-    dtype = experiment.policy.dtype
-    programs = (
-        moves.take_lanes.lower(
-            mesh, shards, new.slots, routes["lanes"], _split(mesh, lanes, dtype)
-        ),
-        moves.take_blocks.lower(mesh, shards, routes["blocks"], _split(mesh, prompts, dtype)),
+    # As the pool holds them: an array each, or numbers and their scales.
+    dtype = experiment.policy.cache_dtype
+    of_lanes, of_prompts = (
+        jax.tree.leaves(jax.eval_shape(lambda shape=shape: quantised.empty(shape, dtype)))
+        for shape in (lanes, prompts)
     )
+    programs = [
+        *(
+            moves.take_lanes.lower(
+                mesh, shards, new.slots, routes["lanes"], _split(mesh, x.shape, x.dtype)
+            )
+            for x in of_lanes
+        ),
+        *(
+            moves.take_blocks.lower(mesh, shards, routes["blocks"], _split(mesh, x.shape, x.dtype))
+            for x in of_prompts
+        ),
+    ]
     # Each bit has a loop; on average over the bits it runs so many rounds.
     rounds = moved.rounds / max(1, len(shards.bits))
 

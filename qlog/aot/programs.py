@@ -199,9 +199,9 @@ def _decode_runs(experiment: Experiment, work: Work, plan: Schedule) -> float:
     """How many times what a pool at its first size reads, until its slots are spent."""
     last = min(plan.sizes[0].slots, experiment.sampling.max_length)
     first = Stretch(plan.sizes[0], 0, last)
-    config, dtype = experiment.policy.config, jnp.dtype(experiment.policy.dtype)
-    prompt = experiment.config.data.max_prompt_tokens
-    read = lambda stretch: read_bytes(stretch, config, prompt, dtype.itemsize)
+    policy, prompt = experiment.policy, experiment.config.data.max_prompt_tokens
+    itemsizes = jnp.dtype(policy.dtype).itemsize, policy.cache_itemsize
+    read = lambda stretch: read_bytes(stretch, policy.config, prompt, *itemsizes)
     return sum(map(read, work.stretches)) / read(first)
 
 

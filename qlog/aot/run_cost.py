@@ -27,7 +27,9 @@ _FIELDS = (
     ("rollout", "rollouts_per_prompt"),
     ("rollout", "rationale_budget"),
     ("rollout", "answer_reserve"),
+    ("rollout", "cache"),
 )
+_DEFAULTS = {"cache": "auto"}  # of fields that results of older versions lack
 
 
 class Roofline(NamedTuple):
@@ -150,5 +152,5 @@ def _prompts(config: ConfigDict, split: str) -> int:
 
 def _get(config: Any, field: Sequence[str]) -> Any:
     for key in field:
-        config = config[key]
+        config = config[key] if key in config else _DEFAULTS[key]
     return config.to_dict() if isinstance(config, ConfigDict) else config

@@ -122,9 +122,10 @@ class Pod(NamedTuple):
 
     def seconds(self, work: list[Work]) -> float:
         """Of decoding, on each chip, at the bandwidth of its memory."""
-        config = self.experiment.policy.config
+        policy = self.experiment.policy
+        itemsizes = jnp.dtype(policy.dtype).itemsize, policy.cache_itemsize
         read = sum(
-            schedule.read_bytes(stretch, config, self.prompt_tokens, self._itemsize)
+            schedule.read_bytes(stretch, policy.config, self.prompt_tokens, *itemsizes)
             for each in work
             for stretch in each.stretches
         )
@@ -149,14 +150,12 @@ class Pod(NamedTuple):
         return self.experiment.config.mesh.tensor
 
     @property
-    def _itemsize(self) -> int:
-        return jnp.dtype(self.experiment.policy.dtype).itemsize
-
-    @property
     def _slot_bytes(self) -> float:
         """Keys and values of a token in all layers."""
-        shape = self.experiment.policy.config
-        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self._itemsize
+        policy = self.experiment.policy
+        shape = policy.config
+        numbers = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+        return numbers * policy.cache_itemsize
 
 
 # ---- The command ----

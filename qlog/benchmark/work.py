@@ -167,7 +167,13 @@ def rollout_phases(
     scored = flops.continuation_need(config, num_rollouts, start, size.answer)
     prefilled = flops.prefill_need(config, size.prompts, size.prompt)
     decoded = flops.decode_need(
-        config, size.prompts, size.rollouts, size.prompt, size.rationale, itemsize
+        config,
+        size.prompts,
+        size.rollouts,
+        size.prompt,
+        size.rationale,
+        itemsize,
+        policy.cache_itemsize,
     )
     # Decoding is the only phase that memory bounds, so only its bytes are counted.
     whole = Need(sum(n.flops for n in (scored, prefilled, decoded)), decoded.bytes)

@@ -1,5 +1,6 @@
 """What the commands share: flags in, a page of help out, and a mistake told in one sentence."""
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -69,21 +70,27 @@ def show_help(argv: Sequence[str], about: str, values: flags.FlagValues) -> bool
 
 def _show_fields(argv: Sequence[str]) -> bool:
     """Prints the fields of the config where --help-config asks for it; whether it did."""
-    asked = [match for match in map(_FIELDS.fullmatch, _before_dashes(argv)) if match]
-    if not asked:
+    if not any(map(_FIELDS.fullmatch, _before_dashes(argv))):
         return False
-    # Without the other flags, and with --config only if it is there: then of the defaults.
+    # Without --config the page is of the defaults. Flags that set no field are left over.
     values = flags.FlagValues()
     config = command_line.define(values=values)
-    words = [word for word in argv if not _FIELDS.fullmatch(word)]
     try:
-        command_line.parse(words, values, known_only=True)
+        _, *rest = command_line.parse(argv, values, known_only=True)
     except MISTAKES as error:
         _fail(sentence(error))
     chosen = config.value if config.present else schema.default()
-    for line in help_pages.fields(chosen, asked[-1][1] or ""):
+    for line in help_pages.fields(chosen, _wanted(rest)):
         print(line)
     return True
+
+
+def _wanted(rest: Sequence[str]) -> str:
+    """The word of --help-config=WORD or --help-config WORD; '' without one."""
+    for word, after in itertools.pairwise([*rest, ""]):
+        if match := _FIELDS.fullmatch(word):
+            return match[1] or ("" if after.startswith("-") else after)
+    return ""
 
 
 def _before_dashes(argv: Sequence[str]) -> list[str]:

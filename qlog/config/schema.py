@@ -270,6 +270,16 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                     range=(0, _BATCH),
                     may_change=True,
                 ),
+                "cache": Field(
+                    "auto",
+                    "How keys and values of prompts and rollouts are kept while they are decoded "
+                    "and scored (qlog/rollouts/README.md).",
+                    choices={
+                        "auto": "as dtype",
+                        "int8": "in about half the memory of bfloat16, with a scale per token and "
+                        "head, which rounds log-probabilities",
+                    },
+                ),
                 "closing_text": Field(
                     "", "A text that is written before a thinking-end token that is forced."
                 ),

@@ -213,6 +213,7 @@ def _build(
         remat=config.train.remat,
         mesh=mesh,
         attention=attention_kernels(config, mesh),
+        cache=config.rollout.cache,
     )
     return Experiment(
         config=config,

@@ -47,7 +47,8 @@ NORMALIZATION: dict[str, Any] = {
 # Arguments of every recipe whose rationales the policy samples: a penalty on the distance from the
 # policy that training began with.
 PENALTY: dict[str, Any] = {"kl_weight": 0.0, "kl_kind": "k3"}
-# Arguments of those among them whose surrogate has no ratio itself: weights that correct for the
+# Arguments of those among them whose surrogate has no ratio itself: weights that correct for a
+# sampler that computes otherwise than the learner (a quantised cache), and for the
 # updates since the rollouts were sampled.
 IMPORTANCE: dict[str, Any] = {"importance": "none", "max_ratio": 2.0}
 

@@ -122,8 +122,9 @@ def truncated(
     """`linear` with truncated importance weights: -sum clip(ratio, least, most) c * new.
 
     The weight is a constant for differentiation, so that every token keeps a gradient, where
-    `clipped` drops it. It corrects tokens of an older policy, as later updates of a batch have.
-    Reads `tokens.old`.
+    `clipped` drops it. It corrects where the policy that sampled is not the learner's: an older
+    one, as later updates of a batch have, or one that computes with less precision, as on quantised
+    caches (truncated importance sampling). Reads `tokens.old`, of the policy that sampled.
 
     Args:
       level: 'token', the ratio p_new / p_old of each token (CISPO, 2506.13585); 'sequence', the

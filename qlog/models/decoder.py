@@ -26,7 +26,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from qlog.errors import ConfigError
-from qlog.models.attention import Segment, layouts
+from qlog.models.attention import Cached, Quantised, Segment, layouts, quantised
 from qlog.models.attention.layouts import KeysAndValues
 from qlog.models.config import DecoderConfig
 from qlog.models.dense import dot_general
@@ -46,8 +46,9 @@ class Prefix(NamedTuple):
     Slot p holds the token at position p.
     """
 
-    keys: Array | tuple[Array, ...]  # [L, B, K, P, C], or after `unstack` L arrays [B, K, P, C]
-    values: Array | tuple[Array, ...]  # like keys
+    # [L, B, K, P, C], or after `unstack` L caches [B, K, P, C]
+    keys: Cached | tuple[Cached, ...]
+    values: Cached | tuple[Cached, ...]  # like keys
     lengths: Array  # int32 [B], the slots that hold tokens
 
 
@@ -294,8 +295,9 @@ def prefill(
     tokens: Array,
     lengths: Array,
     execution: Execution = PLAIN,
+    cache_dtype: DTypeLike | None = None,
 ) -> Prefix:
-    """Keys and values of prompts, and nothing else of them; differentiable.
+    """Keys and values of prompts, and nothing else of them; differentiable, but for int8.
 
     Args:
       params: as for `extend`.
@@ -303,7 +305,10 @@ def prefill(
       tokens: int32 [B, P], right-padded.
       lengths: int32 [B], the tokens of each that a continuation may see.
       execution: see `Execution`.
+      cache_dtype: of what is returned; int8 quantises it. The prompts' own attention sees keys and
+        values as they are computed. None: `execution.dtype`.
     """
+    kept_as = execution.dtype if cache_dtype is None else cache_dtype
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)[:, None]
     tokens = tokens[:, None]  # a prompt is a group of one row, [B, 1, P]
     rotations = _rotations(config, positions)
@@ -321,13 +326,15 @@ def prefill(
         # for every layer, so the compiler cannot leave the last one's attention and MLP out by
         # itself. The condition does, forward and backward. Taking the last layer out of the scan
         # would instead copy the other layers' weights out of their stacked arrays.
-        return jax.lax.cond(inputs.is_last, lambda: x, output), new
+        # Quantised here, layer by layer: caches in full precision never exist as a whole.
+        keys, values = (quantised.stored(each, kept_as) for each in new)
+        return jax.lax.cond(inputs.is_last, lambda: x, output), (keys, values)
 
     is_last = jnp.arange(config.num_layers) == config.num_layers - 1
     inputs = _LayerInputs(params["layers"], None, *_kinds_to_scan(config), is_last)
     hidden = _embed(params, config, tokens, execution)
-    _, (keys, values) = _scan(layer, hidden, inputs, config, execution)  # [L, B, K, 1, P, C]
-    return Prefix(keys.squeeze(3), values.squeeze(3), lengths)
+    _, caches = _scan(layer, hidden, inputs, config, execution)  # [L, B, K, 1, P, C]
+    return Prefix(*jax.tree.map(lambda x: x.squeeze(3), caches), lengths)
 
 
 def decode_step(
@@ -346,7 +353,8 @@ def decode_step(
       config: the decoder's shape.
       tokens: int32 [B, M].
       prefix: of the B prompts; `unstack` it before a loop.
-      suffix: of the rollouts, with slots before `slot` written. Its lengths are not read.
+      suffix: of the rollouts, with slots before `slot` written; if it is quantised, the token's
+        keys and values are, too. Its lengths are not read.
       slot: int32 scalar, the same for all rollouts: they are decoded in step.
       execution: see `Execution`.
 
@@ -362,8 +370,7 @@ def decode_step(
         turn = rotations.of(window, has_rope)
         queries, new = _heads(config, execution, weights, hidden, turn)
         # Written first, so that the token sees itself in its slot.
-        keys, values = own
-        own = write(keys, new[0].astype(keys.dtype)), write(values, new[1].astype(values.dtype))
+        own = jax.tree.map(write, own, _as_kept(new, own))
         layers.append(own)
         # One row of positions serves all rollouts: they are in step.
         start = layouts.Visible(positions, window, config.num_groups).start[:, 0]  # [B, 1]
@@ -411,7 +418,8 @@ def score_step(
         segments = [
             visible.prefix(_cast(cache, execution.dtype), prefix.lengths),
             visible.suffix(own, prefix.lengths, lengths),
-            visible.new_tokens(new),
+            # As decode steps see the tokens that they write, so that both give one distribution.
+            visible.new_tokens(_as_kept(new, own)),
         ]
         mixed = _attend(execution, queries, segments)
         hidden = _finish(config, execution, weights, hidden, mixed)
@@ -530,17 +538,29 @@ def _layers(
 def empty_suffix(
     config: DecoderConfig, batch: int, rollouts: int, slots: int, dtype: DTypeLike
 ) -> Suffix:
-    """A suffix with room for `slots` tokens in each of `batch` x `rollouts` rollouts."""
+    """A suffix with room for `slots` tokens in each of `batch` x `rollouts` rollouts.
+
+    Args:
+      dtype: of keys and values; int8 keeps them quantised.
+    """
     shape = (batch, config.num_kv_heads, rollouts, slots, config.head_dim)
     layers = tuple(
-        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
+        (quantised.empty(shape, dtype), quantised.empty(shape, dtype))
+        for _ in range(config.num_layers)
     )
     return Suffix(layers, jnp.zeros((), jnp.int32))
 
 
+def _as_kept(new: KeysAndValues, own: KeysAndValues) -> KeysAndValues:
+    """New keys and values [B, K, M, R, C], as the suffix keeps those of its tokens."""
+    keys, values = (quantised.stored(x, cache.dtype) for x, cache in zip(new, own, strict=True))
+    return keys, values
+
+
 def _cast(cache: KeysAndValues, dtype: DTypeLike) -> KeysAndValues:
-    keys, values = cache
-    return keys.astype(dtype), values.astype(dtype)
+    """Caches in the dtype of the activations; quantised ones as they are."""
+    keys, values = (x if isinstance(x, Quantised) else x.astype(dtype) for x in cache)
+    return keys, values
 
 
 class _Rotations(NamedTuple):

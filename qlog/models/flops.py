@@ -31,18 +31,26 @@ def continuation_need(config: DecoderConfig, rollouts: int, start: int, length: 
 
 
 def decode_need(
-    config: DecoderConfig, prompts: int, rollouts: int, start: int, length: int, itemsize: int
+    config: DecoderConfig,
+    prompts: int,
+    rollouts: int,
+    start: int,
+    length: int,
+    itemsize: int,
+    cache_itemsize: float | None = None,
 ) -> Need:
     """All M rollouts of each prompt, decoded step by step.
 
-    Every step reads the weights once, and once the keys and values of each group's prompt and of
-    each rollout, whose numbers take `itemsize` bytes.
+    Every step reads the weights once, whose numbers take `itemsize` bytes, and once the keys and
+    values of each group's prompt and of each rollout, whose numbers take `cache_itemsize` bytes
+    (None: as many).
     """
+    of_cache = itemsize if cache_itemsize is None else cache_itemsize
     flops = continuation_need(config, prompts * rollouts, start, length).flops
     per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     slots = prompts * start * length + prompts * rollouts * length * (length + 1) / 2
     weights = (_body(config) + _head(config)) * length
-    return Need(flops, itemsize * (weights + per_slot * slots))
+    return Need(flops, itemsize * weights + of_cache * per_slot * slots)
 
 
 def train_need(config: DecoderConfig, prompts: int, rollouts: int, start: int, length: int) -> Need:

@@ -78,13 +78,10 @@ def move(mesh: Mesh | None, pool: Pool, plan: Plan, shards: Shards, slots: int) 
         cache.delete()  # its memory is free as soon as `take` has run; the host does not wait
         return new
 
-    layers = tuple(
-        (moved(keys, take_lanes, slots, to_lanes), moved(values, take_lanes, slots, to_lanes))
-        for keys, values in pool.suffix.layers
-    )
-    keys, values = (
-        tuple(moved(x, take_blocks, to_blocks) for x in caches)
-        for caches in (pool.prefix.keys, pool.prefix.values)
+    # Each array by itself: of a quantised cache the numbers, then their scales.
+    layers = jax.tree.map(lambda x: moved(x, take_lanes, slots, to_lanes), pool.suffix.layers)
+    keys, values = jax.tree.map(
+        lambda x: moved(x, take_blocks, to_blocks), (pool.prefix.keys, pool.prefix.values)
     )
     prefix = models.Prefix(keys, values, take_blocks(mesh, shards, to_blocks, pool.prefix.lengths))
     # The rest is small, one program for all of it.
@@ -131,7 +128,7 @@ def _exchanged(
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shards", "slots"))
 def take_lanes(mesh: Mesh | None, shards: Shards, slots: int, route: Route, cache: Array) -> Array:
-    """[N, K, m, S, C] -> [N', K, m', `slots`, C]."""
+    """[N, K, m, S, C] -> [N', K, m', `slots`, C]; C is 1 of scales."""
 
     def take(x: Array, out: Array, into: Array, index: Array, num_rounds: Array) -> Array:
         lanes = x.transpose(0, 2, 1, 3, 4).reshape(-1, x.shape[1], *x.shape[3:])  # [N m, K, S, C]
@@ -191,7 +188,7 @@ def _or_empty(done: Array, rollout_ids: Array) -> Array:
 class _Parts(NamedTuple):
     """The arrays of a pool that are held, by what their first dimensions are."""
 
-    caches: Any  # [N, K, m, S, C]
+    caches: Any  # [N, K, m, S, C], or [N, K, m, S, 1] of scales
     lanes: Any  # [N, m, ...]
     blocks: Any  # [N, ...]
 

@@ -353,7 +353,9 @@ def prefill(params: models.Params, policy: Policy, prompts: Array, lengths: Arra
       lengths: int32 [B], at least 1.
     """
     params = policy.gathered(params)
-    prefix = models.prefill(params, policy.config, prompts, lengths - 1, policy.execution)
+    prefix = models.prefill(
+        params, policy.config, prompts, lengths - 1, policy.execution, policy.cache_dtype
+    )
     # Layers as separate arrays, which the host can move and delete one by one.
     return sharding.constrain_batch(policy.mesh, models.unstack(prefix))
 
@@ -385,7 +387,9 @@ def initial_pool(
         keys=wave.keys,
         rollouts=_blank_rollouts(shape, sampling),
         prefix=prefix,
-        suffix=models.empty_suffix(policy.config, num_prompts, num_rollouts, slots, policy.dtype),
+        suffix=models.empty_suffix(
+            policy.config, num_prompts, num_rollouts, slots, policy.cache_dtype
+        ),
     )
     return sharding.constrain_batch(policy.mesh, pool)
 

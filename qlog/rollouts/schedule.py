@@ -422,18 +422,29 @@ def planned_work(plan: Schedule, lengths: np.ndarray) -> Work:
 
 
 def read_bytes(
-    stretch: Stretch, config: models.DecoderConfig, prompt_tokens: int, itemsize: int
+    stretch: Stretch,
+    config: models.DecoderConfig,
+    prompt_tokens: int,
+    itemsize: int,
+    cache_itemsize: float,
 ) -> float:
     """What a shard reads in all steps of a stretch: weights, prompts and rollouts.
 
     Args:
       prompt_tokens: of each prompt.
-      itemsize: bytes of a weight, a key or a value.
+      itemsize: bytes of a weight.
+      cache_itemsize: bytes of a number of a key or a value.
     """
     level, *steps = stretch
     first, last = (
         models.flops.decode_need(
-            config, level.num_blocks, level.lanes_per_block, prompt_tokens, step, itemsize
+            config,
+            level.num_blocks,
+            level.lanes_per_block,
+            prompt_tokens,
+            step,
+            itemsize,
+            cache_itemsize,
         ).bytes
         for step in steps
     )

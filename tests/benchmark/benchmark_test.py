@@ -37,6 +37,10 @@ def test_needed_work_is_what_enumeration_counts():
     read = sum(body + head + slot * prompts * (start + rollouts * t) for t in range(1, length + 1))
     decode = flops.decode_need(shape, prompts, rollouts, start, length, 2)
     assert decode == flops.Need(prompts * rollouts * own, 2 * read)
+    # A cache of another number of bytes.
+    weights = (body + head) * length
+    decode = flops.decode_need(shape, prompts, rollouts, start, length, 2, 1.5)
+    assert decode.bytes == 2 * weights + 1.5 * (read - weights)
 
 
 @pytest.mark.slow

@@ -168,6 +168,7 @@ def test_the_command_shows_the_fields_of_a_config_and_its_flags():
     out = processes.run(*command, "--help-config=nonsense", code=2)
     assert out.startswith("qlog: --help-config=nonsense: no field has it")
     assert "seed = 0" in processes.run(*command[:3], "--help-config=seed")
+    assert "seed = 1" in processes.run(*command, "--help-config", "seed", "--config.seed", "1")
 
 
 def test_flags_of_libraries_are_left_out_of_a_page():

@@ -76,6 +76,14 @@ WRONG = {
         {"rollout": {"top_k": 20}},
         r"config\.rollout\.top_k = 20 is read by nothing",
     ),
+    "cache": (
+        {"rollout": {"cache": "fp4"}},
+        r"config\.rollout\.cache = 'fp4' is unknown: use auto or int8",
+    ),
+    "cache of another type": (
+        {"rollout": {"cache": 8}},
+        r"config\.rollout\.cache = 8 must be of type str",
+    ),
     "dtype": ({"dtype": "float8"}, r"config\.dtype = 'float8' is unknown: use float32 or bfloat16"),
     "task": ({"data": {"name": "squad"}}, r"config\.data\.name = 'squad' is unknown: use one of"),
     "style": ({"data": {"style": "hot"}}, r"config\.data\.style"),

@@ -397,7 +397,11 @@ def test_the_price_is_steps_and_evaluations_times_chips():
     with_test = run_cost.estimate(final, "train", step)
     assert with_test.evaluations == 11
     assert math.isclose(with_test.evaluation_seconds, (10 + 1132 / 872) * one)
-    for other in ({"train": {"prompts_per_step": 64}}, {"rollout": {"rationale_budget": 64}}):
+    for other in (
+        {"train": {"prompts_per_step": 64}},
+        {"rollout": {"rationale_budget": 64}},
+        {"rollout": {"cache": "int8"}},
+    ):
         with pytest.raises(ConfigError, match="--slice=v5e:4x4: no roofline"):
             run_cost.roofline(schema.merge(config, other), "v5e:4x4", rooflines)
 

@@ -170,6 +170,69 @@ def test_sequence_weights_correct_for_an_older_policy_exactly():
     assert np.abs(by_token[0] - expected[0]).max() > 0.01
 
 
+def mean_gradient(sampler_logits, learner, **arguments):
+    """The mean gradient of `rb_reinforce` over rationales of a sampler that is not the learner.
+
+    Gold answers have w = sigmoid of a parameter per pair. Every pair is a group of one rollout, and
+    its coefficients are multiplied by the sampler's odds of it.
+    """
+    estimator = losses.build("rb_reinforce", **arguments)
+    sampled = pair_log_probs(sampler_logits)[0][:, None]  # [9, 1, 2]
+    odds = jnp.exp(sampled.sum(-1))
+    here = jnp.ones((9, 1, 3), bool).at[..., 2].set(False)
+    # The gold answer was not sampled: what stands for it may be anything.
+    old = jnp.concatenate([sampled, jnp.full((9, 1, 1), jnp.nan)], -1)
+    scores = losses.Scores(log_w=jax.nn.log_sigmoid(learner[1])[:, None])
+    state = estimator.transform.init(losses.abstract_scores(9, 1))
+    found, _ = losses.coefficients(estimator.transform, scores, state)
+    found = jax.tree.map(lambda x: x * odds, found)
+
+    def loss(parameters):
+        logits, answers = parameters
+        gold = jax.nn.log_sigmoid(answers)[:, None, None]
+        new = jnp.concatenate([pair_log_probs(logits)[0][:, None], gold], -1)
+        return estimator.surrogate(found, losses.TokenLogProbs(new, here, ~here, old)).loss
+
+    return jax.tree.map(lambda x: -x, jax.grad(loss)(learner))
+
+
+@pytest.mark.parametrize("distance", [0.01, 1.0], ids=["as int8 caches", "far"])
+def test_weights_make_the_gradient_exact_where_the_sampler_is_not_the_learner(distance):
+    """A recipe's own option: importance='sequence'. Truncated, it errs by what is cut off only."""
+    learner = policy(1), jnp.asarray(np.random.default_rng(4).normal(size=9), jnp.float32)
+    moved = jax.tree.map(lambda x, by: x + distance * by, learner[0], policy(0))
+
+    def success(parameters):
+        return jnp.exp(pair_log_probs(parameters[0]).sum(-1))[0] @ jax.nn.sigmoid(parameters[1])
+
+    exact = jax.grad(success)(learner)
+    uncorrected = mean_gradient(moved, learner)
+    corrected = mean_gradient(moved, learner, importance="sequence", max_ratio=np.inf)
+    trees.assert_close(corrected, exact, rtol=1e-4, atol=1e-6)
+    off = lambda found: max(
+        np.abs(one - other).max()
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    )
+    assert off(uncorrected) > 100 * off(corrected)
+    # Token by token it leaves out how a token moves the odds of those after it.
+    by_token = mean_gradient(moved, learner, importance="token", max_ratio=np.inf)
+    assert off(corrected) < off(by_token) < off(uncorrected)
+    # Truncated: the gradient of sum_z min(most mu(z), pi(z)) w(z) with the odds held fixed.
+    most = 1.05 if distance < 0.1 else 1.5
+    mu, pi = (jnp.exp(pair_log_probs(x).sum(-1))[0] for x in (moved, learner[0]))
+    kept = jnp.minimum(most * mu, pi) * jax.nn.sigmoid(learner[1])
+
+    def held(parameters):
+        gain = pair_log_probs(parameters[0]).sum(-1)[0] + jax.nn.log_sigmoid(parameters[1])
+        return kept @ gain
+
+    truncated = mean_gradient(moved, learner, importance="sequence", max_ratio=most)
+    trees.assert_close(truncated, jax.grad(held)(learner), rtol=1e-4, atol=1e-6)
+    lost = jnp.maximum(pi - most * mu, 0).sum()
+    assert off(truncated) <= 2 * lost + 1e-6
+    assert (lost > 0) == (distance > 0.1)  # int8's differences are never cut off
+
+
 def test_the_penalty_of_sequences_has_the_gradient_of_their_kl():
     """That of single tokens does not: a first token also decides the KL of the second."""
     new, reference = policy(1), pair_log_probs(policy(3))

@@ -267,6 +267,43 @@ def test_bfloat16_activations_keep_float32_parameters_and_stay_close():
     assert np.abs(hidden.astype(jnp.float32) - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
+@families("qwen3", "gemma3")
+def test_decoding_and_scoring_on_int8_caches_are_one_distribution(config):
+    """Tokens that are decoded one by one, and the same ones scored together behind a rollout."""
+    params = random_params(config)
+    prompts, rollouts, answers = random_tokens()
+    prefill = jit(models.prefill, static_argnums=1, static_argnames="cache_dtype")
+    arrays = params, config, jnp.asarray(prompts), jnp.asarray(LENGTHS)
+    prefix = prefill(*arrays, cache_dtype=jnp.int8)
+    exact = prefill(*arrays)
+    for cache, full in zip(prefix[:2], exact[:2], strict=True):
+        assert cache.values.dtype == jnp.int8
+        # What is kept is rounded, what was computed with it was not.
+        off = np.abs(np.asarray(cache.values) * np.asarray(cache.scale) - full)
+        assert np.all(off <= 0.5001 * np.asarray(cache.scale))
+
+    @jit
+    def decode(prefix, suffix, slot, tokens):
+        return models.decode_step(params, config, tokens, prefix, suffix, slot)
+
+    def decoded(prefix, dtype):
+        suffix, hidden = models.empty_suffix(config, B, M, R + A, dtype), []
+        for slot, tokens in enumerate(np.concatenate([rollouts, answers], -1).transpose(2, 0, 1)):
+            one, suffix = decode(prefix, suffix, slot, tokens)
+            hidden.append(one)
+        return suffix, jnp.stack(hidden, 2)[:, :, R:]
+
+    suffix, found = decoded(prefix, jnp.int8)
+    assert {str(x.dtype) for x in jax.tree.leaves(suffix.layers)} == {"int8", "float32"}
+    scored = jit(models.score_step, static_argnums=1)(
+        params, config, answers, prefix, suffix._replace(lengths=jnp.full((B, M), R))
+    )
+    np.testing.assert_allclose(found, scored, atol=1e-4)
+    _, full = decoded(exact, jnp.float32)
+    difference = np.abs(found - full)
+    assert 1e-3 < difference.max() and difference.mean() < 0.05 * np.abs(full).mean()
+
+
 def test_casting_the_weights_before_changes_nothing():
     prompts, tree = tiny.prompts(), tiny.params()
     cast = models.decoding_weights(tree, jnp.bfloat16)

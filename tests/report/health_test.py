@@ -5,11 +5,12 @@ import re
 import report_fixtures as made
 from places import ROOT
 
+from qlog.config import schema
 from qlog.report import health, read
 
 
-def verdicts(tmp_path, lines, variants="cold,garl,q=0.25"):
-    config = made.paper_config("finqa", variants)
+def verdicts(tmp_path, lines, variants="cold,garl,q=0.25", **changes):
+    config = schema.merge(made.paper_config("finqa", variants), changes)
     made.write_config(tmp_path, config)
     text = "".join(
         made.json_lines.line({"step": i, "phase": "train", **line}) for i, line in enumerate(lines)
@@ -91,6 +92,16 @@ def test_numbers_that_ask_for_something(tmp_path):
         "effective_reward": "hardly any signal; raise q (0.25)",
     }.items():
         assert words in found[metric].text, metric
+
+
+def test_an_int8_cache_may_differ_more_and_is_named_where_it_differs_too_much(tmp_path):
+    def mismatch(value, cache):
+        lines = [{"mismatch": value}] * 3
+        return verdicts(tmp_path, lines, dtype="float32", rollout={"cache": cache})["mismatch"]
+
+    assert mismatch(0.004, "int8").level == "good"
+    assert mismatch(0.004, "auto").level == "bad"
+    assert "rollout.cache=auto" in mismatch(0.06, "int8").text
 
 
 def test_a_run_before_its_first_step_has_no_verdict(tmp_path):

@@ -39,6 +39,9 @@ def test_the_other_studies_change_what_they_say():
     assert longer["steps1000_garl_q025_0"].train.steps == 1000
     assert longer["budget32_garl_q025_0"].rollout.rationale_budget == 32
     assert longer["updates4_garl_q075_0"].train.updates_per_batch == 4
+    int8 = schema.several(miniature.get_config("seeds=1,int8"))
+    assert int8["garl_int8_0"].rollout.cache == "int8" and int8["garl_0"].rollout.cache == "auto"
+    assert int8["garl_int8_weights_0"].loss.importance == "sequence"
 
 
 @pytest.mark.slow

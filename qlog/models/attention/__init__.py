@@ -6,9 +6,19 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from qlog.models.attention import blocks, cudnn, tpu
+from qlog.models.attention.quantised import Cached, Quantised
 from qlog.models.attention.segment import ATTENTION, Attend, AttendStep, Segment
 
-__all__ = ["ATTENTION", "Attend", "AttendStep", "Kernels", "Segment", "kernels"]
+__all__ = [
+    "ATTENTION",
+    "Attend",
+    "AttendStep",
+    "Cached",
+    "Kernels",
+    "Quantised",
+    "Segment",
+    "kernels",
+]
 
 
 class Kernels(NamedTuple):

@@ -17,6 +17,8 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from qlog.models.attention import quantised
+from qlog.models.attention.quantised import Cached
 from qlog.models.attention.segment import ATTENTION, Segment
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
@@ -48,7 +50,8 @@ def attend(queries: Array, segments: list[Segment], blocks: Blocks = CPU_BLOCKS)
 
     Args:
       queries: [B, K, N, C], already scaled.
-      segments: what they may see; every row must see a slot, or its result means nothing.
+      segments: what they may see; every row must see a slot, or its result means nothing. Where
+        some are quantised there is no derivative.
       blocks: sizes of blocks.
 
     Returns:
@@ -120,8 +123,8 @@ class _Cache(NamedTuple):
     intervals [B or 1, 1, runs, rows of a run] in the slots of the run.
     """
 
-    keys: Array  # [B, K, T, C] or [B, K, runs, T, C]
-    values: Array  # as keys
+    keys: Cached  # [B, K, T, C] or [B, K, runs, T, C]
+    values: Cached  # as keys
     start: Array  # int32, the first slot that a row sees
     stop: Array  # int32, the slot after the last one that it sees
 
@@ -228,7 +231,7 @@ class _Rows(NamedTuple):
 
 
 def _forward(
-    state: _Partial, queries: Array, keys: Array, values: Array, part: _RowBlock, slots: int
+    state: _Partial, queries: Array, keys: Cached, values: Cached, part: _RowBlock, slots: int
 ) -> _Partial:
     """`state` after one block of queries [..., N, C] has seen its part of a cache."""
     lead = queries.shape[:-1]
@@ -242,7 +245,7 @@ def _forward(
         scores = _scores(rows, keys, part, index, slots)
         top = jnp.maximum(state.top, scores.max(-1))
         weights = jnp.exp(scores - top[..., None])
-        own = _Partial(top, weights.sum(-1), _matmul(weights, _block(values, index, slots)))
+        own = _Partial(top, weights.sum(-1), _mix(weights, values, index, slots, queries.dtype))
         return _merge(state, own, top)
 
     state = _visit(visit, state, part, is_single=keys.shape[-2] <= slots)
@@ -307,10 +310,11 @@ def _visit(visit, state, part: _RowBlock, is_single: bool):
     return jax.lax.fori_loop(part.first, part.last, visit, state)
 
 
-def _scores(queries: Array, keys: Array, part: _RowBlock, index, slots: int) -> Array:
+def _scores(queries: Array, keys: Cached, part: _RowBlock, index, slots: int) -> Array:
     """[..., N, slots of block `index`], masked where the interval does not reach."""
-    block = _block(keys, index, slots)
+    block, scale = quantised.factors(_block(keys, index, slots), queries.dtype)
     scores = jnp.einsum("...nc,...tc->...nt", queries, block, preferred_element_type=jnp.float32)
+    scores = scores if scale is None else scores * scale
     size, num_slots = block.shape[-2], keys.shape[-2]
     # `dynamic_slice` moves a block that would reach beyond the end to an earlier start.
     numbers = jnp.minimum(index * size, num_slots - size) + jnp.arange(size)
@@ -320,10 +324,19 @@ def _scores(queries: Array, keys: Array, part: _RowBlock, index, slots: int) -> 
     return jnp.where(is_visible, scores, _MASKED)
 
 
-def _block(x: Array, index, slots: int) -> Array:
+def _mix(weights: Array, values: Cached, index, slots: int, dtype) -> Array:
+    """float32 [..., N, C]: values of block `index` by their weights [..., N, slots]."""
+    block, scale = quantised.factors(_block(values, index, slots), dtype)
+    return _matmul(weights if scale is None else weights * scale, block)
+
+
+def _block(x: Any, index, slots: int) -> Any:
     """Block `index` of `slots` slots, axis -2; a last one that would not be full begins earlier."""
     size = min(slots, x.shape[-2])
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=-2)
+    take = functools.partial(
+        jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size, axis=-2
+    )
+    return jax.tree.map(take, x)
 
 
 def _add_block(x: Array, part: Array, index) -> Array:
@@ -401,7 +414,7 @@ def _by_run(cache: _Cache, runs: int, run_rows: int) -> _Cache:
         )  # [B, K, runs * T, C] -> [B, K, runs, T, C]
         return _pad(x, padded_runs - runs)
 
-    keys, values = keys_by_run(cache.keys), keys_by_run(cache.values)
+    keys, values = jax.tree.map(keys_by_run, (cache.keys, cache.values))
     # Slots were numbered over all runs, and are now numbered within the row's own run. An interval
     # cannot begin before its run, but a padded row's does: hence the maximum.
     before = keys.shape[3] * (jnp.arange(padded_runs * run_rows) // run_rows)
@@ -417,19 +430,20 @@ def _pad(x: Array | np.ndarray, size: int) -> Array:
     return jnp.pad(x, [(0, size if axis == 2 else 0) for axis in range(x.ndim)])
 
 
-def _like_keys(x: Array, keys: Array, lead: tuple[int, ...]) -> Array:
+def _like_keys(x: Array, keys: Cached, lead: tuple[int, ...]) -> Array:
     """x [*lead, ...] with the leading axes of keys [..., T, C], then rows."""
     return x.reshape(*keys.shape[:-2], -1, *x.shape[len(lead) :])
 
 
-def _private_caches(caches: list[_Cache], num_blocks: int) -> dict[int, tuple[Array, Array]]:
+def _private_caches(caches: list[_Cache], num_blocks: int) -> dict[int, tuple[Cached, Cached]]:
     """{number of a private cache: its keys and values, [blocks, B, K, runs of a block, T, C]}.
 
     Private caches are handed to each block of rows in parts. Shared ones must not be: a scan over
     them would copy them for every block.
     """
+    split = functools.partial(_split, num_blocks=num_blocks)
     return {
-        i: (_split(cache.keys, num_blocks), _split(cache.values, num_blocks))
+        i: jax.tree.map(split, (cache.keys, cache.values))
         for i, cache in enumerate(caches)
         if cache.is_private
     }

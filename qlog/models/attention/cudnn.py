@@ -10,8 +10,9 @@ over S slots, shared by all heads. JAX up to version 0.10 stores as much again, 
 the mask that nothing reads. The copies of the prompt's keys and values come on top. All of it
 shrinks with the number of packs in a microbatch.
 
-Blocks serve everything else: float32, decoding, prompts under sliding windows, and gold answers
-scored on the rollouts' caches, whose queries are too few to be worth copies of the keys.
+Blocks serve everything else: float32, decoding, prompts under sliding windows, quantised caches,
+and gold answers scored on the rollouts' caches, whose queries are too few to be worth copies of the
+keys.
 """
 
 from typing import Literal, NamedTuple
@@ -54,6 +55,7 @@ def attend(
     """
     is_causal = _is_causal(queries, segments)
     is_served = is_causal or _are_rollouts(queries, segments)
+    is_served = is_served and not any(segment.is_quantised for segment in segments)
     if not is_served or (implementation == "cudnn" and not _fits(queries)):
         return blocks.attend(queries, segments, _BLOCKS)
     return _attend_by_run(queries, segments, implementation, is_causal)

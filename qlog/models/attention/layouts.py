@@ -6,13 +6,15 @@ queries of a prompt that share a key/value head, of any rollout, token and group
 one matrix, and the product with the prompt's keys is one matrix product.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qlog.models.attention.quantised import Cached
 from qlog.models.attention.segment import Segment
 
-KeysAndValues = tuple[Array, Array]
+KeysAndValues = tuple[Cached, Cached]
 
 _NO_WINDOW = 1 << 30  # longer than any context
 
@@ -22,9 +24,9 @@ def by_head(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2, 4)
 
 
-def flat(x: Array) -> Array:
+def flat(x: Cached) -> Cached:
     """[B, K, M, S, C] -> [B, K, M * S, C]: the slots of all rollouts side by side."""
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1, leaf.shape[-1]), x)
 
 
 def rows(queries: Array) -> Array:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 
+from qlog.models.attention.quantised import Cached, Quantised
+
 ATTENTION = "attention"  # `checkpoint_name` of the kernels' results, for rematerialisation
 
 
@@ -19,13 +21,18 @@ class Segment(NamedTuple):
     order.
     """
 
-    keys: Array  # [B, K, T, C]: prompts, key/value heads, slots, head size
-    values: Array  # [B, K, T, C]
+    keys: Cached  # [B, K, T, C]: prompts, key/value heads, slots, head size
+    values: Cached  # [B, K, T, C]
     start: Array | np.ndarray  # int32 [B or 1, N], the first slot that a query row sees
     stop: Array | np.ndarray  # int32 [B or 1, N], the slot after the last one that it sees
     # Query rows and slots each consist of this many runs of equal length, one per rollout, and a
     # row sees only slots of its own run. 1: any row may see any slot.
     runs: int = 1
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether keys and values are int8 numbers, which only blocks read, without a gradient."""
+        return isinstance(self.keys, Quantised)
 
 
 Attend = Callable[[Array, list[Segment]], Array]

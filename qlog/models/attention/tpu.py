@@ -27,6 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
+from qlog.models.attention import blocks as plain
+from qlog.models.attention.quantised import Cached
 from qlog.models.attention.segment import ATTENTION, Segment
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
@@ -96,7 +98,9 @@ def attend(
     Args:
       queries: [B, K, N, C], already scaled, bfloat16 or float32.
       segments: what they may see; every row must see a slot, or its result means nothing. Keys and
-        values are cast to the dtype of `queries`.
+        values are cast to the dtype of `queries`. Of quantised ones `blocks.attend` takes all: a
+        cast would make a whole cache anew, and gold answers, which alone are scored on such caches,
+        are a small part of a step.
       mesh: with axes "data", "fsdp" and "tensor": B is split over the first two and K over the
         last, where they divide. None: a single device, or inside a shard_map already.
       interpret: run the kernels as plain JAX on any backend, slowly, for tests.
@@ -105,7 +109,10 @@ def attend(
     Returns:
       [B, K, N, C] in the dtype of `queries`; the softmax runs in float32.
     """
-    caches = [tuple(x.astype(queries.dtype) for x in (s.keys, s.values)) for s in segments]
+    if any(segment.is_quantised for segment in segments):
+        return plain.attend(queries, segments)
+    cast: Callable[[Cached], Array] = lambda x: x.astype(queries.dtype)
+    caches = [(cast(s.keys), cast(s.values)) for s in segments]
     visible = [(segment.start, segment.stop) for segment in segments]
     return _attend(queries, caches, visible, _Options(mesh, interpret, blocks))
 
