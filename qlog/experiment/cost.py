@@ -237,7 +237,11 @@ def _decoding_weights(experiment: Experiment) -> float:
 
 
 def _bytes_per_slot(experiment: Experiment, dtype: DTypeLike) -> float:
-    """Bytes of all layers' caches of this dtype for one token of one sequence, on one device."""
+    """Bytes of all layers' caches for one token of one sequence, on one device.
+
+    Args:
+      dtype: of keys and values; with int8 go their scales.
+    """
     policy, tensor = experiment.policy, experiment.mesh.shape["tensor"]
     one_layer = dataclasses.replace(policy.config, num_layers=1)  # all layers have the same
     suffix = jax.eval_shape(lambda: models.empty_suffix(one_layer, 1, 1, 1, dtype))
