@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from qlog import data, models
@@ -181,7 +182,7 @@ def _decode(
         name,
         state | {"weights": _decoding_weights(experiment)},
         {
-            "caches": shape.size(start) * _bytes_per_slot(experiment),
+            "caches": shape.size(start) * _bytes_per_slot(experiment, policy.cache_dtype),
             # Each token is chosen from all logits of its lane: they are an array, for once.
             "logits": start.num_lanes * policy.config.vocab_size * _FLOAT32 / tensor,
             # Those of all prompts, and those of the pool.
@@ -208,7 +209,7 @@ def _gradient(experiment: Experiment, state: dict[str, float]) -> Phase:
     of_batch = {
         "activations": tokens * per_token,
         # Keys and values of the prompts, and gradients of both.
-        "caches": 2 * prompts * widths.prompt * _bytes_per_slot(experiment),
+        "caches": 2 * prompts * widths.prompt * _bytes_per_slot(experiment, policy.dtype),
     }
     whole = config.train.prompts_per_step // shards
     of_batch["prompts"] = whole * widths.prompt * _TOKEN
@@ -235,11 +236,15 @@ def _decoding_weights(experiment: Experiment) -> float:
     return sum(leaf.size for leaf in leaves) * itemsize / experiment.mesh.shape["tensor"]
 
 
-def _bytes_per_slot(experiment: Experiment) -> float:
-    """Bytes of all layers' caches for one token of one sequence, on one device."""
+def _bytes_per_slot(experiment: Experiment, dtype: DTypeLike) -> float:
+    """Bytes of all layers' caches for one token of one sequence, on one device.
+
+    Args:
+      dtype: of keys and values; with int8 go their scales.
+    """
     policy, tensor = experiment.policy, experiment.mesh.shape["tensor"]
     one_layer = dataclasses.replace(policy.config, num_layers=1)  # all layers have the same
-    suffix = jax.eval_shape(lambda: models.empty_suffix(one_layer, 1, 1, 1, policy.dtype))
+    suffix = jax.eval_shape(lambda: models.empty_suffix(one_layer, 1, 1, 1, dtype))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(suffix.layers))
     # Heads are split over the tensor axis where it divides them.
     parts = tensor if policy.config.num_kv_heads % tensor == 0 else 1

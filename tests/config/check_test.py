@@ -134,6 +134,18 @@ WRONG = {
         {"rollout": {"answer_reserve": 3}},
         r"config\.rollout\.answer_reserve = 3 is too small",
     ),
+    "rope theta": (
+        {"architecture": {"rope_theta": float("nan")}},
+        r"config\.architecture\.rope_theta = nan must be a number above 0",
+    ),
+    "heads of text": (
+        {"architecture": {"num_heads": "many"}},
+        r"config\.architecture\.num_heads = 'many' must be a whole number of at most 2147483647",
+    ),
+    "rows of no array": (
+        {"architecture": {"vocab_size": 10**12}},
+        r"config\.architecture\.vocab_size = 10+ must be a whole number of at most 2147483647",
+    ),
     "split": (
         {"evaluation": {"split": "dev"}},
         r"config\.evaluation\.split = 'dev' is unknown: use one of train, validation, test",

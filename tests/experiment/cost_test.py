@@ -99,15 +99,22 @@ MESHES = {
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("loss", ["garl", "grpo"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bounds_are_below_what_the_compiler_needs(dtype, loss, mesh):
+@pytest.mark.parametrize(
+    "dtype, cache", [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")]
+)
+def test_bounds_are_below_what_the_compiler_needs(dtype, cache, loss, mesh):
     """And not far below: most of what is left out are temporaries of the backward pass."""
     devices = jax.devices() if mesh != "one device" else ONE
     config = tiny.config(
         dtype=dtype,
         # Batches of a run without data have the least widths, so these are them.
         data={"max_prompt_tokens": 16},
-        rollout={"rollouts_per_prompt": 8, "rationale_budget": 500, "answer_reserve": 16},
+        rollout={
+            "rollouts_per_prompt": 8,
+            "rationale_budget": 500,
+            "answer_reserve": 16,
+            "cache": cache,
+        },
         train={"prompts_per_step": 8, "remat": "full"},
         evaluation={"every": 1, "prompts_per_batch": 1},
         mesh=MESHES[mesh],
@@ -144,6 +151,21 @@ def test_every_loss_has_its_phases(loss):
     assert names == (["gradient"] if loss == "sft" else ["decode", "gradient"])
     assert [phase.name for phase in cost.phases(run, False, True)] == ["evaluate"]
     assert [phase.name for phase in cost.phases(run, False, False)] == ["load"]
+
+
+def test_int8_makes_the_caches_of_decoding_smaller_and_no_others():
+    def caches(cache):
+        run = prepare_shapes(tiny.config(dtype="bfloat16", rollout={"cache": cache}), ONE)
+        return {
+            phase.name: phase.of_batch["caches"]
+            for phase in cost.phases(run, True, True)
+            if "caches" in phase.of_batch
+        }
+
+    full, small = caches("auto"), caches("int8")
+    # Heads of 8: a byte per number and 4 per vector, of 16 in bfloat16.
+    assert small["decode"] == full["decode"] * 12 / 16
+    assert small["gradient"] == full["gradient"]
 
 
 def test_the_memory_of_this_host_is_known():

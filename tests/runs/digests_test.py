@@ -114,6 +114,17 @@ def test_where_none_is_whole_nothing_is_renamed(workdir, experiment):
     assert {f.name for f in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}
 
 
+def test_without_its_digests_a_new_checkpoint_is_damaged(workdir, experiment, states, capsys):
+    """Or a changed byte of it would pass, as in an old one."""
+    newest = workdir / "checkpoints" / "9"
+    (newest / digests.FILE).unlink()
+    flip(max(files(newest), key=lambda file: file.stat().st_size), 5000)
+    step, state = restore(workdir, experiment)
+    assert step == 6
+    trees.assert_equal(state, states[6])
+    assert "checkpoints/9 is damaged (digests.json is missing)" in capsys.readouterr().out
+
+
 def test_old_checkpoints_have_no_digests_and_load(workdir, experiment, states, capsys):
     for step in STEPS:
         make_old(workdir / "checkpoints" / str(step))

@@ -6,7 +6,7 @@ import buckets
 import pytest
 import tiny
 
-from qlog.runs.log import RunLog, read_jsonl
+from qlog.runs.log import RunLog, numbers, read_jsonl
 from qlog.storage import paths
 
 # Each is one line in the middle of a log.
@@ -18,6 +18,7 @@ DAMAGE = {
     "a step of text": b'{"step": "three"}',
     "no UTF-8": b'{"step": 3, "phase": "\xff\xfe"}',
     "no phase": b'{"step": 3}',
+    "a phase that is a list": b'{"step": 3, "phase": ["train"]}',
     "half a character": b'{"step": 3, "phase": "\\ud800"}',
     "deeply nested": b"[" * 100_000,
 }
@@ -36,7 +37,7 @@ def test_one_damaged_line_costs_no_other(damage, tmp_path, capsys):
     log = lines(range(3)) + DAMAGE[damage] + b"\n" + lines(range(4, 8))
     (tmp_path / "metrics.jsonl").write_bytes(log)
     expected = [0, 1, 2, 4, 5, 6, 7]
-    if damage not in ("no step", "no phase", "a step of text"):
+    if damage not in ("no step", "no phase", "a step of text", "a phase that is a list"):
         assert steps(tmp_path) == expected
     with RunLog(tmp_path, 6, tiny.config()) as run_log:
         run_log.scalars(6, "train", {"loss": 1.0})
@@ -75,3 +76,9 @@ def test_lines_of_any_text_are_read_back(tmp_path):
     (line,) = read_jsonl(tmp_path / "rollouts.jsonl")
     assert line == {"step": 0, "answer": "a\u2028b\n\x85c"}
     assert json.loads((tmp_path / "rollouts.jsonl").read_text()) == line
+
+
+def test_numbers_of_a_line_are_read_and_nothing_else():
+    line = {"step": 1, "phase": "train", "a": 2, "b": "nan", "c": "x", "d": [1], "e": True}
+    found = numbers(line | {"f": 10**400})
+    assert found.pop("b") != 0.0 and found == {"a": 2.0}
