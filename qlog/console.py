@@ -44,8 +44,8 @@ def printable(text: str) -> str:
 
 def is_live(stream: TextIO | None = None) -> bool:
     """Whether lines can be rewritten in place. Of stdout, unless another stream is given."""
-    stream = sys.stdout if stream is None else stream
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    shown: TextIO = sys.stdout if stream is None else stream
+    return shown.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def has_colours(stream: TextIO | None = None) -> bool:

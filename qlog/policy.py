@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from qlog import models
 from qlog.models import DecoderConfig, attention
+from qlog.models.attention import quantised
 from qlog.parallel import sharding
 
 _CHUNK_BYTES = 1 << 24  # of float32 logits that exist at a time, on a device
@@ -42,7 +43,7 @@ class Policy:
     @property
     def cache_itemsize(self) -> float:
         """Bytes per number of a key or a value in these caches, scales included."""
-        return attention.quantised.itemsize(self.cache_dtype, self.config.head_dim)
+        return quantised.itemsize(self.cache_dtype, self.config.head_dim)
 
     @property
     def execution(self) -> models.Execution:

@@ -334,7 +334,8 @@ def prefill(
     inputs = _LayerInputs(params["layers"], None, *_kinds_to_scan(config), is_last)
     hidden = _embed(params, config, tokens, execution)
     _, caches = _scan(layer, hidden, inputs, config, execution)  # [L, B, K, 1, P, C]
-    return Prefix(*jax.tree.map(lambda x: x.squeeze(3), caches), lengths)
+    keys, values = jax.tree.map(lambda x: x.squeeze(3), caches)
+    return Prefix(keys, values, lengths)
 
 
 def decode_step(
@@ -370,15 +371,15 @@ def decode_step(
         turn = rotations.of(window, has_rope)
         queries, new = _heads(config, execution, weights, hidden, turn)
         # Written first, so that the token sees itself in its slot.
-        own = jax.tree.map(write, own, _as_kept(new, own))
-        layers.append(own)
+        keys, values = jax.tree.map(write, own, _as_kept(new, own))
+        layers.append((keys, values))
         # One row of positions serves all rollouts: they are in step.
         start = layouts.Visible(positions, window, config.num_groups).start[:, 0]  # [B, 1]
         base = prefix.lengths[:, None]  # position of the suffix's first slot
         mixed = execution.attend_step(
             queries[:, :, 0].transpose(0, 2, 1, 3, 4),  # [B, K, M, G, C]
             Segment(*_cast(cache, execution.dtype), start, base),
-            Segment(*own, jnp.maximum(start - base, 0), stop=jnp.reshape(slot + 1, (1, 1))),
+            Segment(keys, values, jnp.maximum(start - base, 0), stop=jnp.reshape(slot + 1, (1, 1))),
         )
         mixed = mixed.transpose(0, 2, 1, 3, 4)[:, :, None]  # [B, M, 1, K, G, C]
         hidden = _finish(config, execution, weights, hidden, mixed)
@@ -455,7 +456,7 @@ def _embed(params: Params, config: DecoderConfig, tokens: Array, execution: Exec
 
 def _heads(
     config: DecoderConfig, execution: Execution, weights: Params, x: Array, turn: Rotation | None
-) -> tuple[Array, KeysAndValues]:
+) -> tuple[Array, tuple[Array, Array]]:
     """Queries [B, M, R, K, G, C], and new keys and values as caches hold them, [B, K, M, R, C]."""
     block = Block(config, execution.dtype)
     heads: Any = block.apply({"params": weights}, x, turn, method="heads")
@@ -551,7 +552,7 @@ def empty_suffix(
     return Suffix(layers, jnp.zeros((), jnp.int32))
 
 
-def _as_kept(new: KeysAndValues, own: KeysAndValues) -> KeysAndValues:
+def _as_kept(new: tuple[Array, Array], own: KeysAndValues) -> KeysAndValues:
     """New keys and values [B, K, M, R, C], as the suffix keeps those of its tokens."""
     keys, values = (quantised.stored(x, cache.dtype) for x, cache in zip(new, own, strict=True))
     return keys, values

@@ -153,6 +153,21 @@ def test_every_loss_has_its_phases(loss):
     assert [phase.name for phase in cost.phases(run, False, False)] == ["load"]
 
 
+def test_int8_makes_the_caches_of_decoding_smaller_and_no_others():
+    def caches(cache):
+        run = prepare_shapes(tiny.config(dtype="bfloat16", rollout={"cache": cache}), ONE)
+        return {
+            phase.name: phase.of_batch["caches"]
+            for phase in cost.phases(run, True, True)
+            if "caches" in phase.of_batch
+        }
+
+    full, small = caches("auto"), caches("int8")
+    # Heads of 8: a byte per number and 4 per vector, of 16 in bfloat16.
+    assert small["decode"] == full["decode"] * 12 / 16
+    assert small["gradient"] == full["gradient"]
+
+
 def test_the_memory_of_this_host_is_known():
     total = cost.host_memory()
     assert total and 2**28 < total < 2**50

@@ -137,8 +137,8 @@ def _attend_by_run(
     mixed = jax.nn.dot_product_attention(
         # [B * runs, T, K * G, C]
         _pad_to_tiles(_runs_as_batch(rows).reshape(batch * grid.runs, grid.tokens, -1, size), 1),
-        next_to_own([segment.keys for segment in shared], own.keys),
-        next_to_own([segment.values for segment in shared], own.values),
+        next_to_own([segment.arrays[0] for segment in shared], own.arrays[0]),
+        next_to_own([segment.arrays[1] for segment in shared], own.arrays[1]),
         mask=mask,
         scale=1.0,  # queries are scaled already
         is_causal=is_causal,

@@ -34,6 +34,13 @@ class Segment(NamedTuple):
         """Whether keys and values are int8 numbers, which only blocks read, without a gradient."""
         return isinstance(self.keys, Quantised)
 
+    @property
+    def arrays(self) -> tuple[Array, Array]:
+        """Keys and values, of a segment that is not quantised."""
+        keys, values = self.keys, self.values
+        assert not isinstance(keys, Quantised) and not isinstance(values, Quantised)
+        return keys, values
+
 
 Attend = Callable[[Array, list[Segment]], Array]
 AttendStep = Callable[[Array, Segment, Segment], Array]

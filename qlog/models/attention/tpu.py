@@ -28,7 +28,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
 from qlog.models.attention import blocks as plain
-from qlog.models.attention.quantised import Cached
 from qlog.models.attention.segment import ATTENTION, Segment
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives numbers rather than NaN
@@ -111,8 +110,7 @@ def attend(
     """
     if any(segment.is_quantised for segment in segments):
         return plain.attend(queries, segments)
-    cast: Callable[[Cached], Array] = lambda x: x.astype(queries.dtype)
-    caches = [(cast(s.keys), cast(s.values)) for s in segments]
+    caches = [tuple(x.astype(queries.dtype) for x in segment.arrays) for segment in segments]
     visible = [(segment.start, segment.stop) for segment in segments]
     return _attend(queries, caches, visible, _Options(mesh, interpret, blocks))
 
