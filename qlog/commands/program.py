@@ -8,6 +8,7 @@ qlog stage ...          python -m qlog.commands.stage ...
 qlog status WORKDIR     python -m qlog.commands.run_status WORKDIR
 """
 
+import os
 import runpy
 import sys
 
@@ -28,4 +29,8 @@ def run() -> None:
     module = SUBCOMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     if module:
         del sys.argv[1]
+    # An installed script has its own folder first on the path of modules, `python -m` the current
+    # one: a config file imports from there (`from configs import quickstart`).
+    if not sys.flags.safe_path:  # PYTHONSAFEPATH asks for neither
+        sys.path.insert(0, os.getcwd())
     runpy.run_module(module or "qlog.main", run_name="__main__", alter_sys=True)

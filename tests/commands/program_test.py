@@ -26,6 +26,24 @@ def test_the_installed_command_is_this_function():
     assert getattr(importlib.import_module(module), function) is program.run
 
 
+def test_a_config_file_imports_from_the_current_folder(tmp_path):
+    """As with `python -m`; the script itself lies elsewhere, where pip has put it."""
+    script = tmp_path / "bin" / "qlog"
+    script.parent.mkdir()
+    script.write_text("from qlog.commands.program import run\nrun()\n")
+    folder = tmp_path / "mine" / "configs_of_mine"
+    folder.mkdir(parents=True)
+    (folder / "base.py").write_text("from qlog import config\n\nget_config = config.default\n")
+    (folder / "small.py").write_text("from configs_of_mine.base import get_config\n")
+    words = ["--config=configs_of_mine/small.py", "--help-config=seed"]
+    # Of the checkout only qlog itself is on the path.
+    env = {"PYTHONPATH": str(ROOT)}
+    by_script = processes.run(sys.executable, script, *words, env=env, cwd=folder.parent)
+    by_module = [sys.executable, "-m", "qlog.main", *words]
+    assert by_script == processes.run(*by_module, env=env, cwd=folder.parent)
+    assert "seed" in by_script
+
+
 def test_without_a_word_it_is_qlog_main():
     assert "--mode=train|evaluate" in qlog("--help")
     assert "Did you mean: workdir" in qlog("--config=configs/quickstart.py", "--wrokdir=x", code=2)
