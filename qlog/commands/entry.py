@@ -103,9 +103,13 @@ def _before_dashes(argv: Sequence[str]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """What is left of the command line when the flags are read."""
+    """What is left of the command line when the flags are read.
+
+    `sys.argv` then has the lines of --flagfile in its place, for those who name the command again.
+    """
     try:
-        return command_line.parse(argv)
+        sys.argv = command_line.with_flag_files(argv)
+        return command_line.parse(sys.argv)
     except MISTAKES as error:
         _fail(sentence(error))
 

@@ -47,8 +47,9 @@ def run(
       from_samples: read only by evaluate.
       topology: read by compile: one slice, or several with commas to compare.
       lengths: read by compile on one slice: a NumPy file, int [B, M].
-      argv: the command line, the program's name first, for the commands that a run names when it
-        ends, and for what compile writes down; () where there is none.
+      argv: the command line, the program's name first, with the lines of --flagfile in its place
+        (`command_line.with_flag_files`): for the commands that a run names when it ends, and for
+        what compile writes down; () where there is none.
 
     Raises:
       ConfigError: flags that do not go together, or something is wrong with the config.
@@ -72,11 +73,14 @@ def run(
         if config.runs:
             several_runs.run(config, workdir)
         else:
+            # Before training: what the command line names may be gone by the end, and nothing that
+            # fails then may turn a finished run into a failed one.
+            steps = next_steps.after(config, workdir, argv)
             # Claimed first: a second start is refused before it downloads anything.
             with train.claimed(config, workdir) as claim:
                 outcome = train.run(prepare(config), workdir, claim)
             if not outcome.interrupted:
-                next_steps.after_training(config, workdir, argv)
+                next_steps.tell(workdir, steps)
     return 0
 
 

@@ -1,14 +1,16 @@
 """What a run says when it ends: what it wrote, and which commands come next."""
 
+import os
+import pathlib
 import shlex
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from qlog.config import command_line
-from qlog.console import say
-from qlog.parallel import distributed
+from qlog.console import is_first_process, say
 from qlog.runs import folder
 from qlog.storage import paths
 from qlog.storage.paths import Path
@@ -25,44 +27,68 @@ _WRITTEN = {
 }
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """A command, and what it makes."""
 
-    command: str
+    command: str  # as a shell takes it, in the folder where the run was started
     makes: str
 
 
-def after_training(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> None:
-    """Says what a finished run wrote, and what to do next. Every process must call.
+def after(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> list[Step]:
+    """The commands that use a run.
 
     Args:
-      argv: the command line of the run, the program's name first; () where it has none: then no
-        commands are named.
+      argv: the command line of the run, the program's name first; () where it has none: then there
+        are no commands.
     """
-    there = set(distributed.once_per_run(lambda: paths.names(workdir)))
+    if not argv:
+        return []
+    again = shlex.join([*command_line.again(argv, ["distributed"]), f"--workdir={workdir}"])
+    python = shlex.quote(_python())
+    report = f"{python} -m qlog.report {shlex.quote(str(workdir))}"
+    steps = [Step(report, "curves, tables and rollouts on a page, report.html")]
+    for mode, makes in (
+        ("evaluate", f"the best checkpoint's accuracy on the {config.evaluation.split} split"),
+        ("sample", "its answers, on the screen"),
+        ("export", "its model as a Hugging Face folder, for other libraries"),
+    ):
+        steps.append(Step(f"{python} -m qlog.main {again} --mode={mode}", makes))
+    return steps
+
+
+def tell(workdir: Path, steps: Sequence[Step]) -> None:
+    """Says what a finished run wrote, and what to do next.
+
+    The run has finished, whatever happens here: a workdir that cannot be read now is no error.
+    """
+    if not is_first_process():  # it alone speaks, and the others need not wait for its listing
+        return
+    try:
+        there = set(paths.names(workdir))
+    except Exception:  # OSError, or whatever the library of a store raises
+        there = set()
     say(f"\nWritten into {workdir}:", "bold")
     for name, what in _WRITTEN.items():
         # In a bucket a log is a folder of segments, called by the name without its suffix.
         found = [each for each in (name, name.partition(".")[0]) if each in there]
         if found:
             say(f"  {found[0]:<15} {what}")
-    if argv:
+    if steps:
         say("\nNext:", "bold")
-        for step in _steps(config, workdir, argv):
+        for step in steps:
             say(f"  {step.command}")
             say(f"      {step.makes}", "dim")
 
 
-def _steps(config: ConfigDict, workdir: Path, argv: Sequence[str]) -> Iterator[_Step]:
-    """Commands that use the run, as a shell takes them."""
-    place = shlex.quote(str(workdir))
-    yield _Step(
-        f"python -m qlog.report {place}", "curves, tables and rollouts on a page, report.html"
-    )
-    again = shlex.join([*command_line.again(argv), f"--workdir={workdir}"])
-    for mode, makes in (
-        ("evaluate", f"the best checkpoint's accuracy on the {config.evaluation.split} split"),
-        ("sample", "its answers, on the screen"),
-        ("export", "its model as a Hugging Face folder, for other libraries"),
-    ):
-        yield _Step(f"python -m qlog.main {again} --mode={mode}", makes)
+def _python() -> str:
+    """This Python as a shell finds it from the current folder: .venv/bin/python where it is below.
+
+    The word "python" alone may be another one, or none, where no environment is activated.
+    """
+    if not sys.executable:  # Python is part of another program
+        return "python"
+    # Not resolved: the link in an environment is what makes Python look for packages there.
+    executable, here = pathlib.Path(sys.executable), pathlib.Path(os.getcwd())
+    if executable.parent != here and executable.is_relative_to(here):
+        return str(executable.relative_to(here))
+    return str(executable)

@@ -79,7 +79,7 @@ def parse(
         # Libraries below fail on such a name in the middle of a run.
         if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
             raise ConfigError(f"{word!r} on the command line is not UTF-8: rename the file.")
-    words = values.read_flags_from_files(words, force_gnu=False)  # --flagfile
+    _, *words = with_flag_files(argv, values)
     words, settings = split(words)
     named = _named(words)
     file = named.partition(":")[0]
@@ -147,12 +147,12 @@ def _no_config(values: flags.FlagValues) -> ConfigError:
     )
 
 
-def _named(words: Sequence[str]) -> str:
-    """What --config names among the words of a command line; '' where nothing does."""
+def _named(words: Sequence[str], name: str = _NAME) -> str:
+    """What --NAME gives among the words of a command line; '' where nothing does."""
     named = ""
     for word, after in itertools.pairwise([*words, ""]):
         flag, is_one_word, value = word.lstrip("-").partition("=")
-        if word.startswith("-") and flag == _NAME:
+        if word.startswith("-") and flag == name:
             named = value if is_one_word else after  # of several the last one counts
     return named
 
@@ -164,17 +164,36 @@ def _let_it_import_its_neighbours(file: str) -> None:
         sys.path.append(folder)  # last: its modules take the place of no others
 
 
-def again(argv: Sequence[str]) -> list[str]:
-    """The words of a command line that make its config: `--config=...` and all that sets fields.
+def with_flag_files(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """A command line with the lines of each --flagfile=FILE in its place.
+
+    A file may be a pipe, which can be read once, or be gone later: what comes after reads none.
 
     Args:
       argv: the program's name first.
+
+    Raises:
+      flags.Error: a file cannot be read.
     """
-    words = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)  # --flagfile
-    words, settings = split(words)
-    named = _named(words)
+    program, *words = argv
+    # "gnu": it looks further behind a word that is no flag, such as the 3 of `--config.seed 3`.
+    return [program, *values.read_flags_from_files(words, force_gnu=True)]
+
+
+def again(argv: Sequence[str], keep: Sequence[str] = ()) -> list[str]:
+    """The words of a command line that make its config: `--config=...` and all that sets fields.
+
+    Args:
+      argv: `with_flag_files`, the program's name first.
+      keep: names of further flags, which are kept where they are given.
+    """
+    words, settings = split(argv[1:])
+    # Settings may be empty (--config.data.path=), a flag without a value was not given.
+    first, *others = [
+        [f"--{name}={value}"] if (value := _named(words, name)) else [] for name in (_NAME, *keep)
+    ]
     changes = [f"--{_NAME}.{'.'.join(each.path)}={each.text}" for each in settings]
-    return [f"--{_NAME}={named}", *changes] if named else changes
+    return [*first, *changes, *itertools.chain(*others)]
 
 
 def spec(values: flags.FlagValues = flags.FLAGS) -> str:

@@ -2,11 +2,17 @@
 
 import re
 import shlex
+import shutil
 import sys
 
 import processes
+import pytest
+import tiny
+from places import ROOT, TESTS
 
-from qlog.storage import json_lines
+from qlog.commands import next_steps
+from qlog.storage import json_lines, paths
+from qlog.storage.paths import Path
 
 CONFIG = """
 import tiny
@@ -19,25 +25,61 @@ def get_config(arg=""):
 def test_a_finished_run_says_what_it_wrote_and_what_comes_next(tmp_path):
     file = tmp_path / "my config.py"  # a shell needs quotes for it
     file.write_text(CONFIG)
-    env = {"PYTHONPATH": "tests:.", "JAX_NUM_CPU_DEVICES": "1"}
+    # No program is on the path: what is printed has to name its own.
+    bash = shutil.which("bash")
+    env = {"PYTHONPATH": f"{TESTS}:{ROOT}", "JAX_NUM_CPU_DEVICES": "1", "PATH": ""}
+    shell = lambda command: processes.run(bash, "-c", command, env=env, cwd=tmp_path)
     workdir = tmp_path / "run"
-    words = [f"--config={file}:x", f"--workdir={workdir}", "--config.seed", "3"]
-    out = processes.run(sys.executable, "-m", "qlog.main", *words, env=env)
+    words = shlex.join(
+        [sys.executable, "-m", "qlog.main", f"--config={file}:x", f"--workdir={workdir}"]
+    )
+    # A pipe, which is empty when it is read again.
+    flags = r"<(printf '%s\n' --config.seed=3 --distributed=off)"
+    out = shell(f"{words} --config.train.rollouts_every 2 --flagfile={flags}")
     assert f"Written into {workdir}:" in out
     written = out.partition("Written into")[2].partition("Next:")[0]
     names = re.findall(r"^  (\S+)", written, re.MULTILINE)
     assert {"results.json", "metrics.jsonl", "checkpoints", "config.json"} <= set(names)
     for name in names:
         assert (workdir / name).exists()
-    commands = re.findall(r"^  (python -m .*)$", out.partition("Next:")[2], re.MULTILINE)
-    assert [command.split()[2] for command in commands] == ["qlog.report", *3 * ["qlog.main"]]
-    # The report of the run, and an evaluation of it with the same config.
-    report, evaluate, *_ = commands
-    _, *words = shlex.split(report)
-    assert "1 runs" in processes.run(sys.executable, *words, f"--out={tmp_path / 'report'}")
-    _, *words = shlex.split(evaluate)
-    assert "--config.seed=3" in words
-    processes.run(sys.executable, *words, env=env)
+    report, evaluate, sample, export = re.findall(
+        r"^  (\S.* -m qlog.*)$", out.partition("Next:")[2], re.MULTILINE
+    )
+    # With the same config, from wherever its flags came.
+    for command in (evaluate, sample, export):
+        assert {"--config.seed=3", "--config.train.rollouts_every=2", "--distributed=off"} <= set(
+            shlex.split(command)
+        )
+    assert "1 runs" in shell(report)
+    assert (tmp_path / "report" / "report.html").exists()
+    shell(evaluate)
     assert (workdir / "evaluation_validation.json").exists()
     rows = json_lines.loads((workdir / "samples" / "validation.jsonl").read_bytes())
     assert len(rows) == 6
+    assert shell(sample).count("--- gold: ") == 6
+    assert f"exported to {workdir / 'export'}" in shell(export)
+    assert (workdir / "export" / "model.safetensors").exists()
+
+
+def test_a_python_below_the_current_folder_has_a_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first_word = lambda: {
+        shlex.split(step.command)[0]
+        for step in next_steps.after(tiny.config(), Path(tmp_path / "run"), ["main"])
+    }
+    for executable, word in (
+        (tmp_path / ".venv/bin/python", ".venv/bin/python"),
+        (tmp_path / "my env/bin/python", "my env/bin/python"),
+        (tmp_path / "python", str(tmp_path / "python")),  # a bare word is looked for elsewhere
+        (tmp_path.parent / "python", str(tmp_path.parent / "python")),
+    ):
+        monkeypatch.setattr(sys, "executable", str(executable))
+        assert first_word() == {word}
+
+
+def test_a_workdir_that_cannot_be_read_at_the_end_is_no_error(tmp_path, capsys):
+    workdir = Path(tmp_path / ("x" * 300))  # no system lists such a name
+    with pytest.raises(OSError):
+        paths.names(workdir)
+    next_steps.tell(workdir, [next_steps.Step("command", "makes")])
+    assert "Next:\n  command\n" in capsys.readouterr().out

@@ -324,6 +324,26 @@ def test_words_after_two_dashes_are_no_flags():
 # ---- Another loss ----
 
 
+def test_a_flag_file_is_read_once_wherever_it_stands(tmp_path):
+    file = tmp_path / "flags"
+    file.write_text("--config.train.steps=7\n--distributed=off\n--config.init_from=\n")
+    argv = ["main", QUICKSTART, "--config.seed", "3", f"--flagfile={file}"]
+    values = flags.FlagValues()
+    config = command_line.define(values=values)
+    flags.DEFINE_string("distributed", "auto", "", flag_values=values)
+    whole = command_line.with_flag_files(argv, values)
+    file.unlink()
+    command_line.parse(whole, values)
+    assert config.value.seed == 3 and config.value.train.steps == 7
+    assert command_line.again(whole, ["distributed", "mode"]) == [
+        QUICKSTART,
+        "--config.seed=3",
+        "--config.train.steps=7",
+        "--config.init_from=",
+        "--distributed=off",
+    ]
+
+
 def test_another_recipe_keeps_what_was_chosen_and_what_it_has():
     file = f"--config={ROOT / 'configs/hotpotqa.py'}:q=0.25"
     config = read("--config.loss.name=paft", config=file)
