@@ -1,10 +1,11 @@
 """Several runs one after the other in one process, and one report of them all."""
 
+import contextlib
 import functools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import say
 from qlog.errors import ConfigError, PassingError
-from qlog.experiment import files, prepare
+from qlog.experiment import build, files, prepare
 from qlog.parallel import distributed, interrupts, process
 from qlog.report import comparison
 from qlog.storage import paths
@@ -28,7 +29,7 @@ def run(
     An entry holds what differs from `config`. Its `init_from` may name another entry, and then
     means that entry's checkpoint, which is made first. Runs that have finished are not run again,
     so the same command takes up what was interrupted. All configs are checked before the first run
-    starts, and all that they read is read once.
+    starts, the memory that they need too, and all that they read is read once.
 
     Args:
       devices: of every run; None takes all.
@@ -38,13 +39,19 @@ def run(
     """
     workdir = paths.parse(workdir, "--workdir")
     children = _children(config, workdir)
-    # All configs first: a mistake in the last one would else show after hours.
+    # ---- All checks first: a mistake in the last run would else show after hours ----
     for name, child in children.items():
-        try:
+        with _naming(name):
             check_config(child)
-        except ConfigError as error:
-            raise ConfigError(f"run {name!r}: {error}") from None
-    _check_files(children, workdir)
+    # What a finished run read may be gone by now, and this machine may be a smaller one.
+    unfinished = {
+        name: child
+        for name, child in children.items()
+        if not distributed.once_per_run(functools.partial(_finished, workdir / name, child))
+    }
+    _check_parts(unfinished, [str(workdir / name) for name in children], devices)
+    _check_files(unfinished)
+    # ---- The runs ----
     # Around all runs, so that a signal between two of them, or while one closes, is heard: it ends
     # the whole series.
     with interrupts.listening() as stop:
@@ -58,27 +65,52 @@ def run(
         distributed.once_per_run(lambda: comparison.write(workdir, list(children)))
 
 
-def _check_files(children: Mapping[str, ConfigDict], workdir: paths.Path) -> None:
-    """Reads what each run reads, before the first one has trained for hours.
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """An error inside says which run it is of."""
+    try:
+        yield
+    except (ConfigError, PassingError) as error:
+        raise type(error)(f"run {name!r}: {error}") from error
+
+
+def _check_parts(
+    children: Mapping[str, ConfigDict],
+    folders: Sequence[str],
+    devices: Sequence[jax.Device] | None,
+) -> None:
+    """Whether each run can be prepared here: its mesh, its memory, the checkpoint it begins from.
+
+    Args:
+      folders: of all runs; the checkpoint of one that begins from another comes later.
+
+    Raises:
+      ConfigError, PassingError: as `build.check`, with the run's name.
+    """
+    for name, child in children.items():
+        if child.init_from in folders:
+            child = schema.merge(child, {"init_from": ""})
+        with _naming(name):
+            build.check(child, devices)
+
+
+def _check_files(children: Mapping[str, ConfigDict]) -> None:
+    """Reads what each run reads.
 
     Raises:
       ConfigError, PassingError: as `files.check`, with the run's name.
     """
     checked = set()
     for name, child in children.items():
-        # Most runs read the same. What a finished one read may be gone by now.
+        # Most runs read the same.
         reads = {key: child[key] for key in ("model", "architecture", "weights", "tokenizer")}
         reads |= {"data": child.data, "splits": (child.evaluation.split, child.evaluation.final)}
         key = schema.to_json(ConfigDict(reads))
-        if key in checked or distributed.once_per_run(
-            functools.partial(_finished, workdir / name, child)
-        ):
+        if key in checked:
             continue
         checked.add(key)
-        try:
+        with _naming(name):
             files.check(child)
-        except (ConfigError, PassingError) as error:
-            raise type(error)(f"run {name!r}: {error}") from error
 
 
 def _run_one(
@@ -147,5 +179,10 @@ def _finished(workdir: paths.Path, config: ConfigDict) -> bool:
     """Whether this very config has finished there, and all that the report reads is written."""
     if not {train.RESULTS, "seconds.json", "config.json"} <= set(paths.names(workdir)):
         return False
-    # Results of another config do not count: then the run is not finished.
-    return paths.read(workdir / "config.json", errors="replace") == schema.to_json(config)
+    # Results of another config do not count: then the run is not finished. Fields are compared, not
+    # the text: an older version wrote fewer of them.
+    try:
+        written = schema.from_json(json.loads(paths.read(workdir / "config.json")))
+    except (ValueError, TypeError, AttributeError):  # no JSON, or no config
+        return False
+    return written == schema.from_json(json.loads(schema.to_json(config)))

@@ -55,28 +55,13 @@ def prepare(
         field, the value and the remedy.
       PassingError: weights, tokenizer or data cannot be fetched now, or hosts read different ones.
     """
-    check_config(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    if train:  # evaluation pads its last batch, so that any number of prompts will do
-        check_batches(config, mesh)
-        check_final(config)
     if evaluate is None:
         evaluate = config.evaluation.every > 0 or not train
-    # ---- The model: named before data are read, which takes longer ----
-    if config.init_from:
-        checkpoints.find_checkpoint(config.init_from, "config.init_from")
-    # Before weights are fetched: by the model's shape alone, and the smallest data that there are.
-    shape = files.model_shape(config)
-    if train or evaluate:
-        cost.check(_build(config, mesh, shape, _placeholders(shape)), train, evaluate)
+    mesh, shape = _check_without_files(config, devices, train, evaluate)
     weights = files.resolve_weights(config)
     formatter = files.load_formatter(config)
+    files.check_vocabulary(formatter, shape)
     tokenizer = formatter.tokenizer
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
-            f"{shape.vocab_size}: raise config.architecture.vocab_size or name another model."
-        )
     tokens = _Tokens(tokenizer.vocab_size, formatter.closing, tokenizer.eos_ids, tokenizer.pad_id)
     experiment = _build(config, mesh, shape, tokens)
     files.check_weights(weights, shape)
@@ -107,6 +92,43 @@ def prepare(
         is_function = callable(config.data.name)
         contents.check_hosts(contents.identity(experiment), is_function)
     return experiment
+
+
+def check(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+    """What `prepare` checks of a run that trains before it fetches weights and data.
+
+    For a run that starts later; `files.check` reads what it reads. Every process must call it.
+
+    Args:
+      devices: the mesh's; None takes all.
+
+    Raises:
+      ConfigError, PassingError: as `prepare`.
+    """
+    _check_without_files(config, devices, train=True, evaluate=config.evaluation.every > 0)
+
+
+def _check_without_files(
+    config: ConfigDict, devices: Sequence[jax.Device] | None, train: bool, evaluate: bool
+) -> tuple[Mesh, models.DecoderConfig]:
+    """The mesh and the shape of the model, when all is checked that needs neither weights nor data.
+
+    Args:
+      train, evaluate: what the run does.
+    """
+    check_config(config)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    if train:  # evaluation pads its last batch, so that any number of prompts will do
+        check_batches(config, mesh)
+        check_final(config)
+    # ---- The model: named before data are read, which takes longer ----
+    if config.init_from:
+        checkpoints.find_checkpoint(config.init_from, "config.init_from")
+    # Before weights are fetched: by the model's shape alone, and the smallest data that there are.
+    shape = files.model_shape(config)
+    if train or evaluate:
+        cost.check(_build(config, mesh, shape, _placeholders(shape)), train, evaluate)
+    return mesh, shape
 
 
 def prepare_shapes(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:

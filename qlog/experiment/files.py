@@ -53,6 +53,19 @@ def resolve_weights(config: ConfigDict) -> pathlib.Path | None:
     return resolve(config.weights, "config.weights", weights=True)
 
 
+def check_vocabulary(formatter: data.Formatter, shape: models.DecoderConfig) -> None:
+    """Whether the model has an embedding for every token.
+
+    Raises:
+      ConfigError: the tokenizer has more tokens.
+    """
+    if formatter.tokenizer.vocab_size > shape.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {formatter.tokenizer.vocab_size} tokens but the model only "
+            f"{shape.vocab_size}: raise config.architecture.vocab_size or name another model."
+        )
+
+
 def check_weights(weights: pathlib.Path | None, shape: models.DecoderConfig) -> None:
     """Whether weights are those of the model, before data are read. Every process must call it.
 
@@ -204,9 +217,9 @@ def check(config: ConfigDict) -> None:
     Raises:
       ConfigError, PassingError: weights, tokenizer, model or data cannot be read.
     """
-    weights = resolve_weights(config)
-    load_formatter(config)
-    check_weights(weights, model_shape(config))
+    weights, shape = resolve_weights(config), model_shape(config)
+    check_vocabulary(load_formatter(config), shape)
+    check_weights(weights, shape)
     prepared = prepare_data(config)
     splits = ["train", config.evaluation.split if config.evaluation.every else ""]
     for split in filter(None, [*splits, config.evaluation.final]):

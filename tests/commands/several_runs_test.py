@@ -75,6 +75,27 @@ def test_finished_runs_are_not_run_again(swept):
     assert (workdir / "report.md").exists()  # it needs no seconds
 
 
+def test_a_run_that_an_older_version_finished_is_not_run_again(swept):
+    """Its config lacks fields that are at their defaults; its text may be another, too."""
+    config, workdir = swept
+    file = workdir / "a_base" / "config.json"
+    before = file.read_text()
+    written = json.loads(before)
+    del written["rollout"]["cache"], written["watchdog"]
+    file.write_text(json.dumps(written))
+    log = (workdir / "a_base" / "metrics.jsonl").stat().st_mtime_ns
+    child = several_runs._children(config, workdir)["a_base"]
+    assert several_runs._finished(workdir / "a_base", child)
+    several_runs.run(config, workdir, ONE)
+    assert (workdir / "a_base" / "metrics.jsonl").stat().st_mtime_ns == log
+    assert json.loads(file.read_text()) == written  # a run that goes on writes its config anew
+    # Another config is not finished, nor is one that cannot be read.
+    for text in (json.dumps(written | {"seed": 5}), "[1]", '{"loss": 3}', "{", "\udcff", ""):
+        file.write_bytes(text.encode(errors="surrogateescape"))
+        assert not several_runs._finished(workdir / "a_base", child)
+    file.write_text(before)
+
+
 def test_runs_that_begin_from_each_other_are_refused(tmp_path):
     config = tiny.config()
     config.runs = {"a": {"init_from": "b"}, "b": {"init_from": "c"}, "c": {"init_from": "b"}}
@@ -98,6 +119,7 @@ def test_a_wrong_run_stops_the_sweep_before_the_first_one(tmp_path):
             {"data": {"name": "jsonl", "files": {"train": "nope.jsonl"}, "world": {}}},
             r"run 'wrong': .*(tokenizer.path is empty|nope.jsonl)",
         ),
+        ({"architecture": {"vocab_size": 8}}, r"run 'wrong': the tokenizer has \d+ tokens but the"),
         ({"weights": "no/such/folder"}, r"run 'wrong': config.weights = 'no/such/folder' is not a"),
     ],
 )
@@ -105,6 +127,28 @@ def test_what_a_later_run_reads_is_looked_for_before_the_first_one(changes, mess
     config = tiny.config()
     config.runs = {"good": {}, "wrong": changes}
     with pytest.raises(ConfigError, match=message):
+        several_runs.run(config, tmp_path, ONE)
+    assert not (tmp_path / "good").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"train": {"prompts_per_step": 2**14}, "rollout": {"rollouts_per_prompt": 2**20}},
+            r"config\.rollout\..* needs at least .* of memory per device",
+        ),
+        ({"mesh": {"data": 3}}, r"mesh\.data=3, .* does not fit the 1 devices here"),
+        ({"evaluation": {"final": "validation"}}, r"config\.evaluation\.final = 'validation'"),
+        ({"init_from": "no/such/run"}, r"config\.init_from = 'no/such/run' has no checkpoint"),
+    ],
+)
+def test_a_later_run_that_cannot_be_prepared_is_found_before_the_first_one(
+    changes, message, tmp_path
+):
+    config = tiny.config()
+    config.runs = {"good": {}, "wrong": changes, "after": {"init_from": "good"}}
+    with pytest.raises(ConfigError, match=rf"^run 'wrong': .*{message}"):
         several_runs.run(config, tmp_path, ONE)
     assert not (tmp_path / "good").exists()
 
