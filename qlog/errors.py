@@ -92,17 +92,34 @@ TRAIN_MODULES = (
 )
 
 
-def exit_without_train() -> None:
-    """Ends the process with one sentence and status 2 where the extra `train` is not installed.
+def require_train() -> None:
+    """Refuses where the extra `train` is not installed: qlog can be installed for its losses only.
 
-    What a command imports first calls it: qlog can be installed for its losses only.
+    What a command imports first calls it. A command then ends with one sentence and status 2. Other
+    programs, a notebook for example, get an exception, which does not end them.
+
+    Raises:
+      ImportError: a package is missing, and it is another program that imports.
     """
     # Looked for, not imported: together they would take seconds.
     missing = next((name for name in TRAIN_MODULES if not importlib.util.find_spec(name)), "")
-    if missing:
-        print(
-            f"qlog: commands need the packages of the extra train, and {missing} is missing: run "
-            "pip install 'qlog[train]' in this environment, or launch/install in a clone.",
-            file=sys.stderr,
-        )
-        sys.exit(ConfigError.status)
+    if not missing:
+        return
+    sentence = (
+        f"commands need the packages of the extra train, and {missing} is missing: run "
+        "pip install 'qlog[train]' in this environment, or launch/install in a clone."
+    )
+    if not _is_command():
+        raise ImportError(sentence, name=missing)
+    print(f"qlog: {sentence}", file=sys.stderr)
+    sys.exit(ConfigError.status)
+
+
+def _is_command() -> bool:
+    """Whether this process was started as a command of qlog."""
+    program = sys.argv[0] if sys.argv else ""
+    # `python -m qlog.commands.show` imports the package while "-m" stands for the program's name,
+    # and later modules while __main__ is show. The script `qlog` bears the name itself.
+    module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    is_script = os.path.splitext(os.path.basename(program))[0] == "qlog"
+    return program == "-m" or module.startswith("qlog.") or is_script

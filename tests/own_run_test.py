@@ -259,6 +259,15 @@ def few(installed, tmp_path_factory):
     }
 
 
+_IMPORTS = """
+try:
+    import {module}
+except ImportError as error:
+    print(error)
+print("the program goes on")
+"""
+
+
 def _python(folder, variables, *arguments):
     return subprocess.run(
         [sys.executable, "-P", *arguments],
@@ -311,8 +320,33 @@ def test_a_command_says_which_extra_it_needs(tmp_path, few, command):
 
 def test_the_plots_of_the_theory_say_what_they_need(tmp_path, few):
     result = _python(tmp_path, few, "-m", "qlog.losses.theory.plots", "--out=figures")
-    assert result.returncode == 1 and "run pip install matplotlib" in result.stderr
+    assert result.returncode == 2 and "run pip install matplotlib" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "module, sentence",
+    [
+        ("qlog.commands", "run pip install 'qlog[train]' in this environment"),
+        ("qlog.commands.program", "run pip install 'qlog[train]' in this environment"),
+        ("qlog.benchmark.measure", "run pip install 'qlog[train]' in this environment"),
+        ("qlog.losses.theory.plots", "run pip install matplotlib"),
+    ],
+)
+def test_an_import_that_lacks_a_package_does_not_end_the_program(tmp_path, few, module, sentence):
+    (tmp_path / "page.py").write_text(_IMPORTS.format(module=module))
+    result = _python(tmp_path, few, "page.py")
+    assert result.returncode == 0, result.stderr
+    assert sentence in result.stdout and "the program goes on" in result.stdout
+    assert not result.stderr
+
+
+def test_the_installed_script_says_which_extra_it_needs(tmp_path, few):
+    (tmp_path / "qlog").write_text("from qlog.commands.program import run\nrun()\n")
+    for words in ([], ["doctor"]):
+        result = _python(tmp_path, few, "qlog", *words)
+        assert result.returncode == 2 and not result.stdout
+        assert len(result.stderr.splitlines()) == 1 and "'qlog[train]'" in result.stderr
 
 
 @pytest.mark.slow

@@ -5,6 +5,6 @@ reading order: measure.py (timing, peaks, memory), work.py (the phases of a step
 table of a config), __main__.py (the command), compare.py.
 """
 
-from qlog.errors import exit_without_train
+from qlog.errors import require_train
 
-exit_without_train()
+require_train()

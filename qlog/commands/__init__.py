@@ -6,6 +6,6 @@ several_runs.py (`config.runs`); then a file for each further command: show.py, 
 run_status.py.
 """
 
-from qlog.errors import exit_without_train
+from qlog.errors import require_train
 
-exit_without_train()
+require_train()

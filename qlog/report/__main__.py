@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from qlog.errors import QLOG_ERRORS, ConfigError, exit_without_train
+    from qlog.errors import QLOG_ERRORS, ConfigError, require_train
 
-    exit_without_train()
+    require_train()
     from qlog.console import complain, output
     from qlog.report import comparison, read, server
     from qlog.storage import paths

@@ -22,7 +22,11 @@ try:
     from matplotlib import pyplot
     from matplotlib.axes import Axes
 except ModuleNotFoundError:  # the losses need JAX and optax only, their plots this as well
-    sys.exit("qlog: the plots need the package matplotlib: run pip install matplotlib.")
+    _SENTENCE = "the plots need the package matplotlib: run pip install matplotlib."
+    if __name__ != "__main__":  # who imports, a notebook for example, must not be ended
+        raise ImportError(_SENTENCE, name="matplotlib") from None
+    print(f"qlog: {_SENTENCE}", file=sys.stderr)
+    sys.exit(2)
 
 pyplot.switch_backend("Agg")  # files only: needs no display
 
