@@ -69,9 +69,14 @@ def run(file, workdir, cache, environment=None, flags=(), timeout=240):
     return process.returncode, out, err
 
 
-def assert_same_run(workdir, whole):
-    """Parameters, metrics, samples, results: bit for bit, each row once."""
+def assert_same_run(workdir, whole, num_layers=None):
+    """Parameters, metrics, samples, results: bit for bit, each row once.
+
+    Args:
+      num_layers: of the model, where it is another one than that of `CHANGES`.
+    """
     config = tiny.config(**CHANGES, mesh={"data": 1})
+    config.architecture.num_layers = num_layers or config.architecture.num_layers
     abstract = prepare(config, jax.devices()[:1], train=False, evaluate=False).abstract_params()
     load = lambda folder: checkpoints.load_params(folder, abstract, which="latest")
     trees.assert_equal(load(workdir), load(whole))

@@ -7,6 +7,8 @@ import time
 import commanded
 import pytest
 
+LAYERS = 4  # more than `commanded.CHANGES` has: they take longer to compile
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -27,15 +29,11 @@ def whole(tmp_path_factory, file, cache):
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_first_step_compiles(file, cache, whole, tmp_path):
+def test_a_signal_while_the_first_step_compiles(file, cache, tmp_path):
     """Nothing is done yet, so nothing is saved; the process ends by itself, and soon."""
-    process = commanded.start(
-        file,
-        tmp_path / "run",
-        tmp_path / "empty",  # of compiled programs
-        {"JAX_LOG_COMPILES": "1"},
-        ["--config.architecture.num_layers=4"],
-    )
+    workdir, empty = tmp_path / "run", tmp_path / "empty"  # of compiled programs
+    flags = [f"--config.architecture.num_layers={LAYERS}"]
+    process = commanded.start(file, workdir, empty, {"JAX_LOG_COMPILES": "1"}, flags)
     lines = []
 
     def listen():
@@ -55,11 +53,13 @@ def test_a_signal_while_the_first_step_compiles(file, cache, whole, tmp_path):
     assert status in (0, 75), out + "".join(lines)
     assert "SIGTERM" in out + "".join(lines)
     assert not any("Traceback" in line for line in lines)
-    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-    # The same command goes on, here with what compiled programs there are.
-    status, out, err = commanded.run(file, tmp_path / "other", cache)
-    assert status == 0, out + err
-    commanded.assert_same_run(tmp_path / "other", whole)
+    assert not list((workdir / "checkpoints").glob("[0-9]*"))
+    # The same command goes on, with what the broken start left in the workdir and in the cache.
+    # Another cache: nothing that the signal cut short may reach the run that it is compared with.
+    for folder, programs in ((workdir, empty), (tmp_path / "unbroken", cache)):
+        status, out, err = commanded.run(file, folder, programs, flags=flags)
+        assert status == 0, out + err
+    commanded.assert_same_run(workdir, tmp_path / "unbroken", num_layers=LAYERS)
 
 
 @pytest.mark.slow

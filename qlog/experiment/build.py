@@ -56,7 +56,7 @@ def prepare(
       PassingError: weights, tokenizer or data cannot be fetched now, or hosts read different ones.
     """
     if evaluate is None:
-        evaluate = config.evaluation.every > 0 or not train
+        evaluate = bool(config.evaluation.every) or not train
     mesh, shape = _check_without_files(config, devices, train, evaluate)
     weights = files.resolve_weights(config)
     formatter = files.load_formatter(config)
@@ -105,7 +105,7 @@ def check(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> No
     Raises:
       ConfigError, PassingError: as `prepare`.
     """
-    _check_without_files(config, devices, train=True, evaluate=config.evaluation.every > 0)
+    _check_without_files(config, devices, train=True, evaluate=bool(config.evaluation.every))
 
 
 def _check_without_files(
