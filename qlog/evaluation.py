@@ -148,7 +148,9 @@ def _inputs(experiment: Experiment, parameters_from: str) -> dict[str, Any]:
     """Everything that the samples depend on, as JSON gives it back (tuples become lists)."""
     config = experiment.config
     evaluation, rollout, data_ = config.evaluation, config.rollout, config.data
-    found = {
+    # Parts of older versions name no cache: theirs was that of "auto".
+    of_cache = {} if rollout.cache == "auto" else {"cache": rollout.cache}
+    found = of_cache | {
         "source": parameters_from,
         "seed": config.seed,
         "dtype": config.dtype,

@@ -591,8 +591,14 @@ def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> No
         )
     limit = config.train.max_mismatch
     if limit and values.get("mismatch", 0.0) > limit:
+        cache = config.rollout.cache
+        by_rounding = (
+            f", or takes another --workdir and rollout.cache=auto, since {cache} caches round"
+            if cache != "auto"
+            else ""
+        )
         raise TrainingError(
             f"step {step}: sampler and learner disagree by {values['mismatch']:.3g} nats per "
             f"token, more than train.max_mismatch = {limit}: the run would train on wrong numbers "
-            "(0 trains on)."
+            f"(0 trains on{by_rounding})."
         )

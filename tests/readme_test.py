@@ -57,15 +57,14 @@ def test_the_losses_of_the_first_page_run():
 
 
 @pytest.mark.parametrize(
-    "page, file",
+    "page, file, key",
     [
-        pytest.param(README, "questions.jsonl", id="README"),
-        pytest.param(TRL, "prompts.jsonl", id="from TRL"),
+        pytest.param(README, "questions.jsonl", "question", id="README"),
+        pytest.param(TRL, "prompts.jsonl", "prompt", id="from TRL"),
     ],
 )
-def test_a_config_of_ones_own_trains_as_printed(page, file, tmp_path, monkeypatch):
+def test_a_config_of_ones_own_trains_as_printed(page, file, key, tmp_path, monkeypatch):
     (text,) = (block for block in python(page) if block.startswith("# mine.py"))
-    key = "question" if "question" in text else "source"
     lines = [{key: f"What is {i} + 3?", "answer": f"{i + 3}"} for i in range(8)]
     (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "mine.py").write_text(text)
