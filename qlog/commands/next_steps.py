@@ -67,7 +67,8 @@ def tell(workdir: Path, steps: Sequence[Step]) -> None:
         there = set(paths.names(workdir))
     except Exception:  # OSError, or whatever the library of a store raises
         there = set()
-    say(f"\nWritten into {workdir}:", "bold")
+    if there:
+        say(f"\nWritten into {workdir}:", "bold")
     for name, what in _WRITTEN.items():
         # In a bucket a log is a folder of segments, called by the name without its suffix.
         found = [each for each in (name, name.partition(".")[0]) if each in there]
