@@ -69,9 +69,14 @@ def run(file, workdir, cache, environment=None, flags=(), timeout=240):
     return process.returncode, out, err
 
 
-def assert_same_run(workdir, whole):
-    """Parameters, metrics, samples, results: bit for bit, each row once."""
-    config = tiny.config(**CHANGES, mesh={"data": 1})
+def assert_same_run(workdir, whole, changes=CHANGES):
+    """Parameters, metrics, samples, results: bit for bit, each row once.
+
+    Args:
+      workdir, whole: of the two runs.
+      changes: of both, to the tiny config.
+    """
+    config = tiny.config(**changes, mesh={"data": 1})
     abstract = prepare(config, jax.devices()[:1], train=False, evaluate=False).abstract_params()
     load = lambda folder: checkpoints.load_params(folder, abstract, which="latest")
     trees.assert_equal(load(workdir), load(whole))

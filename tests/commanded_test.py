@@ -27,15 +27,12 @@ def whole(tmp_path_factory, file, cache):
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_first_step_compiles(file, cache, whole, tmp_path):
+def test_a_signal_while_the_first_step_compiles(file, tmp_path):
     """Nothing is done yet, so nothing is saved; the process ends by itself, and soon."""
-    process = commanded.start(
-        file,
-        tmp_path / "run",
-        tmp_path / "empty",  # of compiled programs
-        {"JAX_LOG_COMPILES": "1"},
-        ["--config.architecture.num_layers=4"],
-    )
+    deeper = {**commanded.CHANGES, "architecture": {"num_layers": 4}}
+    workdir, flags = tmp_path / "run", ["--config.architecture.num_layers=4"]
+    empty = tmp_path / "empty"  # of compiled programs
+    process = commanded.start(file, workdir, empty, {"JAX_LOG_COMPILES": "1"}, flags)
     lines = []
 
     def listen():
@@ -55,11 +52,12 @@ def test_a_signal_while_the_first_step_compiles(file, cache, whole, tmp_path):
     assert status in (0, 75), out + "".join(lines)
     assert "SIGTERM" in out + "".join(lines)
     assert not any("Traceback" in line for line in lines)
-    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-    # The same command goes on, here with what compiled programs there are.
-    status, out, err = commanded.run(file, tmp_path / "other", cache)
-    assert status == 0, out + err
-    commanded.assert_same_run(tmp_path / "other", whole)
+    assert not list((workdir / "checkpoints").glob("[0-9]*"))
+    # The same command goes on in the same workdir, to the end of a run that nothing disturbed.
+    for place in (workdir, tmp_path / "whole"):
+        status, out, err = commanded.run(file, place, empty, flags=flags)
+        assert status == 0, out + err
+    commanded.assert_same_run(workdir, tmp_path / "whole", deeper)
 
 
 @pytest.mark.slow
