@@ -6,6 +6,7 @@ import time
 
 import commanded
 import pytest
+import tiny
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,8 @@ def whole(tmp_path_factory, file, cache):
 @pytest.mark.slow
 def test_a_signal_while_the_first_step_compiles(file, tmp_path):
     """Nothing is done yet, so nothing is saved; the process ends by itself, and soon."""
-    deeper = {**commanded.CHANGES, "architecture": {"num_layers": 4}}
+    architecture = tiny.config().architecture.to_dict() | {"num_layers": 4}
+    deeper = {**commanded.CHANGES, "architecture": architecture}
     workdir, flags = tmp_path / "run", ["--config.architecture.num_layers=4"]
     empty = tmp_path / "empty"  # of compiled programs
     process = commanded.start(file, workdir, empty, {"JAX_LOG_COMPILES": "1"}, flags)
