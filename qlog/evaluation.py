@@ -24,6 +24,7 @@ from qlog.console import ProgressLine, clock, say
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment
 from qlog.experiment.contents import identity
+from qlog.experiment.parts import BATCHES_PER_CALL
 from qlog.grading import accuracy
 from qlog.parallel import batch_placement, distributed
 from qlog.parallel.interrupts import Interrupts
@@ -34,9 +35,6 @@ from qlog.runs import folder
 from qlog.storage import json_lines, paths
 from qlog.storage.paths import Path
 
-# Batches that are sampled in one call, so that one starts before the tail of the last one is
-# done. An interrupted evaluation goes on after whole calls.
-BATCHES_PER_CALL = 4
 _BARE = "no_rationale/"  # before the names of metrics without a rationale
 
 

@@ -232,7 +232,7 @@ class _Training:
         abstract = experiment.abstract_state()
         state_bytes = _num_bytes(abstract)
         needed = _room(self._config, state_bytes, saved.num_kept)
-        distributed.once_per_run(lambda: names.notice_room(workdir, needed, state_bytes))
+        distributed.once_per_run(lambda: names.notice_room(workdir, needed))
         if self.step:
             self.state: TrainState = saved.restore(abstract)
             self.step = self.start = saved.latest_step or 0  # an earlier one, of a damaged one

@@ -24,17 +24,19 @@ def library(folder):
     return built
 
 
-def variables(library, folder, error, first, last=2**40):
+def variables(library, folder, mark, error, first, last=2**40):
     """The environment of a process whose writes below `folder` fail.
 
     Args:
       library: from `library`.
+      mark: a file outside of it, which gets a byte for each write that failed.
       error: a key of ERRORS.
       first, last: which of them, counted from 1.
     """
     return {
         "LD_PRELOAD": str(library),
         "FAULT_FOLDER": str(folder),
+        "FAULT_MARK": str(mark),
         "FAULT_ERRNO": str(ERRORS[error]),
         "FAULT_FIRST": str(first),
         "FAULT_LAST": str(last),

@@ -12,6 +12,7 @@ import os
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import UnsatisfiedAssumption
 
 TIMES = float(os.environ.get("FUZZ", "1"))
 _PROPERTY = "fuzz"  # of a test's report, which goes from the workers of pytest-xdist to the screen
@@ -28,6 +29,9 @@ class Tally:
 
 def try_cases(record_property, kind, usual, strategy, holds):
     """Draws cases from a strategy and calls `holds` with each; tells how many there were.
+
+    A case that `holds` rejects (`hypothesis.assume`) has shown nothing: it is not counted, and
+    another one is drawn.
 
     Args:
       record_property: pytest's fixture.
@@ -46,7 +50,11 @@ def try_cases(record_property, kind, usual, strategy, holds):
     @given(strategy)
     def one(case):
         tally.tried += 1
-        holds(case)
+        try:
+            holds(case)
+        except UnsatisfiedAssumption:
+            tally.tried -= 1
+            raise
         tally.held += 1
 
     try:

@@ -77,7 +77,7 @@ class Section:
 _MANY = 10**9  # steps, questions
 _LONG = 2**24  # tokens
 _BATCH = 2**20  # prompts, rollouts
-_SECONDS = 10.0**9
+_DURATION = 10.0**9  # seconds, minutes, median steps
 _BELOW_ONE = 1 - 2**-24  # float32 rounds what is nearer to 1
 
 _ERROR_OR_SKIP = {"error": "the run does not start", "skip": "they are left out, and counted"}
@@ -518,7 +518,7 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                     "Minutes from one checkpoint to the next, if that is sooner; 0 counts only "
                     "steps.",
                     unit="minutes",
-                    range=(0, _SECONDS),
+                    range=(0, _DURATION),
                 ),
                 "keep": Field(
                     2,
@@ -556,16 +556,16 @@ GROUPS: dict[str, dict[str, Field | Section]] = {
                     10.0,
                     "How long it waits for a sign of life, in median steps; 0 waits without end.",
                     unit="steps",
-                    range=(0, _SECONDS),
+                    range=(0, _DURATION),
                 ),
                 "seconds": Field(
-                    600.0, "But it waits at least so long.", unit="seconds", range=(1, _SECONDS)
+                    600.0, "But it waits at least so long.", unit="seconds", range=(1, _DURATION)
                 ),
                 "first_seconds": Field(
                     7200.0,
                     "How long it waits until the third step is done: programs compile.",
                     unit="seconds",
-                    range=(0, _SECONDS),
+                    range=(0, _DURATION),
                 ),
             },
             may_change=True,

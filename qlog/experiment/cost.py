@@ -5,6 +5,8 @@ that lie in memory together while the phase runs, whatever the compiler does. Wh
 besides (temporaries, padding, fragments) is left out. So a run that is refused here cannot be held,
 and one that is not refused may still be too large: `--mode=compile` asks the compiler.
 
+What a device has is what this host and JAX say, unless QLOG_MEMORY is set: the bytes of one device.
+
 | phase    | lies in memory                                                                   |
 |----------|----------------------------------------------------------------------------------|
 | decode   | the state, the weights as decoding reads them, the first pool's caches, a step's |
@@ -24,7 +26,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +36,9 @@ from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.config import schema
-from qlog.data.pipeline import Lengths
+from qlog.data.pipeline import Lengths, bucket
 from qlog.errors import ConfigError
-from qlog.experiment.parts import Experiment
+from qlog.experiment.parts import BATCHES_PER_CALL, Experiment
 from qlog.parallel import chips, distributed, sharding
 from qlog.rollouts import pool, sampler
 from qlog.rollouts.pool import Level
@@ -44,15 +46,23 @@ from qlog.rollouts.sampler import Sampling
 
 _FLOAT32 = 4  # bytes
 _TOKEN = 4  # bytes, int32
-# Batches are padded to no less (`data.pipeline.bucket`), whatever the data are.
-_FEWEST_SLOTS = 16
-_MOST_BATCHES = 4  # of a call of the sampler in evaluation
+_VARIABLE = "QLOG_MEMORY"  # of the environment: bytes of one device, whatever is found
+_ROOT = pathlib.Path("/")
 _VERBS = {
     "decode": "decoding",
     "gradient": "the gradient",
     "evaluate": "evaluation",
     "load": "loading the model",
 }
+
+
+class Device(Protocol):
+    """What is asked of a `jax.Device`."""
+
+    @property
+    def device_kind(self) -> str: ...
+
+    def memory_stats(self) -> dict[str, int] | None: ...
 
 
 class Phase(NamedTuple):
@@ -130,7 +140,7 @@ def _training_decode(experiment: Experiment, state: dict[str, float]) -> Phase:
 
 
 def _evaluation_decode(experiment: Experiment, state: dict[str, float]) -> Phase:
-    """A call of the fewest bytes: it has up to four batches, and memory for the caches of one."""
+    """A call of the fewest bytes: of one batch or several, with memory for the caches of one."""
     config, dataset = experiment.config.evaluation, experiment.evaluation_data
     # As `evaluation.sample_answers` cuts batches: not more prompts than questions.
     prompts = 1
@@ -149,7 +159,7 @@ def _evaluation_decode(experiment: Experiment, state: dict[str, float]) -> Phase
             config.rollouts_per_prompt,
             _widths(experiment.config, dataset).prompt,
         )
-        for batches in range(1, _MOST_BATCHES + 1)
+        for batches in range(1, BATCHES_PER_CALL + 1)
     ]
     return min(calls, key=lambda call: call.bytes)
 
@@ -177,7 +187,10 @@ def _decode(
     # ---- The pool that a wave starts with, the largest in lanes ----
     at_once = pool.prompts_per_wave(shape)
     start = Level(at_once, num_rollouts, shape.fitting_slots(at_once, num_rollouts))
-    of_rollout = _bytes_of_rollout(experiment, sampling)
+    done = _results(experiment, sampling)
+    # A lane has no score: its rollout gets one when it is done, and leaves the pool.
+    of_lanes = start.num_lanes * _bytes_of_one(experiment, done.rollouts)
+    of_results = prompts * num_rollouts * _bytes_of_one(experiment, done)
     return Phase(
         name,
         state | {"weights": _decoding_weights(experiment)},
@@ -185,8 +198,7 @@ def _decode(
             "caches": shape.size(start) * _bytes_per_slot(experiment, policy.cache_dtype),
             # Each token is chosen from all logits of its lane: they are an array, for once.
             "logits": start.num_lanes * policy.config.vocab_size * _FLOAT32 / tensor,
-            # Those of all prompts, and those of the pool.
-            "rollouts": (prompts * num_rollouts + start.num_lanes) * of_rollout,
+            "rollouts": of_results + of_lanes,
             "prompts": prompts * width * _TOKEN,
         },
     )
@@ -214,7 +226,7 @@ def _gradient(experiment: Experiment, state: dict[str, float]) -> Phase:
     whole = config.train.prompts_per_step // shards
     of_batch["prompts"] = whole * widths.prompt * _TOKEN
     if experiment.estimator.rationale == "sampled":
-        of_rollout = _bytes_of_rollout(experiment, experiment.sampling)
+        of_rollout = _bytes_of_one(experiment, _results(experiment, experiment.sampling))
         of_batch["rollouts"] = whole * experiment.rollouts_per_prompt * of_rollout
     return Phase("gradient", state | {"gradient": state["parameters"]}, of_batch)
 
@@ -223,8 +235,11 @@ def _widths(config: ConfigDict, dataset: data.Dataset | None) -> Lengths:
     """What the dataset's batches are padded to; without one the least that there can be."""
     if dataset is not None:
         return dataset.widths
-    least = lambda limit: min(_FEWEST_SLOTS, limit)
-    return Lengths(least(config.data.max_prompt_tokens), least(config.rollout.answer_reserve), 1)
+    return Lengths(
+        prompt=bucket(1, config.data.max_prompt_tokens),
+        gold=bucket(1, config.rollout.answer_reserve),
+        rationale=1,
+    )
 
 
 def _decoding_weights(experiment: Experiment) -> float:
@@ -251,12 +266,16 @@ def _bytes_per_slot(experiment: Experiment, dtype: DTypeLike) -> float:
     return policy.config.num_layers * size / parts
 
 
-def _bytes_of_rollout(experiment: Experiment, sampling: Sampling) -> float:
-    """Bytes of one rollout where rollouts are put when they are done."""
+def _results(experiment: Experiment, sampling: Sampling) -> sampler.Results:
+    """Shapes of where rollouts are put when they are done: one rollout of each shard."""
     shards = sharding.num_batch_shards(experiment.mesh)
-    one_each = sampler.empty_results.eval_shape(experiment.policy, sampling, shards, 1)
-    leaves = jax.tree.leaves(one_each)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / shards
+    return sampler.empty_results.eval_shape(experiment.policy, sampling, shards, 1)
+
+
+def _bytes_of_one(experiment: Experiment, one_each: Any) -> float:
+    """Bytes of one rollout in arrays that hold one of each shard, as `_results` makes them."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one_each))
+    return size / sharding.num_batch_shards(experiment.mesh)
 
 
 # ---- What there is ----
@@ -266,77 +285,118 @@ def room(mesh: Mesh) -> Room | None:
     """The memory of this process's smallest device; None where that is not known.
 
     Devices of a CPU share the memory of the host.
+
+    Raises:
+      ConfigError: QLOG_MEMORY is no number of bytes.
     """
     here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     if not here:
         return None
+    if text := os.environ.get(_VARIABLE):
+        told = _told(text)
+        return Room(told, f"{_VARIABLE} says {size_text(told)}")
     if here[0].platform == "cpu":
         total = host_memory()
         if total is None:
             return None
         shared = f" for {len(here)} devices" if len(here) > 1 else ""
         return Room(total / len(here), f"this host has {size_text(total)}{shared}")
-    found = [limit for device in here if (limit := _device_memory(device))]
+    found = [limit for device in here if (limit := device_memory(device))]
     if not found:
         return None
     return Room(min(found), f"{here[0].device_kind} has {size_text(min(found))}")
 
 
-def _device_memory(device: jax.Device) -> float | None:
-    """What JAX may allocate on an accelerator, else what its maker says that it has."""
-    stats = device.memory_stats() or {}
-    chip = chips.CHIPS.get(device.device_kind)
-    return stats.get("bytes_limit") or (chip.hbm if chip else None)
+def _told(text: str) -> float:
+    """The bytes that QLOG_MEMORY says."""
+    with contextlib.suppress(ValueError):
+        if 0 < (told := float(text)) < math.inf:
+            return told
+    raise ConfigError(
+        f"{_VARIABLE} = {text!r} is no number of bytes above 0: set it to the memory of one device "
+        "in bytes, such as 64e9, or unset it."
+    )
 
 
-def host_memory() -> float | None:
-    """Bytes that a process of this host can have, swap included; None where that is not known."""
-    found = []
+def device_memory(device: Device) -> float | None:
+    """The most that JAX may allocate on an accelerator, in bytes; None where that is not known."""
+    whole = chips.memory(device.device_kind)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if not limit:
+        return whole
+    # By default JAX takes its share of a GPU's memory (three quarters) at the start, and no more
+    # later. With these settings it may go on beyond the share, to all that the GPU has.
+    grows = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() in (
+        "cuda_async",
+        "platform",
+    ) or os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0")
+    if not grows:
+        return limit
+    return max(limit, whole) if whole else None
+
+
+def host_memory(root: pathlib.Path = _ROOT) -> float | None:
+    """Bytes that a process of this host can have, swap included; None where that is not known.
+
+    Args:
+      root: the folder that holds proc/ and sys/.
+    """
+    found = list(_control_groups(root))
     with contextlib.suppress(ValueError, OSError, AttributeError):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + _swap())
-    found += _control_groups()
-    return min(found, default=None)
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + _swap(root))
+    least = min(found, default=math.inf)
+    return least if least < math.inf else None
 
 
-def _swap() -> float:
+def _swap(root: pathlib.Path) -> float:
+    """Bytes of swap that the host has."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("SwapTotal:"):
                 return 1024.0 * int(line.split()[1])
     return 0.0
 
 
-def _control_groups() -> Iterable[float]:
+def _control_groups(root: pathlib.Path) -> Iterable[float]:
     """The limits of the control groups that this process is in: containers have one."""
-    root = pathlib.Path("/sys/fs/cgroup")
+    groups = root / "sys/fs/cgroup"
     with contextlib.suppress(OSError, ValueError):
-        for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, name = line.split(":", 2)
-            if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            if controllers and "memory" not in controllers.split(","):
                 continue
             # Version 2 has one tree, version 1 one for memory. Inside a container the tree begins
             # at its own group, so that the path may name nothing: then its root counts.
-            tree = root / "memory" if controllers else root
+            tree = groups / "memory" if controllers else groups
+            limit_of = _limit_of_first_version if controllers else _limit_of_second_version
             place = tree / name.lstrip("/")
             for group in (place, *place.parents):
                 if group == tree or tree in group.parents:
-                    yield from _group_limit(group, is_first_version=bool(controllers))
+                    yield limit_of(group, _swap(root))
 
 
-def _group_limit(group: pathlib.Path, is_first_version: bool) -> Iterable[float]:
-    """The limit of one group with its swap; nothing where it has none."""
-    names = ("memory.max", "memory.swap.max")
-    if is_first_version:
-        names = ("memory.memsw.limit_in_bytes", "")
-        if not (group / names[0]).exists():
-            names = ("memory.limit_in_bytes", "")
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
-        limit = float((group / names[0]).read_text())
-        swap = 0.0
-        if names[1]:
-            text = (group / names[1]).read_text().strip() if (group / names[1]).exists() else "0"
-            swap = math.inf if text == "max" else float(text)
-        yield limit + min(swap, _swap())
+def _limit_of_second_version(group: pathlib.Path, swap: float) -> float:
+    """Bytes of memory and swap that a group of version 2 may have; infinite without a limit.
+
+    Args:
+      swap: of the host, in bytes. Where the kernel does not count swap, there is no file with a
+        limit for it, and a group may have all of it.
+    """
+    return _number(group / "memory.max") + min(_number(group / "memory.swap.max"), swap)
+
+
+def _limit_of_first_version(group: pathlib.Path, swap: float) -> float:
+    """The same of a group of version 1, whose second limit is of memory and swap together."""
+    together = _number(group / "memory.memsw.limit_in_bytes")
+    return min(_number(group / "memory.limit_in_bytes") + swap, together)
+
+
+def _number(file: pathlib.Path) -> float:
+    """The number that a file of a control group holds; infinite where it is "max", or is absent."""
+    with contextlib.suppress(OSError, ValueError):
+        text = file.read_text().strip()
+        return math.inf if text == "max" else float(int(text))
+    return math.inf
 
 
 # ---- Both together ----
@@ -349,11 +409,16 @@ def check(experiment: Experiment, train: bool, evaluate: bool) -> None:
       train, evaluate: as `phases` takes them.
 
     Raises:
-      ConfigError: on every process: a lower bound of what one device needs exceeds what it has.
+      ConfigError: on every process: a lower bound of what one device needs exceeds what it has, or
+        QLOG_MEMORY is no number of bytes.
     """
-    there = room(experiment.mesh)
     largest = max(phases(experiment, train, evaluate), key=lambda phase: phase.bytes)
     fault = ""
+    # The variable and the devices of one process may be other than those of the next.
+    try:
+        there = room(experiment.mesh)
+    except ConfigError as error:
+        there, fault = None, str(error)
     if there is not None and largest.bytes > there.bytes:
         fault = _sentence(experiment.config, largest, there)
     for text in distributed.gather([fault]):
@@ -391,7 +456,8 @@ def _sentence(config: ConfigDict, phase: Phase, there: Room) -> str:
         f"config.{field} = {value!r}: {_VERBS[phase.name]} needs at least "
         f"{size_text(phase.bytes)} of memory per device ({shown}), and {there.where}: {smaller}, "
         f"or {remedy('update' if is_model else phase.name, config)}; --mode=compile "
-        "--topology=v5e:4x4 tells whether it fits that TPU slice."
+        f"--topology=v5e:4x4 tells whether it fits that TPU slice, and {_VARIABLE}=BYTES sets what "
+        "one device has, should it be more."
     )
 
 

@@ -23,6 +23,10 @@ from qlog.rollouts.sampler import Sampling
 from qlog.runs import checkpoints
 from qlog.storage import paths
 
+# Batches that evaluation samples in one call, so that one starts before the tail of the last one is
+# done. An interrupted evaluation goes on after whole calls.
+BATCHES_PER_CALL = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:

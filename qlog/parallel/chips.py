@@ -32,6 +32,19 @@ GPU_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H200": 989.4e12,
 }
+# Bytes of memory, from the same data sheets. These say 40, 80 and 141 GB; counted in units of 2^30
+# that is no less than what the driver reports.
+GPU_MEMORY = {
+    "NVIDIA A100-SXM4-40GB": 40 * 2**30,
+    "NVIDIA A100-SXM4-80GB": 80 * 2**30,
+    "NVIDIA H100 80GB HBM3": 80 * 2**30,
+    "NVIDIA H200": 141 * 2**30,
+}
+
+
+def memory(kind: str) -> float | None:
+    """All bytes of a device of this kind, as `jax.Device.device_kind`; None for unknown kinds."""
+    return CHIPS[kind].hbm if kind in CHIPS else GPU_MEMORY.get(kind)
 
 
 def peak_flops(kind: str) -> float | None:

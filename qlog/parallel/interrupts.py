@@ -11,6 +11,8 @@ reads the signals from a pipe. What SIGINT or SIGTERM does depends on where the 
 |                                          | process of the run at the same call                   |
 | inside, in the compiler; all is saved    | no call comes: the thread ends the process, after     |
 |                                          | seconds, on every process at the same time            |
+| outside, in code whose exceptions Python | Stop is lost there: the next `check` raises it, or    |
+| drops (`__del__`, the collector's hooks) | the thread ends the process, as above                 |
 
 Why signals are deferred: a Stop in the middle of a step, on one process, would leave the others in
 a collective that never ends, and would lose the step.
@@ -192,6 +194,14 @@ class Interrupts:
             self._is_leaving = True
             raise Stop(number)
 
+    def _dropped(self, dropped: "sys.UnraisableHookArgs") -> bool:
+        """Takes note of an exception that Python drops; whether it was a Stop of the handler."""
+        if not isinstance(dropped.exc_value, Stop):
+            return False
+        # JAX has a hook of the garbage collector, so signals do come there. Stop reaches no caller.
+        self._is_leaving = False
+        return True
+
     def _run(self, wake: int) -> None:
         """The thread. `wake`: the end of the pipe from which it reads the numbers of signals."""
         ticked = time.monotonic()
@@ -322,6 +332,13 @@ def listening() -> Iterator[Interrupts]:
     os.set_blocking(write, False)
     previous: dict[int, Any] = {}  # the handlers before
     wakeup = None  # the descriptor before; -1: none
+    show_dropped = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if not interrupts._dropped(dropped):
+            show_dropped(dropped)
+
+    sys.unraisablehook = hook
     try:
         if threading.current_thread() is threading.main_thread():
             wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -337,6 +354,7 @@ def listening() -> Iterator[Interrupts]:
             signal.signal(number, handler or signal.SIG_DFL)  # None: set outside Python
         if wakeup is not None:
             signal.set_wakeup_fd(wakeup)
+        sys.unraisablehook = show_dropped
         os.write(write, b"\0")
         thread.join()
         os.close(read)

@@ -28,6 +28,7 @@ _FILES = (".json", ".jsonl", ".md", ".png", ".svg", ".html", ".csv", ".tex", ".t
 # Of qlog's config.json.
 _SECTIONS = {"loss", "train", "evaluation", "data", "rollout", "optimizer", "checkpoint"}
 _SILENT = 120.0  # seconds without a beat (every 10 s) after which a run is called silent
+_MOST_DIGITS = 18  # of a step
 _STOPS = (0, 130, 143)  # exit status of a run that a signal ended: Ctrl-C, SIGTERM
 
 
@@ -107,7 +108,7 @@ def read_run(folder: Path, name: str) -> Run:
         scores=scores,
         final=final,
         base=base,
-        seconds=float(seconds) if isinstance(seconds, int | float) else None,
+        seconds=float(seconds) if _is_number(seconds) else None,
         notes=tuple(notes),
     )
 
@@ -132,7 +133,11 @@ def _scores(folder: Path) -> dict[int, float]:
     scores = {
         int(step): score
         for step, score in found.items()
-        if step.isdecimal() and isinstance(score, dict) and _is_number(score.get("value"))
+        # `int` raises for texts of many thousand digits; no step has more than these.
+        if step.isdecimal()
+        and len(step) <= _MOST_DIGITS
+        and isinstance(score, dict)
+        and _is_number(score.get("value"))
     }
     if not scores:
         return {}
@@ -141,7 +146,13 @@ def _scores(folder: Path) -> dict[int, float]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+    """Whether it is a finite number that a float can hold: JSON has whole numbers of any size."""
+    if type(value) is not int and type(value) is not float:
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _whole(value: Any) -> int:
@@ -216,7 +227,8 @@ def _questions(
         size = len(found["ids"])
         values = {name: each for name, each in found.items() if name != "ids"}
         if all(_are_numbers(each, size) for each in values.values()):
-            return tuple(found["ids"]), {name: np.array(each) for name, each in values.items()}
+            accuracies = {name: np.array(each, float) for name, each in values.items()}
+            return tuple(found["ids"]), accuracies
     # An older run, or a file that is being written.
     try:
         rows = [json.loads(line) for line in json_lines.split(paths.read(samples))]

@@ -1,6 +1,7 @@
 """JSON lines of any bytes: what is whole is read, the rest is told in a sentence or set aside."""
 
 import json
+import pathlib
 import shutil
 
 import fuzzing
@@ -26,6 +27,7 @@ _SCALARS = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-(2**70), 2**70),
+    st.sampled_from([10**308, 10**309, -(10**400), 10**4000]),  # the first one fits a float
     st.floats(),
     fuzzing.TEXTS,
 )
@@ -252,12 +254,15 @@ def test_reports(record_property, tmp_path):
     workdir = tmp_path / "run"
     names = [f.relative_to(tmp_path / "whole") for f in (tmp_path / "whole").rglob("*.json*")]
     names = [name for name in names if name.parts[0] != "checkpoints"]
+    # Files that the run had no reason to write.
+    names += [pathlib.Path(name) for name in ("seconds.json", "final.json", "evaluation_test.json")]
+    names = sorted({*names, pathlib.Path("samples/final.questions.json")})
 
     def holds(case):
-        number, content = case
+        name, content = case
         shutil.rmtree(workdir, ignore_errors=True)
         shutil.copytree(tmp_path / "whole", workdir, ignore=shutil.ignore_patterns("checkpoints"))
-        (workdir / names[number % len(names)]).write_bytes(content)
+        (workdir / name).write_bytes(content)
         try:
             for run in report.read(report.find([str(workdir)])):
                 assert isinstance(run.notes, tuple)
@@ -265,7 +270,19 @@ def test_reports(record_property, tmp_path):
             assert "\n" not in str(error)
 
     values = st.one_of(_VALUES.map(_dumped), mutated(_ROW).map(_dumped), _RAW, lines(_EVENTS))
-    scores = mutated({"3": {"value": 0.5, "of": "m@4"}}).map(_dumped)
-    results = mutated({"step": 3, "metrics": {"p@1": 0.5}, "evaluation": {}}).map(_dumped)
-    cases = st.tuples(st.integers(0, 99), st.one_of(values, scores, results))
+    # What a file is made of, with any value in the place of each: drawn as often as all the rest.
+    score = mutated({"value": 0.5, "of": "m@4"})
+    results = mutated({"step": 3, "metrics": {"p@1": 0.5}, "evaluation": {}})
+    owner = mutated({"owner": "x", "host": "y", "pid": 1, "time": 1.0, "step": 3, "released": True})
+    questions = mutated({"ids": ["1"], "p@1": [0.5]})
+    own = {
+        "seconds.json": _SCALARS,
+        "scores.json": st.dictionaries(st.one_of(fuzzing.TEXTS, st.just("3")), score, max_size=3),
+        "owner.json": owner,
+        "samples/final.questions.json": questions,
+    }
+    of_name = lambda name: st.tuples(st.just(name), own.get(str(name), results).map(_dumped))
+    cases = st.one_of(
+        st.tuples(st.sampled_from(names), values), st.sampled_from(names).flatmap(of_name)
+    )
     fuzzing.try_cases(record_property, "reports", 300, cases, holds)

@@ -8,6 +8,7 @@ import tiny
 from qlog.config import schema
 from qlog.report import read
 
+_HUGE = 10**400
 ODD = [
     "",
     "5",
@@ -19,6 +20,12 @@ ODD = [
     '{"three": {"value": 1}, "3": {"value": "x"}, "4": 1, "5": {}}',
     '{"ids": [1], "p@1": ["x"]}',
     '{"owner": "x", "time": "now", "step": [], "pid": "x"}',
+    # Whole numbers that no float holds, and a step that `int` refuses.
+    "9" * 400,
+    json.dumps({"owner": "x", "host": "y", "time": _HUGE, "step": _HUGE}),
+    json.dumps({"step": _HUGE, "metrics": {}, "evaluation": {"rollouts_per_prompt": _HUGE}}),
+    json.dumps({"9" * 6000: {"value": 0.5, "of": "m@4"}}),
+    json.dumps({"ids": ["a"], "p@1": [_HUGE]}),
 ]
 FILES = ("results.json", "scores.json", "owner.json", "final.json", "seconds.json")
 

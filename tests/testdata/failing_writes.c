@@ -1,7 +1,8 @@
 /* Makes what a process writes below a folder fail: a stand-in for a disk with a quota or a bad place.
 
    Loaded by LD_PRELOAD, it counts the calls that change something below FAULT_FOLDER. Those from
-   number FAULT_FIRST to FAULT_LAST (from 1) fail with the error number FAULT_ERRNO. */
+   number FAULT_FIRST to FAULT_LAST (from 1) fail with the error number FAULT_ERRNO. Each that fails
+   adds a byte to the file FAULT_MARK, which lies elsewhere. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -23,11 +24,21 @@ static long number(const char *name, long otherwise) {
     return text ? atol(text) : otherwise;
 }
 
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+static void leave_mark(void) {
+    const char *path = getenv("FAULT_MARK");
+    int file = path ? REAL(open)(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
+    if (file < 0 || REAL(write)(file, "x", 1) != 1) abort(); /* a test without its evidence */
+    close(file);
+}
+
 static int path_fails(const char *path) {
     const char *folder = getenv("FAULT_FOLDER");
     if (!folder || !path || strncmp(path, folder, strlen(folder)) != 0) return 0;
     long now = __sync_add_and_fetch(&calls, 1);
     if (now < number("FAULT_FIRST", 1) || now > number("FAULT_LAST", LONG_MAX)) return 0;
+    leave_mark();
     errno = (int)number("FAULT_ERRNO", EIO);
     return 1;
 }
@@ -40,8 +51,6 @@ static int file_fails(int file) {
     path[length] = 0;
     return path_fails(path);
 }
-
-#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 ssize_t write(int file, const void *data, size_t size) {
     return file_fails(file) ? -1 : REAL(write)(file, data, size);
