@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pathlib
 import signal
 import sys
 import traceback
@@ -105,9 +106,18 @@ def require_train() -> None:
     missing = next((name for name in TRAIN_MODULES if not importlib.util.find_spec(name)), "")
     if not missing:
         return
+    # In a clone the extra is most likely there, in the .venv of which this Python is not. Elsewhere
+    # pip knows which qlog is meant only where it is installed: in a registry the name is another's.
+    clone = pathlib.Path(__file__).parents[1]
+    remedy = "run pip install 'qlog[train]' in the environment in which qlog is installed"
+    if (clone / "launch/install").exists():
+        made = (clone / ".venv/bin/python").exists()
+        remedy = f"use {clone / '.venv/bin/python'}" + (
+            "" if made else ", which launch/install makes"
+        )
     sentence = (
-        f"commands need the packages of the extra train, and {missing} is missing: run "
-        "pip install 'qlog[train]' in this environment, or launch/install in a clone."
+        f"commands need the packages of the extra train, and {missing} is missing from "
+        f"{sys.executable}: {remedy}."
     )
     if not _is_command():
         raise ImportError(sentence, name=missing)

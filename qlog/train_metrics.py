@@ -241,8 +241,9 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
     rollout, train = config.rollout, config.train
     devices, num_rollouts = experiment.mesh.devices, experiment.rollouts_per_prompt
     num_params = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_params()))
+    changed = " with config.architecture" if config.architecture else ""
     model = (
-        f"{config.model}: {shape.num_layers} layers, width {shape.width}, "
+        f"{config.model}{changed}: {shape.num_layers} layers, width {shape.width}, "
         f"vocabulary {shape.vocab_size:,}, {config.dtype}"
     )
     train_data = experiment.train_data

@@ -115,10 +115,12 @@ class Tokenizer:
         for field, name in marks:
             if name not in control:
                 unused = [n for n in control if re.search("unused|reserved|extra", n)]
-                hint = f", for example {unused[0]!r}" if unused else ""
+                some = [unused[0]] if unused else list(control)[:4]
+                hint = f" ({', '.join(map(repr, some))}, ...)" if some else ""
                 raise ConfigError(
                     f"{field} = {name!r} is not a control token of "
-                    f"{where}: name one of its {len(control)} control tokens{hint}."
+                    f"{where}: name one of its {len(control)} control tokens{hint}, or add "
+                    f"{name!r} to the tokenizer as a special token."
                 )
         if think_start == think_end:
             raise ConfigError(

@@ -251,7 +251,11 @@ class Interrupts:
         is_late = self._end_at is not None and time.time() > self._end_at
         # Where something would be lost (a step not saved), the main thread takes the time it needs.
         if is_late and not self._is_leaving and (not self._deferred or self._is_saved()):
-            self._say("ended; nothing that was done is lost" if self._is_resumable else "ended")
+            self._say(
+                "ended; nothing that was done is lost: the same command goes on"
+                if self._is_resumable
+                else "ended"
+            )
             self._exit(0 if self._is_resumable else 128 + self._number)
         silence = time.monotonic() - self._alive
         if self._limit is not None and silence > self._limit:

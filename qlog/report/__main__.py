@@ -66,7 +66,8 @@ def main(argv: list[str]) -> int:
         return 2
     with output():
         print(paths.read(out / "report.md"))
-        print(f"{len(folders)} runs. The report is {out / 'report.html'}: open it in a browser.")
+        number = "1 run" if len(folders) == 1 else f"{len(folders)} runs"
+        print(f"{number}. The report is {out / 'report.html'}: open it in a browser.")
         print(f"Next to it: {', '.join(name for name in names if name != 'report.html')}")
     return 0
 

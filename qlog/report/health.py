@@ -10,6 +10,7 @@ from qlog.report.records import Run
 _WINDOW = 0.1  # share of the steps that the beginning and the end of a run are
 _ESCAPED = -2.0  # mean log P from which on a run has escaped a cold start: P = 0.14
 _RISE = 1.0  # nats that log P must rise to count as an escape under way
+_FEW_STEPS = 10  # of fewer no trend is read
 _LOSS = 2.0  # nats that log P must lose to count as a collapse
 
 
@@ -84,6 +85,8 @@ def _log_p(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verdict:
     lost = smoothed[top] - curve.last
     # Each step has other prompts, so that log P wavers though the parameters do not change.
     wavers = statistics.pstdev([b - a for a, b in itertools.pairwise(curve.values)] or [0.0])
+    if len(curve.values) < _FEW_STEPS:
+        return Verdict(metric, "good", value, "too few steps to judge.")
     if lost > max(_LOSS, wavers, 0.25 * (smoothed[top] - smoothed[0])):
         return Verdict(
             metric,
