@@ -315,7 +315,7 @@ def test_a_command_says_which_extra_it_needs(tmp_path, few, command):
     result = _python(tmp_path, few, "-m", *command)
     assert result.returncode == 2 and not result.stdout
     (line,) = result.stderr.splitlines()
-    assert "absl" not in line and "run pip install 'qlog[train]' in this environment" in line
+    assert "absl" not in line and "run pip install 'qlog[train]' in the environment in which" in line
 
 
 def test_the_plots_of_the_theory_say_what_they_need(tmp_path, few):
@@ -327,9 +327,9 @@ def test_the_plots_of_the_theory_say_what_they_need(tmp_path, few):
 @pytest.mark.parametrize(
     "module, sentence",
     [
-        ("qlog.commands", "run pip install 'qlog[train]' in this environment"),
-        ("qlog.commands.program", "run pip install 'qlog[train]' in this environment"),
-        ("qlog.benchmark.measure", "run pip install 'qlog[train]' in this environment"),
+        ("qlog.commands", "run pip install 'qlog[train]' in the environment in which"),
+        ("qlog.commands.program", "run pip install 'qlog[train]' in the environment in which"),
+        ("qlog.benchmark.measure", "run pip install 'qlog[train]' in the environment in which"),
         ("qlog.losses.theory.plots", "run pip install matplotlib"),
     ],
 )
