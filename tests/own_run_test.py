@@ -315,7 +315,9 @@ def test_a_command_says_which_extra_it_needs(tmp_path, few, command):
     result = _python(tmp_path, few, "-m", *command)
     assert result.returncode == 2 and not result.stdout
     (line,) = result.stderr.splitlines()
-    assert "absl" not in line and "run pip install 'qlog[train]' in the environment in which" in line
+    assert (
+        "absl" not in line and "run pip install 'qlog[train]' in the environment in which" in line
+    )
 
 
 def test_the_plots_of_the_theory_say_what_they_need(tmp_path, few):
