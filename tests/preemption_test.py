@@ -197,6 +197,7 @@ def test_an_interrupted_evaluate_says_so_by_its_status_and_goes_on(uninterrupted
     assert (workdir / "samples" / "validation.jsonl").read_text() == trained
 
 
+@pytest.mark.slow
 def test_a_run_that_stands_still_shows_its_stacks_and_ends_for_another_try(
     uninterrupted, cache, tmp_path
 ):
@@ -268,6 +269,7 @@ def test_hosts_end_together_when_one_hears_of_it_while_a_program_compiles(cache,
     assert json.loads((tmp_path / "owner.json").read_text())["status"] == 0
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_on_one_process_ends_all(cache, tmp_path):
     """`chattr +i`, which binds root too. The others wait in a barrier for the one that failed."""
     local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")

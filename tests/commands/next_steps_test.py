@@ -50,7 +50,7 @@ def test_a_finished_run_says_what_it_wrote_and_what_comes_next(tmp_path):
         assert {"--config.seed=3", "--config.train.rollouts_every=2", "--distributed=off"} <= set(
             shlex.split(command)
         )
-    assert "1 runs" in shell(report)
+    assert "1 run. The report is" in shell(report)
     assert (tmp_path / "report" / "report.html").exists()
     shell(evaluate)
     assert (workdir / "evaluation_validation.json").exists()

@@ -246,6 +246,7 @@ def test_rollouts_are_the_same_wherever_they_are_decoded(
 INT8 = dataclasses.replace(tiny.POLICY, cache="int8")
 
 
+@pytest.mark.slow
 def test_int8_rollouts_are_the_same_on_two_shards_and_however_they_move(monkeypatch):
     """Numbers and scales of a cache move, wait and are split over heads together."""
     held = []

@@ -185,6 +185,7 @@ def test_the_other_commands_read_and_write_there(in_bucket, on_disk, store):
     assert (in_bucket / tensors).read_bytes() == (on_disk / tensors).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_equal_one_on_a_disk(store, programs, on_disk):
     _, environment = store
     one_device = ["--processes=2", "--devices=1"]
