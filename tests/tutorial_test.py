@@ -14,7 +14,7 @@ def test_the_tutorial_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     names = {"__name__": "tutorial"}
     exec(BLOCKS[0], names)
     shown = [line.strip() for line in PAGE.splitlines() if re.match(r"    \d\.\d+ \[", line)]
-    numbers = [re.findall(r"[\d.]+(?:e-?\d+)?", text) for text in (*shown,)]
+    numbers = [re.findall(r"[\d.]+(?:e-?\d+)?", text) for text in shown]
     printed = [re.findall(r"[\d.]+(?:e-?\d+)?", t) for t in capsys.readouterr().out.splitlines()]
     np.testing.assert_allclose(
         np.array(printed, float), np.array(numbers, float), rtol=1e-4, atol=1e-9
