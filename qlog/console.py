@@ -8,6 +8,7 @@ other programs.
 
 import contextlib
 import io
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ _CLEAR = "\r\x1b[2K"  # to the start of the line, and clear it
 _PLAIN_WIDTH = 110  # columns of a table that goes into a file or a pipe
 _BAR = 16  # columns of a progress bar
 _PAUSE = 0.1  # seconds between two states of a line: more often would flicker
+# Seconds after which a reader wonders whether anything happens: of a terminal, of other output.
+_SILENCE_LIVE, _SILENCE = 2.0, 30.0
 _STYLES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "33", "cyan": "36"}
 Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
 _ALARM = re.compile(r"(?:warning:|NOTE:?)(?= )")  # how a line begins that should be noticed
@@ -107,8 +110,8 @@ class ProgressLine:
     _is_open = False  # whether a line stands on the terminal that the next text takes the place of
 
     def __init__(self, every: float = 10.0, after: float = 0.0):
-        self._every, self._printed = every, time.monotonic()
-        self._next = self._printed + after  # when a terminal gets the next one
+        self._every, self._shown = every, time.monotonic()
+        self._next = self._shown + after  # when a terminal gets the next one
 
     def show(self, text: str, share: float | None = None, force: bool = False) -> None:
         """Shows the line.
@@ -123,7 +126,7 @@ class ProgressLine:
         if is_live():
             if now < self._next and not force:
                 return
-            self._next = now + _PAUSE
+            self._shown, self._next = now, now + _PAUSE
             # A line that wraps could not be cleared: it is cut one column before the edge.
             columns = width() - 1
             bar = ""
@@ -131,9 +134,18 @@ class ProgressLine:
                 bar, columns = _bar(share) + " ", columns - _BAR - 1
             print(f"{_CLEAR}{bar}{_cut(text, columns)}", end="\n" if force else "", flush=True)
             ProgressLine._is_open = not force
-        elif force or now - self._printed >= self._every:
-            self._printed = now
+        elif force or now - self._shown >= self._every:
+            self._shown = now
             print(text, flush=True)
+
+    def begin(self, text: str, share: float | None = None) -> None:
+        """Shows what begins and may say nothing for long: elsewhere than on a terminal at once."""
+        self.show(text, share, force=not is_live())
+
+    def beat(self, text: str, share: float | None = None) -> None:
+        """Shows what is under way, if nothing was shown for so long that a reader wonders."""
+        if time.monotonic() - self._shown >= (_SILENCE_LIVE if is_live() else _SILENCE):
+            self.begin(text, share)
 
     @staticmethod
     def clear() -> None:
@@ -165,11 +177,30 @@ def _bar(share: float) -> str:
     return styled(done * full, "green") + styled(left * (_BAR - full), "dim")
 
 
-def clock(seconds: float) -> str:
-    """Seconds as text: 75 -> '1:15'."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def duration(seconds: float, whole: bool = False) -> str:
+    """Seconds as people read them: '38 ms', '4.3 s', '4 min 10 s', '2 h 05 min', '3 d 04 h'.
+
+    Args:
+      whole: no parts of a second, for a time that is guessed.
+    """
+    if not math.isfinite(seconds):
+        return f"{seconds} s"
+    if whole and seconds < 59.5:
+        return f"{seconds:.0f} s"
+    if 0 < seconds < 0.0995:  # in seconds it would show one digit, or none
+        return f"{1e3 * seconds:.2g} ms"
+    if seconds < 0.995:
+        return f"{seconds:.2f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {left:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours:02d} h"
 
 
 def put(text: str) -> None:

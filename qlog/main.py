@@ -34,10 +34,9 @@ Each has a --help. --helpfull lists the flags of libraries, too.
 import pathlib
 import sys
 
-from qlog.commands import entry  # isort: skip  (first: it says what is not installed)
-
 from absl import flags, logging
 
+from qlog.commands import entry
 from qlog.config import command_line
 from qlog.errors import ConfigError
 

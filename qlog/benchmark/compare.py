@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qlog.console import markdown_table
-from qlog.parallel import libtpu
 from qlog.storage import strict_json
 
 SIZES = {
@@ -283,7 +282,6 @@ def main() -> None:
         row = work_alone(args.worker, args.weights, args.repeats, args.remat)
         print(json.dumps(row), flush=True)
         return
-    libtpu.keep_quiet()  # the processes below, too
     peak = json.loads(_python("-c", _PEAK))
     rows = {}
     works = {text: parse(text) for text in args.only.split(",")}

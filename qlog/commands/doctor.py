@@ -34,7 +34,7 @@ from qlog.config.check import check_config
 from qlog.console import complain, output, plain_console, printable
 from qlog.errors import ConfigError, summary
 from qlog.experiment import cost, files
-from qlog.parallel import distributed, libtpu, process, sharding
+from qlog.parallel import distributed, process, sharding
 from qlog.runs import checkpoints, ownership
 from qlog.storage import paths
 
@@ -301,7 +301,6 @@ def main(argv: list[str]) -> int:
     except entry.MISTAKES as error:
         complain(entry.sentence(error))
         return 2
-    libtpu.keep_quiet()
     with output(), distributed.processes(processes.value):
         return run(config, workdir.value)
 

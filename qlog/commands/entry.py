@@ -12,7 +12,6 @@ from qlog.commands import help_pages
 from qlog.config import command_line, schema
 from qlog.console import complain, output
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
-from qlog.parallel import libtpu
 
 # What `command_line.parse` raises where a command line is wrong.
 MISTAKES = (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError)
@@ -31,7 +30,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       main: takes what is left of the command line, and returns the exit status.
     """
     about = sys.modules["__main__"].__doc__ or ""
-    libtpu.keep_quiet()  # before anything imports JAX
     try:
         with output():
             if not show_help(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):

@@ -36,10 +36,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from qlog.errors import QLOG_ERRORS, ConfigError, require_train
-
-    require_train()
     from qlog.console import complain, output
+    from qlog.errors import QLOG_ERRORS, ConfigError
     from qlog.report import comparison, read, server
     from qlog.storage import paths
 
