@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
 
+from qlog import __version__
+
 # Libraries that take long to import are not imported above: a command that only shows its help, or
 # refuses a flag, should not wait for them.
 if TYPE_CHECKING:
@@ -224,6 +226,16 @@ def say(text: str, style: Style | None = None) -> None:
 def complain(text: str) -> None:
     """A line on stderr about what went wrong: 'qlog: ...'. From every process."""
     print(f"{styled('qlog:', 'red', sys.stderr)} {printable(text)}", file=sys.stderr, flush=True)
+
+
+def versions() -> str:
+    """What --version prints: 'qlog 0.1.0, jax 0.10.2, Python 3.11.7'."""
+    import importlib.metadata
+    import platform
+
+    # Not jax.__version__: JAX takes a second to import.
+    jax = importlib.metadata.version("jax")
+    return f"qlog {__version__}, jax {jax}, Python {platform.python_version()}"
 
 
 # ---- Tables ----

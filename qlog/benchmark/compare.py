@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qlog.console import markdown_table
+from qlog.console import markdown_table, versions
 from qlog.storage import strict_json
 
 SIZES = {
@@ -322,6 +322,7 @@ def _arguments() -> argparse.Namespace:
         choices=list(REMAT),
         help="qlog's, when it trains (default: dots where both train in parts, else none)",
     )
+    parser.add_argument("--version", action="version", version=versions())
     # Of the processes that this one starts.
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--weights", default="", help=argparse.SUPPRESS)

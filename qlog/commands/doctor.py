@@ -292,7 +292,7 @@ def main(argv: list[str]) -> int:
         "Connect to the other processes: on, off, or auto, where the environment names them.",
         flag_values=own,
     )
-    if entry.show_help(argv, __doc__ or "", own):
+    if entry.show_about(argv, __doc__ or "", own):
         return 0
     try:
         rest = command_line.parse(argv, own)

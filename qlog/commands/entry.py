@@ -10,12 +10,13 @@ from absl import app, flags
 
 from qlog.commands import help_pages
 from qlog.config import command_line, schema
-from qlog.console import complain, output
+from qlog.console import complain, output, versions
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 
 # What `command_line.parse` raises where a command line is wrong.
 MISTAKES = (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError)
 _HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
+_VERSION = {"--version", "-version"}
 _FIELDS = re.compile(r"--?help[-_]config(?:=(.*))?", re.DOTALL)
 
 
@@ -24,7 +25,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     A wrong flag ends with status 2, an exception of `qlog.errors` with its own status. The command
     has defined its --config by `command_line.define`. --help prints the docstring of the module
-    that was started, and qlog's own flags; --help-config prints the fields of the config.
+    that was started, and qlog's own flags; --help-config prints the fields of the config, --version
+    the versions of qlog and of what it runs on.
 
     Args:
       main: takes what is left of the command line, and returns the exit status.
@@ -32,7 +34,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     about = sys.modules["__main__"].__doc__ or ""
     try:
         with output():
-            if not show_help(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
+            if not show_about(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
                 app.run(main, flags_parser=_parse)
     except QLOG_ERRORS as error:
         _fail(str(error), error.status)
@@ -51,18 +53,22 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 # ---- Help ----
 
 
-def show_help(argv: Sequence[str], about: str, values: flags.FlagValues) -> bool:
-    """Prints the page of a command where --help asks for it; whether it did.
+def show_about(argv: Sequence[str], about: str, values: flags.FlagValues) -> bool:
+    """Prints the page of a command where --help asks for it, or the versions; whether it did.
 
     Args:
       argv: the program's name first.
       about: the docstring of the command.
       values: its flags.
     """
-    if not _HELP & set(_before_dashes(argv)):
+    words = set(_before_dashes(argv))
+    if _HELP & words:
+        for line in help_pages.usage(about, values):
+            print(line)
+    elif _VERSION & words:
+        print(versions())
+    else:
         return False
-    for line in help_pages.usage(about, values):
-        print(line)
     return True
 
 

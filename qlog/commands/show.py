@@ -111,7 +111,7 @@ def _main(argv: Sequence[str]) -> int:
     num_examples = flags.DEFINE_integer(
         "examples", 1, "how many examples to print", flag_values=values
     )
-    if entry.show_help(argv, __doc__ or "", values):
+    if entry.show_about(argv, __doc__ or "", values):
         return 0
     if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
         complain("name a config file first, as in configs/hotpotqa.py:warm")

@@ -13,6 +13,8 @@ import contextlib
 import os
 import sys
 
+from qlog.console import versions
+
 
 def main(argv: list[str]) -> int:
     """Returns the exit status: 2 where nothing is found or a place is wrong."""
@@ -33,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default="report", help="the folder to write (default report)")
     parser.add_argument("--serve", action="store_true", help="show the page on this machine")
     parser.add_argument("--port", type=int, default=8080, help="of --serve (default 8080)")
+    parser.add_argument("--version", action="version", version=versions())
     options = parser.parse_args(argv)
     # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -29,7 +29,9 @@ def in_a_finaliser():
 
 with interrupts.listening() as interrupts:
     {place}()
-    print("the signal is known:", interrupts.asked, flush=True)
+    # In one piece: the thread of `interrupts` prints, too.
+    sys.stdout.write(f"the signal is known: {interrupts.asked}\\n")
+    sys.stdout.flush()
     for _ in range(200):
         time.sleep(0.1)
     print("and is forgotten", flush=True)
