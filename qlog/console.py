@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 # that turn the direction of writing. Records, names and paths may hold them.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _CLEAR = "\r\x1b[2K"  # to the start of the line, and clear it
-_PLAIN_WIDTH = 110  # columns of a table that goes into a file or a pipe
 _BAR = 16  # columns of a progress bar
 _PAUSE = 0.1  # seconds between two states of a line: more often would flicker
 # Seconds after which a reader wonders whether anything happens: of a terminal, of other output.
@@ -187,13 +186,13 @@ def duration(seconds: float, whole: bool = False) -> str:
     """
     if not math.isfinite(seconds):
         return f"{seconds} s"
-    if whole and seconds < 59.5:
-        return f"{seconds:.0f} s"
+    if whole and round(seconds) < 60:
+        return f"{round(seconds)} s"
     if 0 < seconds < 0.0995:  # in seconds it would show one digit, or none
         return f"{1e3 * seconds:.2g} ms"
     if seconds < 0.995:
         return f"{seconds:.2f} s"
-    if seconds < 59.95:
+    if seconds < 59.95 and not whole:
         return f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
     if minutes < 60:
@@ -251,21 +250,37 @@ def show_table(title: str, facts: Mapping[str, object]) -> None:
         table.add_column(overflow="fold")  # paths are not cut short
         for name, value in facts.items():
             table.add_row(name, printable(str(value)))
-        ProgressLine.clear()
-        # Without a terminal there is no width to fit: a fixed one.
-        plain_console(None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
+        plain_console().print(table)
 
 
-def plain_console(width: int | None) -> "Console":
+def plain_console(width: int = 110) -> "Console":
     """Where tables are printed: [words] and :words: of cells are text, and no orders to rich.
 
     Args:
-      width: in columns; None is the terminal's.
+      width: columns of a table that goes into a file or a pipe; a terminal has its own.
     """
     from rich.console import Console
 
+    ProgressLine.clear()
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
     colours = "auto" if has_colours() else None
     return Console(width=width, markup=False, emoji=False, color_system=colours)
+
+
+def show_markdown(text: str) -> None:
+    """A page of Markdown for the user: drawn on a terminal, elsewhere as it is."""
+    if not is_first_process():
+        return
+    text = printable(text)
+    if not is_live():
+        ProgressLine.clear()
+        print(text, flush=True)
+        return
+    from rich.markdown import Markdown
+
+    # What stands in angle brackets is a name here, never HTML, which would not be shown.
+    plain_console().print(Markdown(text.replace("<", "\\<")))
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

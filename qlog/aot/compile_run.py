@@ -21,7 +21,7 @@ from rich.table import Table
 from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
 from qlog.aot.programs import StepLoops, step_programs
 from qlog.config import schema
-from qlog.console import plain_console, say
+from qlog.console import ProgressLine, duration, plain_console, say
 from qlog.errors import ConfigError
 from qlog.experiment import prepare_shapes
 from qlog.experiment.cost import remedy, step_tokens
@@ -72,7 +72,7 @@ def run_compile(
     )
     console.print(
         f"decode: at most {tokens / decode:,.0f} tokens/s on the whole slice; "
-        f"step: at least {step:,.2f} s, at most {tokens / step:,.0f} tokens/s"
+        f"step: at least {duration(step)}, at most {tokens / step:,.0f} tokens/s"
     )
     for line in advice:
         console.print(f"does not fit: {line}")
@@ -131,8 +131,9 @@ def compile_run(
     trips, programs = StepLoops.of(experiment, lengths).trips, {}
     for name, lowered, runs, resident in step_programs(experiment, lengths):
         start = time.monotonic()
+        ProgressLine().begin(f"{topology} {name}: compiling")
         programs[name] = compile_program(lowered, runs, resident, trips)
-        say(f"{topology} {name}: compiled in {time.monotonic() - start:,.0f} s")
+        say(f"{topology} {name}: compiled in {duration(time.monotonic() - start)}")
     return programs, CHIPS[kind]
 
 
@@ -200,6 +201,6 @@ def _cells(program: CompiledProgram, chip: Chip) -> list[str]:
         ("" if cost.is_whole else "> ") + f"{runs * cost.flops / 1e12:,.2f}",
         f"{runs * cost.bytes / 1e9:,.1f}",
         sent or "none",
-        f"{program.seconds(chip):,.3f} s",
+        duration(program.seconds(chip)),
         max(times, key=lambda resource: times[resource]),
     ]

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qlog.console import markdown_table, versions
+from qlog.console import markdown_table, show_markdown, versions
 from qlog.storage import strict_json
 
 SIZES = {
@@ -303,7 +303,8 @@ def main() -> None:
         pathlib.Path(args.out).write_text(text, encoding="utf-8")
     if args.markdown:
         pathlib.Path(args.markdown).write_text(table + "\n", encoding="utf-8")
-    print(f"\n{about}\n\n{table}")
+    print()
+    show_markdown(f"{about}\n\n{table}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -11,13 +11,13 @@ from rich.table import Table
 
 from qlog import models
 from qlog.benchmark import measure, work
-from qlog.console import plain_console
+from qlog.console import ProgressLine, duration, plain_console
 from qlog.experiment import prepare_shapes
 from qlog.storage import strict_json
 
 _COLUMNS = (
     "phase",
-    "seconds",
+    "time",
     "first call",
     "tokens/s",
     "of FLOP/s",
@@ -76,7 +76,9 @@ def report(
     peaks = measure.measure_peaks(policy.dtype)
     num_devices = mesh.devices.size
     rows = {}
+    line = ProgressLine()
     for name, phase in phases.items():
+        line.begin(f"timing {name}: {1 + repeats} calls, of which the first compiles")
         times = measure.repeat(phase.call, repeats)
         kind, memory = measure.peak_memory()
         rows[name] = {
@@ -89,6 +91,7 @@ def report(
             "of_bandwidth": phase.need.bytes / times.median / (num_devices * peaks.bandwidth),
             f"{kind}_peak_bytes": memory,
         }
+    line.begin("timing the parts of train")
     parts = trainer.breakdown(rows["train"]["seconds"], repeats)
     if profile:
         with jax.profiler.trace(profile):
@@ -129,8 +132,8 @@ def show(facts: Mapping[str, Any]) -> None:
         bandwidth = f"{row['of_bandwidth']:.2f}" if row["of_bandwidth"] else ""
         table.add_row(
             name,
-            f"{row['seconds']:.3f}",
-            f"{row['first_call']:.1f}",
+            duration(row["seconds"]),
+            duration(row["first_call"]),
             f"{row['tokens_per_s']:,.0f}",
             f"{row['of_matmul_peak']:.2f}",
             bandwidth,
@@ -140,9 +143,7 @@ def show(facts: Mapping[str, Any]) -> None:
     console.print(table)
     whole = facts["phases"]["train"]["seconds"]
     shares = (
-        f"{name} {seconds:.3f} ({seconds / whole:.0%})"
+        f"{name} {duration(seconds)} ({seconds / whole:.0%})"
         for name, seconds in facts["train_parts"].items()
     )
-    console.print(
-        f"seconds of train by part, each run by itself, then the rest: {', '.join(shares)}"
-    )
+    console.print(f"time of train by part, each run by itself, then the rest: {', '.join(shares)}")

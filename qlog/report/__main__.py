@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from qlog.console import complain, output
+    from qlog.console import complain, output, show_markdown
     from qlog.errors import QLOG_ERRORS, ConfigError
     from qlog.report import comparison, read, server
     from qlog.storage import paths
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         complain(str(error))
         return 2
     with output():
-        print(paths.read(out / "report.md"))
+        show_markdown(paths.read(out / "report.md"))
         number = "1 run" if len(folders) == 1 else f"{len(folders)} runs"
         print(f"{number}. The report is {out / 'report.html'}: open it in a browser.")
         print(f"Next to it: {', '.join(name for name in names if name != 'report.html')}")

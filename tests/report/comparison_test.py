@@ -25,6 +25,7 @@ def test_a_run_that_lacks_a_column_has_a_dash_there(tmp_path, capsys):
     config = made.paper_config("finqa", "cold,grpo")
     evaluated(tmp_path / "plain", config, log_p=-7.5)
     evaluated(tmp_path / "bare", config, **{"no_rationale/p@1": 0.25, "log_p": -1.5})
+    (tmp_path / "bare/seconds.json").write_text("103.1234")
     made.write_config(tmp_path / "base", config)  # never evaluated: no line
     comparison.write(paths.Path(tmp_path), ["base", "plain", "bare"])
     header, _, plain, bare = (tmp_path / "report.md").read_text().splitlines()
@@ -33,7 +34,9 @@ def test_a_run_that_lacks_a_column_has_a_dash_there(tmp_path, capsys):
     bare = dict(zip(cells(header), cells(bare), strict=True))
     assert plain["mean log P"] == "-7.500" and plain["p@1 without rationale"] == "-"
     assert bare["mean log P"] == "-1.500" and bare["p@1 without rationale"] == "0.250"
-    assert list(plain)[-1] == "seconds"
+    assert list(plain)[-1] == "time" and plain["time"] == "-" and bare["time"] == "1 min 43 s"
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert [row["seconds"] for row in rows] == ["-", 103.1234]  # programs get all of it
     assert f"The report is {tmp_path / 'report.html'}" in capsys.readouterr().out
     assert "plain" in (tmp_path / "report.html").read_text()
 
