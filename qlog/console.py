@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -279,8 +280,45 @@ def show_markdown(text: str) -> None:
         return
     from rich.markdown import Markdown
 
-    # What stands in angle brackets is a name here, never HTML, which would not be shown.
-    plain_console().print(Markdown(text.replace("<", "\\<")))
+    console = plain_console()
+    for paragraph in text.strip().split("\n\n"):
+        if paragraph.startswith("| "):
+            _draw_table(console, paragraph.splitlines())
+        else:
+            # What stands in angle brackets is a name here, never HTML, which would not be shown.
+            console.print(Markdown(paragraph.replace("<", "\\<")))
+            console.print()
+
+
+def _draw_table(console: "Console", lines: Sequence[str]) -> None:
+    """A table of `markdown_table`; a list of its rows where the terminal is too narrow for it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    # Between the bars at both ends; a bar within a cell has a backslash before it.
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    header, _, *rows = [[cell.replace("\\|", "|") for cell in line] for line in cells]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(header):
+        words = [word for line in (header, *rows) for word in line[index].split()]
+        table.add_column(name, min_width=max(map(len, words), default=0))  # no word is cut
+    for row in rows:
+        table.add_row(*row)
+    # Asked without a limit, or the terminal's width would be the answer.
+    if console.measure(table, options=console.options.update(max_width=10_000)).minimum <= (
+        console.width
+    ):
+        console.print(table)
+        return
+    for first, *others in rows:
+        facts = [f"{name} {cell}" for name, cell in zip(header[1:], others, strict=True)]
+        # Lines break between facts only: for that long their spaces are others.
+        text = "; ".join(fact.replace(" ", "\xa0") for fact in facts)
+        console.print(first, style="bold")
+        console.print(
+            textwrap.indent(textwrap.fill(text, console.width - 2), "  ").replace("\xa0", " ")
+        )
+    console.print()
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

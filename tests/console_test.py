@@ -121,6 +121,12 @@ def test_a_page_is_drawn_on_a_terminal():
     assert set(lines[2]) == {"─"} and max(map(len, lines)) <= 80
 
 
+def test_a_page_whose_table_does_not_fit_lists_its_rows():
+    code = f"from qlog.console import *\nshow_markdown({PAGE!r})"
+    out = on_a_terminal(code, NO_COLOR="1", COLUMNS="17")
+    assert "a_b <lambda> [x]\n  seconds 3.5" in out and "─" not in out
+
+
 def test_a_table_is_as_wide_as_its_terminal():
     code = "from qlog.console import *\nshow_table('run', {'model': 300 * 'x'})"
     for columns in (40, 80, 140):

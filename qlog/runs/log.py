@@ -155,7 +155,7 @@ class RunLog:
         now, done = time.monotonic(), step + 1 - self._start_step
         self._started, self._step = self._started or now, step + 1
         line = f"step {step + 1}/{self._total_steps}"
-        if done > 1:
+        if done > 1 and step + 1 < self._total_steps:
             left = (now - self._started) / (done - 1) * (self._total_steps - step - 1)
             line += f"  {duration(left, whole=True)} left"
         is_last = step + 1 == self._total_steps
