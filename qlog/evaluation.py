@@ -140,7 +140,9 @@ def _sample_all(
                     partial.write(num_done, batch)
             num_done += len(batch)
             left = (time.monotonic() - began) / (num_done - num_saved) * (total - num_done)
-            line.show(f"{far()}  {duration(left, whole=True)} left", num_done / total)
+            line.show(
+                far() + (f"  {duration(left, whole=True)} left" if left else ""), num_done / total
+            )
 
     if partial and is_first_process:
         partial.finish(rows)
