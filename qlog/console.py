@@ -187,7 +187,7 @@ def duration(seconds: float, whole: bool = False) -> str:
     """
     if not math.isfinite(seconds):
         return f"{seconds} s"
-    if whole and round(seconds) < 60:
+    if (whole and round(seconds) < 60) or not seconds:
         return f"{round(seconds)} s"
     if 0 < seconds < 0.0995:  # in seconds it would show one digit, or none
         return f"{1e3 * seconds:.2g} ms"
@@ -266,7 +266,8 @@ def plain_console(width: int = 110) -> "Console":
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
     colours = "auto" if has_colours() else None
-    return Console(width=width, markup=False, emoji=False, color_system=colours)
+    # Without its highlighter, which colours parts of numbers such as 1,234.
+    return Console(width=width, markup=False, emoji=False, highlight=False, color_system=colours)
 
 
 def show_markdown(text: str) -> None:
@@ -283,41 +284,59 @@ def show_markdown(text: str) -> None:
     console = plain_console()
     for paragraph in text.strip().split("\n\n"):
         if paragraph.startswith("| "):
-            _draw_table(console, paragraph.splitlines())
+            draw_table(console, _cells_of(paragraph.splitlines()))
         else:
             # What stands in angle brackets is a name here, never HTML, which would not be shown.
             console.print(Markdown(paragraph.replace("<", "\\<")))
             console.print()
 
 
-def _draw_table(console: "Console", lines: Sequence[str]) -> None:
-    """A table of `markdown_table`; a list of its rows where the terminal is too narrow for it."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+def _cells_of(lines: Sequence[str]) -> list[list[str]]:
+    """The cells of a table that `markdown_table` made, without the line below its header."""
     # Between the bars at both ends; a bar within a cell has a backslash before it.
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     header, _, *rows = [[cell.replace("\\|", "|") for cell in line] for line in cells]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    return [header, *rows]
+
+
+def draw_table(
+    console: "Console",
+    cells: Sequence[Sequence[str]],
+    title: str = "",
+    justify: Literal["left", "right"] = "left",
+) -> None:
+    """Prints a table; a list of its rows where the console is too narrow for it.
+
+    Args:
+      cells: the header, then the rows; all of one length.
+      justify: of all columns but the first.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    header, *rows = cells
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left")
     for index, name in enumerate(header):
-        words = [word for line in (header, *rows) for word in line[index].split()]
-        table.add_column(name, min_width=max(map(len, words), default=0))  # no word is cut
+        words = [word for line in cells for word in line[index].split()]
+        longest = max(map(len, words), default=0)
+        # No word is cut.
+        table.add_column(name, min_width=longest, justify=justify if index else "left")
     for row in rows:
         table.add_row(*row)
     # Asked without a limit, or the terminal's width would be the answer.
-    if console.measure(table, options=console.options.update(max_width=10_000)).minimum <= (
-        console.width
-    ):
+    unlimited = console.options.update(max_width=10_000)
+    if console.measure(table, options=unlimited).minimum <= console.width:
         console.print(table)
         return
+    if title:
+        console.print(title, style="italic")
     for first, *others in rows:
         facts = [f"{name} {cell}" for name, cell in zip(header[1:], others, strict=True)]
         # Lines break between facts only: for that long their spaces are others.
         text = "; ".join(fact.replace(" ", "\xa0") for fact in facts)
         console.print(first, style="bold")
-        console.print(
-            textwrap.indent(textwrap.fill(text, console.width - 2), "  ").replace("\xa0", " ")
-        )
+        text = textwrap.indent(textwrap.fill(text, console.width - 2), "  ")
+        console.print(text.replace("\xa0", " "))
     console.print()
 
 

@@ -35,7 +35,7 @@ is installed.
 import pathlib
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 from qlog.commands import entry, program
 from qlog.config import command_line
@@ -80,7 +80,6 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             "--config=FILE is needed, such as --config=configs/quickstart.py; --help has examples."
         )
-    logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
     # Imported after the flags were read, which takes seconds: a wrong flag is reported at once.
     from qlog.parallel import distributed, process
 

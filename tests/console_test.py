@@ -62,7 +62,7 @@ def test_a_reader_that_has_gone_ends_a_command_quietly():
 @pytest.mark.parametrize(
     "seconds, text",
     [
-        (0, "0.00 s"),
+        (0.0, "0 s"),
         (0.0004, "0.4 ms"),
         (0.038, "38 ms"),
         (0.0994, "99 ms"),

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
 from qlog.aot.programs import StepLoops, step_programs
 from qlog.config import schema
-from qlog.console import ProgressLine, duration, plain_console, say
+from qlog.console import ProgressLine, draw_table, duration, plain_console, say
 from qlog.errors import ConfigError
 from qlog.experiment import prepare_shapes
 from qlog.experiment.cost import remedy, step_tokens
@@ -62,7 +61,9 @@ def run_compile(
 
     # ---- For the user ----
     console = plain_console(150)
-    console.print(_table(programs, chip, topology))
+    rows = [[name, *_cells(program, chip)] for name, program in programs.items()]
+    title = f"{topology}, per chip ({chip.usable / _GIB:.2f} GiB of HBM for programs)"
+    draw_table(console, [_COLUMNS, *rows], title)
     console.print(
         f"Of a training step {_which(lengths)} (evaluate: between steps, so 0 runs of one). Pools "
         "that shrink count as parts of runs, loops as often as they run. FLOPs are those of matrix "
@@ -174,16 +175,6 @@ _COLUMNS = (
     "roofline",
     "by",
 )
-
-
-def _table(programs: Mapping[str, CompiledProgram], chip: Chip, topology: str) -> Table:
-    title = f"{topology}, per chip ({chip.usable / _GIB:.2f} GiB of HBM for programs)"
-    table = Table(title=title, title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column)
-    for name, program in programs.items():
-        table.add_row(name, *_cells(program, chip))
-    return table
 
 
 def _cells(program: CompiledProgram, chip: Chip) -> list[str]:

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from qlog import models
 from qlog.benchmark import measure, work
-from qlog.console import ProgressLine, duration, plain_console
+from qlog.console import ProgressLine, draw_table, duration, plain_console
 from qlog.experiment import prepare_shapes
 from qlog.storage import strict_json
 
@@ -124,23 +123,23 @@ def show(facts: Mapping[str, Any]) -> None:
         f"prompt {facts['prompt']}, rationale {facts['rationale']}, answer {facts['answer']}; "
         f"peaks of one device {flops / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.0f} GB/s"
     )
-    table = Table(title=title, title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "phase" else "right")
+    rows = []
     for name, row in facts["phases"].items():
         memory = row.get("device_peak_bytes", row.get("process_peak_bytes"))
         bandwidth = f"{row['of_bandwidth']:.2f}" if row["of_bandwidth"] else ""
-        table.add_row(
-            name,
-            duration(row["seconds"]),
-            duration(row["first_call"]),
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['of_matmul_peak']:.2f}",
-            bandwidth,
-            f"{memory / 2**30:.2f} GiB",
+        rows.append(
+            (
+                name,
+                duration(row["seconds"]),
+                duration(row["first_call"]),
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['of_matmul_peak']:.2f}",
+                bandwidth,
+                f"{memory / 2**30:.2f} GiB",
+            )
         )
     console = plain_console(130)
-    console.print(table)
+    draw_table(console, [_COLUMNS, *rows], title, justify="right")
     whole = facts["phases"]["train"]["seconds"]
     shares = (
         f"{name} {duration(seconds)} ({seconds / whole:.0%})"

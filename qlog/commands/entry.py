@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from qlog.commands import help_pages
 from qlog.config import command_line, schema
@@ -113,9 +113,12 @@ def _parse(argv: list[str]) -> list[str]:
     """
     try:
         sys.argv = command_line.with_flag_files(argv)
-        return command_line.parse(sys.argv)
+        rest = command_line.parse(sys.argv)
     except MISTAKES as error:
         _fail(sentence(error))
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell their every move at INFO
+    return rest
 
 
 def only_flags(argv: list[str]) -> None:

@@ -130,8 +130,8 @@ class Interrupts:
         """A sign of life; raises Stop if `any_asked`, which must be the same on every process.
 
         Args:
-          doing: what is under way, in words for the user, 'PHASE' or 'PHASE: how far'; '' says
-            nothing.
+          doing: what is under way, in words for the user, 'PHASE' or 'PHASE: how far  and more'; ''
+            says nothing.
         """
         self._alive = time.monotonic()
         self.on_beat()

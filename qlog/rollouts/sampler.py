@@ -285,7 +285,7 @@ class _Decoder:
         step, going, stop = jax.device_get(look)
         if interrupts:
             doing = (
-                f"decoding: token {step} of at most {self._sampling.max_length}, "
+                f"decoding: token {step} of at most {self._sampling.max_length}  "
                 f"{going.sum()} of {self._batch.keys.size} rollouts go on"
             )
             interrupts.beat(bool(stop), doing if until else "")  # `rehearse` speaks for itself
@@ -323,7 +323,9 @@ class _Decoder:
         here, transitions = self._plan.sizes[0], self._plan.transitions()
         for number, (old, new) in enumerate(transitions, 1):
             if self._interrupts:
-                self._interrupts.beat(doing=f"compiling: decoding, {number} of {len(transitions)}")
+                self._interrupts.beat(
+                    doing=f"compiling: decoding, part {number} of {len(transitions)}"
+                )
             if old != here:
                 nothing = np.full(
                     (self._plan.shards.number * old.num_blocks, old.lanes_per_block),
