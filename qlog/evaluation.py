@@ -126,12 +126,14 @@ def _sample_all(
 
     # Sample the rest, and save each batch at once.
     line, began, num_done = ProgressLine(), time.monotonic(), num_saved
-    title = f"evaluating {parameters_from}"
-    if not sampling.rationale_budget:
-        title += " without rationales"
-    far = lambda: f"{title}: {num_done}/{total} questions"
-    line.begin(far(), num_done / total)  # the first call compiles
-    tell = lambda doing: line.beat(f"{far()}  {doing}", num_done / total)
+    title = "evaluating" if sampling.rationale_budget else "evaluating without rationales"
+
+    # What is longest comes last: on a narrow terminal it is left out.
+    def text(*facts: str) -> str:
+        return "  ".join([f"{title}: {num_done}/{total} questions", *facts, parameters_from])
+
+    line.begin(text(), num_done / total)  # the first call compiles
+    tell = lambda doing: line.beat(text(doing), num_done / total)
     with interrupts.telling(tell) if interrupts else contextlib.nullcontext():
         for batch in sample_answers(experiment, params, sampling, num_saved, interrupts):
             if is_first_process:
@@ -140,9 +142,8 @@ def _sample_all(
                     partial.write(num_done, batch)
             num_done += len(batch)
             left = (time.monotonic() - began) / (num_done - num_saved) * (total - num_done)
-            line.show(
-                far() + (f"  {duration(left, whole=True)} left" if left else ""), num_done / total
-            )
+            facts = (f"{duration(left, whole=True)} left",) if left else ()
+            line.show(text(*facts), num_done / total)
 
     if partial and is_first_process:
         partial.finish(rows)

@@ -45,7 +45,7 @@ def test_a_finished_run_says_what_it_wrote_and_what_comes_next(tmp_path):
             "step 1/2  decoding: token ",
             "step 1/2  learning",
             "step 1/2  loss ",
-            "evaluating step 2: 0/6 questions",
+            "evaluating: 0/6 questions  step 2",
         ),
         strict=True,
     ):
