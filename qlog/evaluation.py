@@ -130,7 +130,8 @@ def _sample_all(
 
     # What is longest comes last: on a narrow terminal it is left out.
     def text(*facts: str) -> str:
-        return "  ".join([f"{title}: {num_done}/{total} questions", *facts, parameters_from])
+        far = f"{title}: {num_done}/{total} questions"
+        return "  ".join(filter(None, [far, *facts, parameters_from]))
 
     line.begin(text(), num_done / total)  # the first call compiles
     tell = lambda doing: line.beat(text(doing), num_done / total)
