@@ -179,7 +179,7 @@ def _bar(share: float) -> str:
     return styled(done * full, "green") + styled(left * (_BAR - full), "dim")
 
 
-def duration(seconds: float, whole: bool = False) -> str:
+def time_text(seconds: float, whole: bool = False) -> str:
     """Seconds as people read them: '38 ms', '4.3 s', '4 min 10 s', '2 h 05 min', '3 d 04 h'.
 
     Args:

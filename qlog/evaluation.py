@@ -21,7 +21,7 @@ from qlog import data, models
 from qlog.config import schema
 from qlog.config.check import evaluation_scorers
 from qlog.config.streams import Stream, stream_key
-from qlog.console import ProgressLine, duration, say
+from qlog.console import ProgressLine, say, time_text
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment
 from qlog.experiment.contents import identity
@@ -143,7 +143,7 @@ def _sample_all(
                     partial.write(num_done, batch)
             num_done += len(batch)
             left = (time.monotonic() - began) / (num_done - num_saved) * (total - num_done)
-            facts = (f"{duration(left, whole=True)} left",) if left else ()
+            facts = (f"{time_text(left, whole=True)} left",) if left else ()
             line.show(text(*facts), num_done / total)
 
     if partial and is_first_process:

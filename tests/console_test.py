@@ -83,11 +83,11 @@ def test_a_reader_that_has_gone_ends_a_command_quietly():
     ],
 )
 def test_times_are_as_people_read_them(seconds, text):
-    assert console.duration(seconds) == text
+    assert console.time_text(seconds) == text
 
 
 def test_times_that_are_guessed_have_no_parts_of_a_second():
-    whole = [console.duration(seconds, whole=True) for seconds in (0.0, 0.04, 12.7, 59.6, 250.4)]
+    whole = [console.time_text(seconds, whole=True) for seconds in (0.0, 0.04, 12.7, 59.6, 250.4)]
     assert whole == ["0 s", "0 s", "13 s", "1 min 00 s", "4 min 10 s"]
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
 from qlog.aot.programs import StepLoops, step_programs
 from qlog.config import schema
-from qlog.console import ProgressLine, draw_table, duration, plain_console, say
+from qlog.console import ProgressLine, draw_table, plain_console, say, time_text
 from qlog.errors import ConfigError
 from qlog.experiment import prepare_shapes
 from qlog.experiment.cost import remedy, step_tokens
@@ -73,7 +73,7 @@ def run_compile(
     )
     console.print(
         f"decode: at most {tokens / decode:,.0f} tokens/s on the whole slice; "
-        f"step: at least {duration(step)}, at most {tokens / step:,.0f} tokens/s"
+        f"step: at least {time_text(step)}, at most {tokens / step:,.0f} tokens/s"
     )
     for line in advice:
         console.print(f"does not fit: {line}")
@@ -134,7 +134,7 @@ def compile_run(
         start = time.monotonic()
         ProgressLine().begin(f"{topology} {name}: compiling")
         programs[name] = compile_program(lowered, runs, resident, trips)
-        say(f"{topology} {name}: compiled in {duration(time.monotonic() - start)}")
+        say(f"{topology} {name}: compiled in {time_text(time.monotonic() - start)}")
     return programs, CHIPS[kind]
 
 
@@ -192,6 +192,6 @@ def _cells(program: CompiledProgram, chip: Chip) -> list[str]:
         ("" if cost.is_whole else "> ") + f"{runs * cost.flops / 1e12:,.2f}",
         f"{runs * cost.bytes / 1e9:,.1f}",
         sent or "none",
-        duration(program.seconds(chip)),
+        time_text(program.seconds(chip)),
         max(times, key=lambda resource: times[resource]),
     ]

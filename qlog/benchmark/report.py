@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from qlog import models
 from qlog.benchmark import measure, work
-from qlog.console import ProgressLine, draw_table, duration, plain_console
+from qlog.console import ProgressLine, draw_table, plain_console, time_text
 from qlog.experiment import prepare_shapes
 from qlog.storage import strict_json
 
@@ -130,8 +130,8 @@ def show(facts: Mapping[str, Any]) -> None:
         rows.append(
             (
                 name,
-                duration(row["seconds"]),
-                duration(row["first_call"]),
+                time_text(row["seconds"]),
+                time_text(row["first_call"]),
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['of_matmul_peak']:.2f}",
                 bandwidth,
@@ -142,7 +142,7 @@ def show(facts: Mapping[str, Any]) -> None:
     draw_table(console, [_COLUMNS, *rows], title, justify="right")
     whole = facts["phases"]["train"]["seconds"]
     shares = (
-        f"{name} {duration(seconds)} ({seconds / whole:.0%})"
+        f"{name} {time_text(seconds)} ({seconds / whole:.0%})"
         for name, seconds in facts["train_parts"].items()
     )
     console.print(f"time of train by part, each run by itself, then the rest: {', '.join(shares)}")

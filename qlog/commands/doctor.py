@@ -31,7 +31,7 @@ from qlog import data, experiment, losses, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.console import complain, duration, output, plain_console, printable
+from qlog.console import complain, output, plain_console, printable, time_text
 from qlog.errors import ConfigError, summary
 from qlog.experiment import cost, files
 from qlog.parallel import distributed, process, sharding
@@ -167,7 +167,7 @@ def _all_reduce() -> str:
     if error is not None:
         raise error
     num_devices = jax.device_count()
-    return f"{num_devices} devices, {_MIB_PER_DEVICE} MiB each in {duration(seconds[0])}"
+    return f"{num_devices} devices, {_MIB_PER_DEVICE} MiB each in {time_text(seconds[0])}"
 
 
 def _time_all_reduce() -> float:

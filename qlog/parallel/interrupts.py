@@ -38,7 +38,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qlog.console import duration, put
+from qlog.console import put, time_text
 from qlog.errors import PassingError, Stop
 from qlog.parallel import batch_placement, distributed
 
@@ -309,7 +309,7 @@ class Interrupts:
     def _stalled(self, seconds: float) -> None:
         """Shows where each thread is, to find the cause, and ends the process."""
         print(
-            f"qlog: nothing has happened for {duration(seconds)}; the stacks of all threads "
+            f"qlog: nothing has happened for {time_text(seconds)}; the stacks of all threads "
             f"follow, then this process ends with status {PassingError.status}",
             file=sys.stderr,
             flush=True,

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from qlog.console import duration, markdown_table, say, show_markdown
+from qlog.console import markdown_table, say, show_markdown, time_text
 from qlog.report import figures, groups, health, page, read, tables, texts
 from qlog.report.records import Group, Run
 from qlog.storage import paths, strict_json
@@ -174,7 +174,7 @@ def _run_row(run: Run) -> dict[str, Any] | None:
 def _with_time(row: dict[str, Any]) -> dict[str, Any]:
     """A run's line as people read it: the time it took instead of its seconds."""
     seconds = row["seconds"]
-    time = seconds if isinstance(seconds, str) else duration(seconds)
+    time = seconds if isinstance(seconds, str) else time_text(seconds)
     return {name: value for name, value in row.items() if name != "seconds"} | {"time": time}
 
 

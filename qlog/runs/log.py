@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from qlog.console import ProgressLine, duration, say
+from qlog.console import ProgressLine, say, time_text
 from qlog.errors import Stop
 from qlog.runs.folder import METRICS
 from qlog.runs.trackers import Ending, Harmless, TensorBoard, Tracker, WandB
@@ -157,7 +157,7 @@ class RunLog:
         line = f"step {step + 1}/{self._total_steps}"
         if done > 1 and step + 1 < self._total_steps:
             left = (now - self._started) / (done - 1) * (self._total_steps - step - 1)
-            line += f"  {duration(left, whole=True)} left"
+            line += f"  {time_text(left, whole=True)} left"
         is_last = step + 1 == self._total_steps
         # The first one for good: it compiled, and shows how the run begins.
         self._line.show(
