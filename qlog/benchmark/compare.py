@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qlog.console import markdown_table, show_markdown, time_text, versions
+from qlog.console import markdown_table, show_markdown, versions
 from qlog.storage import strict_json
 
 SIZES = {
@@ -403,7 +403,7 @@ def breakdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for text, row in rows.items():
         qlog = row["qlog"]
         shares = {
-            name: f"{time_text(seconds)}, {seconds / qlog['median']:.0%}"
+            name: f"{seconds:.2f} s, {seconds / qlog['median']:.0%}"
             for name, seconds in qlog.get("parts", {}).items()
         }
         if shares:
