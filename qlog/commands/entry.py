@@ -1,8 +1,10 @@
 """What the commands share: flags in, a page of help out, and a mistake told in one sentence."""
 
+import _thread
 import itertools
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -32,6 +34,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       main: takes what is left of the command line, and returns the exit status.
     """
     about = sys.modules["__main__"].__doc__ or ""
+    sys.unraisablehook = _interrupt_again
     try:
         with output():
             if not show_about(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
@@ -48,6 +51,17 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if reason := paths.sentence(error):  # a store, a network or a disk failed
             _fail(reason, PassingError.status)
         raise
+
+
+def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """For Ctrl-C in code whose exceptions Python drops: JAX has a hook of the garbage collector.
+
+    A moment later the main thread is elsewhere, and gets it once more.
+    """
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 # ---- Help ----

@@ -192,7 +192,8 @@ def test_what_is_only_measured_cannot_spoil_the_gradient(batch):
         )[0]
         for surrogate in (measuring, losses.linear())
     )
-    trees.assert_equal(found, expected)
+    # Two programs, which may add up in another order.
+    trees.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_gold_answers_are_spliced_after_each_rationale():

@@ -51,6 +51,35 @@ def test_a_signal_is_not_lost_where_python_drops_exceptions(place):
     assert "Traceback" not in done.stderr
 
 
+_EARLY = """
+import gc, os, signal, sys, time
+from qlog.commands import entry
+from qlog.config import command_line
+
+command_line.define()
+
+def get_signal(*_):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):  # its handler runs here
+        pass
+
+def main(argv):
+    gc.callbacks.append(get_signal)
+    gc.collect()
+    for _ in range(200):
+        time.sleep(0.1)
+    print("and is forgotten", flush=True)
+
+entry.run(main)
+"""
+
+
+def test_ctrl_c_is_not_lost_before_a_command_listens():
+    done = subprocess.run([sys.executable, "-c", _EARLY], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_signs_of_life_say_what_is_done_to_who_listens():
     outer, inner = [], []
     with interrupts.listening() as stop:
