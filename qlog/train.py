@@ -25,7 +25,7 @@ from qlog.grading.scorers import ScorerError
 from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState
-from qlog.runs import checkpoints, ownership
+from qlog.runs import checkpoint_reader, checkpoints, ownership
 from qlog.runs import folder as names
 from qlog.runs.folder import FINAL, RESULTS
 from qlog.runs.log import RunLog, numbers, read_events
@@ -58,7 +58,7 @@ def claimed(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[ownershi
       PassingError: another run has the workdir.
     """
     check_config(config)
-    workdir = checkpoints.place(workdir, "--workdir")
+    workdir = checkpoint_reader.place(workdir, "--workdir")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interrupts.listening())
         stop.speaks = jax.process_index() == 0
@@ -97,7 +97,7 @@ def run(
       Stop: a signal came before the first step.
     """
     config = experiment.config
-    workdir = checkpoints.place(workdir, "--workdir")
+    workdir = checkpoint_reader.place(workdir, "--workdir")
     if experiment.train_data is None:
         raise ValueError("experiment.train_data is None: `prepare(config)` opens it.")
     if claim is not None and claim.workdir != workdir:
@@ -417,7 +417,9 @@ class _Training:
             if step != self.step:
                 del params, self.state, self.reference
                 folder = self._workdir / "checkpoints" / str(step)
-                params = checkpoints.load_params(folder, experiment.abstract_params(), "--workdir")
+                params = checkpoint_reader.load_params(
+                    folder, experiment.abstract_params(), "--workdir"
+                )
             # ---- Numbers ----
             metrics = evaluation.evaluate(
                 experiment,

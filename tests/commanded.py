@@ -11,7 +11,7 @@ import trees
 from places import ROOT, TESTS
 
 from qlog.experiment import prepare
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 
 _FILE = """
@@ -78,7 +78,7 @@ def assert_same_run(workdir, whole, num_layers=None):
     config = tiny.config(**CHANGES, mesh={"data": 1})
     config.architecture.num_layers = num_layers or config.architecture.num_layers
     abstract = prepare(config, jax.devices()[:1], train=False, evaluate=False).abstract_params()
-    load = lambda folder: checkpoints.load_params(folder, abstract, which="latest")
+    load = lambda folder: checkpoint_reader.load_params(folder, abstract, which="latest")
     trees.assert_equal(load(workdir), load(whole))
     assert _rows(workdir) == _rows(whole)
     for name in ("rollouts.jsonl", "samples/step_000002.jsonl", "samples/step_000004.jsonl"):

@@ -14,7 +14,7 @@ import trees
 from places import ROOT, TESTS
 
 from qlog.experiment import prepare
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 
 STEPS = 4
@@ -59,7 +59,7 @@ def uninterrupted(tmp_path_factory, cache):
 def params(workdir):
     config = tiny.config(mesh={"data": 1})
     abstract = prepare(config, jax.devices()[:1], train=False, evaluate=False).abstract_params()
-    return checkpoints.load_params(workdir, abstract, which="latest")
+    return checkpoint_reader.load_params(workdir, abstract, which="latest")
 
 
 def latest(workdir):

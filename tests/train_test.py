@@ -25,7 +25,7 @@ from qlog.errors import ConfigError, PassingError, TrainingError
 from qlog.experiment import prepare
 from qlog.experiment.files import data_limits
 from qlog.report import read
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 from qlog.storage import paths
 
@@ -35,7 +35,7 @@ NAMES = ("amy", "bea", "cal", "dan")
 
 def _params(config, workdir):
     abstract = prepare(config, ONE).abstract_params()
-    return checkpoints.load_params(workdir, abstract)
+    return checkpoint_reader.load_params(workdir, abstract)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from qlog.experiment import Experiment, cost, prepare
 from qlog.experiment.contents import check_trained_ids
 from qlog.parallel import distributed, interrupts
 from qlog.rollouts import lengths as rollout_lengths
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.storage import paths
 from qlog.storage.paths import Path
 
@@ -232,7 +232,7 @@ def _find(workdir: Path, checkpoint: str) -> Path | None:
     if checkpoint == "base":
         return None
     try:
-        return checkpoints.find_checkpoint(workdir, "--workdir", checkpoint)
+        return checkpoint_reader.find_checkpoint(workdir, "--workdir", checkpoint)
     except ConfigError as error:
         raise ConfigError(f"{error} The model before training is --checkpoint=base.") from None
 
@@ -251,7 +251,7 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
         params, step = experiment.init_params(), None
         parameters_from = f"base: {config.init_from or config.weights}"
     else:
-        params = checkpoints.load_params(path, experiment.abstract_params(), "--workdir")
+        params = checkpoint_reader.load_params(path, experiment.abstract_params(), "--workdir")
         step, parameters_from = int(path.name) if path.name.isdigit() else None, str(path)
         _notice_other_prompts(experiment, path)
     say(f"parameters: {parameters_from}")
@@ -260,7 +260,9 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
 
 def _notice_other_prompts(experiment: Experiment, path: Path) -> None:
     """Says so where prompts are not written as those that the checkpoint was trained on."""
-    before = distributed.once_per_run(lambda: checkpoints.made_of(path)[1].get("tokenizer", ""))
+    before = distributed.once_per_run(
+        lambda: checkpoint_reader.made_of(path)[1].get("tokenizer", "")
+    )
     now = experiment.formatter and experiment.formatter.digest
     if before and before != now:
         say(

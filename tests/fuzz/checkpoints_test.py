@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -158,7 +158,7 @@ def test_damaged_checkpoints(record_property, whole, experiment, states, tmp_pat
         # ---- Who only reads: the same parameters, and nothing is renamed ----
         there = sorted(workdir.rglob("*"))
         try:
-            found = checkpoints.load_params(
+            found = checkpoint_reader.load_params(
                 workdir, experiment.abstract_params(), "--workdir", "latest"
             )
         except ConfigError as error:
@@ -212,7 +212,7 @@ def runs(tmp_path_factory):
 
 def test_damaged_workdirs(record_property, runs, tmp_path):
     abstract = prepare(RUN, ONE, train=False, evaluate=False).abstract_params()
-    load = lambda workdir, step: checkpoints.load_params(workdir, abstract, which=str(step))
+    load = lambda workdir, step: checkpoint_reader.load_params(workdir, abstract, which=str(step))
     expected = {step: load(runs / "finished", step) for step in range(1, 7)}
     workdir = tmp_path / "run"
 
@@ -229,7 +229,7 @@ def test_damaged_workdirs(record_property, runs, tmp_path):
         # ---- Every checkpoint that is there has the numbers of an undamaged run ----
         left = [f for f in (workdir / "checkpoints").iterdir() if f.name.isdigit()]
         for folder in left:
-            if not checkpoints.fault(folder, ("params",)):
+            if not checkpoint_reader.fault(folder, ("params",)):
                 trees.assert_equal(load(workdir, folder.name), expected[int(folder.name)])
         if name == "stopped":  # it was trained to its end, and each new step is in the log once
             assert "6" in {folder.name for folder in left}

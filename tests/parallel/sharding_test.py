@@ -16,7 +16,7 @@ from qlog.experiment import prepare
 from qlog.learner.optimizer import apply_update
 from qlog.parallel import batch_placement, sharding
 from qlog.rollouts import sampler
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 
 # float32 sums in another order; Adam's eps keeps its first step smooth.
@@ -40,7 +40,11 @@ def _one_step(folder, devices=None, **mesh):
     tiny.run(config, folder, devices)
     abstract = prepare(config, devices).abstract_params()
     row = read_jsonl(folder / "metrics.jsonl")[0]
-    return read_jsonl(folder / "rollouts.jsonl"), row, checkpoints.load_params(folder, abstract)
+    return (
+        read_jsonl(folder / "rollouts.jsonl"),
+        row,
+        checkpoint_reader.load_params(folder, abstract),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import tiny
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader, checkpoints
 
 ONE = jax.devices()[:1]
 
@@ -34,7 +34,7 @@ def test_the_latest_and_the_best_are_kept_though_scores_come_after_the_save(expe
             if step in scores:
                 saved.score(step, scores[step], "m@4")
     assert steps(tmp_path) == [2, 5, 6]  # 2 and 3 are equally good: the first, which trained less
-    find = checkpoints.find_checkpoint
+    find = checkpoint_reader.find_checkpoint
     assert find(tmp_path, "--workdir").name == "2"
     assert find(tmp_path / "checkpoints", "--workdir", "latest").name == "6"
     assert find(tmp_path, "--workdir", "5").name == "5"
@@ -63,7 +63,7 @@ def test_a_finished_run_may_leave_the_best_parameters_only(tmp_path):
     assert scores[str(step)]["of"] == "m@4 of 6 questions, validation, temperature 1.0, contains"
     assert not (tmp_path / "checkpoints" / str(step) / "training").exists()
     abstract = prepare(config, ONE, train=False).abstract_params()
-    checkpoints.load_params(tmp_path, abstract)
+    checkpoint_reader.load_params(tmp_path, abstract)
     assert tiny.run(config, tmp_path, ONE).metrics == outcome.metrics
     with pytest.raises(ConfigError, match="begin another with --config.init_from="):
         tiny.run(schema.merge(config, {"train": {"steps": 5}}), tmp_path, ONE)

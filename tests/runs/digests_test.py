@@ -14,7 +14,7 @@ from damage import DAMAGE, cut, empty, files, flip, make_old, restore, save
 
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
-from qlog.runs import checkpoints, digests
+from qlog.runs import checkpoint_reader, checkpoints, digests
 from qlog.storage import paths
 
 ONE = jax.devices()[:1]
@@ -53,7 +53,7 @@ def test_each_file_damaged_in_each_way_is_noticed(damage, whole, tmp_path):
         copy = tmp_path / str(number) / "checkpoints" / "9"
         shutil.copytree(whole / "checkpoints/9", copy)
         DAMAGE[damage](copy.parent.parent / name)
-        assert checkpoints.fault(copy), name
+        assert checkpoint_reader.fault(copy), name
 
 
 def test_flipped_bytes_at_random_places_are_noticed(whole, tmp_path):
@@ -65,9 +65,9 @@ def test_flipped_bytes_at_random_places_are_noticed(whole, tmp_path):
         file = rng.choices(found, [f.stat().st_size for f in found])[0]
         before = file.read_bytes()
         flip(file, rng.randrange(len(before)))
-        assert checkpoints.fault(copy), file
+        assert checkpoint_reader.fault(copy), file
         file.write_bytes(before)
-    assert not checkpoints.fault(copy)
+    assert not checkpoint_reader.fault(copy)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -157,7 +157,7 @@ def test_readers_pass_over_damaged_ones_and_rename_nothing(workdir, experiment, 
     shutil.rmtree(workdir / "checkpoints/9/params/ocdbt.process_0")
     abstract = experiment.abstract_params()
     for which in ("best", "latest"):
-        found = checkpoints.load_params(workdir, abstract, "--workdir", which)
+        found = checkpoint_reader.load_params(workdir, abstract, "--workdir", which)
         trees.assert_equal(found, states[6].params)
     said = capsys.readouterr().out
     assert "checkpoints/3 is damaged (the content of params/" in said and "step 6 is taken" in said
@@ -165,10 +165,10 @@ def test_readers_pass_over_damaged_ones_and_rename_nothing(workdir, experiment, 
     assert {f.name for f in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}
     for folder, which in ((workdir, "9"), (workdir / "checkpoints/9", "best")):
         with pytest.raises(ConfigError, match="is damaged .*: take another"):
-            checkpoints.find_checkpoint(folder, "--workdir", which)
+            checkpoint_reader.find_checkpoint(folder, "--workdir", which)
     # Damage of what is not read does no harm.
     shutil.rmtree(workdir / "checkpoints/6/training")
-    assert checkpoints.find_checkpoint(workdir, "--workdir", "6").name == "6"
+    assert checkpoint_reader.find_checkpoint(workdir, "--workdir", "6").name == "6"
 
 
 def test_the_best_is_chosen_among_whole_ones(workdir):
@@ -188,7 +188,7 @@ def test_another_model_is_told_with_the_shapes_of_both_sides(workdir):
         ConfigError,
         match=r"another model: embed is \[48, 16\] there and \[48, 32\] here; .* more differ\.",
     ):
-        checkpoints.load_params(workdir, abstract, "config.init_from")
+        checkpoint_reader.load_params(workdir, abstract, "config.init_from")
 
 
 def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys):
@@ -208,7 +208,7 @@ def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys
                 content = bytearray(file.read_bytes())
                 content[len(content) // 2] ^= 0x10
                 paths.write(file, bytes(content))
-            assert checkpoints.fault(workdir / "checkpoints/9")
+            assert checkpoint_reader.fault(workdir / "checkpoints/9")
         step, state = restore(workdir, experiment)
         assert step == 6
         trees.assert_equal(state, states[6])

@@ -15,7 +15,7 @@ import trees
 
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment import prepare
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import RunLog, read_jsonl
 
 ONE = jax.devices()[:1]
@@ -70,7 +70,9 @@ def rows(workdir):
 
 def assert_same_run(workdir, whole):
     abstract = prepare(CONFIG, ONE, train=False, evaluate=False).abstract_params()
-    one, two = (checkpoints.load_params(w, abstract, which="latest") for w in (workdir, whole))
+    one, two = (
+        checkpoint_reader.load_params(w, abstract, which="latest") for w in (workdir, whole)
+    )
     trees.assert_equal(one, two)
     assert rows(workdir) == rows(whole)
     for name in ("rollouts.jsonl", "samples/step_000003.jsonl", "samples/step_000006.jsonl"):
