@@ -6,18 +6,19 @@ import damage
 import fuzzing
 import jax
 import pytest
+import same_runs
 import tiny
 import trees
+from damage import STEPS
 from hypothesis import strategies as st
 
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.runs import checkpoint_reader
-from qlog.runs.log import read_jsonl
 
 pytestmark = pytest.mark.slow
 ONE = jax.devices()[:1]
-STEPS = (3, 6, 9)
+experiment, states, whole = damage.experiment, damage.states, damage.whole  # fixtures
 
 
 # ---- Ways to damage: each takes files and folders, a place in the file, and some bytes ----
@@ -124,26 +125,6 @@ def content(folder):
 # ---- Checkpoints alone ----
 
 
-@pytest.fixture(scope="module")
-def experiment():
-    return prepare(tiny.config(), ONE, train=False, evaluate=False)
-
-
-@pytest.fixture(scope="module")
-def states(experiment):
-    """A state for each step, with parameters that differ from step to step."""
-    state = experiment.init_state(experiment.init_params())
-    scaled = lambda step: jax.tree.map(lambda leaf: leaf * (1 + step), state.params)
-    return {step: state._replace(params=scaled(step)) for step in STEPS}
-
-
-@pytest.fixture(scope="module")
-def whole(experiment, states, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole")
-    damage.save(workdir, experiment, states)
-    return workdir
-
-
 def test_damaged_checkpoints(record_property, whole, experiment, states, tmp_path, capsys):
     before = {step: content(whole / "checkpoints" / str(step)) for step in STEPS}
     workdir = tmp_path / "run"
@@ -196,7 +177,6 @@ RUN = tiny.config(
     train={"steps": 6}, checkpoint={"every": 1, "keep": 9}, evaluation={"every": 3, "prompts": 4}
 )
 _STOPPED_AT = 4
-_TIMED = ("seconds", "per_s", "compilations", "steps_since", "utilization", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +222,7 @@ def test_damaged_workdirs(record_property, runs, tmp_path):
 def _new_steps(workdir):
     """What the log says of the steps that a stopped run had still to do."""
     return [
-        {k: v for k, v in row.items() if not any(t in k for t in _TIMED)}
-        for row in read_jsonl(workdir / "metrics.jsonl")
+        row
+        for row in same_runs.rows(workdir)
         if row.get("phase") == "train" and row["step"] >= _STOPPED_AT
     ]
