@@ -23,7 +23,7 @@ import tiny
 from qlog import evaluation, experiment
 from qlog.commands import modes
 from qlog.errors import Stop
-from qlog.learner import gradient
+from qlog.learner import gradient, planning
 from qlog.parallel import distributed, interrupts
 from qlog.rollouts import sampler
 from qlog.runs import checkpoints, log
@@ -91,7 +91,7 @@ def seal():
 
 
 def main():
-    gradient._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
+    planning._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
     evaluation.BATCHES_PER_CALL = 1  # as of many questions, which take several calls
     before(sampler, "decode", "decode")
     before(gradient, "add_microbatches", "gradient")

@@ -20,7 +20,7 @@ from qlog.aot.hlo_cost import DataLoop, all_slices
 from qlog.experiment import Experiment
 from qlog.experiment.cost import bytes_per_device
 from qlog.experiment.parts import BATCHES_PER_CALL
-from qlog.learner import gradient
+from qlog.learner import gradient, planning
 from qlog.learner.blocks import Blocks
 from qlog.learner.blocks import Work as LearnerWork
 from qlog.learner.optimizer import apply_update
@@ -54,7 +54,7 @@ class StepLoops(NamedTuple):
     | scope | where | an iteration is |
     |---|---|---|
     | decode_steps | rollouts/sampler.py | a token of every rollout, until all are done |
-    | packs | learner/gradient.py | a microbatch of packed rollouts, until none is left |
+    | packs | learner/forward.py | a microbatch of packed rollouts, until none is left |
     | attention_blocks | models/attention/blocks.py | a block of keys that some query sees |
 
     The TPU kernels of attention count as `attention_blocks`. Every other loop has a constant number
@@ -328,7 +328,7 @@ def _learner_work(experiment: Experiment, lengths: np.ndarray | None) -> Learner
     updates = config.train.updates_per_batch
     parts = [_lengths(experiment, lengths)[index::updates] for index in range(updates)]
     work = [
-        gradient.planned_work(
+        planning.planned_work(
             part,
             experiment.policy.config,
             config.data.max_prompt_tokens,

@@ -14,7 +14,7 @@ import optax
 
 from qlog import losses, models
 from qlog.benchmark import measure
-from qlog.learner import gradient
+from qlog.learner import forward
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
 from qlog.learner.types import LearnerBatch, Microbatch, Objective, UpdateMetrics
@@ -153,7 +153,7 @@ def rollout_phases(
 
     def score_fresh() -> jax.Array:
         everything = Microbatch(size.prompts, size.rollouts)
-        return gradient.reference_log_probs(
+        return forward.reference_log_probs(
             params, draws, prompts, batch.trajectories, 1.0, everything
         )
 
