@@ -15,7 +15,8 @@ from qlog.commands import next_steps, several_runs
 from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import is_live, say, show_table
-from qlog.data import chat_templates, tokenizer_files
+from qlog.data import chat_templates
+from qlog.data.tokenizers import companions
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, cost, prepare
 from qlog.experiment.contents import check_trained_ids
@@ -174,7 +175,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     if tokenizer.path:  # None of a synthetic task's, which `save` writes
         copied = models.huggingface.tokenizer_files(tokenizer.path.parent)
     if tokenizer.chat_template:  # `save` writes the one that prompts were written in
-        copied = [file for file in copied if file.name != tokenizer_files.TEMPLATE]
+        copied = [file for file in copied if file.name != companions.TEMPLATE]
     distributed.once_per_run(lambda: str(tokenizer.save(folder)))
     # Other libraries take the ids at which to stop from the model's config.
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
@@ -195,10 +196,10 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
 
 def _drop_chat_template(folder: Path) -> None:
     """Removes the model's own template, in which this run wrote no prompt."""
-    for name in (tokenizer_files.TEMPLATE, tokenizer_files.PROCESSOR_TEMPLATE):
+    for name in (companions.TEMPLATE, companions.PROCESSOR_TEMPLATE):
         if paths.exists(folder / name):
             paths.remove(folder / name)
-    file = folder / tokenizer_files.CONFIG
+    file = folder / companions.CONFIG
     if paths.exists(file):
         kept = {k: v for k, v in json.loads(paths.read(file)).items() if k != "chat_template"}
         paths.write(file, json.dumps(kept, indent=2))
