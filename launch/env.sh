@@ -25,9 +25,10 @@ export PYTHONUNBUFFERED=1
 # Compiler options that you measured to help; none is set by default.
 # export LIBTPU_INIT_ARGS=...
 
-# qlog refuses what cannot fit into the memory that a device has. Where it takes that for less than
-# there is, say the bytes of one device here.
+# qlog refuses what cannot fit into the memory that a device has, or its host. Where it takes that
+# for less than there is, say the bytes of one device, or of this host, here.
 # export QLOG_MEMORY=64e9
+# export QLOG_HOST_MEMORY=512e9
 
 # NVIDIA GPUs. None of these was measured with qlog.
 # export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92  # JAX takes 0.75 of the memory by default

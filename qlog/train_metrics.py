@@ -85,7 +85,8 @@ def _speeds(
       seconds: by phase.
     """
     num_devices = experiment.mesh.devices.size
-    peak = chips.peak_flops(experiment.mesh.devices.flat[0].device_kind)  # of one; None: unknown
+    peaks = chips.peaks(experiment.mesh.devices.flat[0].device_kind)  # of one
+    peak = peaks.flops if peaks else None
     flops = _flops(experiment, groups) if peak else {}
     # A prompt counts once for its whole group, as it is computed.
     prompt_tokens = groups.prompts.lengths.sum()
@@ -269,21 +270,12 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
             f"{num_rollouts}: {train.prompts_per_step * num_rollouts} rollouts per step"
         ),
         "budgets": budgets,
-        **_tokens_line(experiment),
-        "memory": cost.describe(experiment, experiment.evaluation_data is not None),
+        **cost.describe(experiment, experiment.evaluation_data is not None),
         "estimator": _estimator_call(config),
         **_reward_line(experiment),
         "steps": f"{train.steps}" + (f", resuming at {start_step}" if start_step else ""),
         "workdir": workdir,
     }
-
-
-def _tokens_line(experiment: Experiment) -> dict[str, str]:
-    """What a step samples at most; {} where rationales are annotated."""
-    if experiment.estimator.rationale == "annotated":
-        return {}
-    most = cost.step_tokens(experiment.config)
-    return {"tokens per step": f"at most {most:,}, where all rationales spend their budget"}
 
 
 def _reward_line(experiment: Experiment) -> dict[str, str]:

@@ -18,8 +18,8 @@ from qlog import losses, models
 from qlog.aot.compiler import compile_lowered
 from qlog.aot.hlo_cost import DataLoop, all_slices
 from qlog.experiment import Experiment
-from qlog.experiment.cost import bytes_per_device
 from qlog.experiment.parts import BATCHES_PER_CALL
+from qlog.experiment.phases import bytes_per_device
 from qlog.learner import gradient, planning
 from qlog.learner.blocks import Blocks
 from qlog.learner.blocks import Work as LearnerWork

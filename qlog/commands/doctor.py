@@ -272,7 +272,8 @@ def _memory(config: ConfigDict) -> str:
     """The devices can hold a step, as far as a lower bound tells."""
     shapes, evaluate = experiment.prepare_shapes(config), config.evaluation.every > 0
     cost.check(shapes, train=True, evaluate=evaluate)
-    return cost.describe(shapes, evaluate)
+    found = cost.describe(shapes, evaluate)
+    return "; ".join([found.pop("memory"), *(f"{name}: {text}" for name, text in found.items())])
 
 
 def main(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ renders the same text. A vocabulary without one gets a turn of `BUILT_IN`.
 import datetime
 import json
 import pathlib
+import threading
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,10 @@ BUILT_IN_NAME = "builtin"
 # run that resumes tomorrow would train on other prompts. This one is the default of Llama 3's own
 # template; users set another one by the template's own variable (Llama 3: date_string).
 TODAY = datetime.datetime(2024, 7, 26)
+_MOST_STEPS = 100_000  # bodies of loops and macros, in one prompt
+_MOST_BITS = 10_000  # of a number
+_MOST_CHARACTERS = 10**8  # of a text that is repeated, or items of a list
+_STEP = "_qlog_step"  # what templates know `_STEPS` by; the names that they read begin otherwise
 # Variables that belong to qlog: users change them by other fields, or not at all.
 _RESERVED = ("messages", "add_generation_prompt", "enable_thinking", "thinking")
 
@@ -154,6 +159,7 @@ class ChatTemplate:
             "thinking": thinking,
         }
         try:
+            _STEPS.reset()
             text = template.render(variables)
             # Half of a surrogate pair is no character. In the user's text it is not the template's.
             text.replace(content, "").encode()
@@ -171,6 +177,7 @@ class ChatTemplate:
         """The user's variable without which the template renders; None if there is none."""
         for name in self._arguments:
             try:
+                _STEPS.reset()
                 self._template().render({k: v for k, v in variables.items() if k != name})
             except Exception:  # it fails without this one, too
                 continue
@@ -191,7 +198,8 @@ class ChatTemplate:
             tree = _ENVIRONMENT.parse(self.source)
         except Exception as error:
             raise self._fault(error) from error
-        return {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx == "load"}
+        names = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx == "load"}
+        return names - {_STEP}
 
     def _fault(self, error: Exception) -> ConfigError:
         line = getattr(error, "lineno", None)  # of a syntax error
@@ -275,11 +283,61 @@ def _tojson(
     )
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with an end: a template that loops, recurses or grows too far is an error.
+
+    Work is counted, not timed, so that a template that renders does so on every machine. Each body
+    of a loop and of a macro begins with a call of `_step`.
+    """
+
+    # What one operation can make too large: 9 ** (9 ** 9) alone runs for hours.
+    intercepted_binops = frozenset(["*", "**"])
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for node in tree.find_all((jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)):
+            call = jinja2.nodes.Call(jinja2.nodes.Name(_STEP, "load"), [], [], None, None)
+            node.body.insert(0, jinja2.nodes.ExprStmt(call, lineno=node.lineno))
+        return tree
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            times = abs(right) if operator == "**" else 1
+            is_large = left.bit_length() * times + right.bit_length() > _MOST_BITS
+        else:  # a text or a list, repeated
+            sizes = [abs(x) if isinstance(x, int) else len(x) for x in (left, right) if _sized(x)]
+            is_large = len(sizes) == 2 and sizes[0] * sizes[1] > _MOST_CHARACTERS
+        if is_large:
+            raise jinja2.exceptions.SecurityError(f"{operator} makes more than a prompt can hold")
+        return super().call_binop(context, operator, left, right)
+
+
+def _sized(value: Any) -> bool:
+    return isinstance(value, (int, str, list, tuple))
+
+
+class _Steps:
+    """How many bodies of loops and macros a template may still begin, in this thread."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+
+    def reset(self) -> None:
+        self._of_thread.left = _MOST_STEPS
+
+    def __call__(self) -> None:
+        self._of_thread.left -= 1
+        if self._of_thread.left < 0:
+            raise jinja2.exceptions.SecurityError(
+                f"its loops and macros do not end within {_MOST_STEPS:,} steps"
+            )
+
+
+def _environment() -> _Environment:
     """Jinja as transformers sets it up: templates are written for exactly these settings."""
     # Immutable: a template cannot change the lists and dicts that it is given. The sandbox refuses
     # attributes that begin with an underscore, by which Python objects lead out of it.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
@@ -289,7 +347,9 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["namespace"] = _Namespace
+    environment.globals[_STEP] = _STEPS
     return environment
 
 
+_STEPS = _Steps()
 _ENVIRONMENT = _environment()

@@ -24,29 +24,26 @@ CHIPS = {
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 31.25 * 2**30),
     "TPU7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 300e9, 94.75 * 2**30),
 }
-# bf16 FLOP/s, dense, from NVIDIA's data sheets of A100 and H100/H200 (SXM). Programs for GPUs are
-# not compiled ahead of time, so their other peaks are not needed.
-GPU_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
+
+
+class Gpu(NamedTuple):
+    """Public peaks of a GPU; no more is needed, since no program is compiled for it elsewhere."""
+
+    flops: float  # bf16 FLOP/s, dense
+    hbm: float  # bytes of memory
+    hbm_speed: float  # bytes/s, to and from that memory
+
+
+# From NVIDIA's data sheets of A100 and H100/H200 (SXM). Of memory these say 40, 80 and 141 GB;
+# counted in units of 2^30 that is no less than what the driver reports.
+GPUS = {
+    "NVIDIA A100-SXM4-40GB": Gpu(312e12, 40 * 2**30, 1555e9),
+    "NVIDIA A100-SXM4-80GB": Gpu(312e12, 80 * 2**30, 2039e9),
+    "NVIDIA H100 80GB HBM3": Gpu(989.4e12, 80 * 2**30, 3350e9),
+    "NVIDIA H200": Gpu(989.4e12, 141 * 2**30, 4800e9),
 }
-# Bytes of memory, from the same data sheets. These say 40, 80 and 141 GB; counted in units of 2^30
-# that is no less than what the driver reports.
-GPU_MEMORY = {
-    "NVIDIA A100-SXM4-40GB": 40 * 2**30,
-    "NVIDIA A100-SXM4-80GB": 80 * 2**30,
-    "NVIDIA H100 80GB HBM3": 80 * 2**30,
-    "NVIDIA H200": 141 * 2**30,
-}
 
 
-def memory(kind: str) -> float | None:
-    """All bytes of a device of this kind, as `jax.Device.device_kind`; None for unknown kinds."""
-    return CHIPS[kind].hbm if kind in CHIPS else GPU_MEMORY.get(kind)
-
-
-def peak_flops(kind: str) -> float | None:
-    """bf16 FLOP/s of a device of this kind, as `jax.Device.device_kind`; None for unknown kinds."""
-    return CHIPS[kind].flops if kind in CHIPS else GPU_FLOPS.get(kind)
+def peaks(kind: str) -> Chip | Gpu | None:
+    """Of a device of this kind, as `jax.Device.device_kind`; None for unknown kinds."""
+    return CHIPS.get(kind) or GPUS.get(kind)

@@ -243,6 +243,14 @@ def once_per_host(function: Callable[[], Any]) -> Any:
     return outcomes[mine]["value"]
 
 
+def processes_of_host() -> int:
+    """How many processes share this host, as `once_per_host` means it. Every process must call."""
+    if jax.process_count() == 1:
+        return 1
+    hosts = gather([{"host": _host()}])
+    return hosts.count(hosts[jax.process_index()])
+
+
 def broadcast(value: Any) -> Any:
     """The value of process 0 (what JSON can hold), on every process. Every process must call."""
     if jax.process_count() == 1:

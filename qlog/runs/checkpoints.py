@@ -78,6 +78,7 @@ class Checkpoints:
         # know the score of an older checkpoint: it reads the dict that `score` writes to.
         latest = ocp.training.preservation_policies.LatestN(keep)
         self._saving: int | None = None  # the step of the save that began last
+        self._about: dict[str, Any] = {}  # what that save says of itself
         self._response: Any = None  # Orbax's, of that save
         self._is_broken = False  # whether other processes wait for a part that will not come
         # (A function: Orbax copies its options deeply, and with a method the object it is of.)
@@ -140,7 +141,7 @@ class Checkpoints:
         about = {"config": json.loads(config), "identity": identity or {}, HAS_DIGESTS: True}
 
         def start() -> None:
-            self._saving = step
+            self._saving, self._about = step, about
             _failures.clear()
             self._response = self._checkpointer.save_checkpointables_async(
                 step, parts, custom_metadata=about
@@ -161,7 +162,7 @@ class Checkpoints:
         if not paths.is_remote(folder):
             begun = [n for n in paths.names(self._steps) if n.startswith(f"{step}{_UNFINISHED}")]
             folder = self._steps / begun[-1]
-        digests.write(folder, step)
+        digests.write(folder, step, self._about)
 
     def check(self) -> None:
         """Whether the save under way has failed; costs nothing. Once per step.

@@ -7,7 +7,8 @@ that a disk changed would be taken as it is. So CHECKPOINT/digests.json has
 |-------|--------------------------------------------------------------------------------------|
 | step  | the step of training, so that a copy under another name is noticed                   |
 | files | {name: [bytes, digest]} of each file, named from the checkpoint's folder on          |
-| about | the digest of what _CHECKPOINT_METADATA says: Orbax adds the time to it later        |
+| about | the digest of what the run said of the checkpoint, which Orbax puts into               |
+|       | _CHECKPOINT_METADATA: as given, since Orbax writes that file in a thread of its own    |
 
 It is written when all other files are, and before the checkpoint gets its name: so a checkpoint
 has it from its first moment. A digest is the SHA-256 of the content. A bucket has one of each
@@ -40,11 +41,12 @@ _THREADS = 8  # hashing leaves Python's lock to others
 _seen: dict[str, tuple[int, int, str]] = {}
 
 
-def write(folder: Path, step: int) -> None:
+def write(folder: Path, step: int, about: Mapping[str, Any]) -> None:
     """Writes the digests of all files in the folder of a checkpoint; one process calls it.
 
     Args:
       step: of training.
+      about: what Orbax was given as the checkpoint's custom metadata.
 
     Raises:
       OSError: a file cannot be read, or the digests cannot be written.
@@ -60,7 +62,7 @@ def write(folder: Path, step: int) -> None:
                 name: [(local / name).stat().st_size, digest]
                 for name, digest in zip(names, digests, strict=True)
             }
-    _save(folder, step, found, _about(folder))
+    _save(folder, step, found, _digest_of(about))
 
 
 def forget(folder: Path, item: str) -> None:
@@ -191,13 +193,17 @@ def _save(folder: Path, step: int, files: Mapping[str, Sequence[Any]], about: st
 def _about(folder: Path) -> str:
     """The digest of what a checkpoint says of itself, whenever it was written; '' without."""
     try:
-        said = json.loads(_read_about(folder / _ABOUT))
-        kept = {name: said[name] for name in ("item_handlers", "custom_metadata")}
+        return _digest_of(json.loads(_read_about(folder / _ABOUT))["custom_metadata"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if paths.is_remote(folder) and paths.passes(error):
             raise
         return ""
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(about: Mapping[str, Any]) -> str:
+    """The same for what JSON makes equal, such as tuples and lists."""
+    as_read = json.loads(json.dumps(about))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _read_about(file: Path) -> str:

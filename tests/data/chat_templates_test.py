@@ -172,6 +172,17 @@ def test_what_templates_of_transformers_may_use(tmp_path):
         ("{% set n = namespace() %}{% set n._x = 1 %}", r"\(SecurityError"),
         ("{{ 1 / 0 }}" + TURN, r"\(ZeroDivisionError"),
         ("{% for x in range(10**9) %}x{% endfor %}", r"\(OverflowError"),
+        (
+            "{% for x in range(9999) %}{% for y in range(9999) %}{% endfor %}{% endfor %}",
+            r"\(SecurityError: its loops and macros do not end within 100,000 steps",
+        ),
+        (
+            "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+            "{{ m(99) }}",
+            r"\(SecurityError: its loops",
+        ),
+        ("{{ 9 ** (9 ** 9) }}" + TURN, r"\(SecurityError: \*\* makes more"),
+        ("{{ 'x' * 10 ** 12 }}" + TURN, r"\(SecurityError: \* makes more"),
         ("{{ '\\ud800' }}" + TURN, r"\(UnicodeEncodeError"),
         ("nothing", "does not write the user's text"),
         ("", "does not write the user's text"),

@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import shutil
+import time
 
 import buckets
 import damage
@@ -158,3 +159,20 @@ def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys
         assert paths.names(workdir / "checkpoints") == ["3", "6", "9.damaged"]
         save(workdir, experiment, {9: states[9]})
         assert restore(workdir, experiment)[0] == 9
+
+
+def test_a_description_that_is_written_late_is_whole(experiment, states, tmp_path, monkeypatch):
+    """Orbax writes it in a thread, which a slow disk or a busy machine keeps waiting."""
+    from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
+
+    slow, written = orbax_metadata._MetadataStoreImpl.update, []
+
+    def update(self, file_path, **fields):
+        time.sleep(0.5)
+        slow(self, file_path, **fields)
+        written.append(sorted(fields))
+
+    monkeypatch.setattr(orbax_metadata._MetadataStoreImpl, "update", update)
+    save(tmp_path, experiment, {3: states[3]})
+    assert ["custom_metadata", "item_handlers"] in [sorted(set(f)) for f in written], written
+    assert not checkpoint_reader.fault(tmp_path / "checkpoints/3")
