@@ -30,6 +30,7 @@ from qlog.parallel import batch_placement, distributed
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Rollouts
 from qlog.rollouts import sampler
+from qlog.rollouts.decoding import Sampling
 from qlog.rollouts.text import rollout_texts
 from qlog.runs import folder
 from qlog.storage import json_lines, paths
@@ -104,7 +105,7 @@ def evaluate(
 def _sample_all(
     experiment: Experiment,
     params: models.Params,
-    sampling: sampler.Sampling,
+    sampling: Sampling,
     partial: "_PartialSamples | None",
     parameters_from: str,
     interrupts: Interrupts | None,
@@ -384,7 +385,7 @@ def _are_flags(value: Any) -> bool:
 def sample_answers(
     experiment: Experiment,
     params: models.Params,
-    sampling: sampler.Sampling,
+    sampling: Sampling,
     start: int = 0,
     interrupts: Interrupts | None = None,
 ) -> Iterator[list[Row]]:

@@ -33,7 +33,7 @@ from qlog.grading.scorers import Panel
 from qlog.learner import optimizer
 from qlog.parallel import sharding
 from qlog.policy import Policy
-from qlog.rollouts.sampler import Sampling
+from qlog.rollouts.decoding import Sampling
 from qlog.runs import checkpoint_reader
 
 

@@ -20,7 +20,7 @@ from qlog.learner.types import Microbatch
 from qlog.parallel import distributed, sharding
 from qlog.policy import Policy
 from qlog.records import TrainState
-from qlog.rollouts.sampler import Sampling
+from qlog.rollouts.decoding import Sampling
 from qlog.runs import checkpoint_reader
 from qlog.storage import paths
 
