@@ -146,10 +146,10 @@ def rollout_phases(
 
     def score() -> jax.Array:
         for _ in range(waves):
-            log_w = scoring.score_answers(
+            log_probs = scoring.token_log_probs(
                 weights, draws, pool.prefix, pool.suffix, pool.rollouts.tokens, closed, golds
             )
-        return log_w
+        return log_probs  # [B, M, A]; log w is their sum
 
     def score_fresh() -> jax.Array:
         everything = Microbatch(size.prompts, size.rollouts)

@@ -69,17 +69,3 @@ def token_log_probs(
     )
     is_gold = jnp.arange(num_tokens) < golds.lengths[:, None, None]
     return jnp.where(is_gold, log_probs, 0.0)
-
-
-@functools.partial(jax.jit, static_argnames=("policy",))
-def score_answers(
-    params: models.Params,
-    policy: Policy,
-    prefix: models.Prefix,
-    suffix: models.Suffix,
-    tokens: Array,
-    rationale_lengths: Array,
-    golds: Golds,
-) -> Array:
-    """log w_m, float32 [B, M]: the sum of `token_log_probs`, of the same arguments."""
-    return token_log_probs(params, policy, prefix, suffix, tokens, rationale_lengths, golds).sum(-1)
