@@ -8,14 +8,18 @@ other programs.
 
 import contextlib
 import io
+import math
 import os
 import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
+
+from qlog import __version__
 
 # Libraries that take long to import are not imported above: a command that only shows its help, or
 # refuses a flag, should not wait for them.
@@ -26,9 +30,10 @@ if TYPE_CHECKING:
 # that turn the direction of writing. Records, names and paths may hold them.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _CLEAR = "\r\x1b[2K"  # to the start of the line, and clear it
-_PLAIN_WIDTH = 110  # columns of a table that goes into a file or a pipe
 _BAR = 16  # columns of a progress bar
 _PAUSE = 0.1  # seconds between two states of a line: more often would flicker
+# Seconds after which a reader wonders whether anything happens: of a terminal, of other output.
+_SILENCE_LIVE, _SILENCE = 2.0, 30.0
 _STYLES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "33", "cyan": "36"}
 Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
 _ALARM = re.compile(r"(?:warning:|NOTE:?)(?= )")  # how a line begins that should be noticed
@@ -107,8 +112,8 @@ class ProgressLine:
     _is_open = False  # whether a line stands on the terminal that the next text takes the place of
 
     def __init__(self, every: float = 10.0, after: float = 0.0):
-        self._every, self._printed = every, time.monotonic()
-        self._next = self._printed + after  # when a terminal gets the next one
+        self._every, self._shown = every, time.monotonic()
+        self._next = self._shown + after  # when a terminal gets the next one
 
     def show(self, text: str, share: float | None = None, force: bool = False) -> None:
         """Shows the line.
@@ -123,7 +128,7 @@ class ProgressLine:
         if is_live():
             if now < self._next and not force:
                 return
-            self._next = now + _PAUSE
+            self._shown, self._next = now, now + _PAUSE
             # A line that wraps could not be cleared: it is cut one column before the edge.
             columns = width() - 1
             bar = ""
@@ -131,9 +136,18 @@ class ProgressLine:
                 bar, columns = _bar(share) + " ", columns - _BAR - 1
             print(f"{_CLEAR}{bar}{_cut(text, columns)}", end="\n" if force else "", flush=True)
             ProgressLine._is_open = not force
-        elif force or now - self._printed >= self._every:
-            self._printed = now
+        elif force or now - self._shown >= self._every:
+            self._shown = now
             print(text, flush=True)
+
+    def begin(self, text: str, share: float | None = None) -> None:
+        """Shows what begins and may say nothing for long: elsewhere than on a terminal at once."""
+        self.show(text, share, force=not is_live())
+
+    def beat(self, text: str, share: float | None = None) -> None:
+        """Shows what is under way, if nothing was shown for so long that a reader wonders."""
+        if time.monotonic() - self._shown >= (_SILENCE_LIVE if is_live() else _SILENCE):
+            self.begin(text, share)
 
     @staticmethod
     def clear() -> None:
@@ -165,11 +179,30 @@ def _bar(share: float) -> str:
     return styled(done * full, "green") + styled(left * (_BAR - full), "dim")
 
 
-def clock(seconds: float) -> str:
-    """Seconds as text: 75 -> '1:15'."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def time_text(seconds: float, whole: bool = False) -> str:
+    """Seconds as people read them: '38 ms', '4.3 s', '4 min 10 s', '2 h 05 min', '3 d 04 h'.
+
+    Args:
+      whole: no parts of a second, for a time that is guessed.
+    """
+    if not math.isfinite(seconds):
+        return f"{seconds} s"
+    if (whole and round(seconds) < 60) or not seconds:
+        return f"{round(seconds)} s"
+    if 0 < seconds < 0.0995:  # in seconds it would show one digit, or none
+        return f"{1e3 * seconds:.2g} ms"
+    if seconds < 0.995:
+        return f"{seconds:.2f} s"
+    if seconds < 59.95 and not whole:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {left:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours:02d} h"
 
 
 def put(text: str) -> None:
@@ -195,6 +228,16 @@ def complain(text: str) -> None:
     print(f"{styled('qlog:', 'red', sys.stderr)} {printable(text)}", file=sys.stderr, flush=True)
 
 
+def versions() -> str:
+    """What --version prints: 'qlog 0.1.0, jax 0.10.2, Python 3.11.7'."""
+    import importlib.metadata
+    import platform
+
+    # Not jax.__version__: JAX takes a second to import.
+    jax = importlib.metadata.version("jax")
+    return f"qlog {__version__}, jax {jax}, Python {platform.python_version()}"
+
+
 # ---- Tables ----
 
 
@@ -208,21 +251,93 @@ def show_table(title: str, facts: Mapping[str, object]) -> None:
         table.add_column(overflow="fold")  # paths are not cut short
         for name, value in facts.items():
             table.add_row(name, printable(str(value)))
-        ProgressLine.clear()
-        # Without a terminal there is no width to fit: a fixed one.
-        plain_console(None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
+        plain_console().print(table)
 
 
-def plain_console(width: int | None) -> "Console":
+def plain_console(width: int = 110) -> "Console":
     """Where tables are printed: [words] and :words: of cells are text, and no orders to rich.
 
     Args:
-      width: in columns; None is the terminal's.
+      width: columns of a table that goes into a file or a pipe; a terminal has its own.
     """
     from rich.console import Console
 
+    ProgressLine.clear()
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
     colours = "auto" if has_colours() else None
-    return Console(width=width, markup=False, emoji=False, color_system=colours)
+    # Without its highlighter, which colours parts of numbers such as 1,234.
+    return Console(width=width, markup=False, emoji=False, highlight=False, color_system=colours)
+
+
+def show_markdown(text: str) -> None:
+    """A page of Markdown for the user: drawn on a terminal, elsewhere as it is."""
+    if not is_first_process():
+        return
+    text = printable(text)
+    if not is_live():
+        ProgressLine.clear()
+        print(text, flush=True)
+        return
+    from rich.markdown import Markdown
+
+    console = plain_console()
+    for paragraph in text.strip().split("\n\n"):
+        if paragraph.startswith("| "):
+            draw_table(console, _cells_of(paragraph.splitlines()))
+        else:
+            # What stands in angle brackets is a name here, never HTML, which would not be shown.
+            console.print(Markdown(paragraph.replace("<", "\\<")))
+            console.print()
+
+
+def _cells_of(lines: Sequence[str]) -> list[list[str]]:
+    """The cells of a table that `markdown_table` made, without the line below its header."""
+    # Between the bars at both ends; a bar within a cell has a backslash before it.
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    header, _, *rows = [[cell.replace("\\|", "|") for cell in line] for line in cells]
+    return [header, *rows]
+
+
+def draw_table(
+    console: "Console",
+    cells: Sequence[Sequence[str]],
+    title: str = "",
+    justify: Literal["left", "right"] = "left",
+) -> None:
+    """Prints a table; a list of its rows where the console is too narrow for it.
+
+    Args:
+      cells: the header, then the rows; all of one length.
+      justify: of all columns but the first.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    header, *rows = cells
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left")
+    for index, name in enumerate(header):
+        words = [word for line in cells for word in line[index].split()]
+        longest = max(map(len, words), default=0)
+        # No word is cut.
+        table.add_column(name, min_width=longest, justify=justify if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    # Asked without a limit, or the terminal's width would be the answer.
+    unlimited = console.options.update(max_width=10_000)
+    if console.measure(table, options=unlimited).minimum <= console.width:
+        console.print(table)
+        return
+    if title:
+        console.print(title, style="italic")
+    for first, *others in rows:
+        facts = [f"{name} {cell}" for name, cell in zip(header[1:], others, strict=True)]
+        # Lines break between facts only: for that long their spaces are others.
+        text = "; ".join(fact.replace(" ", "\xa0") for fact in facts)
+        console.print(first, style="bold")
+        text = textwrap.indent(textwrap.fill(text, console.width - 2), "  ")
+        console.print(text.replace("\xa0", " "))
+    console.print()
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

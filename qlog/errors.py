@@ -1,5 +1,6 @@
 """The exceptions that a user is meant to read, and the exit status of each."""
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -68,7 +69,7 @@ def summary(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-# Modules of the extra `train` in setup.cfg, which holds what the commands need.
+# Modules of the extra `train` in setup.cfg: all of qlog needs them, but its losses.
 TRAIN_MODULES = (
     "absl",
     "etils",
@@ -93,11 +94,34 @@ TRAIN_MODULES = (
 )
 
 
+# What can be imported without them.
+_WITHOUT_TRAIN = ("losses", "errors", "console")
+
+
+def check_rooms() -> None:
+    """From now on, to import a room of qlog that needs the extra `train` calls `require_train`.
+
+    Without it the first import of a package that is missing would fail, in whichever module that
+    stands, with a sentence that names neither the extra nor the remedy.
+    """
+    sys.meta_path.insert(0, _Rooms())
+
+
+class _Rooms:
+    """A finder of modules that finds none: Python asks it first, and then all others."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        package, _, rest = name.partition(".")
+        if package == "qlog" and rest.partition(".")[0] not in _WITHOUT_TRAIN:
+            require_train()
+
+
+@functools.cache  # an import asks for each module; a call that raises asks again
 def require_train() -> None:
     """Refuses where the extra `train` is not installed: qlog can be installed for its losses only.
 
-    What a command imports first calls it. A command then ends with one sentence and status 2. Other
-    programs, a notebook for example, get an exception, which does not end them.
+    A command then ends with one sentence and status 2. Other programs, a notebook for example, get
+    an exception, which does not end them.
 
     Raises:
       ImportError: a package is missing, and it is another program that imports.
@@ -116,8 +140,8 @@ def require_train() -> None:
             "" if made else ", which launch/install makes"
         )
     sentence = (
-        f"commands need the packages of the extra train, and {missing} is missing from "
-        f"{sys.executable}: {remedy}."
+        f"all of qlog but its losses needs the extra train, and its package {missing} is missing "
+        f"from {sys.executable}: {remedy}."
     )
     if not _is_command():
         raise ImportError(sentence, name=missing)

@@ -5,6 +5,7 @@ computed again. The way of a row: `sample_answers` makes it, `_PartialSamples` k
 evaluation is under way, `_summarise` grades it, `recompute` reads it back.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,7 @@ from qlog import data, models
 from qlog.config import schema
 from qlog.config.check import evaluation_scorers
 from qlog.config.streams import Stream, stream_key
-from qlog.console import ProgressLine, clock, say
+from qlog.console import ProgressLine, say, time_text
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment
 from qlog.experiment.contents import identity
@@ -126,17 +127,25 @@ def _sample_all(
 
     # Sample the rest, and save each batch at once.
     line, began, num_done = ProgressLine(), time.monotonic(), num_saved
-    title = f"evaluating {parameters_from}"
-    line.show(f"{title}: {num_done}/{total} questions", num_done / total)  # the first call compiles
-    for batch in sample_answers(experiment, params, sampling, num_saved, interrupts):
-        if is_first_process:
-            rows += batch
-            if partial:
-                partial.write(num_done, batch)
-        num_done += len(batch)
-        left = (time.monotonic() - began) / (num_done - num_saved) * (total - num_done)
-        text = f"{title}: {num_done}/{total} questions  {clock(left)} left"
-        line.show(text, num_done / total)
+    title = "evaluating" if sampling.rationale_budget else "evaluating without rationales"
+
+    # What is longest comes last: on a narrow terminal it is left out.
+    def text(*facts: str) -> str:
+        far = f"{title}: {num_done}/{total} questions"
+        return "  ".join(filter(None, [far, *facts, parameters_from]))
+
+    line.begin(text(), num_done / total)  # the first call compiles
+    tell = lambda doing: line.beat(text(doing), num_done / total)
+    with interrupts.telling(tell) if interrupts else contextlib.nullcontext():
+        for batch in sample_answers(experiment, params, sampling, num_saved, interrupts):
+            if is_first_process:
+                rows += batch
+                if partial:
+                    partial.write(num_done, batch)
+            num_done += len(batch)
+            left = (time.monotonic() - began) / (num_done - num_saved) * (total - num_done)
+            facts = (f"{time_text(left, whole=True)} left",) if left else ()
+            line.show(text(*facts), num_done / total)
 
     if partial and is_first_process:
         partial.finish(rows)

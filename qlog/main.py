@@ -28,24 +28,23 @@ Does a run fit on TPUs, and how long does a step take? No TPU is needed:
 
 Where qlog is installed, `qlog` is short for `python -m qlog.main`; `qlog report`,
 `qlog doctor`, `qlog show`, `qlog stage` and `qlog status` are the other commands.
-Each has a --help. --helpfull lists the flags of libraries, too.
+Each has a --help. --helpfull lists the flags of libraries, too, and --version what
+is installed.
 """
 
 import pathlib
 import sys
 
-from qlog.commands import entry  # isort: skip  (first: it says what is not installed)
+from absl import flags
 
-from absl import flags, logging
-
+from qlog.commands import entry, program
 from qlog.config import command_line
 from qlog.errors import ConfigError
 
 _CONFIG = command_line.define()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; '' is runs/<config's name>.")
-_MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample", "export", "compile"], "What to do."
-)
+_MODES = ("train", "evaluate", "sample", "export", "compile")
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "best",
@@ -76,12 +75,11 @@ _DISTRIBUTED = flags.DEFINE_enum(
 
 def main(argv: list[str]) -> int:
     """Reads the flags, connects the processes of the run, and does what --mode asks for."""
-    entry.only_flags(argv)
+    _only_flags(argv)
     if _CONFIG.value is None:
         raise ConfigError(
             "--config=FILE is needed, such as --config=configs/quickstart.py; --help has examples."
         )
-    logging.set_verbosity(logging.WARNING)  # Orbax tells its every move at INFO
     # Imported after the flags were read, which takes seconds: a wrong flag is reported at once.
     from qlog.parallel import distributed, process
 
@@ -104,6 +102,33 @@ def main(argv: list[str]) -> int:
                 lengths=_LENGTHS.value,
                 argv=sys.argv,
             )
+
+
+def _only_flags(argv: list[str]) -> None:
+    """Refuses a word besides the flags: it is often meant as a command, as other programs have it.
+
+    Raises:
+      ConfigError: there is one.
+    """
+    if len(argv) < 2:
+        return
+    from qlog.losses.checks import closest
+
+    word = argv[1]
+    if word in _MODES:
+        raise ConfigError(
+            f"{word!r} is a mode: write --mode={word}, as in qlog --config=FILE --mode={word}."
+        )
+    if "=" in word:
+        raise ConfigError(
+            f"{word!r} is no flag: settings are given as --config.section.key=value, with dashes."
+        )
+    commands = list(program.SUBCOMMANDS)
+    raise ConfigError(
+        f"there is no command {word!r}{closest(word, [*commands, *_MODES])}: qlog --config=FILE "
+        f"trains, and with --mode={'|'.join(_MODES[1:])} uses what was trained; the commands are "
+        f"qlog {', '.join(commands[:-1])} and {commands[-1]}."
+    )
 
 
 def default_workdir(spec: str) -> str:

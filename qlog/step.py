@@ -167,6 +167,8 @@ def learn(
     objective = Objective(estimator.surrogate, experiment.sampling.temperature)
     num_updates = config.train.updates_per_batch
     with watch("train") as ready:
+        if interrupts:
+            interrupts.beat(doing="learning")
         # ---- Coefficients: constants for what follows, computed before any update.
         trajectories = _trajectories(experiment, groups)
         loss_key = jax.random.fold_in(key, StepStream.LOSS)
@@ -197,7 +199,7 @@ def learn(
                 experiment.microbatch,
                 # A signal before the first update gives the step up. Later the step goes on to its
                 # end: the update has taken the buffers of `state`, and nothing can be given up.
-                before_each=interrupts and (interrupts.beat if index else interrupts.check),
+                before_each=_sign_of_life(interrupts, may_stop=index == 0),
             )
             if with_terms and index == 0:
                 terms = measure_terms(
@@ -207,7 +209,7 @@ def learn(
                     objective,
                     experiment.microbatch,
                     grads,
-                    before_each=interrupts and interrupts.check,  # nothing is updated yet
+                    before_each=_sign_of_life(interrupts, may_stop=True),  # nothing is updated yet
                 )
             state, update = apply_update(
                 state, loss_state, grads, optimizer=experiment.optimizer, mesh=experiment.mesh
@@ -218,6 +220,17 @@ def learn(
     # The mismatch is that of the first update: the parameters of later ones are not the sampler's.
     total = functools.reduce(merge, sums)._replace(mismatch=sums[0].mismatch)
     return StepResult(state, total, update, coefficients, terms)
+
+
+def _sign_of_life(interrupts: Interrupts | None, may_stop: bool) -> Callable[[], None] | None:
+    """What is called before each program of the gradient.
+
+    Args:
+      may_stop: whether a signal ends the step there.
+    """
+    if not interrupts:
+        return None
+    return functools.partial(interrupts.check if may_stop else interrupts.beat, doing="learning")
 
 
 @functools.partial(jax.jit, static_argnames=("estimator",))

@@ -254,6 +254,7 @@ class _Training:
         self.log = stack.enter_context(
             RunLog(workdir, self.step, self._config, is_lost=lambda: claim.is_lost)
         )
+        stack.enter_context(stop.telling(self.log.doing))
         self._compilations = stack.enter_context(contextlib.closing(process.Compilations()))
         self._num_compiled = self._compilations.num_compiled
         self._saved_at = time.monotonic()

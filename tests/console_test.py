@@ -59,7 +59,87 @@ def test_a_reader_that_has_gone_ends_a_command_quietly():
     assert status == 141 and "BrokenPipe" not in err
 
 
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.0, "0 s"),
+        (0.0004, "0.4 ms"),
+        (0.038, "38 ms"),
+        (0.0994, "99 ms"),
+        (0.0996, "0.10 s"),
+        (0.999, "1.0 s"),
+        (12.345, "12.3 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (250.4, "4 min 10 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (48 * 3600 - 40, "47 h 59 min"),
+        (48 * 3600 - 20, "2 d 00 h"),
+        (76 * 3600, "3 d 04 h"),
+        (float("nan"), "nan s"),
+        (float("inf"), "inf s"),
+    ],
+)
+def test_times_are_as_people_read_them(seconds, text):
+    assert console.time_text(seconds) == text
+
+
+def test_times_that_are_guessed_have_no_parts_of_a_second():
+    whole = [console.time_text(seconds, whole=True) for seconds in (0.0, 0.04, 12.7, 59.6, 250.4)]
+    assert whole == ["0 s", "0 s", "13 s", "1 min 00 s", "4 min 10 s"]
+
+
+def test_a_pipe_hears_what_begins_and_that_it_goes_on(capsys, monkeypatch):
+    line = console.ProgressLine()
+    line.begin("step 1/9  compiling", share=0.0)
+    line.beat("decoding: token 8", share=0.0)  # a reader does not wonder yet
+    assert capsys.readouterr().out == "step 1/9  compiling\n"
+    monkeypatch.setattr(console, "_SILENCE", 0.0)
+    line.beat("decoding: token 16", share=0.0)
+    assert capsys.readouterr().out == "decoding: token 16\n"
+
+
+PAGE = "**p@1**\n\n| run | seconds |\n|---|---|\n| a_b <lambda> [x] | 3.5 \x1b[2J |\n\nThe end."
+
+
+def test_a_page_is_as_it_is_in_a_pipe(capsys):
+    console.show_markdown(PAGE)
+    assert capsys.readouterr().out == PAGE.replace("\x1b", "\\x1b") + "\n"
+
+
 # ---- What a terminal gets ----
+
+
+def test_a_page_is_drawn_on_a_terminal():
+    out = on_a_terminal(f"from qlog.console import *\nshow_markdown({PAGE!r})", NO_COLOR="1")
+    lines = [line.strip() for line in out.splitlines() if line.strip()]
+    assert lines[0] == "p@1" and lines[-1] == "The end." and "|" not in out and "\x1b" not in out
+    (row,) = (line for line in lines if line.startswith("a_b"))
+    assert "<lambda> [x]" in row and "\\x1b[2J" in row
+    assert set(lines[2]) == {"─"} and max(map(len, lines)) <= 80
+
+
+def test_a_page_whose_table_does_not_fit_lists_its_rows():
+    code = f"from qlog.console import *\nshow_markdown({PAGE!r})"
+    out = on_a_terminal(code, NO_COLOR="1", COLUMNS="17")
+    assert "a_b <lambda> [x]\n  seconds 3.5" in out and "─" not in out
+
+
+def test_a_table_is_as_wide_as_its_terminal():
+    code = "from qlog.console import *\nshow_table('run', {'model': 300 * 'x'})"
+    for columns in (40, 80, 140):
+        out = on_a_terminal(code, COLUMNS=str(columns), NO_COLOR="1")
+        assert max(map(len, out.splitlines())) == columns
+
+
+def test_a_terminal_hears_that_work_goes_on():
+    code = "from qlog import console\nconsole._SILENCE_LIVE = {}\n"
+    code += "line = console.ProgressLine()\nline.show('at 1')\nline.beat('still at 1')"
+    assert "still" not in on_a_terminal(code.format(1000))
+    assert "still at 1" in on_a_terminal("import time\n" + code.format("0; console._PAUSE = 0"))
+
 
 _PTY = """
 import os, pty, sys

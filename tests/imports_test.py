@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import sys
 
 import pytest
 from places import ROOT
@@ -83,7 +84,7 @@ def inside(graph):
     """(importer, imported) within qlog, across its top-level modules and packages."""
     for name, targets in graph.items():
         for target in targets:
-            if target.split(".")[0] == "qlog" and unit(target) != unit(name):
+            if target.split(".")[0] == "qlog" and unit(target) != unit(name) and unit(name):
                 yield name, target
 
 
@@ -110,6 +111,14 @@ def test_packages_keep_to_what_they_may_know(graph):
         if unit(target) and unit(target) not in KNOWS.get(unit(name), {unit(target)})
     ]
     assert not wrong, wrong
+
+
+def test_the_package_itself_imports_nothing_that_imports_more(graph):
+    """`import qlog` comes before all of it, in every program: it needs no JAX, and no time."""
+    light = graph["qlog"]
+    assert light == {"qlog.errors", "qlog.parallel.libtpu"}
+    libraries = {target.split(".")[0] for name in light for target in graph[name]}
+    assert libraries <= set(sys.stdlib_module_names)
 
 
 def test_nothing_imports_main(graph):

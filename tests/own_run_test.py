@@ -329,9 +329,8 @@ def test_the_plots_of_the_theory_say_what_they_need(tmp_path, few):
 @pytest.mark.parametrize(
     "module, sentence",
     [
-        ("qlog.commands", "run pip install 'qlog[train]' in the environment in which"),
         ("qlog.commands.program", "run pip install 'qlog[train]' in the environment in which"),
-        ("qlog.benchmark.measure", "run pip install 'qlog[train]' in the environment in which"),
+        ("qlog.config", "run pip install 'qlog[train]' in the environment in which"),
         ("qlog.losses.theory.plots", "run pip install matplotlib"),
     ],
 )
@@ -341,6 +340,37 @@ def test_an_import_that_lacks_a_package_does_not_end_the_program(tmp_path, few, 
     assert result.returncode == 0, result.stderr
     assert sentence in result.stdout and "the program goes on" in result.stdout
     assert not result.stderr
+
+
+_EACH = """
+import importlib, pathlib, qlog
+
+for file in sorted(pathlib.Path(qlog.__path__[0]).rglob("*.py")):
+    parts = ("qlog", *file.relative_to(qlog.__path__[0]).with_suffix("").parts)
+    name = ".".join(parts).removesuffix(".__init__")
+    try:
+        importlib.import_module(name)
+        print(name, "is there")
+    except ImportError as error:
+        print(name, error)
+"""
+
+
+def test_every_module_but_the_losses_says_which_extra_it_needs(tmp_path, few):
+    (tmp_path / "page.py").write_text(_EACH)
+    result = _python(tmp_path, few, "page.py")
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    said = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert len(said) > 150
+    package_itself = {"qlog.parallel", "qlog.parallel.libtpu"}  # `import qlog` has imported them
+    for name, words in said.items():
+        room = (name.split(".") + [""])[1]
+        if name == "qlog.losses.theory.plots":
+            assert "run pip install matplotlib" in words
+        elif room in ("", "losses", "errors", "console") or name in package_itself:
+            assert words == "is there", (name, words)
+        else:
+            assert "run pip install 'qlog[train]' in the environment" in words, (name, words)
 
 
 def test_the_installed_script_says_which_extra_it_needs(tmp_path, few):

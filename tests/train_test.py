@@ -222,8 +222,6 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_resumes(number, tmp_path, 
     while process.poll() is None and len(read_jsonl(tmp_path / "metrics.jsonl")) < 1:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-        if (tmp_path / "checkpoints").exists() and "step 1/" in _peek(process):
-            break
     process.send_signal(number)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
@@ -239,11 +237,6 @@ def test_a_signal_saves_and_exits_cleanly_and_the_run_resumes(number, tmp_path, 
     trees.assert_equal(_params(config, tmp_path), _params(config, whole))
     ids = [[row["id"] for row in read_jsonl(d / "rollouts.jsonl")] for d in (tmp_path, whole)]
     assert ids[0] == ids[1]
-
-
-def _peek(process) -> str:
-    """Waits for one line of output."""
-    return process.stdout.readline()
 
 
 SETTINGS = {

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from qlog.aot.compiler import CompiledProgram, compile_program, topology_devices
 from qlog.aot.programs import StepLoops, step_programs
 from qlog.config import schema
-from qlog.console import plain_console, say
+from qlog.console import ProgressLine, draw_table, plain_console, say, time_text
 from qlog.errors import ConfigError
 from qlog.experiment import prepare_shapes
 from qlog.experiment.cost import remedy, step_tokens
@@ -62,7 +61,9 @@ def run_compile(
 
     # ---- For the user ----
     console = plain_console(150)
-    console.print(_table(programs, chip, topology))
+    rows = [[name, *_cells(program, chip)] for name, program in programs.items()]
+    title = f"{topology}, per chip ({chip.usable / _GIB:.2f} GiB of HBM for programs)"
+    draw_table(console, [_COLUMNS, *rows], title)
     console.print(
         f"Of a training step {_which(lengths)} (evaluate: between steps, so 0 runs of one). Pools "
         "that shrink count as parts of runs, loops as often as they run. FLOPs are those of matrix "
@@ -72,7 +73,7 @@ def run_compile(
     )
     console.print(
         f"decode: at most {tokens / decode:,.0f} tokens/s on the whole slice; "
-        f"step: at least {step:,.2f} s, at most {tokens / step:,.0f} tokens/s"
+        f"step: at least {time_text(step)}, at most {tokens / step:,.0f} tokens/s"
     )
     for line in advice:
         console.print(f"does not fit: {line}")
@@ -131,8 +132,9 @@ def compile_run(
     trips, programs = StepLoops.of(experiment, lengths).trips, {}
     for name, lowered, runs, resident in step_programs(experiment, lengths):
         start = time.monotonic()
+        ProgressLine().begin(f"{topology} {name}: compiling")
         programs[name] = compile_program(lowered, runs, resident, trips)
-        say(f"{topology} {name}: compiled in {time.monotonic() - start:,.0f} s")
+        say(f"{topology} {name}: compiled in {time_text(time.monotonic() - start)}")
     return programs, CHIPS[kind]
 
 
@@ -175,16 +177,6 @@ _COLUMNS = (
 )
 
 
-def _table(programs: Mapping[str, CompiledProgram], chip: Chip, topology: str) -> Table:
-    title = f"{topology}, per chip ({chip.usable / _GIB:.2f} GiB of HBM for programs)"
-    table = Table(title=title, title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column)
-    for name, program in programs.items():
-        table.add_row(name, *_cells(program, chip))
-    return table
-
-
 def _cells(program: CompiledProgram, chip: Chip) -> list[str]:
     """All but the first of `_COLUMNS`; costs are those of all runs in a step."""
     runs, cost = program.runs, program.cost
@@ -200,6 +192,6 @@ def _cells(program: CompiledProgram, chip: Chip) -> list[str]:
         ("" if cost.is_whole else "> ") + f"{runs * cost.flops / 1e12:,.2f}",
         f"{runs * cost.bytes / 1e9:,.1f}",
         sent or "none",
-        f"{program.seconds(chip):,.3f} s",
+        time_text(program.seconds(chip)),
         max(times, key=lambda resource: times[resource]),
     ]

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from qlog.aot import compile_run
 from qlog.aot.compiler import topology_devices
 from qlog.config import schema
-from qlog.console import markdown_table, say
+from qlog.console import markdown_table, say, show_markdown, time_text
 from qlog.errors import ConfigError
 from qlog.experiment.cost import step_tokens
 from qlog.parallel.chips import Chip
@@ -57,7 +57,7 @@ def run(config: ConfigDict, topologies: list[str], workdir: str | os.PathLike, c
         folder / "weak_scaling.json",
         strict_json.dumps({**inputs, "chip": chip._asdict(), "rows": rows}, indent=2),
     )
-    say(text)
+    show_markdown(text)
     return 0 if all(step.fits for step in steps) else 1
 
 
@@ -83,7 +83,7 @@ def measure_slices(config: ConfigDict, topologies: list[str]) -> tuple[list[Slic
         scaled = with_times_prompts(config, len(devices) // num_first)
         programs, chip = compile_run.compile_run(scaled, topology)
         step = _slice_step(scaled, topology, len(devices), programs, chip)
-        say(f"{topology}: {step.seconds:,.1f} s a step")
+        say(f"{topology}: {time_text(step.seconds)} a step")
         steps.append(step)
     return steps, chip
 

@@ -4,7 +4,3 @@
 reading order: measure.py (timing, peaks, memory), work.py (the phases of a step), report.py (the
 table of a config), __main__.py (the command), compare.py.
 """
-
-from qlog.errors import require_train
-
-require_train()

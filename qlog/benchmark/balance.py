@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from qlog.aot.compiler import topology_devices
 from qlog.aot.move_cost import move_cost
 from qlog.commands import entry
 from qlog.config import command_line, schema
+from qlog.console import plain_console, time_text
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, prepare_shapes
 from qlog.learner.blocks import Work as LearnerWork
@@ -193,7 +193,7 @@ def main(argv: list[str]) -> None:
         _show_moves(config, _TOPOLOGY.value)
         return
     rows = [(case, _measure(config, case)) for case in _cases(config)]
-    Console(width=120).print(_table(rows))
+    plain_console(120).print(_table(rows))
     if _JSON.value:
         cases = [
             {"chips": case.chips, "lengths": case.label, "decode": m.decode, "learn": m.learn}
@@ -334,7 +334,7 @@ def _show_moves(config: ConfigDict, topology: str) -> None:
     plan = pod.schedule(*size)
     work = schedule.planned_work(plan, lengths)
     table = Table(title=f"{topology}, mean {mean}: moves of a step", title_justify="left")
-    for column in ("step", "lanes", "rounds", "GB sent", "GB in HBM", "seconds"):
+    for column in ("step", "lanes", "rounds", "GB sent", "GB in HBM", "time"):
         table.add_column(column, justify="right")
     total = 0.0
     for moved in work.moves:
@@ -347,14 +347,14 @@ def _show_moves(config: ConfigDict, topology: str) -> None:
             f"{moved.rounds}",
             sent or "0",
             f"{cost.bytes / 1e9:.2f}",
-            f"{cost.seconds(chip):.3f}",
+            time_text(cost.seconds(chip)),
         )
     alone, together = (pod.seconds(pod.decode(lengths, alone=way)) for way in (True, False))
-    console = Console(width=120)
+    console = plain_console(120)
     console.print(table)
     console.print(
-        f"all moves {total:.2f} s; decoding {alone:.1f} s alone, {together:.1f} s balanced, "
-        f"modelled at the bandwidth of {devices[0].device_kind}"
+        f"all moves {time_text(total)}; decoding {time_text(alone)} alone, {time_text(together)} "
+        f"balanced, modelled at the bandwidth of {devices[0].device_kind}"
     )
 
 

@@ -21,8 +21,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qlog.console import markdown_table
-from qlog.parallel import libtpu
+from qlog.console import markdown_table, show_markdown, versions
 from qlog.storage import strict_json
 
 SIZES = {
@@ -283,7 +282,6 @@ def main() -> None:
         row = work_alone(args.worker, args.weights, args.repeats, args.remat)
         print(json.dumps(row), flush=True)
         return
-    libtpu.keep_quiet()  # the processes below, too
     peak = json.loads(_python("-c", _PEAK))
     rows = {}
     works = {text: parse(text) for text in args.only.split(",")}
@@ -305,7 +303,8 @@ def main() -> None:
         pathlib.Path(args.out).write_text(text, encoding="utf-8")
     if args.markdown:
         pathlib.Path(args.markdown).write_text(table + "\n", encoding="utf-8")
-    print(f"\n{about}\n\n{table}")
+    print()
+    show_markdown(f"{about}\n\n{table}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -324,6 +323,7 @@ def _arguments() -> argparse.Namespace:
         choices=list(REMAT),
         help="qlog's, when it trains (default: dots where both train in parts, else none)",
     )
+    parser.add_argument("--version", action="version", version=versions())
     # Of the processes that this one starts.
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--weights", default="", help=argparse.SUPPRESS)

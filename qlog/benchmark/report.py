@@ -7,17 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from qlog import models
 from qlog.benchmark import measure, work
-from qlog.console import plain_console
+from qlog.console import ProgressLine, draw_table, plain_console, time_text
 from qlog.experiment import prepare_shapes
 from qlog.storage import strict_json
 
 _COLUMNS = (
     "phase",
-    "seconds",
+    "time",
     "first call",
     "tokens/s",
     "of FLOP/s",
@@ -76,7 +75,9 @@ def report(
     peaks = measure.measure_peaks(policy.dtype)
     num_devices = mesh.devices.size
     rows = {}
+    line = ProgressLine()
     for name, phase in phases.items():
+        line.begin(f"timing {name}: {1 + repeats} calls, of which the first compiles")
         times = measure.repeat(phase.call, repeats)
         kind, memory = measure.peak_memory()
         rows[name] = {
@@ -89,6 +90,7 @@ def report(
             "of_bandwidth": phase.need.bytes / times.median / (num_devices * peaks.bandwidth),
             f"{kind}_peak_bytes": memory,
         }
+    line.begin("timing the parts of train")
     parts = trainer.breakdown(rows["train"]["seconds"], repeats)
     if profile:
         with jax.profiler.trace(profile):
@@ -121,28 +123,26 @@ def show(facts: Mapping[str, Any]) -> None:
         f"prompt {facts['prompt']}, rationale {facts['rationale']}, answer {facts['answer']}; "
         f"peaks of one device {flops / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.0f} GB/s"
     )
-    table = Table(title=title, title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "phase" else "right")
+    rows = []
     for name, row in facts["phases"].items():
         memory = row.get("device_peak_bytes", row.get("process_peak_bytes"))
         bandwidth = f"{row['of_bandwidth']:.2f}" if row["of_bandwidth"] else ""
-        table.add_row(
-            name,
-            f"{row['seconds']:.3f}",
-            f"{row['first_call']:.1f}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['of_matmul_peak']:.2f}",
-            bandwidth,
-            f"{memory / 2**30:.2f} GiB",
+        rows.append(
+            (
+                name,
+                time_text(row["seconds"]),
+                time_text(row["first_call"]),
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['of_matmul_peak']:.2f}",
+                bandwidth,
+                f"{memory / 2**30:.2f} GiB",
+            )
         )
     console = plain_console(130)
-    console.print(table)
+    draw_table(console, [_COLUMNS, *rows], title, justify="right")
     whole = facts["phases"]["train"]["seconds"]
     shares = (
-        f"{name} {seconds:.3f} ({seconds / whole:.0%})"
+        f"{name} {time_text(seconds)} ({seconds / whole:.0%})"
         for name, seconds in facts["train_parts"].items()
     )
-    console.print(
-        f"seconds of train by part, each run by itself, then the rest: {', '.join(shares)}"
-    )
+    console.print(f"time of train by part, each run by itself, then the rest: {', '.join(shares)}")

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from qlog import losses, models
 from qlog.benchmark import compare, work
 from qlog.commands import entry
 from qlog.config import command_line
+from qlog.console import plain_console
 from qlog.experiment import prepare_shapes
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.trajectories import with_gold_answer
@@ -227,7 +227,7 @@ def main(argv: list[str]) -> None:
         table.add_row(phase, f"{alone}", f"{balanced}", f"{alone.median / balanced.median:.2f}x")
     whole = [sum(each[way].median for each in times.values()) for way in (0, 1)]
     table.add_row("step", f"{whole[0]:.2f}", f"{whole[1]:.2f}", f"{whole[0] / whole[1]:.2f}x")
-    console = Console(width=120)
+    console = plain_console(120)
     console.print(table)
     console.print(
         f"lane-steps over tokens: alone {executed[0] / needed:.2f}, balanced "

@@ -5,7 +5,3 @@ In reading order: program.py (the command `qlog`), entry.py (flags in, mistakes 
 several_runs.py (`config.runs`); then a file for each further command: show.py, doctor.py, stage.py,
 run_status.py.
 """
-
-from qlog.errors import require_train
-
-require_train()

@@ -31,10 +31,10 @@ from qlog import data, experiment, losses, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.console import complain, output, plain_console, printable
+from qlog.console import complain, output, plain_console, printable, time_text
 from qlog.errors import ConfigError, summary
 from qlog.experiment import cost, files
-from qlog.parallel import distributed, libtpu, process, sharding
+from qlog.parallel import distributed, process, sharding
 from qlog.runs import checkpoint_reader, ownership
 from qlog.storage import paths
 
@@ -94,7 +94,7 @@ def run(config: ConfigDict | None, workdir: str) -> int:
         for check in shown:
             state = Text("ok") if check.is_ok else Text("failed", style="bold red")
             table.add_row(check.name, state, printable(check.text))
-        plain_console(None if sys.stdout.isatty() else 110).print(table)
+        plain_console().print(table)
     return int(distributed.any_process(bool(failed)))
 
 
@@ -167,7 +167,7 @@ def _all_reduce() -> str:
     if error is not None:
         raise error
     num_devices = jax.device_count()
-    return f"{num_devices} devices, {_MIB_PER_DEVICE} MiB each in {seconds[0] * 1e3:.1f} ms"
+    return f"{num_devices} devices, {_MIB_PER_DEVICE} MiB each in {time_text(seconds[0])}"
 
 
 def _time_all_reduce() -> float:
@@ -293,7 +293,7 @@ def main(argv: list[str]) -> int:
         "Connect to the other processes: on, off, or auto, where the environment names them.",
         flag_values=own,
     )
-    if entry.show_help(argv, __doc__ or "", own):
+    if entry.show_about(argv, __doc__ or "", own):
         return 0
     try:
         rest = command_line.parse(argv, own)
@@ -302,7 +302,6 @@ def main(argv: list[str]) -> int:
     except entry.MISTAKES as error:
         complain(entry.sentence(error))
         return 2
-    libtpu.keep_quiet()
     with output(), distributed.processes(processes.value):
         return run(config, workdir.value)
 

@@ -6,17 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from qlog.commands import help_pages
 from qlog.config import command_line, schema
-from qlog.console import complain, output
+from qlog.console import complain, output, versions
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
-from qlog.parallel import libtpu
 
 # What `command_line.parse` raises where a command line is wrong.
 MISTAKES = (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError)
 _HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
+_VERSION = {"--version", "-version"}
 _FIELDS = re.compile(r"--?help[-_]config(?:=(.*))?", re.DOTALL)
 
 
@@ -25,16 +25,16 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     A wrong flag ends with status 2, an exception of `qlog.errors` with its own status. The command
     has defined its --config by `command_line.define`. --help prints the docstring of the module
-    that was started, and qlog's own flags; --help-config prints the fields of the config.
+    that was started, and qlog's own flags; --help-config prints the fields of the config, --version
+    the versions of qlog and of what it runs on.
 
     Args:
       main: takes what is left of the command line, and returns the exit status.
     """
     about = sys.modules["__main__"].__doc__ or ""
-    libtpu.keep_quiet()  # before anything imports JAX
     try:
         with output():
-            if not show_help(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
+            if not show_about(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
                 app.run(main, flags_parser=_parse)
     except QLOG_ERRORS as error:
         _fail(str(error), error.status)
@@ -53,18 +53,22 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 # ---- Help ----
 
 
-def show_help(argv: Sequence[str], about: str, values: flags.FlagValues) -> bool:
-    """Prints the page of a command where --help asks for it; whether it did.
+def show_about(argv: Sequence[str], about: str, values: flags.FlagValues) -> bool:
+    """Prints the page of a command where --help asks for it, or the versions; whether it did.
 
     Args:
       argv: the program's name first.
       about: the docstring of the command.
       values: its flags.
     """
-    if not _HELP & set(_before_dashes(argv)):
+    words = set(_before_dashes(argv))
+    if _HELP & words:
+        for line in help_pages.usage(about, values):
+            print(line)
+    elif _VERSION & words:
+        print(versions())
+    else:
         return False
-    for line in help_pages.usage(about, values):
-        print(line)
     return True
 
 
@@ -109,9 +113,12 @@ def _parse(argv: list[str]) -> list[str]:
     """
     try:
         sys.argv = command_line.with_flag_files(argv)
-        return command_line.parse(sys.argv)
+        rest = command_line.parse(sys.argv)
     except MISTAKES as error:
         _fail(sentence(error))
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell their every move at INFO
+    return rest
 
 
 def only_flags(argv: list[str]) -> None:

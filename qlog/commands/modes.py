@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from qlog import evaluation, models, train
 from qlog.aot import compile_run, weak_scaling
 from qlog.commands import next_steps, several_runs
-from qlog.config import schema
+from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.console import is_live, say, show_table
+from qlog.console import ProgressLine, is_live, say, show_table
 from qlog.data import chat_templates
 from qlog.data.tokenizers import companions
 from qlog.errors import ConfigError, Stop
@@ -72,6 +72,8 @@ def run(
         return _READING[mode](config, workdir, checkpoint)
     with _interruption_is_no_failure():
         if config.runs:
+            for sentence in command_line.out_of_reach(config, argv):
+                say(f"NOTE: {sentence}")
             several_runs.run(config, workdir)
         else:
             # Before training: what the command line names may be gone by the end, and nothing that
@@ -126,12 +128,8 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     # A folder without a run: what the numbers are of must be told there, too.
     distributed.once_per_run(lambda: _write_config(config, workdir))
     params, parameters_from, step = _load(experiment, path)
-    # The settings of answers may differ from those of training's rollouts, so they are shown.
-    split, sampling = config.evaluation.split, experiment.evaluation_sampling
-    say(
-        f"answers: temperature {sampling.temperature}, top_k {sampling.top_k}, "
-        f"top_p {sampling.top_p}"
-    )
+    _tell_sampling(experiment)
+    split = config.evaluation.split
     name = split if checkpoint == "best" else f"{split}_{checkpoint}"
     samples = workdir / "samples" / f"{name}.jsonl"
     # Every batch is on disk as soon as it is sampled: the process may end anywhere.
@@ -210,18 +208,32 @@ def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     path = _find(workdir, checkpoint)
     experiment = prepare(config, train=False)
     params, _, _ = _load(experiment, path)
-    batches = evaluation.sample_answers(experiment, params, experiment.evaluation_sampling)
-    for row in itertools.chain.from_iterable(batches):
-        say(
-            f"--- {row['id']}\n{row['prompt']}\n"
-            f"--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})"
-        )
-        shown = itertools.islice(
-            zip(row["rationales"], row["answers"], row["log_w"], strict=True), _SHOWN
-        )
-        for rationale, answer, log_w in shown:
-            say(f"  [log w {log_w:.2f}] {rationale} => {answer}")
+    _tell_sampling(experiment)
+    line, sampling = ProgressLine(), experiment.evaluation_sampling
+    line.begin(f"sampling; {_SHOWN} answers to each question are shown")
+    with interrupts.listening() as stop, stop.telling(line.beat):
+        batches = evaluation.sample_answers(experiment, params, sampling, interrupts=stop)
+        for row in itertools.chain.from_iterable(batches):
+            say(
+                f"--- {row['id']}\n{row['prompt']}\n"
+                f"--- gold: {row['golds'][0]}  (log P {row['log_p']:.2f})"
+            )
+            shown = itertools.islice(
+                zip(row["rationales"], row["answers"], row["log_w"], strict=True), _SHOWN
+            )
+            for rationale, answer, log_w in shown:
+                say(f"  [log w {log_w:.2f}] {rationale} => {answer}")
     return 0
+
+
+def _tell_sampling(experiment: Experiment) -> None:
+    """Says how answers are drawn, and where that is set: training's rollouts have other fields."""
+    sampling, number = experiment.evaluation_sampling, experiment.config.evaluation
+    say(
+        f"answers: {number.rollouts_per_prompt} to each question, "
+        f"temperature {sampling.temperature:g}, top_k {sampling.top_k}, top_p {sampling.top_p:g}; "
+        "set by --config.evaluation.rollouts_per_prompt, temperature, top_k, top_p"
+    )
 
 
 def _find(workdir: Path, checkpoint: str) -> Path | None:

@@ -10,6 +10,7 @@ import signal
 import sys
 from typing import Any, TypedDict
 
+from qlog.console import versions
 from qlog.errors import QLOG_ERRORS, PassingError
 from qlog.storage import paths
 
@@ -67,6 +68,9 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     if argv[1:] in (["--help"], ["-h"]):
         print(__doc__)
+        return 0
+    if argv[1:] == ["--version"]:
+        print(versions())
         return 0
     if len(argv) != 2 or argv[1].startswith("-"):
         print("usage: python -m qlog.commands.run_status WORKDIR", file=sys.stderr)

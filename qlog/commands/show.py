@@ -22,7 +22,6 @@ from qlog.console import complain, output, printable
 from qlog.data import Example, Formatter, Tokenizer, pipeline
 from qlog.errors import QLOG_ERRORS
 from qlog.experiment import files
-from qlog.parallel import libtpu
 
 _MEASURED = 20_000  # examples whose lengths count; a synthetic task has no end of them
 
@@ -112,12 +111,11 @@ def _main(argv: Sequence[str]) -> int:
     num_examples = flags.DEFINE_integer(
         "examples", 1, "how many examples to print", flag_values=values
     )
-    if entry.show_help(argv, __doc__ or "", values):
+    if entry.show_about(argv, __doc__ or "", values):
         return 0
     if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
         complain("name a config file first, as in configs/hotpotqa.py:warm")
         return 2
-    libtpu.keep_quiet()
     # The first argument becomes the flag that names the config.
     argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
     try:

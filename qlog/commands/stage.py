@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
 from qlog import data, models
@@ -266,7 +266,6 @@ class _Flags:
 def main(given: _Flags, argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     entry.only_flags(argv)
-    logging.set_verbosity(logging.WARNING)
     if not given.to.value:
         raise ConfigError("--to is needed: gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or a folder.")
     if given.config.value is None and not given.model.value:

@@ -21,7 +21,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -194,6 +194,41 @@ def again(argv: Sequence[str], keep: Sequence[str] = ()) -> list[str]:
     ]
     changes = [f"--{_NAME}.{'.'.join(each.path)}={each.text}" for each in settings]
     return [*first, *changes, *itertools.chain(*others)]
+
+
+def out_of_reach(config: ConfigDict, argv: Sequence[str]) -> Iterator[str]:
+    """A sentence for each flag that some of `config.runs` do not take: their entries set the field.
+
+    Args:
+      config: what the command line made.
+      argv: `with_flag_files`, the program's name first.
+    """
+    _, settings = split(argv[1:])
+    by_path = {setting.path: setting for setting in settings}  # of two for one field the last
+    children = schema.several(config)
+    for path, setting in by_path.items():
+        value, field = _at(config, path), ".".join(path)
+        own = {
+            name: each
+            for name, run in children.items()
+            if (each := _at(run, path)) != value and ("runs", name, *path) not in by_path
+        }
+        if path[0] == "runs" or not own:
+            continue
+        shown = ", ".join(f"{name} ({v})" for name, v in own.items())
+        which = next(iter(own)) if len(own) == 1 else "NAME"
+        yield (
+            f"{setting.flag} does not reach {shown}, where config.runs sets {field}: "
+            f"--config.runs.{which}.{field}={setting.text} does."
+        )
+
+
+def _at(config: ConfigDict, path: Sequence[str]) -> Any:
+    """The value of a field, a section as a plain dictionary; None where it has none."""
+    node: Any = config
+    for key in path:
+        node = node.get(key) if isinstance(node, (ConfigDict, dict)) else None
+    return node.to_dict() if isinstance(node, ConfigDict) else node
 
 
 def spec(values: flags.FlagValues = flags.FLAGS) -> str:
@@ -512,10 +547,7 @@ def _value(setting: Setting, wanted: Any) -> Any:
 
 def _default(path: Sequence[str]) -> Any:
     """The schema's value of a field; None where it has none."""
-    node: Any = schema.default()
-    for key in path:
-        node = node.get(key) if isinstance(node, ConfigDict) else None
-    return node
+    return _at(schema.default(), path)
 
 
 def _list(text: str, option: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from qlog import models
 from qlog.config import schema
-from qlog.console import clock
+from qlog.console import time_text
 from qlog.errors import ConfigError
 from qlog.experiment import duration
 from qlog.experiment.parts import Experiment
@@ -88,12 +88,12 @@ def describe(experiment: Experiment, evaluate: bool) -> dict[str, str]:
     # ---- Time ----
     if (estimate := duration.estimate(experiment)) is not None:
         evaluations = (
-            f" and {estimate.num_evaluations} evaluations of {clock(estimate.evaluation)}"
+            f" and {estimate.num_evaluations} evaluations of {time_text(estimate.evaluation)}"
             if estimate.num_evaluations
             else ""
         )
         found["time"] = (
-            f"{clock(estimate.whole)}: {estimate.num_steps} steps of {clock(estimate.step)}"
+            f"{time_text(estimate.whole)}: {estimate.num_steps} steps of {time_text(estimate.step)}"
             f"{evaluations}, were all budgets spent and {estimate.kind} at its peaks"
         )
     return found

@@ -38,7 +38,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qlog.console import put
+from qlog.console import put, time_text
 from qlog.errors import PassingError, Stop
 from qlog.parallel import batch_placement, distributed
 
@@ -59,6 +59,7 @@ class Interrupts:
     def __init__(self):
         self.speaks = True
         self.on_beat: Callable[[], None] = lambda: None
+        self._tell: Callable[[str], None] = lambda doing: None  # of `telling`
         # Signals. The main thread and this object's thread both read and write these; each write is
         # one assignment, which Python does not interrupt.
         self._number = 0  # the first signal that came; 0: none
@@ -104,9 +105,13 @@ class Interrupts:
         finally:
             self._deferred = before
 
-    def check(self) -> None:
-        """A sign of life; Stop if a signal has reached any process. Every process must call."""
-        self.beat(distributed.any_process(self.asked))
+    def check(self, doing: str = "") -> None:
+        """A sign of life; Stop if a signal has reached any process. Every process must call.
+
+        Args:
+          doing: as `beat` takes it.
+        """
+        self.beat(distributed.any_process(self.asked), doing)
 
     def flags(self, mesh: Mesh | None) -> jax.Array:
         """bool [devices]: `asked` of this process on each of its devices.
@@ -121,13 +126,32 @@ class Interrupts:
             self._flags[mesh, asked] = batch_placement.put_per_device(mesh, host)
         return self._flags[mesh, asked]
 
-    def beat(self, any_asked: bool = False) -> None:
-        """A sign of life; raises Stop if `any_asked`, which must be the same on every process."""
+    def beat(self, any_asked: bool = False, doing: str = "") -> None:
+        """A sign of life; raises Stop if `any_asked`, which must be the same on every process.
+
+        Args:
+          doing: what is under way, in words for the user, 'PHASE' or 'PHASE: how far  and more'; ''
+            says nothing.
+        """
         self._alive = time.monotonic()
         self.on_beat()
+        if doing:
+            self._tell(doing)
         if any_asked:
             self._is_leaving = True
             raise Stop(self._number or signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def telling(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """While inside, `tell` gets what signs of life say is under way, instead of any before it.
+
+        A step or an evaluation may take minutes: its user hears that it goes on, and how far it is.
+        """
+        before, self._tell = self._tell, tell
+        try:
+            yield
+        finally:
+            self._tell = before
 
     # ---- The watchdog ----
 
@@ -285,8 +309,8 @@ class Interrupts:
     def _stalled(self, seconds: float) -> None:
         """Shows where each thread is, to find the cause, and ends the process."""
         print(
-            f"qlog: nothing has happened for {seconds:,.0f} s; the stacks of all threads follow, "
-            f"then this process ends with status {PassingError.status}",
+            f"qlog: nothing has happened for {time_text(seconds)}; the stacks of all threads "
+            f"follow, then this process ends with status {PassingError.status}",
             file=sys.stderr,
             flush=True,
         )

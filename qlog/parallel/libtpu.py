@@ -1,5 +1,6 @@
 """libtpu, the TPU runtime, on machines without a TPU: it stays quiet. Imports no JAX."""
 
+import contextlib
 import glob
 import importlib.util
 import os
@@ -28,18 +29,24 @@ def may_have_tpu() -> bool:
     """Whether this machine may have a TPU: by devices, the PCI bus, or what launchers set."""
     if any(os.environ.get(name) for name in _VARIABLES):
         return True
+    if "tpu" in os.environ.get("JAX_PLATFORMS", "").split(","):  # the user says so
+        return True
     if any(glob.glob(pattern) for pattern in _DEVICES):
         return True
-    vendors = map(pathlib.Path, glob.glob("/sys/bus/pci/devices/*/vendor"))
-    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+    for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
+        with contextlib.suppress(OSError):  # a device that was taken out just now
+            if pathlib.Path(vendor).read_text().strip() == _GOOGLE:
+                return True
+    return False
 
 
 def keep_quiet() -> None:
-    """Silences libtpu where there is no TPU; call it before JAX looks for devices.
+    """Silences libtpu where there is no TPU; `import qlog` calls it.
 
-    With the extra `tpu` on a laptop JAX asks libtpu for devices, and libtpu complains about worker
-    hostnames that only a TPU VM has; so does --mode=compile. It does so before it reads its own log
-    levels, so these do not help. What the user has set stays.
+    JAX must not have looked for devices yet, which it does at the first computation. With the extra
+    `tpu` on a laptop it asks libtpu for devices, and libtpu complains about worker hostnames that
+    only a TPU VM has; so does --mode=compile. It does so before it reads its own log levels, so
+    these do not help. What the user has set stays.
     """
     if importlib.util.find_spec("libtpu") and not may_have_tpu():
         for name, value in _QUIET.items():

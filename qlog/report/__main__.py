@@ -13,6 +13,8 @@ import contextlib
 import os
 import sys
 
+from qlog.console import versions
+
 
 def main(argv: list[str]) -> int:
     """Returns the exit status: 2 where nothing is found or a place is wrong."""
@@ -33,13 +35,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default="report", help="the folder to write (default report)")
     parser.add_argument("--serve", action="store_true", help="show the page on this machine")
     parser.add_argument("--port", type=int, default=8080, help="of --serve (default 8080)")
+    parser.add_argument("--version", action="version", version=versions())
     options = parser.parse_args(argv)
     # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from qlog.errors import QLOG_ERRORS, ConfigError, require_train
-
-    require_train()
-    from qlog.console import complain, output
+    from qlog.console import complain, output, show_markdown
+    from qlog.errors import QLOG_ERRORS, ConfigError
     from qlog.report import comparison, read, server
     from qlog.storage import paths
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         complain(str(error))
         return 2
     with output():
-        print(paths.read(out / "report.md"))
+        show_markdown(paths.read(out / "report.md"))
         number = "1 run" if len(folders) == 1 else f"{len(folders)} runs"
         print(f"{number}. The report is {out / 'report.html'}: open it in a browser.")
         print(f"Next to it: {', '.join(name for name in names if name != 'report.html')}")

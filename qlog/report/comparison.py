@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from qlog.console import markdown_table, say
+from qlog.console import markdown_table, say, show_markdown, time_text
 from qlog.report import figures, groups, health, page, read, tables, texts
 from qlog.report.records import Group, Run
 from qlog.storage import paths, strict_json
@@ -20,18 +20,20 @@ def write(workdir: paths.Path, names: Sequence[str]) -> None:
     """Writes the report of the runs workdir/NAME into workdir, and prints its table.
 
     report.html has everything. report.md and report.json have the table: p@1, p@k, m@k, p@1 without
-    a rationale, the final mean log P and the seconds of each run that was evaluated. escape.svg and
+    a rationale, the final mean log P and the time of each run that was evaluated. escape.svg and
     escape.png have the curves. Runs that differ in their seed are one line and one curve, with a
     band: then report.md begins with a table of methods by setting for each accuracy, and each
     setting has figures of its own.
     """
     runs = [read.read_run(workdir / name, name) for name in names]
     rows = [row for row in map(_run_row, runs) if row]
-    table = markdown(rows)
-    text, pictures = table, _pictures("escape", figures.escape(_one_by_one(runs)))
+    one_by_one, starts = groups.with_origins(_one_by_one(runs))
+    table = "\n\n".join([markdown(list(map(_with_time, rows))), *starts])
+    text, pictures = table, _pictures("escape", figures.escape(one_by_one))
     alike = groups.group(runs)
     if any(len({run.config.get("seed") for run in group.runs}) > 1 for group in alike):
-        text = _by_setting(alike)
+        _, starts = groups.with_origins(alike)
+        text = "\n\n".join([_by_setting(alike), *starts])
         table = f"{text}\n\n{_SUMMARY_LEGEND}\n\n## Every run\n\n{table}"
         pictures = _figures(alike)
     files: _Files = {
@@ -41,7 +43,9 @@ def write(workdir: paths.Path, names: Sequence[str]) -> None:
         **pictures,
     }
     _write_all(workdir, files)
-    say(f"\n{text}\n\nThe report is {workdir / 'report.html'}: open it in a browser.")
+    say("")
+    show_markdown(text)
+    say(f"\nThe report is {workdir / 'report.html'}: open it in a browser.")
     say(f"Next to it: {', '.join(name for name in files if name != 'report.html')}")
 
 
@@ -59,6 +63,8 @@ def write_report(runs: Sequence[Run], wanted: Sequence[int], out: paths.Path) ->
     files: _Files = {}
     # ---- Tables ----
     summary = markdown([_group_row(group) for group in alike]) if alike else "(no run)"
+    _, starts = groups.with_origins(alike)
+    summary = "\n\n".join([summary, *starts])
     files["report.md"] = f"{_verdicts(runs)}{summary}\n\n{_SUMMARY_LEGEND}\n"
     if cells:
         files["report.md"] += "\n" + texts.markdown(cells)
@@ -88,9 +94,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of rows; a row without one of the columns has a dash there."""
     if not rows:
         return "(no run was evaluated)"
-    # Seconds stay the last column, though the first rows may lack columns that later ones have.
+    # The time stays the last column, though the first rows may lack columns that later ones have.
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns.sort(key=lambda key: key == "seconds")
+    columns.sort(key=lambda key: key == "time")
     return markdown_table([{key: _cell(row.get(key, "-")) for key in columns} for row in rows])
 
 
@@ -124,7 +130,8 @@ def _figures(alike: Sequence[Group]) -> _Files:
             name = f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
         apart.setdefault(name, []).append(group)
     files: _Files = {}
-    for name, mine in apart.items():
+    for name, members in apart.items():
+        mine, _ = groups.with_origins(members)
         k = mine[0].runs[0].config["evaluation"].get("rollouts_per_prompt", 16)
         files |= _pictures(f"figure3-{name}", figures.figure3(mine))
         files |= _pictures(f"figure4-{name}", figures.figure4(mine, k))
@@ -160,8 +167,15 @@ def _run_row(run: Run) -> dict[str, Any] | None:
     return {
         "run": run.name,
         **_accuracies(results, k),
-        "seconds": "-" if run.seconds is None else round(run.seconds, 1),
+        "seconds": "-" if run.seconds is None else run.seconds,
     }
+
+
+def _with_time(row: dict[str, Any]) -> dict[str, Any]:
+    """A run's line as people read it: the time it took instead of its seconds."""
+    seconds = row["seconds"]
+    time = seconds if isinstance(seconds, str) else time_text(seconds)
+    return {name: value for name, value in row.items() if name != "seconds"} | {"time": time}
 
 
 def _accuracies(results: dict[str, Any], k: int) -> dict[str, Any]:

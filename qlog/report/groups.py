@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlog import losses
@@ -115,6 +115,39 @@ def _begun_from(spec: str, depth: int) -> Any:
     except (OSError, ValueError):
         pass
     return spec.rstrip("/").rpartition("/")[2]
+
+
+def origin(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The one of `runs` whose model `run` begins with, if curves of both can stand in one figure.
+
+    Without a word about it the figure would say that both began alike. None of a run that begins
+    with another model, or after training on annotated rationales, which has no such curve.
+    """
+    place = str(run.config.get("init_from") or "").partition("/checkpoints")[0].rstrip("/")
+    for other in runs:
+        folder = other.folder
+        # Runs that lie together are found together, too, after their folder was moved.
+        is_sibling = folder.parent == run.folder.parent and place.endswith(
+            f"/{folder.parent.name}/{folder.name}"
+        )
+        if place and (place == str(folder) or is_sibling):
+            return other if any("log_p" in row for row in other.steps) else None
+    return None
+
+
+def with_origins(alike: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """The groups with labels that say which other one they start from; the same in sentences."""
+    labelled, sentences = [], []
+    for mine in alike:
+        for other in alike:
+            if other is not mine and all(origin(run, other.runs) for run in mine.runs):
+                sentences.append(
+                    f"{mine.label} starts from the model that {other.label} ended with."
+                )
+                mine = mine._replace(label=f"{mine.label} (starts from {other.label})")
+                break
+        labelled.append(mine)
+    return labelled, sentences
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

@@ -107,9 +107,13 @@ def data(
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The run's name and, where it does not say it, its method."""
-    methods = [groups.method(run.config) for run in runs]
-    return [f"{run.name}: {method}" for run, method in zip(runs, methods, strict=True)]
+    """The run's name, its method, and which of the others it starts from."""
+    labels = []
+    for run in runs:
+        origin = groups.origin(run, runs)
+        label = f"{run.name}: {groups.method(run.config)}"
+        labels.append(label + (f" (starts from {origin.name})" if origin else ""))
+    return labels
 
 
 def _run(run: Run, label: str, usual: dict[str, Any]) -> dict[str, Any]:

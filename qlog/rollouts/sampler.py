@@ -200,7 +200,11 @@ class _Decoder:
         # This is the one place where the host waits for the devices.
         step, going, stop = jax.device_get(look)
         if interrupts:
-            interrupts.beat(bool(stop))
+            doing = (
+                f"decoding: token {step} of at most {self._sampling.max_length}  "
+                f"{going.sum()} of {self._batch.keys.size} rollouts go on"
+            )
+            interrupts.beat(bool(stop), doing if until else "")  # `rehearse` speaks for itself
         return int(step), going
 
     def store(self) -> None:
@@ -232,8 +236,12 @@ class _Decoder:
         program might be compiled in any step of a run, for minutes, on all devices.
         """
         self.start(0)
-        here = self._plan.sizes[0]
-        for old, new in self._plan.transitions():
+        here, transitions = self._plan.sizes[0], self._plan.transitions()
+        for number, (old, new) in enumerate(transitions, 1):
+            if self._interrupts:
+                self._interrupts.beat(
+                    doing=f"compiling: decoding, part {number} of {len(transitions)}"
+                )
             if old != here:
                 nothing = np.full(
                     (self._plan.shards.number * old.num_blocks, old.lanes_per_block),

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from qlog.console import ProgressLine, clock, say
+from qlog.console import ProgressLine, say, time_text
 from qlog.errors import Stop
 from qlog.runs.folder import METRICS
 from qlog.runs.trackers import Ending, Harmless, TensorBoard, Tracker, WandB
@@ -60,6 +60,7 @@ class RunLog:
         self._total_steps, self._start_step = config.train.steps, start_step
         self._is_interrupted = False
         self._line = ProgressLine()
+        self._step, self._phase = start_step, ""  # what is under way
         # When the first step was done. That step compiles, so the time left is reckoned without it.
         self._started: float | None = None
         if not self._is_active:
@@ -126,19 +127,37 @@ class RunLog:
     def begins(self, step: int) -> None:
         """Shows that the first step of this start is under way: it compiles, so it takes long."""
         if self._is_active:
+            self._phase = "compiling"
             text = f"step {step + 1}/{self._total_steps}  compiling, which later steps do not"
-            self._line.show(text, share=step / self._total_steps)
+            self._line.begin(text, share=step / self._total_steps)
+
+    def doing(self, what: str) -> None:
+        """Shows what the step under way does, where it takes long.
+
+        Args:
+          what: as `Interrupts.beat` takes it.
+        """
+        if not self._is_active:
+            return
+        text = f"step {self._step + 1}/{self._total_steps}  {what}"
+        phase, before = what.partition(":")[0], self._phase
+        self._phase = phase
+        # Each phase of the first step compiles, and meanwhile nothing can be said.
+        if self._started is None and phase != before:
+            self._line.begin(text, share=self._step / self._total_steps)
+        else:
+            self._line.beat(text, share=self._step / self._total_steps)
 
     def progress(self, step: int, text: str) -> None:
         """Shows how far the run is; `text` is about its last step."""
         if not self._is_active:
             return
         now, done = time.monotonic(), step + 1 - self._start_step
-        self._started = self._started or now
+        self._started, self._step = self._started or now, step + 1
         line = f"step {step + 1}/{self._total_steps}"
-        if done > 1:
+        if done > 1 and step + 1 < self._total_steps:
             left = (now - self._started) / (done - 1) * (self._total_steps - step - 1)
-            line += f"  {clock(left)} left"
+            line += f"  {time_text(left, whole=True)} left"
         is_last = step + 1 == self._total_steps
         # The first one for good: it compiled, and shows how the run begins.
         self._line.show(

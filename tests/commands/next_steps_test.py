@@ -36,6 +36,20 @@ def test_a_finished_run_says_what_it_wrote_and_what_comes_next(tmp_path):
     # A pipe, which is empty when it is read again.
     flags = r"<(printf '%s\n' --config.seed=3 --distributed=off)"
     out = shell(f"{words} --config.train.rollouts_every 2 --flagfile={flags}")
+    # What may take long is announced, in the order in which it comes.
+    told = [line for line in out.splitlines() if re.match(r"step 1/2  |evaluating", line)]
+    for line, begins in zip(
+        told,
+        (
+            "step 1/2  compiling, which later steps do not",
+            "step 1/2  decoding: token ",
+            "step 1/2  learning",
+            "step 1/2  loss ",
+            "evaluating: 0/6 questions  step 2",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(begins), told
     assert f"Written into {workdir}:" in out
     written = out.partition("Written into")[2].partition("Next:")[0]
     names = re.findall(r"^  (\S+)", written, re.MULTILINE)
@@ -56,7 +70,10 @@ def test_a_finished_run_says_what_it_wrote_and_what_comes_next(tmp_path):
     assert (workdir / "evaluation_validation.json").exists()
     rows = json_lines.loads((workdir / "samples" / "validation.jsonl").read_bytes())
     assert len(rows) == 6
-    assert shell(sample).count("--- gold: ") == 6
+    shown = shell(sample)
+    assert shown.count("--- gold: ") == 6
+    assert "answers: 4 to each question, temperature 1, top_k 0, top_p 1; set by --config." in shown
+    assert "sampling; 3 answers to each question are shown" in shown
     assert f"exported to {workdir / 'export'}" in shell(export)
     assert (workdir / "export" / "model.safetensors").exists()
 

@@ -2,12 +2,15 @@
 
 import configparser
 import importlib
+import platform
 import sys
 
+import jax
 import processes
 import pytest
 from places import ROOT
 
+from qlog import __version__
 from qlog.commands import program
 
 RUN = "import sys; sys.argv[0] = '/usr/bin/qlog'; from qlog.commands.program import run; run()"
@@ -47,8 +50,30 @@ def test_a_config_file_imports_from_the_current_folder(tmp_path):
 def test_without_a_word_it_is_qlog_main():
     assert "--mode=train|evaluate" in qlog("--help")
     assert "Did you mean: workdir" in qlog("--config=configs/quickstart.py", "--wrokdir=x", code=2)
-    assert "what is 'fly'?" in qlog("--config=configs/quickstart.py", "fly", code=2)
     assert "--config=FILE is needed" in qlog(code=2)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["fly"], "there is no command 'fly': qlog --config=FILE trains"),
+        (["reprot", "runs/x"], "there is no command 'reprot' (did you mean 'report'?)"),
+        (["train", "--config=configs/quickstart.py"], "'train' is a mode: write --mode=train"),
+        (["evaluate"], "as in qlog --config=FILE --mode=evaluate."),
+        (["--config=configs/quickstart.py", "train.steps=5"], "'train.steps=5' is no flag: "),
+    ],
+)
+def test_a_word_that_is_no_command_is_told_what_there_is(words, message):
+    (line,) = qlog(*words, code=2).splitlines()
+    assert line.startswith("qlog: ") and message in line
+    if "no command" in message:
+        assert all(word in line for word in program.SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("words", [[], *([word] for word in program.SUBCOMMANDS)], ids=str)
+def test_every_command_tells_its_version(words):
+    expected = f"qlog {__version__}, jax {jax.__version__}, Python {platform.python_version()}\n"
+    assert qlog(*words, "--version") == expected
 
 
 @pytest.mark.parametrize("word", program.SUBCOMMANDS)

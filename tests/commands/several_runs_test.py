@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from qlog import evaluation
-from qlog.commands import several_runs
+from qlog.commands import modes, several_runs
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
@@ -73,6 +73,18 @@ def test_finished_runs_are_not_run_again(swept):
     several_runs.run(config, workdir, ONE)
     assert (workdir / "b_garl" / "metrics.jsonl").stat().st_mtime_ns == before
     assert (workdir / "report.md").exists()  # it needs no seconds
+
+
+def test_a_flag_that_does_not_reach_all_runs_is_told_before_the_first_one(swept, capsys):
+    config, workdir = swept
+    flags = ["--config=small.py", "--config.evaluation.every=2", "--config.train.steps=2"]
+    assert modes.run("train", config, workdir, argv=["main", *flags]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == (
+        "NOTE: --config.evaluation.every=2 does not reach a_base (0), where config.runs sets "
+        "evaluation.every: --config.runs.a_base.evaluation.every=2 does."
+    )
+    assert others[0].endswith("finished before") and "NOTE" not in " ".join(others)
 
 
 def test_a_run_that_an_older_version_finished_is_not_run_again(swept):

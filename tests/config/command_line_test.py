@@ -362,6 +362,25 @@ def test_another_recipe_keeps_what_was_chosen_and_what_it_has():
 # ---- Several runs ----
 
 
+def test_flags_that_do_not_reach_all_of_several_runs_are_named():
+    def notes(*words):
+        argv = ["program", QUICKSTART, *words]
+        return list(command_line.out_of_reach(read(*words), argv))
+
+    reach = ("--config.seed=4", "--config.rollout.rationale_budget=6", "--config.train.steps=1000")
+    assert notes(*reach) == []  # which is what base has, too
+    assert notes("--config.train.steps=9", "--config.train.steps=5") == [
+        "--config.train.steps=5 does not reach base (1000), where config.runs sets train.steps: "
+        "--config.runs.base.train.steps=5 does."
+    ]
+    assert notes("--config.train.steps=5", "--config.runs.base.train.steps=7") == []
+    (note,) = notes("--config.loss.q", "0.5")
+    assert note.startswith("--config.loss.q 0.5 does not reach base (None), garl_q000 (0.0),")
+    assert "garl_q050" not in note and "--config.runs.NAME.loss.q=0.5 does." in note
+    (note,) = notes('--config.loss={"name": "grpo"}')
+    assert " base (" in note and " grpo (" not in note
+
+
 def test_an_entry_of_several_runs():
     config = read(
         "--config.runs.base.train.steps=5",

@@ -101,6 +101,17 @@ def test_grain_reads_them_in_threads(data_dir):
     assert sorted(ids) == sorted(records.ids)
 
 
+def test_preparing_is_one_line_on_stderr(tmp_path, capfd):
+    """TFDS's bars are for terminals, and nothing is downloaded here."""
+    builders.prepare("musique", manual_dir=TESTDATA / "musique", data_dir=tmp_path)
+    captured = capfd.readouterr()
+    manual = TESTDATA / "musique"
+    assert captured.err == f"qlog: preparing musique from {manual}, once, in {tmp_path}\n"
+    assert not captured.out
+    builders.prepare("musique", manual_dir=manual, data_dir=tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_tfds_reads_what_was_prepared(data_dir):
     import tensorflow_datasets as tfds
 

@@ -152,7 +152,7 @@ def test_only_the_first_process_writes(several, layout):
     workdir, output = several
     assert len(list(workdir.glob("events.out.tfevents.*"))) == 1
     processes = LAYOUTS[layout][0]
-    assert output.count("step 2/2") == 1
+    assert output.count("step 2/2  loss") == 1
     assert f"{processes} process(es), by JAX_NUM_PROCESSES={processes}" in output
 
 

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+from qlog.parallel import interrupts
+
 _PROGRAM = """
-import gc, os, signal, time
+import gc, os, signal, sys, time
 from qlog.parallel import interrupts
 
 def get_signal(*_):
@@ -29,7 +31,9 @@ def in_a_finaliser():
 
 with interrupts.listening() as interrupts:
     {place}()
-    print("the signal is known:", interrupts.asked, flush=True)
+    # In one piece: the thread of `interrupts` prints, too.
+    sys.stdout.write(f"the signal is known: {interrupts.asked}\\n")
+    sys.stdout.flush()
     for _ in range(200):
         time.sleep(0.1)
     print("and is forgotten", flush=True)
@@ -45,3 +49,17 @@ def test_a_signal_is_not_lost_where_python_drops_exceptions(place):
     assert sorted(lines) == ["SIGTERM: ending", "ended", "the signal is known: True"], done
     assert done.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in done.stderr
+
+
+def test_signs_of_life_say_what_is_done_to_who_listens():
+    outer, inner = [], []
+    with interrupts.listening() as stop:
+        stop.beat(doing="loading")
+        with stop.telling(outer.append):
+            stop.beat(doing="decoding: token 8")
+            stop.beat()  # a sign of life without a word
+            with stop.telling(inner.append):
+                stop.check("learning")
+            stop.check("decoding: token 16")
+        stop.beat(doing="leaving")
+    assert outer == ["decoding: token 8", "decoding: token 16"] and inner == ["learning"]

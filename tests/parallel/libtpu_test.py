@@ -61,21 +61,30 @@ def test_a_tpu_on_the_bus_is_seen(tmp_path, monkeypatch):
     assert libtpu.may_have_tpu()
 
 
+def test_a_user_who_asks_for_a_tpu_hears_what_is_wrong_with_it(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    libtpu.keep_quiet()
+    assert not set(libtpu._QUIET) & set(os.environ)
+
+
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs the extra tpu")
 @pytest.mark.parametrize(
     "words",
     [
-        ["qlog.commands.doctor", "--workdir={}"],
-        ["qlog.commands.show", "configs/quickstart.py:", "--examples=0"],
+        ["-m", "qlog.commands.doctor", "--workdir={}"],
+        ["-m", "qlog.commands.show", "configs/quickstart.py:", "--examples=0"],
+        # Programs of one's own, which import JAX first or last.
+        ["-c", "import jax, qlog; jax.devices()"],
+        ["-c", "from qlog import losses; import jax; jax.devices()"],
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: words[1],
 )
-def test_commands_leave_stderr_empty(words, tmp_path):
+def test_programs_leave_stderr_empty(words, tmp_path):
     """With JAX_PLATFORMS unset JAX asks libtpu for devices."""
     hidden = {"JAX_PLATFORMS", "XLA_FLAGS", *VARIABLES}
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     result = subprocess.run(
-        [sys.executable, "-m", *(word.format(tmp_path) for word in words)],
+        [sys.executable, *(word.format(tmp_path) for word in words)],
         env=env,
         cwd=ROOT,
         capture_output=True,

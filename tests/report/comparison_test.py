@@ -25,6 +25,7 @@ def test_a_run_that_lacks_a_column_has_a_dash_there(tmp_path, capsys):
     config = made.paper_config("finqa", "cold,grpo")
     evaluated(tmp_path / "plain", config, log_p=-7.5)
     evaluated(tmp_path / "bare", config, **{"no_rationale/p@1": 0.25, "log_p": -1.5})
+    (tmp_path / "bare/seconds.json").write_text("103.1234")
     made.write_config(tmp_path / "base", config)  # never evaluated: no line
     comparison.write(paths.Path(tmp_path), ["base", "plain", "bare"])
     header, _, plain, bare = (tmp_path / "report.md").read_text().splitlines()
@@ -33,9 +34,44 @@ def test_a_run_that_lacks_a_column_has_a_dash_there(tmp_path, capsys):
     bare = dict(zip(cells(header), cells(bare), strict=True))
     assert plain["mean log P"] == "-7.500" and plain["p@1 without rationale"] == "-"
     assert bare["mean log P"] == "-1.500" and bare["p@1 without rationale"] == "0.250"
-    assert list(plain)[-1] == "seconds"
+    assert list(plain)[-1] == "time" and plain["time"] == "-" and bare["time"] == "1 min 43 s"
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert [row["seconds"] for row in rows] == ["-", 103.1234]  # programs get all of it
     assert f"The report is {tmp_path / 'report.html'}" in capsys.readouterr().out
     assert "plain" in (tmp_path / "report.html").read_text()
+
+
+def test_a_curve_that_goes_on_from_another_one_says_so(tmp_path, capsys):
+    """PAFT from GARL's model next to GARL from the base: they do not begin alike."""
+    runs = tmp_path / "moved" / "runs"
+    for name, method, init_from in (
+        ("base", "sft", ""),
+        ("garl", "garl,q=0.75", "runs/base"),
+        ("paft", "paft,q=0.75", "/elsewhere/runs/garl/checkpoints/7"),
+        ("other", "grpo", "/elsewhere/others/garl"),
+    ):
+        config = made.paper_config("finqa", f"cold,{method}")
+        config.init_from = init_from
+        evaluated(runs / name, config, log_p=-3.0)
+        line = {"step": 0, "phase": "train", "effective_reward": 0.5}
+        # The base learned from annotated rationales: no mean log P, and no curve to go on from.
+        line |= {} if name == "base" else {"log_p": -2.0}
+        with open(runs / name / "metrics.jsonl", "a") as file:
+            file.write(made.json_lines.line(line))
+    names = ["base", "garl", "paft", "other"]
+    comparison.write(paths.Path(runs), names)
+    sentence = "paft starts from the model that garl ended with."
+    assert sentence in (runs / "report.md").read_text() and sentence in capsys.readouterr().out
+    svg = (runs / "escape.svg").read_text()
+    assert svg.count("starts from") == svg.count("paft (starts from garl)") > 0
+    assert '"paft: paft(q=0.75) (starts from garl)"' in (runs / "report.html").read_text()
+    # Experiments are called by their method, whoever draws them.
+    found = [read.read_run(paths.Path(runs) / name, name) for name in names]
+    comparison.write_report(found, (), paths.Path(tmp_path / "report"))
+    sentence = "paft(q=0.75) starts from the model that garl(q=0.75) ended with."
+    assert sentence in (tmp_path / "report/report.md").read_text()
+    svg = (tmp_path / "report/escape-finqa-cold.svg").read_text()
+    assert "paft(q=0.75) (starts from garl(q=0.75))" in svg
 
 
 def test_runs_of_several_seeds_are_a_table_of_methods_by_setting(tmp_path, capsys):

@@ -6,6 +6,7 @@ import buckets
 import pytest
 import tiny
 
+from qlog import console
 from qlog.runs.log import RunLog, numbers, read_jsonl
 from qlog.storage import paths
 
@@ -82,3 +83,25 @@ def test_numbers_of_a_line_are_read_and_nothing_else():
     line = {"step": 1, "phase": "train", "a": 2, "b": "nan", "c": "x", "d": [1], "e": True}
     found = numbers(line | {"f": 10**400})
     assert found.pop("b") != 0.0 and found == {"a": 2.0}
+
+
+def test_a_long_step_says_what_it_does(tmp_path, capsys, monkeypatch):
+    config = tiny.config(train={"steps": 9})
+    with RunLog(tmp_path, 3, config) as run_log:
+        run_log.begins(3)
+        for what in ("compiling: 1 of 2", "decoding: token 8", "decoding: token 16", "learning"):
+            run_log.doing(what)
+        run_log.progress(3, "loss 1")
+        # From now on nothing compiles, and only silence is broken.
+        run_log.doing("decoding: token 8")
+        monkeypatch.setattr(console, "_SILENCE", 0.0)
+        run_log.doing("decoding: token 16")
+        run_log.progress(8, "loss 2")
+    assert capsys.readouterr().out.splitlines() == [
+        "step 4/9  compiling, which later steps do not",
+        "step 4/9  decoding: token 8",
+        "step 4/9  learning",
+        "step 4/9  loss 1",
+        "step 5/9  decoding: token 16",
+        "step 9/9  loss 2",
+    ]

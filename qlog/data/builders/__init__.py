@@ -11,8 +11,8 @@ musique/, hotpotqa/, finqa/ (the shortest builder first).
 
 import contextlib
 import importlib
+import io
 import json
-import logging
 import operator
 import os
 import pathlib
@@ -265,13 +265,21 @@ def _prepare(builder_class, folder: pathlib.Path, manual_dir: pathlib.Path | Non
         )
     except OSError as error:
         raise _unwritable(folder.parent, error) from error
-    logging.info("Preparing %s in %s", builder_class.name, folder)
+    where = f"from {manual_dir}" if manual_dir else "from the network"
+    print(
+        f"qlog: preparing {builder_class.name} {where}, once, in {folder.parent}",
+        file=sys.stderr,
+        flush=True,
+    )
+    if not sys.stderr.isatty():  # bars would fill a file with thousands of their states
+        tfds.disable_progress_bar()
     try:
         # A folder that does not exist makes the builder download
         # (`RecordBuilder._split_generators`).
         manual_dir = manual_dir or temporary / "no_manual_dir"
         builder = builder_class(data_dir=temporary, file_format="array_record")
-        with contextlib.redirect_stdout(sys.stderr):  # TFDS prints what it does
+        # TFDS prints that it downloads, also what lies here.
+        with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
                 download_dir=folder.parent / "downloads",
                 download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
