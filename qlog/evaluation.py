@@ -31,6 +31,7 @@ from qlog.parallel import batch_placement, distributed
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Golds, Rollouts
 from qlog.rollouts import sampler
+from qlog.rollouts.decoding import Sampling
 from qlog.rollouts.text import rollout_texts
 from qlog.runs import folder
 from qlog.storage import json_lines, paths
@@ -105,7 +106,7 @@ def evaluate(
 def _sample_all(
     experiment: Experiment,
     params: models.Params,
-    sampling: sampler.Sampling,
+    sampling: Sampling,
     partial: "_PartialSamples | None",
     parameters_from: str,
     interrupts: Interrupts | None,
@@ -393,7 +394,7 @@ def _are_flags(value: Any) -> bool:
 def sample_answers(
     experiment: Experiment,
     params: models.Params,
-    sampling: sampler.Sampling,
+    sampling: Sampling,
     start: int = 0,
     interrupts: Interrupts | None = None,
 ) -> Iterator[list[Row]]:

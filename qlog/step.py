@@ -19,7 +19,8 @@ from qlog.config.streams import StepStream
 from qlog.console import ProgressLine
 from qlog.experiment import Experiment
 from qlog.grading.scorers import LARGEST, Failures, Sample, ScorerError
-from qlog.learner.gradient import batch_gradient, merge, reference_log_probs
+from qlog.learner.forward import reference_log_probs
+from qlog.learner.gradient import batch_gradient, merge
 from qlog.learner.optimizer import apply_update
 from qlog.learner.terms import measure_terms
 from qlog.learner.trajectories import annotated, with_gold_answer, with_sampled_answer

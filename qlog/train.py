@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import os
 import time
@@ -18,17 +17,17 @@ from qlog.config import schema
 from qlog.config.check import check_config, check_same_run, evaluation_scorers
 from qlog.config.streams import Stream, stream_key
 from qlog.console import say, show_table
-from qlog.errors import ConfigError, Stop, TrainingError, summary
+from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.experiment import Experiment
 from qlog.experiment.contents import check_same_parts, identity
 from qlog.grading.scorers import ScorerError
 from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
 from qlog.records import Groups, TrainState
-from qlog.runs import checkpoints, ownership
+from qlog.runs import checkpoint_reader, checkpoints, ownership, resumption
 from qlog.runs import folder as names
 from qlog.runs.folder import FINAL, RESULTS
-from qlog.runs.log import RunLog, numbers, read_events
+from qlog.runs.log import RunLog
 from qlog.runs.profiling import profiled
 from qlog.step import StepResult, Stopwatch, collect, learn
 from qlog.storage import paths
@@ -58,7 +57,7 @@ def claimed(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[ownershi
       PassingError: another run has the workdir.
     """
     check_config(config)
-    workdir = checkpoints.place(workdir, "--workdir")
+    workdir = checkpoint_reader.place(workdir, "--workdir")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interrupts.listening())
         stop.speaks = jax.process_index() == 0
@@ -97,7 +96,7 @@ def run(
       Stop: a signal came before the first step.
     """
     config = experiment.config
-    workdir = checkpoints.place(workdir, "--workdir")
+    workdir = checkpoint_reader.place(workdir, "--workdir")
     if experiment.train_data is None:
         raise ValueError("experiment.train_data is None: `prepare(config)` opens it.")
     if claim is not None and claim.workdir != workdir:
@@ -115,13 +114,13 @@ def run(
             )
             made_of = identity(experiment)
             _check_resumption(saved, config, made_of)
-            metrics = distributed.once_per_run(lambda: _finished(workdir, config))
+            metrics = distributed.once_per_run(lambda: resumption.finished_metrics(workdir, config))
             if metrics is not None:
                 saved.prune(config.checkpoint.finished)
                 say(f"finished before, in {workdir}")
                 return Outcome(metrics, False)
             if not saved.latest_step:
-                distributed.once_per_run(lambda: _check_nothing_is_lost(workdir))
+                distributed.once_per_run(lambda: resumption.check_nothing_is_lost(workdir))
             training = _Training(experiment, made_of, workdir, claim, saved, stop, stack)
 
         # ---- Steps ----
@@ -231,7 +230,7 @@ class _Training:
         self.reference = None
         abstract = experiment.abstract_state()
         state_bytes = _num_bytes(abstract)
-        needed = _room(self._config, state_bytes, saved.num_kept)
+        needed = names.room_needed(self._config, state_bytes, saved.num_kept)
         distributed.once_per_run(lambda: names.notice_room(workdir, needed))
         if self.step:
             self.state: TrainState = saved.restore(abstract)
@@ -386,7 +385,7 @@ class _Training:
         if self.metrics or self._experiment.evaluation_data is None:
             return
         split = self._config.evaluation.split
-        find = functools.partial(_logged_metrics, self._workdir, self.step - 1, split)
+        find = functools.partial(resumption.logged_metrics, self._workdir, self.step - 1, split)
         self.metrics = distributed.once_per_run(find)
         if train_metrics.best_metric(self._config) not in self.metrics:  # of other settings
             self.evaluate()
@@ -410,7 +409,7 @@ class _Training:
             about = functools.partial(
                 evaluation.record, config, parameters_from=parameters_from, step=step
             )
-            if distributed.once_per_run(lambda: _is_written(file, about(metrics={}))):
+            if distributed.once_per_run(lambda: resumption.is_written(file, about(metrics={}))):
                 return
             # ---- Parameters: those at hand, or the checkpoint's in their place ----
             self._claim.beat(self.step, "final")
@@ -418,7 +417,9 @@ class _Training:
             if step != self.step:
                 del params, self.state, self.reference
                 folder = self._workdir / "checkpoints" / str(step)
-                params = checkpoints.load_params(folder, experiment.abstract_params(), "--workdir")
+                params = checkpoint_reader.load_params(
+                    folder, experiment.abstract_params(), "--workdir"
+                )
             # ---- Numbers ----
             metrics = evaluation.evaluate(
                 experiment,
@@ -478,103 +479,9 @@ def _check_resumption(
     check_same_parts(made_of_before, made_of)
 
 
-def _check_nothing_is_lost(workdir: Path) -> None:
-    """Raises ConfigError where a log tells of checkpoints that are gone: it would be emptied."""
-    # The newest one that it tells of may have been cut short. It was begun when the ones before it
-    # were whole, and an evaluation ends when the checkpoint that it is of is.
-    told, whole = {0}, {0}
-    for row in read_events(workdir):
-        if row["phase"] == "train":
-            since = numbers(row).get("steps_since_checkpoint", math.nan)
-            if 0 <= since <= row["step"]:
-                told.add(row["step"] + 1 - int(since))
-        else:
-            whole.add(row["step"] + 1)
-    whole |= told - {max(told)}
-    if max(whole) > 0:
-        raise ConfigError(
-            f"--workdir: metrics.jsonl tells of a checkpoint at step {max(whole)}, and "
-            f"{workdir / 'checkpoints'} has none: put it back, or use another --workdir."
-        )
-
-
-def _logged_metrics(workdir: Path, step: int, split: str) -> dict[str, float]:
-    """The metrics of an evaluation, from metrics.jsonl; {} where it has none."""
-    for row in read_events(workdir):
-        if (row["step"], row["phase"]) == (step, split):
-            return numbers(row)
-    return {}
-
-
-# Settings of an evaluation that change no number of the one after the last step.
-_NOT_OF_RESULTS = {"every", "final", "prompts_per_batch"}
-
-
-def _finished(workdir: Path, config: ConfigDict) -> dict[str, float] | None:
-    """The metrics of a run that has finished with these steps; None of one that has more to do.
-
-    A run that finished without `evaluation.final` stays as it is: --mode=evaluate does the same.
-
-    Raises:
-      ConfigError: it has finished, and its results are of another evaluation than the config's.
-    """
-    try:
-        record = json.loads(paths.read(workdir / RESULTS))
-        step, metrics, evaluated = record["step"], dict(record["metrics"]), record["evaluation"]
-        is_done = step >= config.train.steps
-    except FileNotFoundError:
-        return None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        say(f"{workdir / RESULTS} cannot be read ({summary(error)}): it is written again")
-        return None
-    if not is_done:
-        return None
-    now = json.loads(schema.to_json(config.evaluation))
-    for name in sorted(now.keys() & evaluated.keys() - _NOT_OF_RESULTS):
-        if metrics and now[name] != evaluated[name]:
-            raise ConfigError(
-                f"config.evaluation.{name} = {now[name]!r}: the run in --workdir has finished, and "
-                f"its results are of {evaluated[name]!r}: add --mode=evaluate, which writes other "
-                "numbers next to them."
-            )
-    return metrics
-
-
 def _num_bytes(tree: Any) -> int:
     """Bytes of all arrays of a tree of shapes, each counted once."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _room(config: ConfigDict, state: int, num_kept: int) -> int:
-    """The bytes that a run will still write, about: its checkpoints, samples and rollouts.
-
-    Args:
-      state: bytes of a checkpoint.
-      num_kept: checkpoints that are there already.
-    """
-    # The latest ones, the best one, and one that is written before another is deleted.
-    left = max(config.checkpoint.keep + 2 - num_kept, 1)
-    # A token is about four letters. Of each text there are the tokens and some numbers.
-    rollout, evaluated, train = config.rollout, config.evaluation, config.train
-    text = 4 * (rollout.rationale_budget + rollout.answer_reserve) + 100
-    num_evaluations = train.steps // evaluated.every if evaluated.every else 1
-    num_answers = num_evaluations * (evaluated.prompts or 1000) * evaluated.rollouts_per_prompt
-    num_logged = 0
-    if train.rollouts_every:
-        prompts = min(train.rollouts_prompts or train.prompts_per_step, train.prompts_per_step)
-        num_logged = train.steps // train.rollouts_every * prompts * rollout.rollouts_per_prompt
-    return left * state + text * (num_answers + num_logged)
-
-
-def _is_written(file: Path, record: str) -> bool:
-    """Whether the file holds this record, whatever its metrics."""
-    try:
-        before = json.loads(paths.read(file))
-    except FileNotFoundError:
-        return False
-    except (ValueError, RecursionError):
-        before = None
-    return isinstance(before, dict) and before | {"metrics": {}} == json.loads(record)
 
 
 def _check_health(config: ConfigDict, step: int, values: dict[str, float]) -> None:

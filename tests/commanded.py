@@ -1,18 +1,13 @@
 """The command of a tiny run, as a user starts it, and whether two runs are one."""
 
-import json
 import os
 import subprocess
 import sys
 
-import jax
+import pytest
+import same_runs
 import tiny
-import trees
 from places import ROOT, TESTS
-
-from qlog.experiment import prepare
-from qlog.runs import checkpoints
-from qlog.runs.log import read_jsonl
 
 _FILE = """
 import tiny
@@ -27,7 +22,6 @@ CHANGES = {
     "evaluation": {"every": 2, "prompts": 6, "prompts_per_batch": 2},
     "rollout": {"rationale_budget": 20},
 }
-_TIMED = ("seconds", "per_s", "compilations", "steps_since", "utilization", "memory")
 
 
 def config_file(folder):
@@ -70,26 +64,35 @@ def run(file, workdir, cache, environment=None, flags=(), timeout=240):
 
 
 def assert_same_run(workdir, whole, num_layers=None):
-    """Parameters, metrics, samples, results: bit for bit, each row once.
+    """Whether the runs of two workdirs are one, bit for bit.
 
     Args:
       num_layers: of the model, where it is another one than that of `CHANGES`.
     """
     config = tiny.config(**CHANGES, mesh={"data": 1})
     config.architecture.num_layers = num_layers or config.architecture.num_layers
-    abstract = prepare(config, jax.devices()[:1], train=False, evaluate=False).abstract_params()
-    load = lambda folder: checkpoints.load_params(folder, abstract, which="latest")
-    trees.assert_equal(load(workdir), load(whole))
-    assert _rows(workdir) == _rows(whole)
-    for name in ("rollouts.jsonl", "samples/step_000002.jsonl", "samples/step_000004.jsonl"):
-        assert (workdir / name).read_text() == (whole / name).read_text(), name
-    assert not list((workdir / "samples").glob("*.parts"))
-    results = [json.loads((d / "results.json").read_text())["metrics"] for d in (workdir, whole)]
-    assert results[0] == results[1]
+    same_runs.assert_same_run(config, workdir, whole)
 
 
-def _rows(workdir):
-    return [
-        {k: v for k, v in row.items() if not any(t in k for t in _TIMED)}
-        for row in read_jsonl(workdir / "metrics.jsonl")
-    ]
+# ---- Fixtures; a test file that wants them writes `cache = commanded.cache` and so on ----
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for compiled programs, empty at first."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A config file of `CHANGES`."""
+    return config_file(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, file, cache):
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    status, out, err = run(file, workdir, cache)
+    assert status == 0, out + err
+    return workdir

@@ -7,25 +7,8 @@ import time
 import commanded
 import pytest
 
+cache, file, whole = commanded.cache, commanded.file, commanded.whole  # fixtures
 LAYERS = 4  # more than `commanded.CHANGES` has: they take longer to compile
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    return commanded.config_file(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, file, cache):
-    workdir = tmp_path_factory.mktemp("whole")
-    status, out, err = commanded.run(file, workdir, cache)
-    assert status == 0, out + err
-    return workdir
 
 
 @pytest.mark.slow

@@ -2,9 +2,17 @@
 
 import contextlib
 import json
+import shutil
+
+import jax
+import pytest
+import tiny
 
 from qlog.config import schema
+from qlog.experiment import prepare
 from qlog.runs import checkpoints, digests
+
+STEPS = (3, 6, 9)  # those with checkpoints
 
 
 def save(workdir, experiment, states):
@@ -61,3 +69,34 @@ DAMAGE = {
     "deleted": lambda file: file.unlink(),
     "a folder": folder,
 }
+
+
+# ---- Fixtures; a test file that wants them writes `states = damage.states` and so on ----
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return prepare(tiny.config(), jax.devices()[:1], train=False, evaluate=False)
+
+
+@pytest.fixture(scope="module")
+def states(experiment):
+    """A state for each step, with parameters that differ from step to step."""
+    state = experiment.init_state(experiment.init_params())
+    scaled = lambda step: jax.tree.map(lambda leaf: leaf * (1 + step), state.params)
+    return {step: state._replace(params=scaled(step)) for step in STEPS}
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, states, tmp_path_factory):
+    """A workdir with a whole checkpoint of each step."""
+    workdir = tmp_path_factory.mktemp("whole")
+    save(workdir, experiment, states)
+    return workdir
+
+
+@pytest.fixture
+def workdir(whole, tmp_path):
+    """A copy of `whole`, to damage."""
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"

@@ -23,9 +23,9 @@ import tiny
 from qlog import evaluation, experiment
 from qlog.commands import modes
 from qlog.errors import Stop
-from qlog.learner import gradient
+from qlog.learner import gradient, planning
 from qlog.parallel import distributed, interrupts
-from qlog.rollouts import sampler
+from qlog.rollouts import decoding
 from qlog.runs import checkpoints, log
 
 WORKDIR, POINT, NTH, SIGNALS = sys.argv[1:5]
@@ -91,12 +91,12 @@ def seal():
 
 
 def main():
-    gradient._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
+    planning._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
     evaluation.BATCHES_PER_CALL = 1  # as of many questions, which take several calls
-    before(sampler, "decode", "decode")
+    before(decoding, "decode", "decode")
     before(gradient, "add_microbatches", "gradient")
     before(checkpoints.Checkpoints, "save", "save")
-    before(sampler, "prefill", "compile", compile_for_long)
+    before(decoding, "prefill", "compile", compile_for_long)
     before(gradient, "add_microbatches", "stall", sleep_for_long)
     before(experiment.Experiment, "init_params", "weights")
     before(evaluation, "record", "finished")

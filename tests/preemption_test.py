@@ -7,14 +7,11 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import pytest
+import same_runs
 import tiny
-import trees
 from places import ROOT, TESTS
 
-from qlog.experiment import prepare
-from qlog.runs import checkpoints
 from qlog.runs.log import read_jsonl
 
 STEPS = 4
@@ -56,33 +53,12 @@ def uninterrupted(tmp_path_factory, cache):
     return workdir
 
 
-def params(workdir):
-    config = tiny.config(mesh={"data": 1})
-    abstract = prepare(config, jax.devices()[:1], train=False, evaluate=False).abstract_params()
-    return checkpoints.load_params(workdir, abstract, which="latest")
-
-
 def latest(workdir):
     return max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
 
 
 def assert_same_run(workdir, whole):
-    """Parameters, metrics, samples: bit for bit, each row once."""
-    trees.assert_equal(params(workdir), params(whole))
-    timed = ("seconds", "per_s", "compilations", "steps_since", "utilization")
-    rows = [
-        [
-            {k: v for k, v in row.items() if not any(t in k for t in timed)}
-            for row in read_jsonl(d / "metrics.jsonl")
-        ]
-        for d in (workdir, whole)
-    ]
-    assert rows[0] == rows[1]
-    for name in ("step_000002.jsonl", "step_000004.jsonl"):
-        assert (workdir / "samples" / name).read_text() == (whole / "samples" / name).read_text()
-    assert not list((workdir / "samples").glob("*.parts"))
-    results = [json.loads((d / "results.json").read_text())["metrics"] for d in (workdir, whole)]
-    assert results[0] == results[1]
+    same_runs.assert_same_run(tiny.config(mesh={"data": 1}), workdir, whole)
 
 
 # point, the how manieth, the step whose state is saved (None: nothing had to be)

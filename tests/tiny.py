@@ -9,8 +9,9 @@ from qlog.config import schema
 from qlog.experiment import prepare
 from qlog.learner import gradient
 from qlog.learner.blocks import Blocks
+from qlog.learner.types import LearnerBatch
 from qlog.policy import Policy
-from qlog.records import Prompts
+from qlog.records import Prompts, Trajectories
 
 VALID_VOCAB = 29
 SHAPE = models.DecoderConfig(
@@ -38,6 +39,30 @@ def microbatch(params, policy, batch, prompts=None):
     grads, needed = jax.eval_shape(begin, params, batch)
     blocks = Blocks(*[np.zeros((1, prompts or len(batch.prompts.lengths)), np.int32)] * 3)
     return grads, params, policy, batch, needed, blocks
+
+
+def uneven_batch(num_prompts, num_rollouts, slots):
+    """A LearnerBatch in which prompt 2 has long rollouts, and the others short ones."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(2, 5, (num_prompts, num_rollouts))
+    lengths[2] = slots
+    tokens = rng.integers(5, VALID_VOCAB, (num_prompts, num_rollouts, slots))
+    is_token = np.arange(slots) < lengths[..., None]
+    is_rationale = np.arange(slots) < lengths[..., None] - 1
+    trajectories = Trajectories(
+        tokens.astype(np.int32),
+        is_rationale,
+        is_token & ~is_rationale,
+        rng.normal(size=is_token.shape).astype(np.float32),
+        is_rationale,
+        lengths.astype(np.int32),
+    )
+    score, path = rng.normal(size=(2, num_prompts, num_rollouts)).astype(np.float32)
+    score[5], path[5] = 0, 0  # nothing is learned from prompt 5
+    others = np.ones((2, num_prompts, num_rollouts), np.float32)
+    of_prompts = prompts(lengths=rng.integers(2, 7, num_prompts), seed=4)
+    coefficients = losses.Coefficients(score, path, *others)
+    return LearnerBatch(jax.tree.map(np.asarray, of_prompts), trajectories, coefficients)
 
 
 def full_log_probs(tree, prompt, tokens, temperature: float = 1.0):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from qlog.errors import ConfigError, PassingError, TrainingError
 from qlog.experiment import prepare
 from qlog.experiment.files import data_limits
 from qlog.report import read
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 from qlog.storage import paths
 
@@ -35,7 +34,7 @@ NAMES = ("amy", "bea", "cal", "dan")
 
 def _params(config, workdir):
     abstract = prepare(config, ONE).abstract_params()
-    return checkpoints.load_params(workdir, abstract)
+    return checkpoint_reader.load_params(workdir, abstract)
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +127,6 @@ def test_a_run_does_not_resume_under_another_config(six_steps):
     ):
         with pytest.raises(ConfigError, match="differs from the run in --workdir"):
             tiny.run(schema.merge(config, changes), workdir, ONE)
-
-
-def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tmp_path):
-    config = tiny.config(train={"steps": 4}, evaluation={"every": 0}, checkpoint={"every": 1})
-    tiny.run(schema.merge(config, {"train": {"steps": 3}}), tmp_path, ONE)
-    (tmp_path / "results.json").unlink(missing_ok=True)
-    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
-    before = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(ConfigError, match=r"tells of a checkpoint at step 1, and .* has none"):
-        tiny.run(config, tmp_path, ONE)
-    assert (tmp_path / "metrics.jsonl").read_text() == before
-    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-    (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
-    tiny.run(config, tmp_path, ONE)
-    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
 
 
 def test_a_step_after_which_the_parameters_overflow_ends_the_run():

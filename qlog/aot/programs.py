@@ -20,14 +20,14 @@ from qlog.aot.hlo_cost import DataLoop, all_slices
 from qlog.experiment import Experiment
 from qlog.experiment.parts import BATCHES_PER_CALL
 from qlog.experiment.phases import bytes_per_device
-from qlog.learner import gradient
+from qlog.learner import gradient, planning
 from qlog.learner.blocks import Blocks
 from qlog.learner.blocks import Work as LearnerWork
 from qlog.learner.optimizer import apply_update
 from qlog.learner.types import LearnerBatch, Microbatch, Objective
 from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds, Prompts, Trajectories
-from qlog.rollouts import sampler
+from qlog.rollouts import decoding, sampler
 from qlog.rollouts.moves import Pool
 from qlog.rollouts.schedule import Schedule, Stretch, Work, planned_work, read_bytes
 
@@ -53,8 +53,8 @@ class StepLoops(NamedTuple):
 
     | scope | where | an iteration is |
     |---|---|---|
-    | decode_steps | rollouts/sampler.py | a token of every rollout, until all are done |
-    | packs | learner/gradient.py | a microbatch of packed rollouts, until none is left |
+    | decode_steps | rollouts/decoding.py | a token of every rollout, until all are done |
+    | packs | learner/forward.py | a microbatch of packed rollouts, until none is left |
     | attention_blocks | models/attention/blocks.py | a block of keys that some query sees |
 
     The TPU kernels of attention count as `attention_blocks`. Every other loop has a constant number
@@ -131,10 +131,10 @@ class _Call(NamedTuple):
     """Shapes of what a call of the sampler decodes from and into."""
 
     plan: Schedule
-    wave: sampler.Batch  # of the prompts that start together
+    wave: decoding.Batch  # of the prompts that start together
     golds: Golds  # of all prompts of the call
     pool: Pool  # that a wave starts with
-    results: sampler.Results  # of all prompts of the call
+    results: decoding.Results  # of all prompts of the call
 
 
 def _rollout_programs(
@@ -143,7 +143,7 @@ def _rollout_programs(
     """A wave's sampling and scoring, and evaluation's decoding for its memory only."""
     config, policy = experiment.config, experiment.policy
     params = experiment.abstract_params()
-    weights = _results(sampler.decoding_weights, (params, policy), (params, policy))
+    weights = _results(decoding.decoding_weights, (params, policy), (params, policy))
 
     # ---- What lies in HBM: the optimizer's state all the time, the parameters while their copy in
     # the activations' dtype decodes.
@@ -161,10 +161,10 @@ def _rollout_programs(
         or config.train.prompts_per_step,
     )
     waves, work = call.plan.num_waves, planned_work(call.plan, _lengths(experiment, lengths))
-    yield LoweredProgram("cast", sampler.decoding_weights.lower(params, policy), 1, opt_state)
+    yield LoweredProgram("cast", decoding.decoding_weights.lower(params, policy), 1, opt_state)
     yield LoweredProgram(
         "prefill",
-        sampler.prefill.lower(params, policy, call.wave.prompts, call.wave.lengths),
+        decoding.prefill.lower(params, policy, call.wave.prompts, call.wave.lengths),
         waves,
         opt_state + bytes_per_device(weights),
     )
@@ -176,7 +176,7 @@ def _rollout_programs(
     )
     yield LoweredProgram(
         "score",
-        sampler.score_and_store.lower(weights, policy, call.pool, call.results, call.golds),
+        decoding.score_and_store.lower(weights, policy, call.pool, call.results, call.golds),
         # After each wave, and before each move, of as many lanes as there are then.
         waves + sum(moved.old.num_lanes for moved in work.moves) / call.plan.sizes[0].num_lanes,
         training_state,
@@ -229,16 +229,16 @@ def _lengths(experiment: Experiment, lengths: np.ndarray | None) -> np.ndarray:
 
 
 def _lower_decode(
-    experiment: Experiment, weights: Any, call: _Call, sampling: sampler.Sampling
+    experiment: Experiment, weights: Any, call: _Call, sampling: decoding.Sampling
 ) -> jax.stages.Lowered:
     until = jax.ShapeDtypeStruct((), jnp.int32)
     flags = batch_placement.per_device_shape(experiment.mesh, bool)
-    return sampler.decode.lower(weights, experiment.policy, call.pool, sampling, until, flags)
+    return decoding.decode.lower(weights, experiment.policy, call.pool, sampling, until, flags)
 
 
 def _call(
     experiment: Experiment,
-    sampling: sampler.Sampling,
+    sampling: decoding.Sampling,
     num_prompts: int,
     num_rollouts: int,
     prompts_in_memory: int,
@@ -253,22 +253,22 @@ def _call(
     by_prompt = _by_prompt(experiment, start.num_blocks * plan.shards.number)
     per_rollout = by_prompt(num_rollouts)
     keys = by_prompt(num_rollouts, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    wave = sampler.Batch(by_prompt(prompt_tokens), by_prompt(), keys, per_rollout)
+    wave = decoding.Batch(by_prompt(prompt_tokens), by_prompt(), keys, per_rollout)
     # Compile at 16 tokens to learn the output shardings, then reuse them for the full shapes: XLA
     # chooses them by axes, not by sizes, and small programs compile in seconds.
     short_wave = wave._replace(prompts=by_prompt(_FEW_TOKENS))
     short_sampling = dataclasses.replace(sampling, rationale_budget=_FEW_TOKENS)
     short_prefill = (params, policy, short_wave.prompts, wave.lengths)
-    prefix = _results(sampler.prefill, (params, policy, wave.prompts, wave.lengths), short_prefill)
-    short_prefix = _results(sampler.prefill, short_prefill, short_prefill)
+    prefix = _results(decoding.prefill, (params, policy, wave.prompts, wave.lengths), short_prefill)
+    short_prefix = _results(decoding.prefill, short_prefill, short_prefill)
     short_slots = models.whole_tiles(short_sampling.max_length)
     pool = _results(
-        sampler.initial_pool,
+        decoding.initial_pool,
         (policy, prefix, wave, per_rollout, sampling, start.slots),
         (policy, short_prefix, short_wave, per_rollout, short_sampling, short_slots),
     )
     results = _results(
-        sampler.empty_results,
+        decoding.empty_results,
         (policy, sampling, num_prompts, num_rollouts),
         (policy, short_sampling, num_prompts, num_rollouts),
     )
@@ -328,7 +328,7 @@ def _learner_work(experiment: Experiment, lengths: np.ndarray | None) -> Learner
     updates = config.train.updates_per_batch
     parts = [_lengths(experiment, lengths)[index::updates] for index in range(updates)]
     work = [
-        gradient.planned_work(
+        planning.planned_work(
             part,
             experiment.policy.config,
             config.data.max_prompt_tokens,

@@ -37,7 +37,7 @@ from qlog.console import plain_console, time_text
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment, prepare_shapes
 from qlog.learner.blocks import Work as LearnerWork
-from qlog.learner.gradient import planned_work
+from qlog.learner.planning import planned_work
 from qlog.learner.types import Microbatch
 from qlog.parallel.chips import CHIPS, Chip
 from qlog.rollouts import lengths as rollout_lengths

@@ -36,6 +36,7 @@ from qlog.policy import Policy
 from qlog.records import Samples
 from qlog.rollouts import lengths as rollout_lengths
 from qlog.rollouts import sampler
+from qlog.rollouts.decoding import Sampling
 from qlog.storage import strict_json
 
 _CONFIG = command_line.define("Config file; '' takes the model of --size on all devices.")
@@ -59,7 +60,7 @@ class Step(NamedTuple):
     policy: Policy
     batch: work.Batch
     budgets: jax.Array  # int32 [B, M]
-    sampling: sampler.Sampling
+    sampling: Sampling
     microbatch: Microbatch
     num_shards: int
 

@@ -14,7 +14,7 @@ import optax
 
 from qlog import losses, models
 from qlog.benchmark import measure
-from qlog.learner import gradient
+from qlog.learner import forward
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
 from qlog.learner.types import LearnerBatch, Microbatch, Objective, UpdateMetrics
@@ -23,7 +23,7 @@ from qlog.models.flops import Need
 from qlog.parallel import batch_placement, process, sharding
 from qlog.policy import Policy
 from qlog.records import Golds, Prompts, TrainState, Trajectories
-from qlog.rollouts import sampler, scoring
+from qlog.rollouts import decoding, sampler, scoring
 
 FIRST_TOKEN = 10  # random tokens are at least this, so none is padding or another special token
 
@@ -95,9 +95,9 @@ def make_batch(policy: Policy, size: Size, seed: int = 0) -> Batch:
     return Batch(prompts, golds, keys, trajectories, advantages)
 
 
-def full_length_sampling(policy: Policy, size: Size, temperature: float = 1.0) -> sampler.Sampling:
+def full_length_sampling(policy: Policy, size: Size, temperature: float = 1.0) -> decoding.Sampling:
     """Rationales of exactly N tokens: `without_ends` cannot sample the token that closes one."""
-    return sampler.Sampling(
+    return decoding.Sampling(
         rationale_budget=size.rationale - 1,  # then the closing token is forced
         answer_reserve=size.answer,
         closing=(policy.valid_vocab - 1,),
@@ -128,17 +128,17 @@ def rollout_phases(
     prompts, num_rollouts = batch.prompts, size.prompts * size.rollouts
     sampling = full_length_sampling(policy, size)
     arguments = (prompts.tokens, prompts.lengths)
-    weights = sampler.decoding_weights(params, draws)
+    weights = decoding.decoding_weights(params, draws)
     # ---- Caches of one wave, as decoding leaves them to the scoring pass.
     budgets = jnp.full(batch.keys.shape, sampling.rationale_budget, jnp.int32)
     part, golds = jax.tree.map(
         lambda x: x[: wave or size.prompts],
-        (sampler.Batch(*arguments, batch.keys, budgets), batch.golds),
+        (decoding.Batch(*arguments, batch.keys, budgets), batch.golds),
     )
-    prefix = sampler.prefill(params, draws, part.prompts, part.lengths)
+    prefix = decoding.prefill(params, draws, part.prompts, part.lengths)
     ids = jnp.arange(part.keys.size, dtype=jnp.int32).reshape(part.keys.shape)
     slots = models.whole_tiles(sampling.max_length)
-    pool = sampler.initial_pool(draws, prefix, part, ids, sampling, slots)
+    pool = decoding.initial_pool(draws, prefix, part, ids, sampling, slots)
     # As if every rationale had just been closed: the pool was not decoded, its tokens are padding.
     closed = jnp.full_like(pool.rollouts.rationale_lengths, size.rationale)
     pool = pool._replace(rollouts=pool.rollouts._replace(rationale_lengths=closed))
@@ -146,14 +146,14 @@ def rollout_phases(
 
     def score() -> jax.Array:
         for _ in range(waves):
-            log_w = scoring.score_answers(
+            log_probs = scoring.token_log_probs(
                 weights, draws, pool.prefix, pool.suffix, pool.rollouts.tokens, closed, golds
             )
-        return log_w
+        return log_probs  # [B, M, A]; log w is their sum
 
     def score_fresh() -> jax.Array:
         everything = Microbatch(size.prompts, size.rollouts)
-        return gradient.reference_log_probs(
+        return forward.reference_log_probs(
             params, draws, prompts, batch.trajectories, 1.0, everything
         )
 
@@ -179,7 +179,7 @@ def rollout_phases(
     whole = Need(sum(n.flops for n in (scored, prefilled, decoded)), decoded.bytes)
     return {
         "prefill": TimedPhase(
-            lambda: sampler.prefill(params, draws, *arguments),
+            lambda: decoding.prefill(params, draws, *arguments),
             size.prompts * size.prompt,
             prefilled,
         ),

@@ -35,7 +35,7 @@ from qlog.console import complain, output, plain_console, printable, time_text
 from qlog.errors import ConfigError, summary
 from qlog.experiment import cost, files
 from qlog.parallel import distributed, process, sharding
-from qlog.runs import checkpoints, ownership
+from qlog.runs import checkpoint_reader, ownership
 from qlog.storage import paths
 
 _PATIENCE = 120  # seconds for the all-reduce, its compilation included
@@ -241,7 +241,7 @@ def _free_disk(config: ConfigDict | None, workdir: str) -> str:
 def _weights(config: ConfigDict) -> str:
     """They are there. A Hub id is downloaded, as training would."""
     if config.init_from:
-        return f"from {checkpoints.find_checkpoint(config.init_from, 'config.init_from')}"
+        return f"from {checkpoint_reader.find_checkpoint(config.init_from, 'config.init_from')}"
     shape = files.model_shape(config)
     if config.weights == "random":
         return f"random, {shape.num_layers} layers of width {shape.width}"

@@ -15,13 +15,14 @@ from qlog.commands import next_steps, several_runs
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
 from qlog.console import ProgressLine, is_live, say, show_table
-from qlog.data import chat_templates, tokenizer_files
+from qlog.data import chat_templates
+from qlog.data.tokenizers import companions
 from qlog.errors import ConfigError, Stop
 from qlog.experiment import Experiment, cost, prepare
 from qlog.experiment.contents import check_trained_ids
 from qlog.parallel import distributed, interrupts
 from qlog.rollouts import lengths as rollout_lengths
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.storage import paths
 from qlog.storage.paths import Path
 
@@ -172,7 +173,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     if tokenizer.path:  # None of a synthetic task's, which `save` writes
         copied = models.huggingface.tokenizer_files(tokenizer.path.parent)
     if tokenizer.chat_template:  # `save` writes the one that prompts were written in
-        copied = [file for file in copied if file.name != tokenizer_files.TEMPLATE]
+        copied = [file for file in copied if file.name != companions.TEMPLATE]
     distributed.once_per_run(lambda: str(tokenizer.save(folder)))
     # Other libraries take the ids at which to stop from the model's config.
     ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
@@ -193,10 +194,10 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
 
 def _drop_chat_template(folder: Path) -> None:
     """Removes the model's own template, in which this run wrote no prompt."""
-    for name in (tokenizer_files.TEMPLATE, tokenizer_files.PROCESSOR_TEMPLATE):
+    for name in (companions.TEMPLATE, companions.PROCESSOR_TEMPLATE):
         if paths.exists(folder / name):
             paths.remove(folder / name)
-    file = folder / tokenizer_files.CONFIG
+    file = folder / companions.CONFIG
     if paths.exists(file):
         kept = {k: v for k, v in json.loads(paths.read(file)).items() if k != "chat_template"}
         paths.write(file, json.dumps(kept, indent=2))
@@ -244,7 +245,7 @@ def _find(workdir: Path, checkpoint: str) -> Path | None:
     if checkpoint == "base":
         return None
     try:
-        return checkpoints.find_checkpoint(workdir, "--workdir", checkpoint)
+        return checkpoint_reader.find_checkpoint(workdir, "--workdir", checkpoint)
     except ConfigError as error:
         raise ConfigError(f"{error} The model before training is --checkpoint=base.") from None
 
@@ -263,7 +264,7 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
         params, step = experiment.init_params(), None
         parameters_from = f"base: {config.init_from or config.weights}"
     else:
-        params = checkpoints.load_params(path, experiment.abstract_params(), "--workdir")
+        params = checkpoint_reader.load_params(path, experiment.abstract_params(), "--workdir")
         step, parameters_from = int(path.name) if path.name.isdigit() else None, str(path)
         _notice_other_prompts(experiment, path)
     say(f"parameters: {parameters_from}")
@@ -272,7 +273,9 @@ def _load(experiment: Experiment, path: Path | None) -> tuple[models.Params, str
 
 def _notice_other_prompts(experiment: Experiment, path: Path) -> None:
     """Says so where prompts are not written as those that the checkpoint was trained on."""
-    before = distributed.once_per_run(lambda: checkpoints.made_of(path)[1].get("tokenizer", ""))
+    before = distributed.once_per_run(
+        lambda: checkpoint_reader.made_of(path)[1].get("tokenizer", "")
+    )
     now = experiment.formatter and experiment.formatter.digest
     if before and before != now:
         say(

@@ -27,8 +27,9 @@ from qlog import data, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.data import catalog, chat_templates, tokenizer_files
+from qlog.data import catalog, chat_templates
 from qlog.data.record_files import JSON_SUFFIXES, PARQUET_SUFFIXES
+from qlog.data.tokenizers import companions
 from qlog.errors import ConfigError
 from qlog.experiment.files import chat_template_path, tokenizer_path
 from qlog.storage import assets, paths
@@ -112,7 +113,7 @@ def _read_by(config: ConfigDict) -> list[Asset]:
                 _files_of_model(weights=False),
                 str(path),
                 ("tokenizer.path",),
-                companions=tokenizer_files.NAMES,
+                companions=companions.NAMES,
             )
         )
     if config.tokenizer.chat_template not in ("", chat_templates.BUILT_IN_NAME):

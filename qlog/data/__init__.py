@@ -6,9 +6,9 @@ text, with finqa_program.py), synthetic.py (a task that makes its examples), spl
 records train, validation and test have), builders/ (the official files, prepared by TFDS),
 record_files.py (JSON lines and Parquet), own.py (your own records and functions as examples),
 hub.py (the official datasets as the Hugging Face Hub has them), catalog.py (which of all this a
-config names), tokenizers.py (with tokenizer_files.py, the small files next to a tokenizer),
-chat_templates.py, formatting.py (examples as token ids), pipeline.py (padded batches), fields.py
-(names in errors). README.md shows how to train on your own data.
+config names), tokenizers/ (text to ids and back), chat_templates.py, formatting.py (examples as
+token ids), pipeline.py (padded batches), fields.py (names in errors). README.md shows how to train
+on your own data.
 """
 
 from qlog.data.builders import prepare

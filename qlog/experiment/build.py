@@ -33,8 +33,8 @@ from qlog.grading.scorers import Panel
 from qlog.learner import optimizer
 from qlog.parallel import sharding
 from qlog.policy import Policy
-from qlog.rollouts.sampler import Sampling
-from qlog.runs import checkpoints
+from qlog.rollouts.decoding import Sampling
+from qlog.runs import checkpoint_reader
 
 
 def prepare(
@@ -123,7 +123,7 @@ def _check_without_files(
         check_final(config)
     # ---- The model: named before data are read, which takes longer ----
     if config.init_from:
-        checkpoints.find_checkpoint(config.init_from, "config.init_from")
+        checkpoint_reader.find_checkpoint(config.init_from, "config.init_from")
     # Before weights are fetched: by the model's shape alone, and the smallest data that there are.
     shape = files.model_shape(config)
     if train or evaluate:

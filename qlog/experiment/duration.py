@@ -17,7 +17,7 @@ from qlog.experiment.phases import batch_widths, bytes_per_slot, prompts_of_shar
 from qlog.models import flops
 from qlog.parallel import chips, sharding
 from qlog.parallel.chips import Chip, Gpu
-from qlog.rollouts.sampler import Sampling
+from qlog.rollouts.decoding import Sampling
 
 
 class Estimate(NamedTuple):

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.console import say
-from qlog.data import chat_templates, pipeline, tokenizer_files
+from qlog.data import chat_templates, pipeline
+from qlog.data.tokenizers import companions
 from qlog.errors import ConfigError
 from qlog.parallel import distributed
 from qlog.storage import assets
@@ -125,7 +126,7 @@ def tokenizer_path(config: ConfigDict) -> pathlib.Path:
         path,
         field,
         lambda name: not name.endswith(".safetensors"),
-        companions=tokenizer_files.NAMES,
+        companions=companions.NAMES,
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,15 @@ from qlog.learner.types import Microbatch
 from qlog.parallel import distributed, sharding
 from qlog.policy import Policy
 from qlog.records import TrainState
-from qlog.rollouts.sampler import Sampling
-from qlog.runs import checkpoints
+from qlog.rollouts.decoding import Sampling
+from qlog.runs import checkpoint_reader
 from qlog.storage import paths
 
 # Batches that evaluation samples in one call, so that one starts before the tail of the last one is
 # done. An interrupted evaluation goes on after whole calls.
 BATCHES_PER_CALL = 4
+
+_Tree = TypeVar("_Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Experiment:
         """ShapeDtypeStructs of the parameters, with their places on the mesh."""
         init = functools.partial(models.init, self.policy.config)
         shapes = jax.eval_shape(init, jax.random.key(0))
-        return checkpoints.abstract_like(shapes, sharding.param_shardings(self.mesh, shapes))
+        return _placed(shapes, sharding.param_shardings(self.mesh, shapes))
 
     def init_params(self) -> models.Params:
         """The parameters that training begins with, float32, on the mesh.
@@ -158,7 +161,7 @@ class Experiment:
         # Each way puts every parameter where it belongs at once: no device ever holds all of them.
         if self.config.init_from:
             source = self.config.init_from
-            params = checkpoints.load_params(source, abstract, "config.init_from")
+            params = checkpoint_reader.load_params(source, abstract, "config.init_from")
             return models.check_finite(params, f"config.init_from = {source!r}")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         if self.weights is not None:
@@ -184,7 +187,7 @@ class Experiment:
         params = self.abstract_params()
         rest = jax.eval_shape(self._initial_state_without_params, params)
         places = sharding.param_shardings(self.mesh, rest)
-        return checkpoints.abstract_like(rest, places)._replace(params=params)
+        return _placed(rest, places)._replace(params=params)
 
     def _initial_state_without_params(self, params: models.Params) -> TrainState:
         prompts = self.config.train.prompts_per_step
@@ -201,3 +204,10 @@ def _listed(dataset: data.Dataset) -> Identified:
     """The official records, which know the split they come from; other data as they are."""
     records = dataset.source.records if isinstance(dataset.source, data.Converted) else None
     return records if isinstance(records, Split) else dataset
+
+
+def _placed(shapes: _Tree, shardings: Any) -> _Tree:
+    """A tree of ShapeDtypeStructs, with these shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )

@@ -32,9 +32,9 @@ from qlog import data, models
 from qlog.data.pipeline import Lengths, bucket
 from qlog.experiment.parts import BATCHES_PER_CALL, Experiment
 from qlog.parallel import sharding
-from qlog.rollouts import pool, sampler
+from qlog.rollouts import decoding, pool, sampler
+from qlog.rollouts.decoding import Sampling
 from qlog.rollouts.pool import Level
-from qlog.rollouts.sampler import Sampling
 
 _FLOAT32 = 4  # bytes
 _TOKEN = 4  # bytes, int32
@@ -216,7 +216,7 @@ def batch_widths(config: ConfigDict, dataset: data.Dataset | None) -> Lengths:
 
 
 def _decoding_weights(experiment: Experiment) -> float:
-    """Bytes of `sampler.decoding_weights`, which lie next to the parameters that they are of."""
+    """Bytes of `decoding.decoding_weights`, which lie next to the parameters that they are of."""
     params, itemsize = experiment.abstract_params(), jnp.dtype(experiment.policy.dtype).itemsize
     # Where nothing is rounded, the tables are those of the parameters. Layers are taken out of
     # their stack, so each is a copy in any case.
@@ -239,10 +239,10 @@ def bytes_per_slot(experiment: Experiment, dtype: DTypeLike) -> float:
     return policy.config.num_layers * size / parts
 
 
-def _results(experiment: Experiment, sampling: Sampling) -> sampler.Results:
+def _results(experiment: Experiment, sampling: Sampling) -> decoding.Results:
     """Shapes of where rollouts are put when they are done: one rollout of each shard."""
     shards = sharding.num_batch_shards(experiment.mesh)
-    return sampler.empty_results.eval_shape(experiment.policy, sampling, shards, 1)
+    return decoding.empty_results.eval_shape(experiment.policy, sampling, shards, 1)
 
 
 def _bytes_of_one(experiment: Experiment, one_each: Any) -> float:

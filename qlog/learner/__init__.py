@@ -1,4 +1,5 @@
 """From rollouts and their coefficients to the next parameters; README.md has the idea.
 
-In reading order: types.py, trajectories.py, packing.py, blocks.py, gradient.py, optimizer.py.
+In reading order: types.py, trajectories.py, packing.py, blocks.py, planning.py, forward.py,
+gradient.py, terms.py, optimizer.py.
 """

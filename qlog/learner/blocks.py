@@ -17,8 +17,8 @@ prompt that is cut passes through the model once for each of its blocks, so the 
 the least cost of prompts and packs together. It depends on the numbers of packs alone: every
 process makes the same one.
 
-All of this is arithmetic on the host. `gradient.py` computes the blocks, with one compiled program
-for all plans.
+All of this is arithmetic on the host. `planning.py` asks for plans, `gradient.py` computes the
+blocks, with one compiled program for all plans.
 """
 
 import heapq

@@ -2,7 +2,6 @@
 
 from qlog.models import flops, huggingface
 from qlog.models.config import PRESETS, DecoderConfig, register
-from qlog.models.config_json import from_hf_config, to_hf_config
 from qlog.models.decoder import (
     TILE,
     Params,
@@ -23,6 +22,7 @@ from qlog.models.decoder import (
 )
 from qlog.models.execution import REMAT, Execution
 from qlog.models.families import Family
+from qlog.models.huggingface.config_json import from_hf_config, to_hf_config
 from qlog.models.rope import RopeScaling
 
 __all__ = [

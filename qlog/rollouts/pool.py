@@ -12,7 +12,7 @@ smaller blocks, which have more slots each:
 
 Small blocks leave fewer lanes empty, but need more copies of the prompts' caches. Everything here
 is host arithmetic on numpy arrays: `balance.py` moves rollouts between shards, `schedule.py`
-decides when a pool shrinks, `sampler.py` moves the caches.
+decides when a pool shrinks, `moves.py` moves the caches.
 """
 
 from typing import NamedTuple

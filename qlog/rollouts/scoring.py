@@ -48,7 +48,7 @@ def token_log_probs(
     gold_m = jnp.broadcast_to(golds.tokens[:, None], (num_prompts, num_rollouts, num_tokens))
     inputs = jnp.concatenate([last, gold_m[..., :-1]], axis=-1)  # [B, M, A]
 
-    # The prefix lacks the prompt's last token, which is in slot 0 of the suffix (see sampler.py).
+    # The prefix lacks the prompt's last token, which is in slot 0 of the suffix (see decoding.py).
     # Of a rationale of n tokens all but the last are in slots 1 to n - 1. So n slots are seen, and
     # the thinking-end token, the first input, has the position of slot n. The answer that a
     # rollout sampled lies in the slots from n on and is not seen.
@@ -69,17 +69,3 @@ def token_log_probs(
     )
     is_gold = jnp.arange(num_tokens) < golds.lengths[:, None, None]
     return jnp.where(is_gold, log_probs, 0.0)
-
-
-@functools.partial(jax.jit, static_argnames=("policy",))
-def score_answers(
-    params: models.Params,
-    policy: Policy,
-    prefix: models.Prefix,
-    suffix: models.Suffix,
-    tokens: Array,
-    rationale_lengths: Array,
-    golds: Golds,
-) -> Array:
-    """log w_m, float32 [B, M]: the sum of `token_log_probs`, of the same arguments."""
-    return token_log_probs(params, policy, prefix, suffix, tokens, rationale_lengths, golds).sum(-1)

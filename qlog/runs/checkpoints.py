@@ -10,11 +10,12 @@ evaluated. The best checkpoint is the one with the highest value, among those wh
 of the newest score: values under other settings cannot be compared with it.
 
 Disks lose bytes, and people move files, so a checkpoint carries digests of its files
-(runs/digests.py), and `fault` says whether it is whole. A checkpoint that is not is passed over, in
-a line for the user, for the newest one that is whole (or the best). The run whose workdir it is
-also sets it aside, as checkpoints/STEP.damaged: nothing deletes it then, and the run can save that
-step again. Who only reads a workdir (init_from, evaluate, export) renames nothing there. A bucket
-cannot rename: there each object is copied by the store and then removed.
+(runs/digests.py), and `checkpoint_reader.fault` says whether it is whole. A checkpoint that is not
+is passed over, in a line for the user, for the newest one that is whole (or the best). The run
+whose workdir it is also sets it aside, as checkpoints/STEP.damaged: nothing deletes it then, and
+the run can save that step again. Who only reads a workdir (init_from, evaluate, export) has
+checkpoint_reader.py, which renames nothing there. A bucket cannot rename: there each object is
+copied by the store and then removed.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -34,19 +35,13 @@ from qlog.console import say
 from qlog.errors import ConfigError, PassingError, summary
 from qlog.parallel import distributed
 from qlog.records import TrainState
-from qlog.runs import digests
+from qlog.runs import checkpoint_reader, digests
+from qlog.runs.checkpoint_reader import HAS_DIGESTS, PARAMS, TRAINING, Scores
+from qlog.runs.folder import SCORES
 from qlog.storage import paths
 from qlog.storage.paths import Path
 
-WHICH = "best, latest, base or a step"
-_SCORES = "scores.json"
-_PARAMS, _TRAINING = "params", "training"  # the items of a checkpoint
-_COMMITTED = "commit_success.txt"  # in a bucket, where a folder cannot be renamed when it is whole
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder on a disk, until it is whole
-# What a checkpoint says of itself: without its digests it is then damaged, and not only old.
-_HAS_DIGESTS = "has_digests"
-_Tree = TypeVar("_Tree")
-Scores = dict[int, dict[str, Any]]  # by step; see above
 
 
 class Checkpoints:
@@ -66,16 +61,16 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
         self._folder = paths.parse(workdir)
-        scores = distributed.once_per_run(lambda: _read_scores(self._folder))
-        self.scores: Scores = {int(step): score for step, score in scores.items()}
-        self._steps = place(self._folder, "--workdir") / "checkpoints"
+        self.scores = checkpoint_reader.read_scores(self._folder)
+        self._steps = checkpoint_reader.place(self._folder, "--workdir") / "checkpoints"
         # Tried now: Orbax would find out in the background, at the first save. (A bucket has no
         # folders that could be closed; the workdir was tried when it was claimed.)
         if not paths.is_remote(self._steps):
             distributed.once_per_run(lambda: paths.probe(self._steps, "--workdir"))
         self._number = paths.number(self._steps)
         # Before Orbax looks: it would count, and in time delete, what is damaged.
-        _set_aside_damaged(self._steps)
+        newest, damaged = checkpoint_reader.find_damaged(self._steps)
+        _rename_damaged(self._steps, damaged, newest)
         _silence_orbax()
 
         # ---- Orbax ----
@@ -142,8 +137,8 @@ class Checkpoints:
             return
         self.wait()
         # Two items of one checkpoint, in two folders (see above).
-        parts = {_PARAMS: state.params, _TRAINING: state._replace(params=None)._asdict()}
-        about = {"config": json.loads(config), "identity": identity or {}, _HAS_DIGESTS: True}
+        parts = {PARAMS: state.params, TRAINING: state._replace(params=None)._asdict()}
+        about = {"config": json.loads(config), "identity": identity or {}, HAS_DIGESTS: True}
 
         def start() -> None:
             self._saving, self._about = step, about
@@ -216,7 +211,9 @@ class Checkpoints:
                     f"{self._steps} is gone (moved, deleted or unmounted): put it back; the same "
                     "command goes on from its newest checkpoint."
                 ) from error
-            whole = [step for step in _steps(self._steps) if step != self._saving]
+            whole = [
+                step for step in checkpoint_reader.steps_in(self._steps) if step != self._saving
+            ]
             rest = f"step {whole[-1]} is the newest whole one" if whole else "there is no other"
             raise PassingError(
                 f"{self._steps}: the checkpoint of step {self._saving} could not be written "
@@ -232,7 +229,7 @@ class Checkpoints:
         """
         self.scores[step] = {"value": value, "of": what}
         if jax.process_index() == 0:
-            paths.write(self._folder / _SCORES, json.dumps(self.scores))
+            paths.write(self._folder / SCORES, json.dumps(self.scores))
 
     @property
     def best_step(self) -> int:
@@ -244,8 +241,8 @@ class Checkpoints:
           ConfigError: none is whole.
         """
         steps = distributed.broadcast([c.step for c in self._checkpointer.checkpoints])
-        order = lambda left: _best(left, self.scores)
-        step, damaged = _first_whole(self._steps, steps, order, (_PARAMS,))
+        order = lambda left: checkpoint_reader.best_of(left, self.scores)
+        step, damaged = checkpoint_reader.first_whole(self._steps, steps, order, (PARAMS,))
         if damaged:
             self._set_aside(damaged, step)
         return step
@@ -276,11 +273,11 @@ class Checkpoints:
             # ---- Without digests damage shows only here; the one before it is tried ----
             damaged = {step: reasons[0]}
             before = [c.step for c in self._checkpointer.checkpoints if c.step < step]
-            found, more = _first_whole(
+            found, more = checkpoint_reader.first_whole(
                 self._steps,
                 distributed.broadcast(before),
                 lambda left: left[-1],
-                (_PARAMS, _TRAINING),
+                (PARAMS, TRAINING),
                 damaged,
             )
             self._set_aside(damaged | more, found)
@@ -289,7 +286,7 @@ class Checkpoints:
                 del self.scores[scored]
 
     def _check_not_pruned(self, step: int) -> None:
-        training = self._steps / str(step) / _TRAINING
+        training = self._steps / str(step) / TRAINING
         if not distributed.once_per_run(lambda: paths.exists(training)):
             raise ConfigError(
                 f"{self._folder} kept parameters only "
@@ -299,19 +296,21 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState | None, str]:
         """The state of a step, or why it cannot be read."""
-        parts = {_PARAMS: abstract.params, _TRAINING: abstract._replace(params=None)._asdict()}
+        parts = {PARAMS: abstract.params, TRAINING: abstract._replace(params=None)._asdict()}
         try:
             loaded = self._checkpointer.load_checkpointables(step, parts)
-            models.check_finite(loaded[_PARAMS], f"the checkpoint of step {step}")
+            models.check_finite(loaded[PARAMS], f"the checkpoint of step {step}")
         except Exception as error:  # what a damaged file makes of Orbax: of any kind
             if paths.passes(error) and paths.is_remote(self._steps):
                 raise
             return None, summary(error)
-        return TrainState(**loaded[_TRAINING])._replace(params=loaded[_PARAMS]), ""
+        return TrainState(**loaded[TRAINING])._replace(params=loaded[PARAMS]), ""
 
     def made_of(self) -> tuple[dict, dict]:
         """The config and the identity that `save` was given for the newest checkpoint."""
-        return _made_of(self._checkpointer.checkpointables_metadata(self.latest_step))
+        return checkpoint_reader.config_and_identity(
+            self._checkpointer.checkpointables_metadata(self.latest_step)
+        )
 
     def prune(self, what: str) -> None:
         """Deletes what a finished run need not keep; a second call changes nothing.
@@ -332,9 +331,9 @@ class Checkpoints:
                 self._checkpointer.delete(step)
         if jax.process_index() == 0:
             kept = self._steps / str(best)
-            if paths.exists(kept / _TRAINING):
-                digests.forget(kept, _TRAINING)  # first: a kill must not leave it looking damaged
-                (kept / _TRAINING).rmtree()
+            if paths.exists(kept / TRAINING):
+                digests.forget(kept, TRAINING)  # first: a kill must not leave it looking damaged
+                (kept / TRAINING).rmtree()
 
     def close(self) -> None:
         """Waits for the save under way; a process that ends before loses it.
@@ -373,235 +372,8 @@ class _Best:
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         scored = [c.step for c in checkpoints if c.step in self.scores]
-        best = _best(scored, self.scores) if scored else None
+        best = checkpoint_reader.best_of(scored, self.scores) if scored else None
         return [c.step == best for c in checkpoints]
-
-
-def made_of(folder: Path) -> tuple[dict, dict]:
-    """The config and the identity that `Checkpoints.save` was given for the step in `folder`."""
-    return _made_of(ocp.checkpointables_metadata(folder))
-
-
-def _made_of(metadata: Any) -> tuple[dict, dict]:
-    about = metadata.custom_metadata or {}
-    return about.get("config", {}), about.get("identity", {})
-
-
-def load_params(
-    folder: str | os.PathLike,
-    abstract_params: models.Params,
-    field: str = "init_from",
-    which: str = "best",
-) -> models.Params:
-    """Reads the parameters of a checkpoint of another run.
-
-    Args:
-      folder, which: as `find_checkpoint` takes them.
-      abstract_params: ShapeDtypeStructs with shardings.
-      field: the flag or the config field that named the folder, for messages.
-
-    Raises:
-      ConfigError: no whole checkpoint there, or its parameters have other names or shapes.
-    """
-    path = find_checkpoint(folder, field, which)
-    named = f"{field} = {os.fspath(folder)!r}"
-    difference = distributed.once_per_run(lambda: _difference(path, abstract_params))
-    if difference:
-        raise ConfigError(f"{named} holds parameters of another model: {difference}.")
-    try:
-        return ocp.load_checkpointables(path, {_PARAMS: abstract_params})[_PARAMS]
-    except Exception as error:  # what a damaged file makes of Orbax: of any kind
-        if paths.is_remote(path) and paths.passes(error):
-            raise
-        raise ConfigError(
-            f"{named}: the checkpoint of step {path.name} cannot be read ({summary(error)}): take "
-            "another step's."
-        ) from error
-
-
-def _difference(path: Path, abstract_params: models.Params) -> str:
-    """How the parameters of a checkpoint differ from a model's, in words; '' where they do not."""
-    there = _shapes(ocp.checkpointables_metadata(path).metadata[_PARAMS])
-    here = _shapes(abstract_params)
-    other = [name for name in here if name in there and there[name] != here[name]]
-    texts = [f"{name} is {list(there[name])} there and {list(here[name])} here" for name in other]
-    texts += [f"{name} is only there, {list(there[name])}" for name in there if name not in here]
-    texts += [f"{name} is only here, {list(here[name])}" for name in here if name not in there]
-    more = f", and {len(texts) - 3} more differ" if len(texts) > 3 else ""
-    return "; ".join(texts[:3]) + more
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each leaf by its name, such as layers/q_proj/kernel."""
-    return {
-        "/".join(str(getattr(entry, "key", entry)) for entry in path): tuple(leaf.shape)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-
-def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") -> Path:
-    """The folder of one whole step, the same on every process.
-
-    Damaged ones are passed over, in a line for the user.
-
-    Args:
-      folder: the workdir of a run, its `checkpoints` folder, or the folder of one step in it.
-      field: the flag or the config field that named the folder, for messages.
-      which: best (by score; the latest, if none was evaluated), latest, or the number of a step.
-        Without effect where `folder` is one step's.
-
-    Raises:
-      ConfigError: no checkpoint there, or not the one that was asked for, or it is damaged.
-    """
-    named, folder = f"{field} = {os.fspath(folder)!r}", place(folder, field)
-    if distributed.once_per_run(lambda: _is_step(folder)):
-        if reason := fault(folder, (_PARAMS,)):
-            raise ConfigError(
-                f"{named}: the checkpoint is damaged ({reason}): take another step's."
-            )
-        return folder
-    above = paths.parse(distributed.once_per_run(lambda: _above(folder)))
-    steps = distributed.once_per_run(lambda: _steps(above))
-    if not steps:
-        raise ConfigError(f"{named} has no checkpoint: name a run's workdir, or one step's folder.")
-    if which.isdigit() and int(which) in steps:
-        if reason := fault(above / which, (_PARAMS,)):
-            raise ConfigError(
-                f"--checkpoint={which}: that checkpoint of {named} is damaged ({reason}): take "
-                f"another of the steps {', '.join(map(str, steps))}, or ask for best or latest."
-            )
-        return above / which
-    if which not in ("best", "latest"):
-        raise ConfigError(
-            f"--checkpoint={which}: {named} has the steps {', '.join(map(str, steps))}; "
-            f"ask for {WHICH}."
-        )
-    scores: Scores = {}
-    if which == "best":
-        found = distributed.once_per_run(lambda: _read_scores(above.parent))
-        scores = {int(step): score for step, score in found.items()}
-    step, damaged = _first_whole(above, steps, lambda left: _best(left, scores), (_PARAMS,))
-    for other, reason in damaged.items():
-        say(f"{above / str(other)} is damaged ({reason}): step {step} is taken")
-    return above / str(step)
-
-
-def _above(folder: Path) -> str:
-    """The folder that has the steps; `folder` itself where nothing is there."""
-    above = folder / "checkpoints"
-    return str(folder if folder.name == "checkpoints" and not paths.exists(above) else above)
-
-
-def _is_step(folder: Path) -> bool:
-    """Whether the folder is that of one step, as far as it is there."""
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        return paths.exists(folder)
-    return paths.exists(folder / _PARAMS)
-
-
-# ---- Which checkpoints are whole ----
-
-
-def fault(folder: Path, items: Sequence[str] = (_PARAMS, _TRAINING), content: bool = True) -> str:
-    """What is wrong with a checkpoint, in words; '' if it is whole. Every process must call.
-
-    An old checkpoint has no digests. Then only what describes it is read.
-
-    Args:
-      folder: of one step.
-      items: 'params', 'training': which of them are wanted.
-      content: whether all files are read; without, whether they are there with their sizes.
-    """
-    reason = digests.fault(folder, items, content)
-    return reason or distributed.once_per_run(lambda: _described(folder))
-
-
-def _described(folder: Path) -> str:
-    """Why Orbax cannot tell what is in a checkpoint; '' if it can."""
-    if not paths.exists(folder):
-        return "it is missing"
-    if not paths.names(folder):
-        return "the folder is empty"
-    try:
-        metadata = ocp.checkpointables_metadata(folder)
-        _shapes(metadata.metadata[_PARAMS])
-    except Exception as error:  # what a damaged file makes of Orbax: of any kind
-        if paths.is_remote(folder) and paths.passes(error):
-            raise
-        return f"its description cannot be read: {type(error).__name__}: {summary(error)}"
-    if not isinstance(metadata.custom_metadata, dict) or "config" not in metadata.custom_metadata:
-        return "its description has no config"
-    if metadata.custom_metadata.get(_HAS_DIGESTS) and not digests.exist(folder):
-        return f"{digests.FILE} is missing"
-    return ""
-
-
-def _steps(folder: Path) -> list[int]:
-    """The steps whose saves have ended, the oldest first.
-
-    The folder of an unfinished one has another name than a number or, in a bucket, lacks a file.
-    """
-    found = [int(name) for name in paths.names(folder) if name.isdecimal()]
-    return sorted(
-        step
-        for step in found
-        if not paths.is_remote(folder) or paths.exists(folder / str(step) / _COMMITTED)
-    )
-
-
-def _first_whole(
-    folder: Path,
-    steps: Sequence[int],
-    order: Callable[[list[int]], int],
-    items: Sequence[str],
-    known: dict[int, str] | None = None,
-) -> tuple[int, dict[int, str]]:
-    """The first whole step, and {step: what is wrong} of those before it. Every process must call.
-
-    Args:
-      folder: has a folder for each step.
-      steps: the oldest first.
-      order: which of the steps left comes next.
-      items: which items must be whole.
-      known: other damaged steps, for the message.
-
-    Raises:
-      ConfigError: none is whole.
-    """
-    left, damaged = list(steps), {}
-    while left:
-        step = order(left)
-        reason = fault(folder / str(step), items)
-        if not reason:
-            return step, damaged
-        damaged[step] = reason
-        left.remove(step)
-    every = (known or {}) | damaged
-    reasons = ", ".join(f"{step}: {reason}" for step, reason in sorted(every.items())[-3:])
-    raise ConfigError(
-        f"{folder} has no whole checkpoint ({reasons}): put back what was there, or use another "
-        "--workdir."
-    )
-
-
-def _set_aside_damaged(folder: Path) -> None:
-    """Renames damaged checkpoints: the newest ones up to a whole one, which is then the newest.
-
-    Of older ones only the sizes are looked at, since nothing may ever read them.
-
-    Raises:
-      ConfigError: there are checkpoints, and none is whole: nothing is renamed.
-    """
-    steps = distributed.once_per_run(lambda: _steps(folder))
-    if not steps:
-        return
-    # A finished run may have kept parameters only; `restore` says so.
-    newest, damaged = _first_whole(folder, steps, lambda left: left[-1], (_PARAMS, _TRAINING))
-    for step in steps:
-        if step < newest and (reason := fault(folder / str(step), content=False)):
-            damaged[step] = reason
-    if damaged:
-        _rename_damaged(folder, damaged, newest)
 
 
 def _rename_damaged(folder: Path, damaged: dict[int, str], taken: int) -> None:
@@ -643,62 +415,3 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     if record.filename == "async_checkpointer.py" and record.exc_info and record.exc_info[1]:
         _failures.append(record.exc_info[1])
     return "orbax" not in record.pathname
-
-
-# ---- The best ----
-
-
-def _best(steps: list[int], scores: Scores) -> int:
-    """The step with the highest score (of equal ones the first); without scores the last step."""
-    scored = [step for step in steps if step in scores]
-    if not scored:
-        return steps[-1]
-    what = scores[max(scored)]["of"]
-    alike = [step for step in scored if scores[step]["of"] == what]  # under the same settings
-    return max(alike, key=lambda step: (scores[step]["value"], -step))
-
-
-def _read_scores(workdir: Path) -> Scores:
-    """The scores that can be read. Without one a checkpoint is only not known to be the best."""
-    try:
-        found = json.loads(paths.read(workdir / _SCORES, errors="replace"))
-        # JSON's keys are text.
-        return {
-            int(step): {"value": float(score["value"]), "of": str(score["of"])}
-            for step, score in found.items()
-        }
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        say(
-            f"{workdir / _SCORES} cannot be read ({summary(error)}): the best checkpoint is "
-            "unknown, and the newest takes its place until one is evaluated"
-        )
-        return {}
-
-
-def place(folder: str | os.PathLike, field: str) -> Path:
-    """`folder` as Orbax takes it: absolute.
-
-    Raises:
-      ConfigError: the folder is in an S3 bucket.
-    """
-    # Orbax (0.12.8) cannot write arrays to S3, nor make a checkpoint appear there whole.
-    path = paths.parse(folder, field)
-    if not paths.is_remote(path):
-        return Path(os.path.abspath(path))
-    if str(path).startswith("s3://"):
-        raise ConfigError(
-            f"{field} = {path}: Orbax keeps no checkpoints in s3:// buckets; give gs://BUCKET/... "
-            "or a folder that all hosts share (weights, data and assets may be in s3://)."
-        )
-    return path
-
-
-def abstract_like(tree: _Tree, shardings: Any = None) -> _Tree:
-    """ShapeDtypeStructs of `tree`, with the shardings of its arrays or the given ones."""
-    if shardings is None:
-        shardings = jax.tree.map(lambda x: x.sharding, tree)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )

@@ -31,9 +31,9 @@ from qlog.storage import paths
 from qlog.storage.paths import Path
 
 FILE = "digests.json"
-_COMMITTED = "commit_success.txt"  # Orbax writes it after the digests, to say that all is there
+COMMITTED = "commit_success.txt"  # Orbax writes it after the digests, to say that all is there
 _ABOUT = "_CHECKPOINT_METADATA"  # the config, and what is in the checkpoint
-_LATE = (FILE, _COMMITTED, _ABOUT)  # no digests of these files
+_LATE = (FILE, COMMITTED, _ABOUT)  # no digests of these files
 _TRIES, _PAUSE = 3, 0.5  # seconds between them
 _THREADS = 8  # hashing leaves Python's lock to others
 # {file: (bytes, time of change, digest)} of files that this process has read and found whole, so

@@ -2,6 +2,8 @@
 
 import shutil
 
+from ml_collections import ConfigDict
+
 from qlog.console import say
 from qlog.errors import ConfigError
 from qlog.storage import paths
@@ -46,13 +48,34 @@ def check_kinds(workdir: Path) -> None:
             )
 
 
+def room_needed(config: ConfigDict, state: int, num_kept: int) -> int:
+    """The bytes that a run will still write, about: its checkpoints, samples and rollouts.
+
+    Args:
+      state: bytes of a checkpoint.
+      num_kept: checkpoints that are there already.
+    """
+    # The latest ones, the best one, and one that is written before another is deleted.
+    left = max(config.checkpoint.keep + 2 - num_kept, 1)
+    # A token is about four letters. Of each text there are the tokens and some numbers.
+    rollout, evaluated, train = config.rollout, config.evaluation, config.train
+    text = 4 * (rollout.rationale_budget + rollout.answer_reserve) + 100
+    num_evaluations = train.steps // evaluated.every if evaluated.every else 1
+    num_answers = num_evaluations * (evaluated.prompts or 1000) * evaluated.rollouts_per_prompt
+    num_logged = 0
+    if train.rollouts_every:
+        prompts = min(train.rollouts_prompts or train.prompts_per_step, train.prompts_per_step)
+        num_logged = train.steps // train.rollouts_every * prompts * rollout.rollouts_per_prompt
+    return left * state + text * (num_answers + num_logged)
+
+
 def notice_room(workdir: Path, needed: int) -> None:
     """Says so where the disk has less room than a run will need.
 
     The run starts all the same: room may be made meanwhile, and checkpoints are compressed.
 
     Args:
-      needed: bytes, before compression.
+      needed: bytes, before compression, from `room_needed`.
     """
     if paths.is_remote(workdir):
         return

@@ -18,7 +18,7 @@ from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment import files, prepare
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 
 ONE = jax.devices()[:1]
 DATASETS = ("finqa", "hotpotqa", "musique")
@@ -127,7 +127,7 @@ def test_a_folder_is_trained_exported_and_read_again(trained):
     experiment = prepare(config, train=False, evaluate=False)
     assert experiment.policy.config == shape
     assert experiment.evaluation_data is None and experiment.train_data is None
-    best = checkpoints.load_params(workdir, experiment.abstract_params())
+    best = checkpoint_reader.load_params(workdir, experiment.abstract_params())
     before = experiment.init_params()
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), best, before)
     assert all(jax.tree.leaves(changed))

@@ -6,18 +6,19 @@ import damage
 import fuzzing
 import jax
 import pytest
+import same_runs
 import tiny
 import trees
+from damage import STEPS
 from hypothesis import strategies as st
 
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
-from qlog.runs import checkpoints
-from qlog.runs.log import read_jsonl
+from qlog.runs import checkpoint_reader
 
 pytestmark = pytest.mark.slow
 ONE = jax.devices()[:1]
-STEPS = (3, 6, 9)
+experiment, states, whole = damage.experiment, damage.states, damage.whole  # fixtures
 
 
 # ---- Ways to damage: each takes files and folders, a place in the file, and some bytes ----
@@ -124,26 +125,6 @@ def content(folder):
 # ---- Checkpoints alone ----
 
 
-@pytest.fixture(scope="module")
-def experiment():
-    return prepare(tiny.config(), ONE, train=False, evaluate=False)
-
-
-@pytest.fixture(scope="module")
-def states(experiment):
-    """A state for each step, with parameters that differ from step to step."""
-    state = experiment.init_state(experiment.init_params())
-    scaled = lambda step: jax.tree.map(lambda leaf: leaf * (1 + step), state.params)
-    return {step: state._replace(params=scaled(step)) for step in STEPS}
-
-
-@pytest.fixture(scope="module")
-def whole(experiment, states, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole")
-    damage.save(workdir, experiment, states)
-    return workdir
-
-
 def test_damaged_checkpoints(record_property, whole, experiment, states, tmp_path, capsys):
     before = {step: content(whole / "checkpoints" / str(step)) for step in STEPS}
     workdir = tmp_path / "run"
@@ -158,7 +139,7 @@ def test_damaged_checkpoints(record_property, whole, experiment, states, tmp_pat
         # ---- Who only reads: the same parameters, and nothing is renamed ----
         there = sorted(workdir.rglob("*"))
         try:
-            found = checkpoints.load_params(
+            found = checkpoint_reader.load_params(
                 workdir, experiment.abstract_params(), "--workdir", "latest"
             )
         except ConfigError as error:
@@ -196,7 +177,6 @@ RUN = tiny.config(
     train={"steps": 6}, checkpoint={"every": 1, "keep": 9}, evaluation={"every": 3, "prompts": 4}
 )
 _STOPPED_AT = 4
-_TIMED = ("seconds", "per_s", "compilations", "steps_since", "utilization", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +192,7 @@ def runs(tmp_path_factory):
 
 def test_damaged_workdirs(record_property, runs, tmp_path):
     abstract = prepare(RUN, ONE, train=False, evaluate=False).abstract_params()
-    load = lambda workdir, step: checkpoints.load_params(workdir, abstract, which=str(step))
+    load = lambda workdir, step: checkpoint_reader.load_params(workdir, abstract, which=str(step))
     expected = {step: load(runs / "finished", step) for step in range(1, 7)}
     workdir = tmp_path / "run"
 
@@ -229,7 +209,7 @@ def test_damaged_workdirs(record_property, runs, tmp_path):
         # ---- Every checkpoint that is there has the numbers of an undamaged run ----
         left = [f for f in (workdir / "checkpoints").iterdir() if f.name.isdigit()]
         for folder in left:
-            if not checkpoints.fault(folder, ("params",)):
+            if not checkpoint_reader.fault(folder, ("params",)):
                 trees.assert_equal(load(workdir, folder.name), expected[int(folder.name)])
         if name == "stopped":  # it was trained to its end, and each new step is in the log once
             assert "6" in {folder.name for folder in left}
@@ -242,7 +222,7 @@ def test_damaged_workdirs(record_property, runs, tmp_path):
 def _new_steps(workdir):
     """What the log says of the steps that a stopped run had still to do."""
     return [
-        {k: v for k, v in row.items() if not any(t in k for t in _TIMED)}
-        for row in read_jsonl(workdir / "metrics.jsonl")
+        row
+        for row in same_runs.rows(workdir)
         if row.get("phase") == "train" and row["step"] >= _STOPPED_AT
     ]

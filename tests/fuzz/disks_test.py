@@ -8,29 +8,12 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
+cache, file, whole = commanded.cache, commanded.file, commanded.whole  # fixtures
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     return faulty_disk.library(tmp_path_factory.mktemp("library"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    return commanded.config_file(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, file, cache):
-    workdir = tmp_path_factory.mktemp("whole")
-    status, _, err = commanded.run(file, workdir, cache)
-    assert status == 0, err
-    return workdir
 
 
 def test_writes_that_fail(record_property, library, cache, file, whole, tmp_path):

@@ -10,11 +10,12 @@ import pytest
 import tiny
 from hypothesis import strategies as st
 
-from qlog import evaluation, train
+from qlog import evaluation
 from qlog.data import Example
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.report import read as report
+from qlog.runs import resumption
 from qlog.runs.log import RunLog, read_jsonl
 from qlog.storage import paths
 
@@ -187,7 +188,7 @@ def test_logs(record_property, tmp_path):
         readable = list(_readable(content).values())
         assert _same(read_jsonl(file), readable)
         try:
-            train._check_nothing_is_lost(paths.Path(workdir))
+            resumption.check_nothing_is_lost(paths.Path(workdir))
         except ConfigError as error:
             assert "metrics.jsonl tells of a checkpoint" in str(error)
         # ---- A run that resumes: each line of earlier steps stays, and nothing else ----

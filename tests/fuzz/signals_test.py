@@ -11,6 +11,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
+cache, file, whole = commanded.cache, commanded.file, commanded.whole  # fixtures
 _KINDS = ("SIGINT", "SIGTERM", "SIGKILL")
 # What a start that was interrupted may end with: it saved and stopped, it was cut short before it
 # had anything to save, or it was killed.
@@ -18,28 +19,15 @@ _STATUS = {0, 130, 143, -signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM}
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def seconds(tmp_path_factory, file, cache, whole):
+    """What a run takes that nothing disturbs; `whole` has compiled its programs."""
+    began = time.monotonic()
+    status, out, err = commanded.run(file, tmp_path_factory.mktemp("timed"), cache)
+    assert status == 0, out + err
+    return time.monotonic() - began
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    return commanded.config_file(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, file, cache):
-    """The workdir of a run that nothing disturbed, and the seconds that one takes."""
-    workdir = tmp_path_factory.mktemp("unbroken")
-    for name in ("first", "second"):  # the first one compiles
-        began = time.monotonic()
-        status, out, err = commanded.run(file, workdir / name, cache)
-        assert status == 0, out + err
-    return workdir / "second", time.monotonic() - began
-
-
-def test_signals_at_random_moments(record_property, unbroken, file, cache, tmp_path):
-    whole, seconds = unbroken
+def test_signals_at_random_moments(record_property, seconds, whole, file, cache, tmp_path):
     numbers = iter(range(10**6))
 
     def holds(signals):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from qlog.learner import gradient
+from qlog.learner import planning
 from qlog.learner.blocks import Blocks, PlanSettings, plan_blocks
 from qlog.learner.types import Microbatch
 
@@ -107,7 +107,7 @@ def _lengths(law, prompts, seed):
 @pytest.mark.parametrize("law", ["gamma", "long gamma", "heavy tail", "one in eight"])
 def test_a_pod_computes_few_packs_in_vain(law):
     for num_shards in (1, 16, 64):
-        work = gradient.planned_work(
+        work = planning.planned_work(
             _lengths(law, 2 * num_shards, seed=num_shards),
             tiny.SHAPE,
             1351,
@@ -120,7 +120,7 @@ def test_a_pod_computes_few_packs_in_vain(law):
 
 
 def test_full_budgets_cost_what_whole_prompts_cost():
-    work = gradient.planned_work(
+    work = planning.planned_work(
         np.full((32, 32), 2944), tiny.SHAPE, 1351, 2944, 16, Microbatch(16, 8)
     )
     assert work == (32 * 32, 32 * 32, 32)

@@ -11,7 +11,7 @@ import tiny
 import trees
 
 from qlog import losses, models
-from qlog.learner import gradient
+from qlog.learner import forward, gradient, planning
 from qlog.learner.blocks import plan_blocks
 from qlog.learner.gradient import batch_gradient
 from qlog.learner.optimizer import apply_update
@@ -105,7 +105,7 @@ def test_the_group_equals_separate_sequences_in_value_and_gradient(batch, temper
 @pytest.mark.parametrize("together", [0.0, 1e11])
 @pytest.mark.parametrize("microbatch", [(1, 4), (4, 1), (2, 2)])
 def test_results_do_not_depend_on_the_microbatch(batch, microbatch, together, monkeypatch):
-    monkeypatch.setattr(gradient, "_FLOPS_PER_PROGRAM", together)
+    monkeypatch.setattr(planning, "_FLOPS_PER_PROGRAM", together)
     whole, sums = _gradient(batch, (B, M))
     got, other_sums = _gradient(batch, microbatch)
     _assert_trees_close(got, whole)
@@ -158,15 +158,15 @@ def test_rollouts_with_zero_coefficients_change_nothing_and_take_no_pack(batch):
 
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_rematerialisation_changes_nothing(batch, remat):
-    remat = gradient.Policy(tiny.SHAPE, tiny.VALID_VOCAB, remat=remat)
+    remat = dataclasses.replace(tiny.POLICY, remat=remat)
     _assert_trees_close(_gradient(batch, (B, M), remat)[0], _gradient(batch, (B, M))[0])
 
 
 def test_the_mismatch_measures_sampler_against_learner(batch):
     params, prompts, trajectories, _ = batch
-    context = gradient._prompt_context(params, tiny.POLICY, prompts)
+    context = forward.prompt_context(params, tiny.POLICY, prompts)
     packing = pack_rollouts(trajectories.lengths, jnp.ones((B, M), bool), R)
-    new = gradient.log_probs(params, tiny.POLICY, context, trajectories, packing, 1.0)
+    new = forward.log_probs(params, tiny.POLICY, context, trajectories, packing, 1.0)
     difference = np.abs(new - trajectories.old_log_probs)[np.array(trajectories.was_sampled)]
     _, sums = _gradient(batch, (2, 2))
     np.testing.assert_allclose(sums.mismatch.sum, difference.sum(), rtol=1e-4)
@@ -270,34 +270,10 @@ def test_the_two_terms_of_a_gradient_add_up_to_it(batch):
     np.testing.assert_allclose(terms.cosine, flat[0] @ flat[1] / np.prod(norms), atol=1e-4)
 
 
-def _uneven(num_prompts, num_rollouts, slots):
-    """A batch in which prompt 2 has long rollouts, and the others short ones."""
-    rng = np.random.default_rng(3)
-    lengths = rng.integers(2, 5, (num_prompts, num_rollouts))
-    lengths[2] = slots
-    tokens = rng.integers(5, tiny.VALID_VOCAB, (num_prompts, num_rollouts, slots))
-    is_token = np.arange(slots) < lengths[..., None]
-    is_rationale = np.arange(slots) < lengths[..., None] - 1
-    trajectories = Trajectories(
-        tokens.astype(np.int32),
-        is_rationale,
-        is_token & ~is_rationale,
-        rng.normal(size=is_token.shape).astype(np.float32),
-        is_rationale,
-        lengths.astype(np.int32),
-    )
-    score, path = rng.normal(size=(2, num_prompts, num_rollouts)).astype(np.float32)
-    score[5], path[5] = 0, 0  # nothing is learned from prompt 5
-    others = np.ones((2, num_prompts, num_rollouts), np.float32)
-    prompts = tiny.prompts(lengths=rng.integers(2, 7, num_prompts), seed=4)
-    coefficients = losses.Coefficients(score, path, *others)
-    return LearnerBatch(jax.tree.map(np.asarray, prompts), trajectories, coefficients)
-
-
 @pytest.fixture(scope="module")
 def uneven():
     """The batch, and its gradient from one microbatch of whole prompts on one device."""
-    whole = _uneven(8, 4, 8)
+    whole = tiny.uneven_batch(8, 4, 8)
     arguments = Objective(losses.linear()), Microbatch(8, 4)
     found = batch_gradient(tiny.params(), tiny.POLICY, jax.tree.map(jnp.asarray, whole), *arguments)
     return whole, found
@@ -324,7 +300,7 @@ def test_blocks_on_several_shards_give_the_gradient_of_whole_prompts(
     # Prompt 2 fills four packs, the others one or two, prompt 5 none.
     num_packs = np.asarray(gradient.begin(params, policy, placed)[1].num_packs)
     assert num_packs[2] == 4 and num_packs[5] == 0
-    settings = gradient.plan_settings(policy.config, 6, 8, num_shards, microbatch)
+    settings = planning.plan_settings(policy.config, 6, 8, num_shards, microbatch)
     planned = plan_blocks(num_packs, settings)
     assert sums.rows.needed == num_packs.sum()
     assert sums.rows.executed == settings.work(planned).executed_rows
@@ -339,20 +315,3 @@ def test_blocks_on_several_shards_give_the_gradient_of_whole_prompts(
     placed, before = batch_placement.put_batch(mesh, even), compilations()
     batch_gradient(params, policy, placed, objective, microbatch)
     assert compilations() == before
-
-
-def test_the_reference_of_blocks_on_several_shards_is_that_of_whole_prompts(uneven):
-    batch, _ = uneven
-    mesh = sharding.make_mesh(2, 2, 2)
-
-    def reference(mesh, microbatch):
-        prompts, trajectories, *_ = batch_placement.put_batch(mesh, batch)
-        policy = dataclasses.replace(tiny.POLICY, mesh=mesh)
-        return gradient.reference_log_probs(
-            tiny.params(), policy, prompts, trajectories, 0.7, microbatch
-        )
-
-    wanted, got = reference(None, Microbatch(8, 4)), reference(mesh, Microbatch(4, 1))
-    is_token = np.arange(8) < batch.trajectories.lengths[..., None]
-    np.testing.assert_allclose(got[is_token], wanted[is_token], rtol=1e-4, atol=1e-5)
-    assert got.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)

@@ -17,7 +17,7 @@ from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.parallel import distributed
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 
 # Sums of eight parts, added up in another order by gloo; Adam's eps keeps its first steps smooth.
@@ -159,7 +159,7 @@ def test_only_the_first_process_writes(several, layout):
 def test_one_process_reads_and_continues_the_checkpoint_of_several(several, one):
     workdir, _ = several
     abstract = prepare(get_config()).abstract_params()
-    ours, theirs = (checkpoints.load_params(d, abstract) for d in (workdir, one))
+    ours, theirs = (checkpoint_reader.load_params(d, abstract) for d in (workdir, one))
     trees.assert_close(ours, theirs, **CLOSE)
     tiny.run(schema.merge(get_config(3), {"evaluation": {"every": 0}}), workdir)
     rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["phase"] == "train"]

@@ -15,8 +15,8 @@ from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.learner.optimizer import apply_update
 from qlog.parallel import batch_placement, sharding
-from qlog.rollouts import sampler
-from qlog.runs import checkpoints
+from qlog.rollouts import decoding, sampler
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 
 # float32 sums in another order; Adam's eps keeps its first step smooth.
@@ -40,7 +40,11 @@ def _one_step(folder, devices=None, **mesh):
     tiny.run(config, folder, devices)
     abstract = prepare(config, devices).abstract_params()
     row = read_jsonl(folder / "metrics.jsonl")[0]
-    return read_jsonl(folder / "rollouts.jsonl"), row, checkpoints.load_params(folder, abstract)
+    return (
+        read_jsonl(folder / "rollouts.jsonl"),
+        row,
+        checkpoint_reader.load_params(folder, abstract),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +102,14 @@ def test_caches_are_split_over_prompts_and_heads_from_the_start():
         policy.mesh, (np.full(8, 5, np.int32), np.arange(8, dtype=np.uint32))
     )
     keys = sampler.rollout_keys(jax.random.key(0), uids, 4)
-    settings = sampler.Sampling(4, 4, closing=(3,), eos=(2,), pad=0)
+    settings = decoding.Sampling(4, 4, closing=(3,), eos=(2,), pad=0)
     params = models.init(policy.config, jax.random.key(0))
     budgets, ids = batch_placement.put_batch(
         policy.mesh, (np.full((8, 4), 4, np.int32), np.arange(32, dtype=np.int32).reshape(8, 4))
     )
-    prefix = sampler.prefill(params, policy, prompts, lengths)
-    wave = sampler.Batch(prompts, lengths, keys, budgets)
-    pool = sampler.initial_pool(policy, prefix, wave, ids, settings, slots=16)
+    prefix = decoding.prefill(params, policy, prompts, lengths)
+    wave = decoding.Batch(prompts, lengths, keys, budgets)
+    pool = decoding.initial_pool(policy, prefix, wave, ids, settings, slots=16)
     for cache in jax.tree.leaves((pool.suffix.layers, pool.prefix.keys)):
         assert cache.addressable_shards[0].data.size == cache.size // 8
 

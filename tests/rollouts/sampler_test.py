@@ -12,11 +12,10 @@ import tiny
 
 from qlog.parallel import batch_placement, sharding
 from qlog.records import Golds
-from qlog.rollouts import moves, sampler
-from qlog.rollouts.pool import NO_ROLLOUT, Level
+from qlog.rollouts import decoding, moves, sampler
 
 END, EOS, PAD = 3, (1, 2), 0
-SAMPLING = sampler.Sampling(
+SAMPLING = decoding.Sampling(
     rationale_budget=9, answer_reserve=4, closing=(4, END), eos=EOS, pad=PAD, with_answer=True
 )
 M = 8
@@ -180,7 +179,7 @@ def _uneven(prompts, mesh=None, wave=0, budget=None, cache="auto", **options):
     """
     last = tiny.VALID_VOCAB - 1
     policy = dataclasses.replace(tiny.POLICY, mesh=mesh, valid_vocab=last, cache=cache)
-    sampling = sampler.Sampling(LONGEST, 4, closing=(last,), eos=(), pad=0)
+    sampling = decoding.Sampling(LONGEST, 4, closing=(last,), eos=(), pad=0)
     rng, put = np.random.default_rng(0), functools.partial(batch_placement.put_batch, mesh)
     tokens = rng.integers(5, last, (prompts, 6)).astype(np.int32)
     lengths = rng.integers(1, 7, prompts).astype(np.int32)
@@ -259,54 +258,6 @@ def test_int8_rollouts_are_the_same_on_two_shards_and_however_they_move(monkeypa
     assert sum(held) > 0
 
 
-def _first_pool(policy, rollouts=M, slots=256):
-    """The first pool of three prompts."""
-    prompts, ids = tiny.prompts(), np.arange(3 * rollouts, dtype=np.int32).reshape(3, rollouts)
-    keys = sampler.rollout_keys(jax.random.key(0), jnp.arange(3, dtype=jnp.uint32), rollouts)
-    prefix = sampler.prefill(tiny.params(), policy, prompts.tokens, prompts.lengths)
-    wave = sampler.Batch(prompts.tokens, prompts.lengths, keys, jnp.full(ids.shape, 9, jnp.int32))
-    return sampler.initial_pool(policy, prefix, wave, jnp.asarray(ids), SAMPLING, slots)
-
-
-def test_int8_caches_take_a_byte_per_number_and_a_scale_per_vector():
-    """Of all pools, held rollouts too, and of what the compiled decode loop keeps."""
-
-    def bytes_of(pool):
-        return sum(
-            x.size * x.dtype.itemsize
-            for x in jax.tree.leaves((pool.suffix.layers, pool.prefix.keys, pool.prefix.values))
-        )
-
-    def compiled_bytes(policy, pool):
-        lowered = sampler.decode.lower(
-            sampler.decoding_weights(tiny.params(), policy),
-            policy,
-            pool,
-            SAMPLING,
-            1,
-            jnp.zeros(1, bool),
-        )
-        memory = lowered.compile().memory_analysis()
-        return memory.argument_size_in_bytes, memory.temp_size_in_bytes
-
-    def held_bytes(pool):
-        held = moves.Held(None, pool.keys)
-        held.add(pool, np.asarray(pool.rollout_ids), np.ones(pool.done.shape, bool), step=200)
-        return held.num_bytes
-
-    sixteen = dataclasses.replace(tiny.POLICY, dtype=jnp.bfloat16)
-    eight = dataclasses.replace(sixteen, cache="int8")
-    full, small = _first_pool(sixteen), _first_pool(eight)
-    size = tiny.SHAPE.head_dim
-    assert bytes_of(small) / bytes_of(full) == (size + 4) / (2 * size) == eight.cache_itemsize / 2
-    saved = bytes_of(full) - bytes_of(small)
-    arguments, temporaries = compiled_bytes(sixteen, full)
-    fewer_arguments, its_temporaries = compiled_bytes(eight, small)
-    assert arguments - fewer_arguments == saved > 1e4
-    assert its_temporaries < temporaries + saved / 2  # nothing is dequantised as a whole
-    assert held_bytes(small) < 0.8 * held_bytes(full)
-
-
 def test_int8_rollouts_are_scored_as_they_were_sampled():
     """The gold answer being the one that was sampled, log w is its log-probability."""
     tree, prompts = tiny.params(), tiny.prompts()
@@ -334,23 +285,6 @@ def test_int8_log_probabilities_are_close_to_those_of_full_precision(drawn):
     assert same.mean() > 0.8
     difference = np.abs(np.asarray(found.rollouts.log_probs - exact.rollouts.log_probs))[same]
     assert 1e-5 < difference.mean() < 0.02
-
-
-def test_what_went_on_is_held_no_more():
-    """One rollout that stays keeps nothing of the others."""
-    pool = _first_pool(tiny.POLICY, rollouts=4, slots=16)
-    ids, held = np.asarray(pool.rollout_ids), moves.Held(None, pool.keys)
-    held.add(pool, ids, np.ones(ids.shape, bool), step=4)
-    before = held.num_bytes
-    some = np.full((3, 4), NO_ROLLOUT, np.int32)
-    some[:, :3] = ids[:, :3]
-    some[2, 3] = ids[2, 3]
-    held.pool(jax.eval_shape(lambda pool: pool, pool), some, Level(3, 4, 32), step=4)
-    assert 0 < held.num_bytes < before / 3
-    some[:] = NO_ROLLOUT
-    some[:2, 0] = ids[:2, 3]
-    held.pool(jax.eval_shape(lambda pool: pool, pool), some, Level(3, 4, 32), step=4)
-    assert held.num_bytes == 0
 
 
 def test_keys_depend_only_on_prompt_and_rollout():

@@ -15,7 +15,7 @@ from places import ROOT, TESTS
 
 from qlog.config import schema
 from qlog.experiment import prepare
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader
 from qlog.runs.log import read_jsonl
 from qlog.storage import paths
 
@@ -138,7 +138,7 @@ def _assert_same_run(workdir, on_disk):
     """Parameters, metrics but for times, rollouts and samples, bit for bit."""
     experiment = prepare(get_config(), jax.devices()[:1])
     one, two = (
-        checkpoints.load_params(w, experiment.abstract_params()) for w in (workdir, on_disk)
+        checkpoint_reader.load_params(w, experiment.abstract_params()) for w in (workdir, on_disk)
     )
     trees.assert_equal(one, two)
     assert _timeless(workdir) == _timeless(on_disk)

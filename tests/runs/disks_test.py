@@ -10,19 +10,16 @@ import subprocess
 
 import jax
 import pytest
+import same_runs
 import tiny
-import trees
 
 from qlog.errors import ConfigError, PassingError
-from qlog.experiment import prepare
-from qlog.runs import checkpoints
-from qlog.runs.log import RunLog, read_jsonl
+from qlog.runs.log import RunLog
 
 ONE = jax.devices()[:1]
 CONFIG = tiny.config(
     train={"steps": 6}, checkpoint={"every": 2}, evaluation={"every": 3, "prompts": 4}
 )
-_TIMED = ("seconds", "per_s", "compilations", "steps_since", "utilization", "memory")
 
 
 def mount(*words):
@@ -59,22 +56,6 @@ def at_step(monkeypatch, step, act):
             act()
 
     monkeypatch.setattr(RunLog, "progress", progress)
-
-
-def rows(workdir):
-    return [
-        {k: v for k, v in row.items() if not any(t in k for t in _TIMED)}
-        for row in read_jsonl(workdir / "metrics.jsonl")
-    ]
-
-
-def assert_same_run(workdir, whole):
-    abstract = prepare(CONFIG, ONE, train=False, evaluate=False).abstract_params()
-    one, two = (checkpoints.load_params(w, abstract, which="latest") for w in (workdir, whole))
-    trees.assert_equal(one, two)
-    assert rows(workdir) == rows(whole)
-    for name in ("rollouts.jsonl", "samples/step_000003.jsonl", "samples/step_000006.jsonl"):
-        assert (workdir / name).read_text() == (whole / name).read_text()
 
 
 def fill(disk):
@@ -128,7 +109,7 @@ def test_a_disk_that_fails_under_a_run(fault, step, disk, whole, monkeypatch):
     assert "\n" not in str(raised.value) and "the same command goes on" in str(raised.value)
     undo()
     tiny.run(CONFIG, disk / "run", ONE)
-    assert_same_run(disk / "run", whole)
+    same_runs.assert_same_run(CONFIG, disk / "run", whole)
 
 
 def test_checkpoints_that_can_no_longer_be_made(tmp_path, whole, monkeypatch):
@@ -152,7 +133,7 @@ def test_checkpoints_that_can_no_longer_be_made(tmp_path, whole, monkeypatch):
     finally:
         seal("-i")
     tiny.run(CONFIG, tmp_path, ONE)
-    assert_same_run(tmp_path, whole)
+    same_runs.assert_same_run(CONFIG, tmp_path, whole)
 
 
 def test_a_file_may_grow_no_more(tmp_path, whole, monkeypatch):
@@ -165,4 +146,4 @@ def test_a_file_may_grow_no_more(tmp_path, whole, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tiny.run(CONFIG, tmp_path, ONE)
-    assert_same_run(tmp_path, whole)
+    same_runs.assert_same_run(CONFIG, tmp_path, whole)

@@ -121,6 +121,12 @@ def test_room_that_is_short_is_said(tmp_path, capsys):
     assert "GB free, and the run needs about 1,000,000,000.0 GB for checkpoints and samples" in said
 
 
+def test_room_is_needed_for_the_checkpoints_that_are_still_to_come():
+    config = tiny.config(checkpoint={"keep": 3})
+    first, later = (folder.room_needed(config, 10**9, num) for num in (0, 4))
+    assert first - later == 4 * 10**9  # of five, one at least is written before one is deleted
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system without a size: /proc")
 def test_a_file_system_that_tells_no_size_is_not_called_full(capsys):
     assert shutil.disk_usage("/proc").total == 0

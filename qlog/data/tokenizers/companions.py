@@ -44,6 +44,9 @@ class TokenizerFiles:
     template_file: pathlib.Path | None = None
 
 
+NO_FILES = TokenizerFiles()
+
+
 def read(folder: pathlib.Path, *, with_template: bool = True) -> TokenizerFiles:
     """Reads the files of a folder that are there.
 
