@@ -41,6 +41,8 @@ def check_config(config: ConfigDict) -> None:
     schema.several(config)
     values = schema.fields(config)
     for name, field in schema.FIELDS.items():
+        if name not in values:  # {} or {"key": ...} in its place
+            raise ConfigError(f"config.{name} must be a value, not a section.")
         _check_value(name, values[name], field)
     for step in config.profile.steps:
         if type(step) is not int or step < 0:
@@ -267,6 +269,8 @@ def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
         wanted, value = type(known[key]), config[key]
         if wanted is float and type(value) is int:
             continue
+        if isinstance(value, ConfigDict):  # its text has several lines
+            raise ConfigError(f"{name} must be of type {wanted.__name__}, not a section.")
         if type(value) is not wanted:  # isinstance would take True for an int
             raise ConfigError(f"{name} = {value!r} must be of type {wanted.__name__}.")
 

@@ -692,8 +692,8 @@ def merge(config: ConfigDict, changes: Mapping[str, Any] | ConfigDict) -> Config
     """A copy of `config` with nested `changes`. The sections in CHOICES are replaced whole."""
     merged = config.to_dict()
     for key, value in changes.items():
-        is_section = isinstance(value, (Mapping, ConfigDict)) and key in config
-        if is_section and key not in CHOICES:
+        both = isinstance(value, (Mapping, ConfigDict)) and isinstance(config.get(key), ConfigDict)
+        if both and key not in CHOICES:
             merged[key] = merge(config[key], value)
         else:
             merged[key] = value

@@ -193,6 +193,10 @@ class Recipe:
                 f"unknown argument {', '.join(unknown)}; it reads {', '.join(arguments)}"
                 + closest(unknown[0], arguments)
             )
+        for name, value in given.items():
+            if isinstance(value, (list, tuple)) or hasattr(value, "keys"):  # of ConfigDicts, too
+                shown = "a section" if hasattr(value, "keys") else repr(value)
+                raise TypeError(f"{name} must be one value, got {shown}")
         arguments |= given
         # Under a schedule everything that depends on q is built anew at each step, inside jit.
         if "q" in _defaults(self.transform):

@@ -29,6 +29,22 @@ WRONG = {
         r"config\.loss: garl: .*clip_low",
     ),
     "unknown loss": ({"loss": {"name": "gral"}}, r"config\.loss: no loss is called 'gral'"),
+    "a loss's number that is a section": (
+        {"loss": {"name": "garl", "q": 0.5, "max_coefficient": {}}},
+        r"config\.loss: garl: max_coefficient must be one value, got a section",
+    ),
+    "a loss's number that is a list": (
+        {"loss": {"name": "garl", "q": 0.5, "max_coefficient": (1, 2)}},
+        r"config\.loss: garl: max_coefficient must be one value, got \(1, 2\)",
+    ),
+    "an empty section in place of a value": (
+        {"rollout": {"reward": {}}},
+        r"config\.rollout\.reward must be a value, not a section",
+    ),
+    "a section in place of a value": (
+        {"train": {"steps": {"first": 1}}},
+        r"config\.train\.steps must be of type int, not a section",
+    ),
     "q out of range": (
         {"loss": {"name": "garl", "q": 1.5}},
         r"garl: q must be in \[0, 1\], got 1\.5",

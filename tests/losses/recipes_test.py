@@ -411,7 +411,7 @@ def test_no_gradient_flows_through_coefficients():
 def test_importing_the_losses_needs_jax_and_optax_only():
     code = (
         "import sys; from qlog import losses; losses.build('garl');"
-        "print(sorted({'flax', 'orbax', 'grain', 'matplotlib', 'qlog.errors'} & set(sys.modules)))"
+        "print(sorted({'flax', 'orbax', 'grain', 'matplotlib', 'qlog.config'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
