@@ -576,7 +576,7 @@ def test_one_process_of_a_host_prepares_for_all(broken, tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "launch/local", "--processes=2", "--", tmp_path / "program.py", raw]
     printed = run(command, environment, status=2 if broken else 0)
-    assert printed.count("Downloading and preparing dataset") == 1, printed
+    assert printed.count("preparing musique from") == 1, printed
     assert (
         printed.count("is damaged or was not downloaded whole" if broken else "] prepared /") == 2
     ), printed
