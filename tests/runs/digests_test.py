@@ -139,7 +139,7 @@ def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys
         for name, value in clients.items():
             patch.setenv(name, value)
         workdir = paths.parse(f"gs://{buckets.BUCKET}/damaged")
-        save(workdir, experiment, states)
+        save(workdir, experiment, {step: states[step] for step in (6, 9)})
         known = json.loads(paths.read(workdir / "checkpoints/9" / digests.FILE))["files"]
         assert all(size and digest for size, digest in known.values())
         largest = max(known, key=lambda name: known[name][0])
@@ -156,7 +156,7 @@ def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys
         assert step == 6
         trees.assert_equal(state, states[6])
         assert "9 is damaged" in capsys.readouterr().out
-        assert paths.names(workdir / "checkpoints") == ["3", "6", "9.damaged"]
+        assert paths.names(workdir / "checkpoints") == ["6", "9.damaged"]
         save(workdir, experiment, {9: states[9]})
         assert restore(workdir, experiment)[0] == 9
 
