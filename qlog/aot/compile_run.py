@@ -22,7 +22,7 @@ from qlog.aot.programs import StepLoops, step_programs
 from qlog.config import schema
 from qlog.console import ProgressLine, draw_table, plain_console, say, time_text
 from qlog.errors import ConfigError
-from qlog.experiment import prepare_shapes
+from qlog.experiment import duration, prepare_shapes
 from qlog.experiment.cost import remedy, step_tokens
 from qlog.parallel.chips import CHIPS, Chip
 from qlog.storage import paths, strict_json
@@ -58,6 +58,8 @@ def run_compile(
     if lengths is not None:
         tokens = int(np.minimum(lengths, config.rollout.rationale_budget).sum())
     advice = remedies(programs, chip, config)
+    by_arithmetic = duration.estimate(prepare_shapes(config, topology_devices(topology)))
+    assert by_arithmetic, "the peaks of TPUs are known"
 
     # ---- For the user ----
     console = plain_console(150)
@@ -73,7 +75,8 @@ def run_compile(
     )
     console.print(
         f"decode: at most {tokens / decode:,.0f} tokens/s on the whole slice; "
-        f"step: at least {time_text(step)}, at most {tokens / step:,.0f} tokens/s"
+        f"step: at least {time_text(step)}, at most {tokens / step:,.0f} tokens/s "
+        f"({time_text(by_arithmetic.step)} by arithmetic alone, as a run says at its start)"
     )
     for line in advice:
         console.print(f"does not fit: {line}")

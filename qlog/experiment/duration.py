@@ -11,9 +11,12 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from qlog import data
+from qlog.data.pipeline import Lengths
 from qlog.experiment.parts import Experiment
-from qlog.experiment.phases import batch_widths, bytes_per_slot, prompts_of_shard
+from qlog.experiment.phases import bytes_per_slot, prompts_of_shard
 from qlog.models import flops
 from qlog.parallel import chips, sharding
 from qlog.parallel.chips import Chip, Gpu
@@ -43,7 +46,7 @@ def estimate(experiment: Experiment) -> Estimate | None:
     step = _gradient(experiment, peaks)
     if experiment.estimator.rationale == "sampled":
         prompts, in_memory = prompts_of_shard(experiment)
-        width = batch_widths(config, experiment.train_data).prompt
+        width = _widths(config, experiment.train_data).prompt
         rollouts = experiment.rollouts_per_prompt
         sampling = experiment.sampling
         step += _decode(experiment, peaks, sampling, prompts, in_memory, rollouts, width)
@@ -60,11 +63,19 @@ def estimate(experiment: Experiment) -> Estimate | None:
             -(-total // sharding.num_batch_shards(experiment.mesh)),
             settings.prompts_per_batch,
             settings.rollouts_per_prompt,
-            batch_widths(config, dataset).prompt,
+            _widths(config, dataset).prompt,
         )
         every = settings.every or config.train.steps
         num_evaluations = -(-config.train.steps // every)
     return Estimate(step, evaluation, config.train.steps, num_evaluations, kind)
+
+
+def _widths(config: ConfigDict, dataset: data.Dataset | None) -> Lengths:
+    """What the dataset's batches are padded to; without one the most that there can be."""
+    if dataset is not None:
+        return dataset.widths
+    rollout = config.rollout
+    return Lengths(config.data.max_prompt_tokens, rollout.answer_reserve, rollout.rationale_budget)
 
 
 def _decode(
@@ -112,7 +123,7 @@ def _decode(
 def _gradient(experiment: Experiment, peaks: Chip | Gpu) -> float:
     """Seconds of forward and backward passes of a step."""
     config = experiment.config
-    widths = batch_widths(config, experiment.train_data)
+    widths = _widths(config, experiment.train_data)
     length = experiment.trajectory_length(widths.rationale, widths.gold)
     need = flops.train_need(
         experiment.policy.config,

@@ -14,6 +14,7 @@ from qlog.aot.hlo_cost import Cost, DataLoop, SlicedArray
 from qlog.aot.move_cost import move_cost
 from qlog.aot.programs import StepLoops
 from qlog.errors import ConfigError
+from qlog.experiment import duration
 from qlog.parallel.chips import CHIPS
 from qlog.rollouts.balance import Shards
 from qlog.rollouts.pool import Level
@@ -51,8 +52,12 @@ def test_a_step_compiles_for_a_slice_and_fits(capsys, tmp_path):
     (written,) = run_cost.read_rooflines(tmp_path / "compile_v5e-2x2.json")
     step = run_cost.roofline(config, "v5e:2x2", [written])
     assert step.chips == 4 and 0 < step.decode_share < 1 and written["command"] == "python -m x"
+    # Arithmetic leaves out what programs do besides, so they cannot be faster.
+    run = experiment.prepare_shapes(config, topology_devices("v5e:2x2"))
+    assert 0 < duration.estimate(run).step < step.seconds
     output = capsys.readouterr().out
     for program in (
+        "by arithmetic alone",
         "prefill",
         "decode",
         "score",
