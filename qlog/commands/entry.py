@@ -1,12 +1,13 @@
 """What the commands share: flags in, a page of help out, and a mistake told in one sentence."""
 
 import _thread
+import functools
 import itertools
 import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -34,7 +35,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       main: takes what is left of the command line, and returns the exit status.
     """
     about = sys.modules["__main__"].__doc__ or ""
-    sys.unraisablehook = _interrupt_again
+    sys.unraisablehook = functools.partial(_interrupt_again, sys.unraisablehook)
     try:
         with output():
             if not show_about(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
@@ -53,15 +54,20 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         raise
 
 
-def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
+def _interrupt_again(
+    show: Callable[["sys.UnraisableHookArgs"], Any], dropped: "sys.UnraisableHookArgs"
+) -> None:
     """For Ctrl-C in code whose exceptions Python drops: JAX has a hook of the garbage collector.
 
     A moment later the main thread is elsewhere, and gets it once more.
+
+    Args:
+      show: the hook before, for all other exceptions.
     """
     if isinstance(dropped.exc_value, KeyboardInterrupt):
         threading.Timer(0.05, _thread.interrupt_main).start()
     else:
-        sys.__unraisablehook__(dropped)
+        show(dropped)
 
 
 # ---- Help ----
