@@ -56,7 +56,7 @@ def find_checkpoint(folder: str | os.PathLike, field: str, which: str = "best") 
     steps = distributed.once_per_run(lambda: steps_in(above))
     if not steps:
         raise ConfigError(f"{named} has no checkpoint: name a run's workdir, or one step's folder.")
-    if which.isdigit() and int(which) in steps:
+    if digests.is_step(which) and int(which) in steps:
         if reason := fault(above / which, (PARAMS,)):
             raise ConfigError(
                 f"--checkpoint={which}: that checkpoint of {named} is damaged ({reason}): take "
@@ -83,7 +83,7 @@ def _above(folder: Path) -> str:
 
 def _is_step(folder: Path) -> bool:
     """Whether the folder is that of one step, as far as it is there."""
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+    if folder.parent.name == "checkpoints" and digests.is_step(folder.name):
         return paths.exists(folder)
     return paths.exists(folder / PARAMS)
 
@@ -212,7 +212,7 @@ def steps_in(folder: Path) -> list[int]:
     The folder of an unfinished one has another name than a number. In a bucket, where no folder can
     be renamed when it is whole, it lacks a file.
     """
-    found = [int(name) for name in paths.names(folder) if name.isdecimal()]
+    found = [int(name) for name in paths.names(folder) if digests.is_step(name)]
     return sorted(
         step
         for step in found

@@ -7,6 +7,7 @@ that a disk changed would be taken as it is. So CHECKPOINT/digests.json has
 |-------|--------------------------------------------------------------------------------------|
 | step  | the step of training, so that a copy under another name is noticed                   |
 | files | {name: [bytes, digest]} of each file, named from the checkpoint's folder on          |
+| table | the digest of `files`, so that a changed entry is noticed, too                       |
 | about | the digest of what the run said of the checkpoint, which Orbax puts into               |
 |       | _CHECKPOINT_METADATA: as given, since Orbax writes that file in a thread of its own    |
 
@@ -39,6 +40,11 @@ _THREADS = 8  # hashing leaves Python's lock to others
 # {file: (bytes, time of change, digest)} of files that this process has read and found whole, so
 # that who looks for a checkpoint and then loads it reads its files once.
 _seen: dict[str, tuple[int, int, str]] = {}
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder or a flag of this name is a step: 12, and not 012 or a digit like ²."""
+    return len(name) < 19 and name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def write(folder: Path, step: int, about: Mapping[str, Any]) -> None:
@@ -100,13 +106,16 @@ def _plan(folder: Path, items: Sequence[str]) -> dict[str, Any]:
     """{"fault": what sizes tell, "files": [[name, digest], ...] whose content is to be read}."""
     try:
         known = _read(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    # OverflowError: of a number like 1e999.
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return {"fault": f"{FILE} cannot be read", "files": []}
+    except OSError as error:
         if paths.is_remote(folder) and paths.passes(error):
             raise
         return {"fault": f"{FILE} cannot be read", "files": []}
     if known is None:
         return {"fault": "", "files": []}
-    if folder.name.isdigit() and int(folder.name) != known["step"]:
+    if is_step(folder.name) and int(folder.name) != known["step"]:
         return {"fault": f"its files are those of step {known['step']}", "files": []}
     if _about(folder) != known["about"]:
         return {"fault": f"{_ABOUT} is missing or has changed", "files": []}
@@ -182,12 +191,15 @@ def _read(folder: Path) -> dict[str, Any] | None:
         known = json.loads(paths.read(folder / FILE))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if _digest_of(known["files"]) != known["table"]:
+        raise ValueError(f"{FILE} has changed")
     files = {name: (int(size), str(digest)) for name, (size, digest) in known["files"].items()}
     return {"step": int(known["step"]), "files": files, "about": str(known["about"])}
 
 
 def _save(folder: Path, step: int, files: Mapping[str, Sequence[Any]], about: str) -> None:
-    paths.write(folder / FILE, json.dumps({"step": step, "about": about, "files": files}, indent=1))
+    known = {"step": step, "about": about, "table": _digest_of(files), "files": files}
+    paths.write(folder / FILE, json.dumps(known, indent=1))
 
 
 def _about(folder: Path) -> str:

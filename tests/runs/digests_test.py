@@ -176,3 +176,24 @@ def test_a_description_that_is_written_late_is_whole(experiment, states, tmp_pat
     save(tmp_path, experiment, {3: states[3]})
     assert ["custom_metadata", "item_handlers"] in [sorted(set(f)) for f in written], written
     assert not checkpoint_reader.fault(tmp_path / "checkpoints/3")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: json.dumps(json.loads(text) | {"files": {}}),
+        lambda text: text.replace("params/", "qarams/", 1),
+        lambda text: text.replace('"step": 9', '"step": 1e999'),
+        lambda text: text.replace("params/", "params/" + "x" * 300, 1),
+    ],
+)
+def test_a_damaged_table_of_digests_is_noticed(damage, workdir):
+    file = workdir / "checkpoints/9" / digests.FILE
+    file.write_text(damage(file.read_text()))
+    assert checkpoint_reader.fault(workdir / "checkpoints/9") == "digests.json cannot be read"
+
+
+@pytest.mark.parametrize("name", ["03", "\u00b2", "\u0663", "9" * 5000])
+def test_what_is_no_step_is_said_not_to_be_one(name, workdir):
+    with pytest.raises(ConfigError, match="has the steps 3, 6, 9; ask for"):
+        checkpoint_reader.find_checkpoint(workdir, "init_from", name)
