@@ -194,6 +194,8 @@ class Recipe:
                 + closest(unknown[0], arguments)
             )
         for name, value in given.items():
+            if isinstance(arguments[name], (list, tuple, Mapping)):  # of your own recipe
+                continue
             if isinstance(value, (list, tuple)) or hasattr(value, "keys"):  # of ConfigDicts, too
                 shown = "a section" if hasattr(value, "keys") else repr(value)
                 raise TypeError(f"{name} must be one value, got {shown}")

@@ -181,6 +181,16 @@ def _named(q=0.75):
     return losses.build("garl", q=q)
 
 
+def test_a_recipe_of_ones_own_may_take_several_values():
+    def bounded(q=0.5, bounds=(0.1, 0.9)):
+        assert len(bounds) == 2
+        return losses.garl(q)
+
+    recipe = losses.Recipe(bounded)
+    for given in ({}, {"bounds": (0.2, 0.8)}, {"bounds": [0.2, 0.8]}):
+        assert recipe(**given).transform is not None
+
+
 @pytest.mark.parametrize("name", losses.RECIPES)
 def test_a_recipe_as_an_object_is_what_its_name_is(name):
     recipe = losses.RECIPES[name]
