@@ -233,8 +233,12 @@ def versions() -> str:
     import importlib.metadata
     import platform
 
-    # Not jax.__version__: JAX takes a second to import.
-    jax = importlib.metadata.version("jax")
+    try:
+        jax = importlib.metadata.version("jax")
+    except importlib.metadata.PackageNotFoundError:  # a build that was not installed
+        import jax
+
+        jax = jax.__version__
     return f"qlog {__version__}, jax {jax}, Python {platform.python_version()}"
 
 

@@ -342,6 +342,35 @@ def test_an_import_that_lacks_a_package_does_not_end_the_program(tmp_path, few, 
     assert not result.stderr
 
 
+def test_a_program_of_ones_own_goes_on_without_the_extra(tmp_path, few):
+    """Also one that is a package and started by -m, or that only asks what is there."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").write_text(_IMPORTS.format(module="qlog.data"))
+    (tmp_path / "mine/train.py").write_text(
+        "import importlib.util, sys, types\n"
+        "sys.modules['tensorboardX'] = types.ModuleType('tensorboardX')\n"
+        "print(importlib.util.find_spec('qlog.data') is not None)\n"
+        "print(importlib.util.find_spec('qlog.date') is not None)\n"
+        + _IMPORTS.format(module="qlog.lossses")
+        + _IMPORTS.format(module="qlog.config")
+    )
+    result = _python(
+        tmp_path,
+        few | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{few['PYTHONPATH']}"},
+        "-Xdev",
+        "-W",
+        "ignore",
+        "-sm",
+        "mine.train",
+    )
+    assert result.returncode == 0, result.stderr
+    first, goes_on, data, date, typo, goes_on_2, last, goes_on_3 = result.stdout.splitlines()
+    assert goes_on == goes_on_2 == goes_on_3 == "the program goes on"
+    assert "run pip install 'qlog[train]'" in first and "run pip install 'qlog[train]'" in last
+    assert (data, date) == ("True", "False")
+    assert typo == "No module named 'qlog.lossses'"
+
+
 _EACH = """
 import importlib, pathlib, qlog
 
@@ -367,7 +396,7 @@ def test_every_module_but_the_losses_says_which_extra_it_needs(tmp_path, few):
         room = (name.split(".") + [""])[1]
         if name == "qlog.losses.theory.plots":
             assert "run pip install matplotlib" in words
-        elif room in ("", "losses", "errors", "console") or name in package_itself:
+        elif room in ("", "losses", "errors", "extras", "console") or name in package_itself:
             assert words == "is there", (name, words)
         else:
             assert "run pip install 'qlog[train]' in the environment" in words, (name, words)

@@ -9,7 +9,7 @@ import yaml
 from places import ROOT
 
 import qlog
-from qlog import errors
+from qlog import extras
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_commands_look_for_every_package_of_the_extra_train(setup):
     modules = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
     names = map(name_of, requirements(setup["options.extras_require"]["train"]))
     expected = {modules.get(name, name.replace("-", "_")) for name in names}
-    assert {module.lower() for module in errors.TRAIN_MODULES} == expected
+    assert {module.lower() for module in extras.TRAIN_MODULES} == expected
 
 
 def versions_of(package):

@@ -2,9 +2,10 @@
 
 import contextlib
 import glob
-import importlib.util
 import os
 import pathlib
+
+from qlog import extras
 
 # Devices that the kernel has for TPUs, by generation.
 _DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
@@ -48,6 +49,6 @@ def keep_quiet() -> None:
     only a TPU VM has; so does --mode=compile. It does so before it reads its own log levels, so
     these do not help. What the user has set stays.
     """
-    if importlib.util.find_spec("libtpu") and not may_have_tpu():
+    if extras.is_installed("libtpu") and not may_have_tpu():
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)

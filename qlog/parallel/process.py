@@ -2,13 +2,13 @@
 
 import ctypes
 import gc
-import importlib.util
 import os
 import pathlib
 import sys
 
 import jax
 
+from qlog import extras
 from qlog.errors import ConfigError, summary
 from qlog.storage import assets, paths
 
@@ -95,7 +95,7 @@ def _compile_alone() -> None:
     others wait in vain. In a run of one process the flag changes nothing.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if any(map(importlib.util.find_spec, _GPU_PLUGINS)) and _SHARED_TUNING not in flags:
+    if any(map(extras.is_installed, _GPU_PLUGINS)) and _SHARED_TUNING not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{_SHARED_TUNING}=false".lstrip()
 
 

@@ -286,8 +286,13 @@ class Checkpoints:
                 del self.scores[scored]
 
     def _check_not_pruned(self, step: int) -> None:
-        training = self._steps / str(step) / TRAINING
-        if not distributed.once_per_run(lambda: paths.exists(training)):
+        folder = self._steps / str(step)
+
+        # A kill while files are deleted leaves some of them.
+        def is_pruned() -> bool:
+            return digests.is_forgotten(folder, TRAINING) or not paths.exists(folder / TRAINING)
+
+        if distributed.once_per_run(is_pruned):
             raise ConfigError(
                 f"{self._folder} kept parameters only "
                 f"(config.checkpoint.finished = 'best_params'), so the run cannot "

@@ -8,13 +8,16 @@ that a disk changed would be taken as it is. So CHECKPOINT/digests.json has
 | step  | the step of training, so that a copy under another name is noticed                   |
 | files | {name: [bytes, digest]} of each file, named from the checkpoint's folder on          |
 | table | the digest of `files`, so that a changed entry is noticed, too                       |
-| about | the digest of what the run said of the checkpoint, which Orbax puts into               |
-|       | _CHECKPOINT_METADATA: as given, since Orbax writes that file in a thread of its own    |
+| about | the digest of what the run said of the checkpoint, which Orbax puts into             |
+|       | _CHECKPOINT_METADATA: as given, since Orbax writes that file in a thread of its own  |
 
 It is written when all other files are, and before the checkpoint gets its name: so a checkpoint
 has it from its first moment. A digest is the SHA-256 of the content. A bucket has one of each
 object already (crc32c or md5), checks it itself, and tells it without the content being read: there
 it is that one.
+
+A file without `table` is an older one, whose `about` followed another rule: its files are checked,
+and these two are not.
 """
 
 import concurrent.futures
@@ -35,11 +38,15 @@ FILE = "digests.json"
 COMMITTED = "commit_success.txt"  # Orbax writes it after the digests, to say that all is there
 _ABOUT = "_CHECKPOINT_METADATA"  # the config, and what is in the checkpoint
 _LATE = (FILE, COMMITTED, _ABOUT)  # no digests of these files
+# What a damaged file of digests raises; OverflowError of a number like 1e999.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _TRIES, _PAUSE = 3, 0.5  # seconds between them
 _THREADS = 8  # hashing leaves Python's lock to others
-# {file: (bytes, time of change, digest)} of files that this process has read and found whole, so
-# that who looks for a checkpoint and then loads it reads its files once.
-_seen: dict[str, tuple[int, int, str]] = {}
+# {file: ((bytes, time of change, digest), when)} of files that this process has read and found
+# whole, so that who looks for a checkpoint and then loads it reads its files once. Not longer: what
+# a disk loses changes neither size nor time.
+_seen: dict[str, tuple[tuple[int, int, str], float]] = {}
+_SEEN_FOR = 300.0  # seconds
 
 
 def is_step(name: str) -> bool:
@@ -78,6 +85,15 @@ def forget(folder: Path, item: str) -> None:
         _save(folder, known["step"], files, known["about"])
 
 
+def is_forgotten(folder: Path, item: str) -> bool:
+    """Whether `forget` took an item out, so that what is left of its files is none."""
+    try:
+        known = _read(folder)
+    except _UNREADABLE:
+        return False
+    return known is not None and item not in _items(known["files"])
+
+
 def exist(folder: Path) -> bool:
     """Whether the checkpoint in the folder has digests; older ones have none."""
     return paths.exists(folder / FILE)
@@ -106,8 +122,7 @@ def _plan(folder: Path, items: Sequence[str]) -> dict[str, Any]:
     """{"fault": what sizes tell, "files": [[name, digest], ...] whose content is to be read}."""
     try:
         known = _read(folder)
-    # OverflowError: of a number like 1e999.
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+    except _UNREADABLE:
         return {"fault": f"{FILE} cannot be read", "files": []}
     except OSError as error:
         if paths.is_remote(folder) and paths.passes(error):
@@ -117,7 +132,7 @@ def _plan(folder: Path, items: Sequence[str]) -> dict[str, Any]:
         return {"fault": "", "files": []}
     if is_step(folder.name) and int(folder.name) != known["step"]:
         return {"fault": f"its files are those of step {known['step']}", "files": []}
-    if _about(folder) != known["about"]:
+    if not _is_as_said(folder, known):
         return {"fault": f"{_ABOUT} is missing or has changed", "files": []}
     wanted = {
         name: entry
@@ -142,11 +157,12 @@ def _compare(folder: Path, name: str, digest: str) -> str:
     try:
         about = file.stat()
         now = (about.st_size, about.st_mtime_ns, digest)
-        if _seen.get(str(file)) == now:
+        seen, when = _seen.get(str(file), (None, 0.0))
+        if seen == now and time.monotonic() - when < _SEEN_FOR:
             return ""
         if _digest(file) != digest:
             return f"the content of {name} has changed"
-        _seen[str(file)] = now
+        _seen[str(file)] = now, time.monotonic()
     except OSError as error:  # such as EIO, of a bad place on the disk
         return f"{name} cannot be read: {error.strerror or error}"
     return ""
@@ -191,25 +207,38 @@ def _read(folder: Path) -> dict[str, Any] | None:
         known = json.loads(paths.read(folder / FILE))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if _digest_of(known["files"]) != known["table"]:
+    is_older = "table" not in known
+    if not is_older and _digest_of(known["files"]) != known["table"]:
         raise ValueError(f"{FILE} has changed")
     files = {name: (int(size), str(digest)) for name, (size, digest) in known["files"].items()}
-    return {"step": int(known["step"]), "files": files, "about": str(known["about"])}
+    about = None if is_older else str(known["about"])
+    return {"step": int(known["step"]), "files": files, "about": about}
 
 
-def _save(folder: Path, step: int, files: Mapping[str, Sequence[Any]], about: str) -> None:
-    known = {"step": step, "about": about, "table": _digest_of(files), "files": files}
+def _items(files: Iterable[str]) -> set[str]:
+    """The items whose files these are: a folder of each."""
+    return {name.partition("/")[0] for name in files if "/" in name}
+
+
+def _save(folder: Path, step: int, files: Mapping[str, Sequence[Any]], about: str | None) -> None:
+    known = {"step": step, "files": files}
+    if about is not None:
+        known |= {"about": about, "table": _digest_of(files)}
     paths.write(folder / FILE, json.dumps(known, indent=1))
 
 
-def _about(folder: Path) -> str:
-    """The digest of what a checkpoint says of itself, whenever it was written; '' without."""
+def _is_as_said(folder: Path, known: Mapping[str, Any]) -> bool:
+    """Whether _CHECKPOINT_METADATA holds what it did, but for the times that Orbax adds."""
     try:
-        return _digest_of(json.loads(_read_about(folder / _ABOUT))["custom_metadata"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        said = json.loads(_read_about(folder / _ABOUT))
+        # How each item is read. Orbax goes on without it and guesses. All of ours are trees.
+        handlers = said["item_handlers"]
+        is_whole = _items(known["files"]) <= handlers.keys() and len(set(handlers.values())) == 1
+        return is_whole and known["about"] in (None, _digest_of(said["custom_metadata"]))
+    except (*_UNREADABLE, OSError) as error:
         if paths.is_remote(folder) and paths.passes(error):
             raise
-        return ""
+        return False
 
 
 def _digest_of(about: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ bucket itself, not of what its client remembers: another host may have written s
 
 import contextlib
 import errno
-import importlib.util
 import logging
 import os
 import pathlib
@@ -22,6 +21,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
+from qlog import extras
 from qlog.errors import ConfigError, PassingError, summary
 
 Path = epath.Path  # the interface of pathlib, for gs:// and s3:// too
@@ -161,7 +161,7 @@ def parse(spec: str | os.PathLike, field: str = "path") -> Path:
     if scheme not in _CLIENTS or not rest.strip("/"):
         raise ConfigError(f"{field} = {text!r}: give a folder, gs://BUCKET/... or s3://BUCKET/...")
     module, extra = _CLIENTS[scheme]
-    if importlib.util.find_spec(module) is None:
+    if not extras.is_installed(module):
         raise ConfigError(
             f"{field} = {text!r} needs the package {module}: run launch/install {extra}, or "
             f'pip install "qlog[{extra}]".'

@@ -20,7 +20,7 @@ def no_tpu(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(libtpu.glob, "glob", lambda pattern: [])
-    monkeypatch.setattr(libtpu.importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr(libtpu.extras, "is_installed", lambda name: True)
     yield
     for name in libtpu._QUIET:  # what a test has set itself
         os.environ.pop(name, None)
@@ -92,3 +92,10 @@ def test_programs_leave_stderr_empty(words, tmp_path):
         timeout=120,
     )
     assert result.stderr == "" and result.returncode == 0, result.stderr + result.stdout
+
+
+@pytest.mark.parametrize("stub", ["types.ModuleType('libtpu')", "None"])
+def test_a_stub_in_its_place_does_no_harm(stub):
+    program = f"import sys, types; sys.modules['libtpu'] = {stub}; import qlog; print('there')"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "there\n", run.stderr

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import time
@@ -197,3 +198,59 @@ def test_a_damaged_table_of_digests_is_noticed(damage, workdir):
 def test_what_is_no_step_is_said_not_to_be_one(name, workdir):
     with pytest.raises(ConfigError, match="has the steps 3, 6, 9; ask for"):
         checkpoint_reader.find_checkpoint(workdir, "init_from", name)
+
+
+def test_digests_of_an_older_form_hold_for_the_files(workdir, experiment, states):
+    for step in STEPS:
+        file = workdir / "checkpoints" / str(step) / digests.FILE
+        known = json.loads(file.read_text())
+        del known["table"]
+        file.write_text(json.dumps(known | {"about": "made by another rule"}))
+    flip(max(files(workdir / "checkpoints/9/params"), key=lambda file: file.stat().st_size), 5000)
+    step, state = restore(workdir, experiment)
+    assert step == 6
+    trees.assert_equal(state, states[6])
+    digests.forget(workdir / "checkpoints/3", "training")
+    assert not checkpoint_reader.fault(workdir / "checkpoints/3")
+
+
+@pytest.mark.parametrize(
+    "handlers",
+    [None, {}, {"params": "x"}, {"params": "x", "training": "y"}, {"training": "x"}, 3],
+    ids=str,
+)
+def test_how_items_are_read_is_part_of_a_checkpoint(handlers, workdir):
+    about = workdir / "checkpoints/9/_CHECKPOINT_METADATA"
+    said = json.loads(about.read_text())
+    said["item_handlers"] = handlers
+    if handlers is None:
+        del said["item_handlers"]
+    about.write_text(json.dumps(said))
+    reason = checkpoint_reader.fault(workdir / "checkpoints/9")
+    assert reason == "_CHECKPOINT_METADATA is missing or has changed"
+
+
+def test_killed_while_it_is_pruned_a_checkpoint_is_pruned(workdir, experiment):
+    """Its parameters are whole, and stay the run's."""
+    step = workdir / "checkpoints/9"
+    digests.forget(step, "training")
+    (step / "training/_METADATA").unlink()
+    with pytest.raises(ConfigError, match="kept parameters only"):
+        restore(workdir, experiment)
+    assert not checkpoint_reader.fault(step, ("params",))
+    with contextlib.closing(checkpoints.Checkpoints(workdir, keep=9)) as saved:
+        saved.prune("best_params")
+    assert not (step / "training").exists()
+    assert not checkpoint_reader.fault(step, ("params",))
+
+
+def test_what_a_disk_loses_while_a_run_lasts_is_noticed_at_its_end(workdir, monkeypatch):
+    """Such damage changes neither the size of a file nor its time."""
+    assert not checkpoint_reader.fault(workdir / "checkpoints/9")
+    largest = max(files(workdir / "checkpoints/9"), key=lambda file: file.stat().st_size)
+    before = largest.stat()
+    flip(largest, 5000)
+    os.utime(largest, ns=(before.st_atime_ns, before.st_mtime_ns))
+    now = time.monotonic()
+    monkeypatch.setattr(digests.time, "monotonic", lambda: now + 3600)
+    assert "has changed" in checkpoint_reader.fault(workdir / "checkpoints/9")
