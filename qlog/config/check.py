@@ -27,6 +27,7 @@ from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
 from qlog.parallel import sharding
 
+_PLAIN = (str, int, float, bool, types.NoneType)  # exactly: a NumPy float is a float, too
 _LARGEST_SIZE = 2**31 - 1  # of a dimension of an array, which int32 counts
 
 
@@ -37,6 +38,7 @@ def check_config(config: ConfigDict) -> None:
       ConfigError: unknown keys, wrong types, values out of range, an impossible loss, a field that
         the chosen data do not read.
     """
+    _check_plain(config, "config")
     _check_keys(config, schema.default(), "config")
     schema.several(config)
     values = schema.fields(config)
@@ -247,6 +249,36 @@ def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts
         jax.eval_shape(coefficients, estimator.measured(everything))
     except ValueError as error:
         raise ConfigError(f"config.loss: {error}.") from error
+    except Exception as error:  # a schedule of q is a function, and may raise anything
+        raise ConfigError(
+            f"config.loss cannot be traced by JAX ({type(error).__name__}: {summary(error)})."
+        ) from error
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """config.json can hold it, by which a run is known when it resumes; functions by their name.
+
+    So NumPy's numbers and arrays are none, nor are sets.
+    """
+    if isinstance(value, (ConfigDict, Mapping)):
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(f"{name} has the key {key!r}: keys must be text.")
+            _check_plain(value[key], f"{name}.{key}")
+    elif type(value) in (list, tuple):
+        for index, each in enumerate(value):
+            _check_plain(each, f"{name}[{index}]")
+    elif type(value) not in _PLAIN and not callable(value):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise ConfigError(
+            f"{name} = {value!r} is of type {kind}, which a config.json cannot hold: "
+            "give a number, text, True, False, None, a list or a section of Python's own types."
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value on one line; the text of a section has several."""
+    return repr(value.to_dict() if isinstance(value, ConfigDict) else value)
 
 
 def _check_keys(config: ConfigDict, known: ConfigDict, path: str) -> None:
@@ -303,12 +335,17 @@ def wandb_is_installed() -> bool:
 
 
 def _check_architecture(config: ConfigDict) -> None:
+    if not isinstance(config.architecture, ConfigDict):
+        raise ConfigError(
+            f"config.architecture = {config.architecture!r} must be a section of the fields of a "
+            "decoder: {} is the model's own."
+        )
     known = typing.get_type_hints(models.DecoderConfig)
     for key in config.architecture:
         if key not in known:
             raise ConfigError(
-                f"config.architecture.{key} = {config.architecture[key]!r} is read by nothing: "
-                f"a decoder has {', '.join(sorted(known))}."
+                f"config.architecture.{key} = {_shown(config.architecture[key])} is read by "
+                f"nothing: a decoder has {', '.join(sorted(known))}."
             )
         value = config.architecture[key]
         options = typing.get_args(known[key]) or (known[key],)
@@ -316,7 +353,7 @@ def _check_architecture(config: ConfigDict) -> None:
             options = (tuple,)
         if not any(_is_of_kind(value, option) for option in options):
             words = " or ".join(_KINDS.get(option, "a section of settings") for option in options)
-            raise ConfigError(f"config.architecture.{key} = {value!r} must be {words}.")
+            raise ConfigError(f"config.architecture.{key} = {_shown(value)} must be {words}.")
 
 
 # The types of a decoder's fields, in words.
@@ -368,22 +405,22 @@ def _check_tokenizer(config: ConfigDict) -> None:
     for key, value in arguments.items():
         if template == BUILT_IN_NAME:
             raise ConfigError(
-                f"config.tokenizer.chat_template_kwargs.{key} = {value!r} is not read by a "
+                f"config.tokenizer.chat_template_kwargs.{key} = {_shown(value)} is not read by a "
                 "built-in template: remove it."
             )
         try:
             json.dumps(value, default=dict)  # a ConfigDict in a list, say
         except (TypeError, ValueError):
             raise ConfigError(
-                f"config.tokenizer.chat_template_kwargs.{key} = {value!r} must be text, numbers, "
-                "lists or sections of these, as a template reads them."
+                f"config.tokenizer.chat_template_kwargs.{key} = {_shown(value)} must be text, "
+                "numbers, lists or sections of these, as a template reads them."
             ) from None
     if config.data.style == "warm":
         return
     given = {f"chat_template_kwargs.{key}": value for key, value in arguments.items()}
     for key, value in {**({"chat_template": template} if template else {}), **given}.items():
         raise ConfigError(
-            f"config.tokenizer.{key} = {value!r} is read only by the warm style: set "
+            f"config.tokenizer.{key} = {_shown(value)} is read only by the warm style: set "
             "config.data.style = 'warm', or remove it."
         )
 
@@ -410,10 +447,9 @@ def _check_data(config: ConfigDict) -> None:
     for key in ("path", "eos", "chat_template", "chat_template_kwargs"):
         value = config.tokenizer[key]
         if value:
-            shown = value.to_dict() if isinstance(value, ConfigDict) else value
             raise ConfigError(
-                f"config.tokenizer.{key} = {shown!r} is not read by {label(config.data.name)!r}, "
-                "which brings its own tokenizer: remove it."
+                f"config.tokenizer.{key} = {_shown(value)} is not read by "
+                f"{label(config.data.name)!r}, which brings its own tokenizer: remove it."
             )
 
 

@@ -734,6 +734,10 @@ def loss_name(config: ConfigDict) -> str | Callable:
         raise ConfigError(
             f"config.loss = {value!r} has no name: write qlog.config.loss(NAME, ...)."
         )
+    if isinstance(config.loss.name, ConfigDict):
+        raise ConfigError(
+            f"config.loss.name = {config.loss.name.to_dict()!r} must be a name or a function."
+        )
     return config.loss.name
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast, get_args, get_type_hints
 
+import numpy as np
 import optax
 
 from qlog.losses import aliases, gauges, group_stats, normalization, q_schedules, surrogates
@@ -199,6 +200,9 @@ class Recipe:
             if isinstance(value, (list, tuple)) or hasattr(value, "keys"):  # of ConfigDicts, too
                 shown = "a section" if hasattr(value, "keys") else repr(value)
                 raise TypeError(f"{name} must be one value, got {shown}")
+            # Text such as "no" would count as True.
+            if isinstance(arguments[name], bool) and not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         arguments |= given
         # Under a schedule everything that depends on q is built anew at each step, inside jit.
         if "q" in _defaults(self.transform):
@@ -224,10 +228,10 @@ class Recipe:
         if self.rationale == "annotated":
             return surrogate
         is_sampled = self.answer == "sampled"
-        level, most = arguments.get("importance", "none"), arguments.get("max_ratio")
+        level, most = (arguments.get(name, usual) for name, usual in IMPORTANCE.items())
         check_choice("importance", level, ("none", *surrogates.LEVELS))
+        check_number("max_ratio", most, 1, float("inf"))
         if level != "none":
-            check_number("max_ratio", most, 1, float("inf"))
             surrogate = surrogates.truncated(level, most, sampled_answer=is_sampled)
         if self._has_own_penalty:
             return surrogate

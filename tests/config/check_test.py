@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 from places import ROOT
 
 from qlog import losses
@@ -140,7 +144,7 @@ WRONG = {
     ),
     "variables of another type": (
         {"tokenizer": {"chat_template_kwargs": {"a": {1, 2}}}},
-        r"config\.tokenizer\.chat_template_kwargs\.a = \{1, 2\} must be text, numbers",
+        r"config\.tokenizer\.chat_template_kwargs\.a = \{1, 2\} is of type set",
     ),
     "prompt budget": (
         {"data": {"max_prompt_tokens": 8}},
@@ -200,6 +204,50 @@ def test_mistakes_are_named(case):
     assert "\n" not in str(caught.value)
 
 
+ODD = [
+    *(5, -1, 2**63, 10**30, True, float("nan"), float("inf"), None, "", "x", "\x00", "\ud800"),
+    *([], [1], (), {}, {"a": 1}, {1: 2}, ConfigDict({"b": 1}), {2}, range(3), b"x", ..., 1j, len),
+    *(
+        int,
+        object(),
+        pathlib.Path("x"),
+        np.array(1.0),
+        np.array([1, 2]),
+        np.int64(2),
+        np.bool_(True),
+    ),
+]
+
+
+def test_whatever_a_config_file_puts_into_a_field_is_taken_or_named():
+    """A file may do what flags cannot: objects, NumPy's numbers, values in place of sections."""
+    places = [name.split(".") for name in schema.fields(schema.default())]
+    places += {tuple(place[:n]) for place in places for n in range(1, len(place))}
+    places += [("loss", name) for name in losses.arguments("garl")] + [("loss", "name")]
+    places += [("architecture", "num_layers"), ("tokenizer", "chat_template_kwargs", "a")]
+    places += [("runs", "a"), ("runs", "a", "loss")]
+    escaped = []
+    for *above, last in places:
+        for value in ODD:
+            config = section = schema.default()
+            for key in above:
+                section.unlock()
+                if key not in section:
+                    section[key] = ConfigDict()
+                section = section[key]
+            with section.unlocked(), section.ignore_type():
+                section[last] = value
+            try:
+                check_config(config)
+                schema.from_json(json.loads(schema.to_json(config)))
+            except ConfigError as error:
+                if "\n" in str(error):
+                    escaped.append((*above, last, value, error))
+            except Exception as error:
+                escaped.append((*above, last, value, error))
+    assert not escaped
+
+
 def _two(q):
     return losses.build("garl", q=q)
 
@@ -226,6 +274,10 @@ OWN_LOSSES = {
     "M of a transform": (_alone, {}, 1, r"config\.loss: M, the rollouts per prompt, must be at"),
     "M for annotated": (_annotated, {}, 4, r"rollouts_per_prompt = 4: .*_annotated'.*set it to 1"),
     "lambda": (losses.Recipe(lambda q=1.0: losses.garl(q)), {}, 4, r"of type function.*with def"),
+    "a number of JAX": (_two, {"q": jnp.float32(1)}, 4, r"config\.loss\.q = .* is of type jax"),
+    "a type": (losses.RECIPES["garl"], {"q": int}, 4, r"config\.loss.* \(ConcretizationTypeE"),
+    "a word for a flag": (losses.RECIPES["garl"], {"score": "no"}, 4, r"score must be True or F"),
+    "an unread number": (losses.RECIPES["garl"], {"max_ratio": 0.5}, 4, r"max_ratio must be in"),
     "argument": (_two, {"qq": 0.5}, 4, r"_two: unknown argument qq; .* \(did you mean 'q'\?\)"),
     "no argument": (tiny.graded_garl, {}, 4, r"graded_garl: argument q has no default: give it"),
     "q": (tiny.graded_garl, {"q": 2.0}, 4, r"config\.loss: q must be in \[0, 1\], got 2\.0"),
