@@ -19,10 +19,12 @@ copied by the store and then removed.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -413,6 +415,24 @@ def _silence_orbax() -> None:
     logger = logging.getLogger("absl")
     if _is_not_of_orbax not in logger.filters:
         logger.addFilter(_is_not_of_orbax)
+        sys.unraisablehook = functools.partial(_show_unless_late, sys.unraisablehook)
+
+
+def _show_unless_late(
+    show: Callable[["sys.UnraisableHookArgs"], Any], dropped: "sys.UnraisableHookArgs"
+) -> None:
+    """A hook for exceptions that nobody can catch, without those of writes that end too late.
+
+    Where one write of a save fails, Orbax closes its event loop. TensorStore still ends the others,
+    and each cannot tell the loop so.
+
+    Args:
+      show: the hook before.
+    """
+    error, frames = dropped.exc_value, dropped.exc_traceback
+    is_closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not is_closed or frames is None or frames.tb_frame.f_code.co_name != "call_soon_threadsafe":
+        show(dropped)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

@@ -7,11 +7,13 @@ and the kernel's limit on the size of a file (RLIMIT_FSIZE), which any user may 
 import resource
 import shutil
 import subprocess
+import sys
 
 import jax
 import pytest
 import same_runs
 import tiny
+from places import ROOT
 
 from qlog.errors import ConfigError, PassingError
 from qlog.runs.log import RunLog
@@ -147,3 +149,40 @@ def test_a_file_may_grow_no_more(tmp_path, whole, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tiny.run(CONFIG, tmp_path, ONE)
     same_runs.assert_same_run(CONFIG, tmp_path, whole)
+
+
+_LATE = """
+import asyncio, sys, tensorstore, threading
+from qlog.runs import checkpoints
+
+checkpoints._silence_orbax()
+checkpoints._silence_orbax()
+promise, future = tensorstore.Promise.new()
+loop = asyncio.new_event_loop()
+
+async def waits():
+    await future
+
+async def starts():
+    global task
+    task = asyncio.ensure_future(waits())
+    await asyncio.sleep(0.1)
+
+class Other:
+    def __del__(self):
+        raise RuntimeError("of another kind")
+
+loop.run_until_complete(starts())
+loop.close()
+promise.set_result(3)  # as a write that ends when the save has failed
+task._log_destroy_pending = False
+Other()
+"""
+
+
+def test_writes_that_end_after_a_failed_save_print_nothing():
+    run = subprocess.run(
+        [sys.executable, "-c", _LATE], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0 and "of another kind" in run.stderr, run.stderr
+    assert "Event loop is closed" not in run.stderr
