@@ -84,7 +84,7 @@ def test_what_fits_is_not_refused():
     assert largest.of_batch["caches"] == pytest.approx(32 * (32 * 3072 + 24) * 2 * 2 * 8 * 4)
     assert largest.bytes < memory.of_device(run.mesh).bytes
     table = train_metrics.describe(run, "x", 0)
-    assert "GB per device, for decoding; this host has" in table["memory"]
+    assert "MB per device, for decoding; this host has" in table["memory"]
     assert table["tokens per step"].startswith("at most 3,014,656,")
 
 
