@@ -1,4 +1,4 @@
-"""Memory, tokens and time by arithmetic: what cannot be held is refused, and nothing else is."""
+"""Memory and tokens by arithmetic: what cannot be held is refused, and nothing else is."""
 
 import jax
 import pytest
@@ -6,8 +6,8 @@ import tiny
 
 from qlog import train_metrics
 from qlog.errors import ConfigError
-from qlog.experiment import cost, duration, phases, prepare, prepare_shapes
-from qlog.parallel import chips, memory
+from qlog.experiment import cost, phases, prepare, prepare_shapes
+from qlog.parallel import memory
 from qlog.parallel.memory import Room
 
 ONE = jax.devices()[:1]
@@ -125,60 +125,3 @@ def test_a_checkpoint_must_fit_the_host_next_to_accelerators(monkeypatch):
         ConfigError, match=r"config.model = .* checkpoint .* QLOG_HOST_MEMORY=BYTES"
     ):
         cost.check(run, True, False)
-
-
-# ---- Time ----
-
-
-def _seconds(monkeypatch, peaks, **changes):
-    run = prepare_shapes(tiny.config(**changes), jax.devices()[: changes.get("devices", 1)])
-    monkeypatch.setattr(chips, "peaks", lambda kind: peaks)
-    return run, duration.estimate(run)
-
-
-def test_time_is_arithmetic_at_the_peaks(monkeypatch):
-    """Where memory is fast a step takes its FLOPs, and where it is slow what decoding reads."""
-    changes = {
-        "train": {"prompts_per_step": 4, "steps": 10},
-        "rollout": {"rollouts_per_prompt": 8, "rationale_budget": 100},
-        # Wide, so that attention is little.
-        "architecture": {"width": 512, "mlp_width": 1024},
-    }
-    never = 1e30
-    run, by_flops = _seconds(monkeypatch, chips.Gpu(1e9, 1, never), **changes)
-    shape, sampled = run.policy.config, run.sampling.max_length
-    weights = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_params()))
-    tokens = 4 * 8 * sampled
-    # Sampling is 2 FLOPs per weight and token, learning 6; prompts and attention come to them.
-    assert 8 * weights * tokens / 1e9 * 0.9 < by_flops.step
-    assert by_flops.step < 8 * weights * tokens / 1e9 * 1.6
-    assert by_flops.whole == 10 * by_flops.step and by_flops.num_evaluations == 0
-
-    run, by_bytes = _seconds(monkeypatch, chips.Gpu(never, 1, 1e9), **changes)
-    # Each step reads the weights once, and of each rollout what it has so far (float32, 2 layers).
-    slot = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
-    caches = 4 * 8 * slot * sampled * (sampled + 1) / 2
-    assert by_bytes.step == pytest.approx((4 * weights * sampled + caches) / 1e9, rel=0.05)
-    # ---- Twice the waves read the weights twice ----
-    run, waves = _seconds(
-        monkeypatch,
-        chips.Gpu(never, 1, 1e9),
-        **{**changes, "rollout": changes["rollout"] | {"prompts_per_wave": 2}},
-    )
-    assert waves.step - by_bytes.step == pytest.approx(4 * weights * sampled / 1e9, rel=0.05)
-
-
-def test_evaluations_take_their_time(monkeypatch):
-    monkeypatch.setattr(chips, "peaks", lambda kind: chips.Gpu(1e12, 1, 1e9))
-    config = tiny.config(train={"steps": 7}, evaluation={"every": 3})
-    run = prepare(config, ONE)
-    found = duration.estimate(run)
-    assert found.num_evaluations == 3 and found.evaluation > 0
-    assert found.whole == 7 * found.step + 3 * found.evaluation
-    assert "7 steps of" in cost.describe(run, True)["time"]
-    assert "3 evaluations of" in cost.describe(run, True)["time"]
-
-
-def test_without_peaks_nothing_is_said_of_time():
-    run = prepare_shapes(tiny.config(), ONE)
-    assert duration.estimate(run) is None and "time" not in cost.describe(run, False)
