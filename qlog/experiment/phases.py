@@ -174,12 +174,13 @@ def _decode(
     at_once = pool.prompts_per_wave(shape)
     start = Level(at_once, num_rollouts, shape.fitting_slots(at_once, num_rollouts))
     done = _results(experiment, sampling)
+    weights = state["weights"] if "weights" in state else _decoding_weights(experiment)
     # A lane has no score: its rollout gets one when it is done, and leaves the pool.
     of_lanes = start.num_lanes * _bytes_of_one(experiment, done.rollouts)
     of_results = prompts * num_rollouts * _bytes_of_one(experiment, done)
     return Phase(
         name,
-        state | {"weights": _decoding_weights(experiment)},
+        state | {"weights": weights},
         {
             "caches": shape.size(start) * bytes_per_slot(experiment, policy.cache_dtype),
             # Each token is chosen from all logits of its lane: they are an array, for once.

@@ -1,10 +1,13 @@
 """Memory and tokens by arithmetic: what cannot be held is refused, and nothing else is."""
 
+import re
+
 import jax
 import pytest
 import tiny
 
 from qlog import train_metrics
+from qlog.config import schema
 from qlog.errors import ConfigError
 from qlog.experiment import cost, phases, prepare, prepare_shapes
 from qlog.parallel import memory
@@ -68,6 +71,95 @@ def test_what_this_machine_cannot_hold_is_refused(case):
     assert text.startswith(f"config.{field}: "), text
     assert part in text and "this host has" in text and "--mode=compile" in text
     assert "\n" not in text and ("lower" in text or "take a smaller model" in text)
+    _check_remedies(tiny.config(**changes), text)
+
+
+def _check_remedies(config, text, room=None):
+    """Each field is named once, and with each value that is named the phase fits."""
+    name = {verb: name for name, verb in cost._VERBS.items()}[
+        text.split(": ")[1].split(" needs")[0]
+    ]
+    told = dict(re.findall(r"([a-z_.]+) to (\d+)\b", text))
+    assert all(text.split(": ", 1)[1].count(field) == 1 for field in told)
+    for field, value in told.items():
+        section, key = field.split(".")
+        run = prepare_shapes(schema.merge(config, {section: {key: int(value)}}), ONE)
+        found = {phase.name: phase.bytes for phase in phases.phases(run, True, True)}
+        assert found[name] <= (room or memory.of_device(run.mesh).bytes), field
+    return told
+
+
+@pytest.mark.parametrize("room, batch", [(400e3, "4"), (200e3, "2")], ids=["400 kB", "200 kB"])
+def test_evaluation_names_only_what_would_help(room, batch, monkeypatch):
+    """A batch of 64 is one of all 16 questions: 32 would change nothing, 8 and less do."""
+    config = tiny.config(
+        evaluation={
+            "every": 1,
+            "prompts": 16,
+            "prompts_per_batch": 64,
+            "rollouts_per_prompt": 16,
+        }
+    )
+    monkeypatch.setenv("QLOG_MEMORY", str(room))
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, ONE)
+    text = str(caught.value)
+    assert text.startswith("config.evaluation.prompts_per_batch = 64: evaluation needs at least ")
+    told = _check_remedies(config, text, room)
+    assert told["evaluation.prompts_per_batch"] == batch
+
+
+def test_what_is_cut_as_small_as_can_be_is_not_named(monkeypatch):
+    """One prompt at a time cannot be less; and as a mesh of one device has no axis to raise."""
+    config = tiny.config(rollout={"prompts_per_wave": 1, "rationale_budget": 500})
+    # The state alone is 57 kB.
+    monkeypatch.setenv("QLOG_MEMORY", "200e3")
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, ONE)
+    text = str(caught.value)
+    assert "decoding needs" in text and "prompts_per_wave" not in text
+    assert "or take more devices and raise mesh.fsdp = 1" in text
+    assert _check_remedies(config, text, 200e3)
+
+
+def test_fields_that_do_not_suffice_alone_are_named_together():
+    """With 1 kB besides the state no field helps enough, but all that help are named."""
+    run = prepare_shapes(tiny.config(), ONE)
+    (needs,) = (each for each in phases.phases(run, True, False) if each.name == "decode")
+    state = sum(needs.of_model.values())
+    found = cost._lowerings(run, needs, state + 1000)
+    # 4 prompts of 4 rollouts: half of each. The answer is not sampled: its reserve changes nothing.
+    assert {each.field: (each.value, each.is_enough) for each in found} == {
+        "rollout.prompts_per_wave": (2, False),
+        "train.prompts_per_step": (2, False),
+        "rollout.rollouts_per_prompt": (2, False),
+        "rollout.rationale_budget": (2, False),
+    }
+    text = cost._lower_text(found, "train.prompts_per_step")
+    assert text.startswith("lower train.prompts_per_step (to 2 or less) and rollout.prompts_per_wa")
+
+
+def test_programs_that_do_not_fit_name_what_makes_them_smaller():
+    usual, cut = (
+        prepare_shapes(
+            tiny.config(
+                rollout={"prompts_per_wave": wave},
+                train={"prompts_per_microbatch": wave, "rollouts_per_microbatch": wave},
+                evaluation={"prompts_per_batch": wave or 4},
+                mesh={"data": 2},
+            ),
+            jax.devices()[:2],
+        )
+        for wave in (0, 1)
+    )
+    fields = {"decode": "rollout.prompts_per_wave = 0 (0 is all)", "score": "rollout.prompts"}
+    fields |= {"gradient": "train.prompts_per_microbatch = 0"}
+    fields |= {"evaluate": "evaluation.prompts_per_batch = 4"}
+    for name, field in fields.items():
+        assert field in cost.remedy(name, usual)
+        assert "lower" not in cost.remedy(name, cut)
+        assert "raise mesh.fsdp = 1" in cost.remedy(name, cut)
+    assert cost.remedy("update", cut) == "raise mesh.fsdp = 1 or mesh.tensor = 1"
 
 
 def test_what_fits_is_not_refused():
@@ -98,6 +190,9 @@ def test_a_variable_says_what_a_device_has(monkeypatch):
     monkeypatch.setenv("QLOG_MEMORY", "1e15")
     cost.check(run, True, False)
     assert "QLOG_MEMORY says 1,000,000.0 GB" in cost.describe(run, False)["memory"]
+    monkeypatch.setenv("QLOG_MEMORY", "1")
+    with pytest.raises(ConfigError, match=r"needs at least .* kB .*, and QLOG_MEMORY says 1 byte:"):
+        cost.check(prepare_shapes(tiny.config(), ONE), True, False)
     monkeypatch.setenv("QLOG_MEMORY", "1000000")
     with pytest.raises(ConfigError, match=r"needs at least .*, and QLOG_MEMORY says 1.0 MB"):
         cost.check(run, True, False)
