@@ -205,6 +205,27 @@ def time_text(seconds: float, whole: bool = False) -> str:
     return f"{days} d {hours:02d} h"
 
 
+def count_text(number: int, name: str, plural: str = "") -> str:
+    """'1 step', '3,000 steps', '2 processes'.
+
+    Args:
+      name: of one of them.
+      plural: where it is another word than `name` with an s.
+    """
+    return f"{number:,} {name if number == 1 else plural or name + 's'}"
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as people read them: '25.2 GB', '3.7 MB', '8.2 kB', '1 byte'."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:,.1f} GB"
+    if num_bytes >= 1e6:
+        return f"{num_bytes / 1e6:.1f} MB"
+    if num_bytes >= 1e3:
+        return f"{num_bytes / 1e3:.1f} kB"
+    return f"{num_bytes:.3g} {'byte' if num_bytes == 1 else 'bytes'}"
+
+
 def put(text: str) -> None:
     """A line in the place of a progress line, as it is, from every process."""
     print((_CLEAR if is_live() else "") + text, flush=True)

@@ -25,7 +25,7 @@ from qlog.console import ProgressLine, say, time_text
 from qlog.errors import ConfigError
 from qlog.experiment import Experiment
 from qlog.experiment.contents import identity
-from qlog.experiment.parts import BATCHES_PER_CALL
+from qlog.experiment.parts import EvaluationCalls
 from qlog.grading import accuracy
 from qlog.parallel import batch_placement, distributed
 from qlog.parallel.interrupts import Interrupts
@@ -409,15 +409,13 @@ def sample_answers(
     """
     config, mesh, formatter = experiment.config, experiment.mesh, experiment.formatter
     assert formatter is not None, "evaluation needs experiment.formatter"
-    # Not more prompts than questions: a few questions on many chips are not filled up with copies.
     num_shards, total = experiment.prompts_at_once(1), _num_questions(experiment)
-    per_shard = min(config.evaluation.prompts_per_batch, -(-total // num_shards))
+    calls = EvaluationCalls.of(total, num_shards, config.evaluation.prompts_per_batch)
     key = stream_key(config.seed, Stream.EVALUATION)
-    batch_size = per_shard * num_shards
-    call_size = batch_size * _batches_per_call(-(-total // batch_size))
+    batch_size = calls.per_shard * num_shards
     num_rollouts = config.evaluation.rollouts_per_prompt
     for batch in data.evaluation_batches(
-        _dataset(experiment), batch_size=call_size, limit=total, start=start
+        _dataset(experiment), batch_size=batch_size * calls.batches, limit=total, start=start
     ):
         # What fills up the last call is done after an answer.
         budgets = np.where(batch.is_prompt[:, None], sampling.rationale_budget, 0)
@@ -450,14 +448,6 @@ def sample_answers(
         # All processes get all rows, in the order of the questions, whichever process made them.
         everything = distributed.gather(found)
         yield [part["row"] for part in sorted(everything, key=lambda part: part["index"])]
-
-
-def _batches_per_call(num_batches: int) -> int:
-    """Calls are of equal size: of how many batches each."""
-    # A call costs its batches, those of copies that fill up the last one included, and its tail,
-    # about as much as one more.
-    cost = lambda size: -(-num_batches // size) * (size + 1)
-    return min(range(1, min(BATCHES_PER_CALL, num_batches) + 1), key=cost)
 
 
 def _dataset(experiment: Experiment) -> data.Dataset:

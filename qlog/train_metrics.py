@@ -8,6 +8,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from qlog import data, losses, models
+from qlog.console import count_text
 from qlog.experiment import Experiment, cost
 from qlog.learner.types import SamplerMismatch
 from qlog.parallel import batch_placement, chips
@@ -244,12 +245,13 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
     num_params = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_params()))
     changed = " with config.architecture" if config.architecture else ""
     model = (
-        f"{config.model}{changed}: {shape.num_layers} layers, width {shape.width}, "
+        f"{config.model}{changed}: {count_text(shape.num_layers, 'layer')}, width {shape.width}, "
         f"vocabulary {shape.vocab_size:,}, {config.dtype}"
     )
     train_data = experiment.train_data
     assert train_data is not None, "describe is for runs that train"
-    dataset = [f"{data.label(config.data.name)}, {config.data.style}, {len(train_data):,} prompts"]
+    dataset = [f"{data.label(config.data.name)}, {config.data.style}"]
+    dataset += [count_text(len(train_data), "prompt")]
     dataset += [f"{n} skipped over {field}" for field, n in train_data.skipped.items()]
     if train_data.invalid.number:
         dataset += [f"{train_data.invalid.number} skipped that cannot be used"]
@@ -261,16 +263,20 @@ def describe(experiment: Experiment, workdir: Path, start_step: int) -> dict[str
         "model": model,
         "parameters": f"{num_params:,} from {config.init_from or config.weights}",
         "devices": (
-            f"{devices.size} x {devices.flat[0].device_kind}, {jax.process_count()} process(es)"
+            f"{devices.size} x {devices.flat[0].device_kind}, "
+            + count_text(jax.process_count(), "process", "processes")
         ),
         "mesh": ", ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items()),
         "data": ", ".join(dataset),
-        "prompts per step": f"{train.prompts_per_step} in {train.updates_per_batch} update(s)",
+        "prompts per step": f"{train.prompts_per_step} in "
+        + count_text(train.updates_per_batch, "update"),
         "rollouts per prompt (M)": (
-            f"{num_rollouts}: {train.prompts_per_step * num_rollouts} rollouts per step"
+            f"{num_rollouts}: "
+            + count_text(train.prompts_per_step * num_rollouts, "rollout")
+            + " per step"
         ),
         "budgets": budgets,
-        **cost.describe(experiment, experiment.evaluation_data is not None),
+        **cost.describe(experiment, experiment.evaluation_data is not None, start_step),
         "estimator": _estimator_call(config),
         **_reward_line(experiment),
         "steps": f"{train.steps}" + (f", resuming at {start_step}" if start_step else ""),

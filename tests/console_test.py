@@ -91,6 +91,30 @@ def test_times_that_are_guessed_have_no_parts_of_a_second():
     assert whole == ["0 s", "0 s", "13 s", "1 min 00 s", "4 min 10 s"]
 
 
+def test_numbers_have_the_word_that_belongs_to_them():
+    texts = [console.count_text(number, "step") for number in (0, 1, 2, 3000)]
+    assert texts == ["0 steps", "1 step", "2 steps", "3,000 steps"]
+    assert console.count_text(1, "process", "processes") == "1 process"
+    assert console.count_text(2, "process", "processes") == "2 processes"
+
+
+@pytest.mark.parametrize(
+    "size, text",
+    [
+        (0.5, "0.5 bytes"),
+        (1, "1 byte"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (41_000, "41.0 kB"),
+        (3.7e6, "3.7 MB"),
+        (25.2e9, "25.2 GB"),
+        (1e15, "1,000,000.0 GB"),
+    ],
+)
+def test_sizes_are_as_people_read_them(size, text):
+    assert console.size_text(size) == text
+
+
 def test_a_pipe_hears_what_begins_and_that_it_goes_on(capsys, monkeypatch):
     line = console.ProgressLine()
     line.begin("step 1/9  compiling", share=0.0)

@@ -23,6 +23,7 @@ import tiny
 from qlog import evaluation, experiment
 from qlog.commands import modes
 from qlog.errors import Stop
+from qlog.experiment import parts
 from qlog.learner import gradient, planning
 from qlog.parallel import distributed, interrupts
 from qlog.rollouts import decoding
@@ -92,7 +93,7 @@ def seal():
 
 def main():
     planning._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
-    evaluation.BATCHES_PER_CALL = 1  # as of many questions, which take several calls
+    parts.BATCHES_PER_CALL = 1  # as of many questions, which take several calls
     before(decoding, "decode", "decode")
     before(gradient, "add_microbatches", "gradient")
     before(checkpoints.Checkpoints, "save", "save")

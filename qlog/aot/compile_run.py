@@ -22,7 +22,7 @@ from qlog.aot.programs import StepLoops, step_programs
 from qlog.config import schema
 from qlog.console import ProgressLine, draw_table, plain_console, say, time_text
 from qlog.errors import ConfigError
-from qlog.experiment import duration, prepare_shapes
+from qlog.experiment import Experiment, duration, prepare_shapes
 from qlog.experiment.cost import remedy, step_tokens
 from qlog.parallel.chips import CHIPS, Chip
 from qlog.storage import paths, strict_json
@@ -57,8 +57,9 @@ def run_compile(
     tokens = step_tokens(config)
     if lengths is not None:
         tokens = int(np.minimum(lengths, config.rollout.rationale_budget).sum())
-    advice = remedies(programs, chip, config)
-    by_arithmetic = duration.estimate(prepare_shapes(config, topology_devices(topology)))
+    experiment = prepare_shapes(config, topology_devices(topology))
+    advice = remedies(programs, chip, experiment)
+    by_arithmetic = duration.estimate(experiment)
     assert by_arithmetic, "the peaks of TPUs are known"
 
     # ---- For the user ----
@@ -146,14 +147,20 @@ def step_seconds(programs: Mapping[str, CompiledProgram], chip: Chip) -> dict[st
     return {name: program.seconds(chip) for name, program in programs.items() if program.runs}
 
 
-def remedies(programs: Mapping[str, CompiledProgram], chip: Chip, config: ConfigDict) -> list[str]:
+def remedies(
+    programs: Mapping[str, CompiledProgram], chip: Chip, experiment: Experiment
+) -> list[str]:
     """What to change for each program that does not fit; [] when all fit."""
     return [
-        f"{name} needs {program.peak / _GIB:.1f} of {chip.usable / _GIB:.2f} GiB: "
-        f"{remedy(name, config)}"
-        for name, program in programs.items()
-        if program.peak > chip.usable
+        f"{name} needs {programs[name].peak / _GIB:.1f} of {chip.usable / _GIB:.2f} GiB: "
+        f"{remedy(name, experiment)}"
+        for name in too_large(programs, chip)
     ]
+
+
+def too_large(programs: Mapping[str, CompiledProgram], chip: Chip) -> list[str]:
+    """The programs that do not fit."""
+    return [name for name, program in programs.items() if program.peak > chip.usable]
 
 
 def provenance(config: ConfigDict, command: str) -> dict[str, Any]:

@@ -7,15 +7,16 @@ compilation, saving and preemptions come on top.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from qlog.data import label, splits
+from qlog.config.evaluated import splits_after
+from qlog.data import label
 from qlog.errors import ConfigError
+from qlog.experiment.duration import num_questions
 from qlog.storage import paths
 
 # What a step's roofline depends on, besides the prompts of a step and the slice.
@@ -119,35 +120,31 @@ def estimate(config: ConfigDict, mode: str, step: Roofline) -> Estimate:
 
         seconds = (its rollouts / rollouts of a step) x decode_share x seconds of a step
 
+    What `evaluation.without_rationale` adds is left out: few tokens, of which no roofline tells.
+
     Raises:
       ConfigError: the size of an evaluated split is not known.
     """
     evaluation, train = config.evaluation, config.train
-    steps, splits_evaluated = 0, [evaluation.split]
+    steps, splits = 0, [evaluation.split]
     if mode == "train":
-        steps = train.steps
-        # After every so many steps, and after the last one in any case.
-        evaluations = math.ceil(steps / evaluation.every) if evaluation.every else 0
-        splits_evaluated = [evaluation.split] * evaluations
-        if evaluation.final:
-            splits_evaluated.append(evaluation.final)
-    prompts = sum(_prompts(config, split) for split in splits_evaluated)
+        steps, splits = train.steps, splits_after(config)
+    prompts = sum(_prompts(config, split) for split in splits)
     rollouts = prompts * evaluation.rollouts_per_prompt
     step_rollouts = train.prompts_per_step * config.rollout.rollouts_per_prompt
     seconds = rollouts / step_rollouts * step.decode_share * step.seconds
-    return Estimate(step.chips, steps, step.seconds, len(splits_evaluated), seconds)
+    return Estimate(step.chips, steps, step.seconds, len(splits), seconds)
 
 
 def _prompts(config: ConfigDict, split: str) -> int:
     """Prompts of one evaluation: all of the split, or as many as config.evaluation.prompts."""
-    size = splits.SIZES.get(label(config.data.name), {}).get(split)
-    limit = config.evaluation.prompts
-    if size is None and not limit:
+    found = num_questions(config, split)
+    if not found:
         raise ConfigError(
             f"config.data.name = {label(config.data.name)!r}: the size of its split {split!r} "
             "is not known, so its evaluation has no price: set config.evaluation.prompts."
         )
-    return min(filter(None, (size, limit)))
+    return found
 
 
 def _get(config: Any, field: Sequence[str]) -> Any:

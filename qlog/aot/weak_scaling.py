@@ -107,7 +107,7 @@ def _slice_step(
         topology,
         chips,
         config.train.prompts_per_step,
-        not compile_run.remedies(programs, chip, config),
+        not compile_run.too_large(programs, chip),
         seconds,
         phases,
         **resources,

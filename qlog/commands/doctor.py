@@ -31,7 +31,15 @@ from qlog import data, experiment, losses, models
 from qlog.commands import entry
 from qlog.config import command_line, schema
 from qlog.config.check import check_config
-from qlog.console import complain, output, plain_console, printable, time_text
+from qlog.console import (
+    complain,
+    count_text,
+    output,
+    plain_console,
+    printable,
+    size_text,
+    time_text,
+)
 from qlog.errors import ConfigError, summary
 from qlog.experiment import cost, files
 from qlog.parallel import distributed, process, sharding
@@ -146,7 +154,7 @@ def _devices() -> str:
     size = f", {memory['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in memory else ""
     return (
         f"{len(devices)} x {kind} ({backend}){size}; {jax.local_device_count()} in this process, "
-        f"{jax.process_count()} process(es)"
+        + count_text(jax.process_count(), "process", "processes")
     )
 
 
@@ -166,8 +174,8 @@ def _all_reduce() -> str:
         )
     if error is not None:
         raise error
-    num_devices = jax.device_count()
-    return f"{num_devices} devices, {_MIB_PER_DEVICE} MiB each in {time_text(seconds[0])}"
+    num_devices = count_text(jax.device_count(), "device")
+    return f"{num_devices}, {_MIB_PER_DEVICE} MiB each in {time_text(seconds[0])}"
 
 
 def _time_all_reduce() -> float:
@@ -244,7 +252,7 @@ def _weights(config: ConfigDict) -> str:
         return f"from {checkpoint_reader.find_checkpoint(config.init_from, 'config.init_from')}"
     shape = files.model_shape(config)
     if config.weights == "random":
-        return f"random, {shape.num_layers} layers of width {shape.width}"
+        return f"random, {count_text(shape.num_layers, 'layer')} of width {shape.width}"
     folder = models.huggingface.resolve(config.weights)
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
@@ -252,7 +260,7 @@ def _weights(config: ConfigDict) -> str:
             f"{folder} holds no *.safetensors: download them, or stage the folder again."
         )
     size = sum(file.stat().st_size for file in shards)
-    return f"{folder}: {len(shards)} file(s), {size / 1e9:.2f} GB"
+    return f"{folder}: {count_text(len(shards), 'file')}, {size_text(size)}"
 
 
 def _tokenizer(config: ConfigDict) -> str:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from qlog.commands import entry
 from qlog.config import command_line
-from qlog.console import complain, output, printable
+from qlog.console import complain, count_text, output, printable
 from qlog.data import Example, Formatter, Tokenizer, pipeline
 from qlog.errors import QLOG_ERRORS
 from qlog.experiment import files
@@ -36,7 +36,7 @@ def report(
       examples: indices of those that are shown.
     """
     lengths = pipeline.measure_lengths(source, formatter, num_examples=_MEASURED)
-    yield f"{formatter.task.name}, {formatter.style}: {len(source):,} examples"
+    yield f"{formatter.task.name}, {formatter.style}: {count_text(len(source), 'example')}"
     head = ("shortest", "median", "95%", "longest", "limit", "over")
     yield f"{'tokens':<12}" + "".join(f"{word:>9}" for word in head)
     names = ("prompt", "gold answer", "rationale")
@@ -81,7 +81,7 @@ def _example(example: Example, formatter: Formatter, title: str) -> Iterator[str
         ("annotated rationale", formatter.rationale(example)),
         ("gold answer", formatter.gold(example)),
     ):
-        yield f"--- {name}: {len(ids):,} tokens"
+        yield f"--- {name}: {count_text(len(ids), 'token')}"
         yield marked(tokenizer, ids)
     # Token by token only the gold answer: P is the probability of exactly these tokens.
     yield "    " + " ".join(f"{i}:{tokenizer.token(i)!r}" for i in formatter.gold(example))

@@ -2,7 +2,7 @@
 
 A config file needs only this: `from qlog.config import default, loss`, and `parse_variants` if
 it has variants. In reading order: schema.py, variants.py, paper.py, check.py,
-command_line.py, streams.py.
+command_line.py, streams.py, evaluated.py.
 """
 
 import importlib

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from qlog import losses, models
 from qlog.config import schema
 from qlog.config.schema import CHOICES
+from qlog.console import count_text
 from qlog.errors import ConfigError, last_line, summary
 from qlog.grading import scorers
 from qlog.grading.scorers import Scorer
@@ -100,8 +101,8 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     if prompts % (shards * updates):
         wanted = -(-prompts // (shards * updates)) * shards * updates
         why = (
-            f"the {shards} shards (mesh.data x mesh.fsdp over all slices) that prompts are split "
-            "over"
+            f"the {count_text(shards, 'shard')} (mesh.data x mesh.fsdp over all slices) that "
+            "prompts are split over"
         )
         if updates > 1:
             why += f", times train.updates_per_batch = {updates}"
@@ -119,8 +120,8 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
     ):
         if size and whole % size:
             raise ConfigError(
-                f"config.{field} = {size} must divide the {whole} prompts of each of the {shards} "
-                f"shards: use 0 (all) or one of {_divisors(whole)}."
+                f"config.{field} = {size} must divide the {count_text(whole, 'prompt')} of each of "
+                f"the {count_text(shards, 'shard')}: use 0 (all) or one of {_divisors(whole)}."
             )
 
 

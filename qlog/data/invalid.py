@@ -52,9 +52,14 @@ class Skipped:
     def lines(self) -> list[str]:
         """Each reason with its number and an example, the most frequent first."""
         order = sorted(self.reasons.items(), key=lambda item: -item[1][0])
-        told = [f"{number} records, first {first}: {why}" for why, (number, first) in order]
+        told = [
+            f"{number} record{'s' * (number > 1)}, first {first}: {why}"
+            for why, (number, first) in order
+        ]
         rest = sum(number for _, (number, _) in order[_MOST_TOLD:])
-        return told[:_MOST_TOLD] + ([f"{rest} records for other reasons"] if rest else [])
+        return told[:_MOST_TOLD] + (
+            [f"{rest} record{'s' * (rest > 1)} for other reasons"] if rest else []
+        )
 
     def check_some_are_left(self, size: int, name: str) -> None:
         """Raises ConfigError if all of `size` records of `name` were skipped."""

@@ -25,7 +25,7 @@ from qlog.config.check import (
     evaluation_scorers,
     reward_scorers,
 )
-from qlog.console import say
+from qlog.console import count_text, say
 from qlog.errors import ConfigError
 from qlog.experiment import contents, cost, files, golds
 from qlog.experiment.parts import Experiment
@@ -173,9 +173,10 @@ def _check_apart(experiment: Experiment) -> None:
             "set config.data.fields.id to '', then ids are digests of the records."
         )
     if repeated := np.isin(evaluated.questions, train.questions).sum():
+        number = count_text(int(repeated), "question")
         say(
-            f"warning: {repeated} questions of the {split} split are in train, too, word for word: "
-            "its accuracy is not only that of unseen questions"
+            f"warning: train has {number} of the {split} split, too, word for word: its accuracy "
+            "is not only that of unseen questions"
         )
 
 

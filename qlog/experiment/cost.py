@@ -5,20 +5,22 @@ held, and is refused. One that is not refused may still be too large: `--mode=co
 compiler. Its time is estimated (`duration`) and said.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from qlog import models
 from qlog.config import schema
-from qlog.console import time_text
+from qlog.config.check import check_batches, check_config
+from qlog.console import count_text, size_text, time_text
 from qlog.errors import ConfigError
 from qlog.experiment import duration
 from qlog.experiment.parts import Experiment
-from qlog.experiment.phases import Phase, checkpoint_bytes, phases
-from qlog.parallel import distributed, memory
-from qlog.parallel.memory import Room, size_text
+from qlog.experiment.phases import Phase, bytes_per_device, checkpoint_bytes, phase, phases
+from qlog.parallel import distributed, memory, sharding
+from qlog.parallel.memory import Room
 
 _VERBS = {
     "decode": "decoding",
@@ -26,6 +28,20 @@ _VERBS = {
     "evaluate": "evaluation",
     "load": "loading the model",
 }
+# Fields that cut a phase's work into parts: the results stay the same. 0 is all at once.
+_SLICES = {
+    "decode": ("rollout.prompts_per_wave",),
+    "gradient": ("train.rollouts_per_microbatch", "train.prompts_per_microbatch"),
+    "evaluate": ("evaluation.prompts_per_batch",),
+}
+# The other fields that a phase's memory grows with, besides those of the model.
+_LENGTHS = ("rollout.rationale_budget", "rollout.answer_reserve")
+_AMOUNTS = {
+    "decode": ("train.prompts_per_step", "rollout.rollouts_per_prompt", *_LENGTHS),
+    "gradient": ("train.prompts_per_step", "rollout.rollouts_per_prompt", *_LENGTHS),
+    "evaluate": ("evaluation.rollouts_per_prompt", *_LENGTHS),
+}
+_MOST_FIELDS = 3  # that a sentence names
 
 
 def check(experiment: Experiment, train: bool, evaluate: bool) -> None:
@@ -45,7 +61,7 @@ def check(experiment: Experiment, train: bool, evaluate: bool) -> None:
     try:
         there, host = memory.of_device(experiment.mesh), memory.of_host(experiment.mesh)
         if there is not None and largest.bytes > there.bytes:
-            fault = _sentence(experiment.config, largest, there)
+            fault = _sentence(experiment, largest, there)
         elif host is not None and held > host.bytes:
             fault = _sentence_of_host(experiment.config, held, host)
     except ConfigError as error:
@@ -65,11 +81,12 @@ def host_bytes(experiment: Experiment) -> float:
     return checkpoint_bytes(experiment) * share
 
 
-def describe(experiment: Experiment, evaluate: bool) -> dict[str, str]:
+def describe(experiment: Experiment, evaluate: bool, start: int = 0) -> dict[str, str]:
     """What a run that trains takes, for its table: tokens, memory, time. Every process must call.
 
     Args:
       evaluate: whether it evaluates, too.
+      start: steps that are done, of a run that goes on.
     """
     found = {}
     if experiment.estimator.rationale == "sampled":
@@ -86,15 +103,21 @@ def describe(experiment: Experiment, evaluate: bool) -> dict[str, str]:
     if host is not None:
         found["host memory"] = f"at least {size_text(held)}, for a checkpoint; {host.where}"
     # ---- Time ----
-    if (estimate := duration.estimate(experiment)) is not None:
-        evaluations = (
-            f" and {estimate.num_evaluations} evaluations of {time_text(estimate.evaluation)}"
-            if estimate.num_evaluations
-            else ""
-        )
+    if (estimate := duration.estimate(experiment, start)) is not None and estimate.whole:
+        parts = []
+        if estimate.num_steps:
+            steps = count_text(estimate.num_steps, "step")
+            parts.append(f"{steps} of {time_text(estimate.step)}")
+        if estimate.num_evaluations:
+            evaluations = count_text(estimate.num_evaluations, "evaluation")
+            parts.append(f"{evaluations} of {time_text(estimate.evaluation)}")
+        if estimate.final:
+            split = experiment.config.evaluation.final
+            parts.append(f"the best step's on {split} of {time_text(estimate.final)}")
+        left = " left" if start else ""
         found["time"] = (
-            f"{time_text(estimate.whole)}: {estimate.num_steps} steps of {time_text(estimate.step)}"
-            f"{evaluations}, were all budgets spent and {estimate.kind} at its peaks"
+            f"{time_text(estimate.whole)}{left}: {' + '.join(parts)}, were all budgets spent and "
+            f"{estimate.kind} at its peaks"
         )
     return found
 
@@ -105,72 +128,178 @@ def step_tokens(config: ConfigDict) -> int:
     return rollouts * config.rollout.rationale_budget
 
 
-def _sentence(config: ConfigDict, phase: Phase, there: Room) -> str:
-    parts = phase.of_model | phase.of_batch
+def _sentence(experiment: Experiment, needs: Phase, there: Room) -> str:
+    config, parts = experiment.config, needs.of_model | needs.of_batch
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     shown = ", ".join(f"{name} {size_text(parts[name])}" for name in largest)
-    is_model = sum(phase.of_model.values()) > there.bytes
-    field = _field_of_model(config) if is_model else _unusual(config, _fields(config, phase.name))
-    value = _get(config, field)
-    smaller = "take a smaller model" if field == "model" else f"lower {field}"
+    # ---- The field that most likely was mistyped, and what would do ----
+    found: list[_Lowered] = []
+    if sum(needs.of_model.values()) < there.bytes:
+        found = _lowerings(experiment, needs, there.bytes)
+    if found:
+        field = max(found, key=lambda each: each.times_usual).field
+        smaller = _lower_text(found, field)
+    else:
+        field = _field_of_model(config)
+        smaller = "take a smaller model" if field == "model" else f"lower {field}"
+    raised = _raise_text(needs.name if found else "update", experiment)
     return (
-        f"config.{field} = {value!r}: {_VERBS[phase.name]} needs at least "
-        f"{size_text(phase.bytes)} of memory per device ({shown}), and {there.where}: {smaller}, "
-        f"or {remedy('update' if is_model else phase.name, config)}; --mode=compile "
+        f"config.{field} = {_get(config, field)!r}: {_VERBS[needs.name]} needs at least "
+        f"{size_text(needs.bytes)} of memory per device ({shown}), and {there.where}: {smaller}, "
+        f"or {raised}; --mode=compile "
         "--topology=v5e:4x4 tells whether it fits that TPU slice, and "
         f"{memory.VARIABLE}=BYTES sets what one device has, should it be more."
     )
 
 
 def _sentence_of_host(config: ConfigDict, held: float, host: Room) -> str:
-    hosts = jax.process_count()
+    hosts = count_text(jax.process_count(), "process", "processes")
     return (
         f"config.model = {config.model!r}: a checkpoint on its way to the disk takes at least "
         f"{size_text(held)} of each host's memory, and {host.where}: take a smaller model, more "
-        f"hosts (there are {hosts} processes), or hosts with more memory; "
+        f"hosts (the run has {hosts}), or hosts with more memory; "
         f"{memory.HOST_VARIABLE}=BYTES sets what a host has, should it be more."
     )
 
 
-def remedy(name: str, config: ConfigDict) -> str:
-    """The fields, with their values, that make a phase or program of that name smaller."""
-    rollout, train, mesh = config.rollout, config.train, config.mesh
-    if name == "gradient":
-        remat = "" if train.remat == "full" else "set train.remat=full, "
-        return (
-            f"{remat}lower train.rollouts_per_microbatch = {train.rollouts_per_microbatch} or "
-            f"train.prompts_per_microbatch = {train.prompts_per_microbatch} (0 is all), raise "
-            f"mesh.fsdp = {mesh.fsdp}"
-        )
-    if name in ("update", "load"):
-        return f"raise mesh.fsdp = {mesh.fsdp} or mesh.tensor = {mesh.tensor}"
-    if name == "evaluate":
-        prompts = config.evaluation.prompts_per_batch
-        return f"lower evaluation.prompts_per_batch = {prompts}, raise mesh.fsdp = {mesh.fsdp}"
-    return (
-        f"lower rollout.prompts_per_wave = {rollout.prompts_per_wave} (0 is all), raise "
-        f"mesh.fsdp = {mesh.fsdp}, or mesh.tensor = {mesh.tensor} (a divisor of the key/value "
-        "heads)"
+def remedy(name: str, experiment: Experiment) -> str:
+    """The fields, with their values, that make a program of that name smaller.
+
+    Args:
+      name: as `--mode=compile` names its programs.
+    """
+    config = experiment.config
+    # Prompts are prefilled, and gold answers scored, in the pools of decoding.
+    of = {"prefill": "decode", "score": "decode"}.get(name, name)
+    lower = [f"{field} = {_get(config, field)}" for field in _helpful(of, experiment)]
+    texts = ["set train.remat=full"] if of == "gradient" and config.train.remat != "full" else []
+    if lower:
+        texts.append(f"lower {' or '.join(lower)}" + " (0 is all)" * (of != "evaluate"))
+    return ", ".join([*texts, _raise_text(of, experiment)])
+
+
+def _helpful(name: str, experiment: Experiment) -> list[str]:
+    """The fields of `_SLICES` that make a program smaller when they are lowered."""
+    config, fields = experiment.config, _SLICES.get(name, ())
+    if name == "evaluate":  # compiled for whole batches, however many questions there are
+        return [field for field in fields if _get(config, field) > 1]
+    if not fields:
+        return []
+    state = {"parameters": bytes_per_device(experiment.abstract_params())}
+    needs = phase(name, experiment, state)
+    return [field for field in fields if _lower(experiment, needs, field, needs.bytes - 1)]
+
+
+def _raise_text(name: str, experiment: Experiment) -> str:
+    """The axes of the mesh that make a phase or program smaller."""
+    mesh = experiment.config.mesh
+    text = f"raise mesh.fsdp = {mesh.fsdp}"
+    if name in ("update", "load", "cast"):
+        text += f" or mesh.tensor = {mesh.tensor}"
+    elif name == "decode":
+        text += f" or mesh.tensor = {mesh.tensor} (a divisor of the key/value heads)"
+    # An axis takes devices from `data`, or there have to be more.
+    return text if experiment.mesh.shape["data"] > 1 else f"take more devices and {text}"
+
+
+# ---- Fields that are lowered: the arithmetic is done again, nothing is guessed ----
+
+
+class _Lowered(NamedTuple):
+    """A field that makes a phase smaller when it is lowered."""
+
+    field: str
+    value: int  # the largest tried with which the phase fits; where none does, that helps at all
+    is_enough: bool  # whether it fits then
+    times_usual: float  # the field's own value, as a multiple of its default
+
+
+def _lowerings(experiment: Experiment, needs: Phase, most: float) -> list[_Lowered]:
+    """The fields that make a phase smaller; only those that are enough alone, if one is.
+
+    Args:
+      most: bytes that a device has.
+    """
+    usual, found = schema.default(), []
+    for field in (*_SLICES[needs.name], *_AMOUNTS[needs.name]):
+        if lower := _lower(experiment, needs, field, most):
+            times = _get(experiment.config, field) / (_get(usual, field) or 32)
+            found.append(_Lowered(field, *lower, times))
+    return [each for each in found if each.is_enough] or found
+
+
+def _lower_text(found: list[_Lowered], blamed: str) -> str:
+    """What to lower: first the blamed field, then the others in their order."""
+    shown = sorted(found, key=lambda each: each.field != blamed)[:_MOST_FIELDS]
+    if found[0].is_enough:
+        return "lower " + " or ".join(f"{each.field} to {each.value}" for each in shown)
+    texts = [f"{each.field} (to {each.value} or less)" for each in shown]
+    return "lower " + " and ".join(texts)
+
+
+def _lower(
+    experiment: Experiment, needs: Phase, field: str, most: float
+) -> tuple[int, bool] | None:
+    """`_Lowered.value` and `is_enough` of a field; None where lower values change nothing.
+
+    Args:
+      needs: with the field as it is.
+    """
+    size = lambda value: phase(needs.name, _with(experiment, field, value), needs.of_model).bytes
+    values = _smaller(experiment, field)
+    is_enough = bool(values) and size(values[-1]) <= most
+    limit = most if is_enough else needs.bytes - 1
+    for value in values:
+        if size(value) <= limit and _is_taken(_with(experiment, field, value)):
+            return value, is_enough
+    return None
+
+
+def _smaller(experiment: Experiment, field: str) -> list[int]:
+    """Values below a field's own, from large to small."""
+    config, shards = experiment.config, sharding.num_batch_shards(experiment.mesh)
+    train, value = config.train, _get(config, field)
+    per_shard = train.prompts_per_step // shards
+    whole = {
+        "rollout.prompts_per_wave": per_shard,
+        "train.prompts_per_microbatch": per_shard // train.updates_per_batch,
+        "train.rollouts_per_microbatch": experiment.rollouts_per_prompt,
+    }.get(field)
+    if whole:
+        return [part for part in range((value or whole) - 1, 0, -1) if whole % part == 0]
+    unit = shards * train.updates_per_batch if field == "train.prompts_per_step" else 1
+    halves, value = [], value // unit // 2
+    while value:
+        halves.append(value * unit)
+        value //= 2
+    return halves
+
+
+def _is_taken(experiment: Experiment) -> bool:
+    """Whether a run may have this config."""
+    try:
+        check_config(experiment.config)
+        check_batches(experiment.config, experiment.mesh)
+    except ConfigError:
+        return False
+    return True
+
+
+def _with(experiment: Experiment, field: str, value: int) -> Experiment:
+    """The experiment with another value of a field, as far as phases depend on it."""
+    section, name = field.split(".")
+    config = schema.merge(experiment.config, {section: {name: value}})
+    budget, reserve = config.rollout.rationale_budget, config.rollout.answer_reserve
+    usual = experiment.sampling
+    lengths = {"rationale_budget": budget, "answer_reserve": reserve}
+    return dataclasses.replace(
+        experiment,
+        config=config,
+        sampling=dataclasses.replace(
+            usual, **lengths, gold_tokens=reserve if usual.gold_tokens else 0
+        ),
+        evaluation_sampling=dataclasses.replace(experiment.evaluation_sampling, **lengths),
     )
-
-
-def _fields(config: ConfigDict, name: str) -> list[str]:
-    """The fields that a phase's memory grows with, besides those of the model."""
-    lengths = ["rollout.rationale_budget", "rollout.answer_reserve"]
-    if name == "evaluate":
-        return ["evaluation.prompts_per_batch", "evaluation.rollouts_per_prompt", *lengths]
-    slices = "train.prompts_per_microbatch" if name == "gradient" else "rollout.prompts_per_wave"
-    prompts = ["train.prompts_per_step"]
-    if _get(config, slices):
-        prompts.append(slices)
-    return [*prompts, "rollout.rollouts_per_prompt", *lengths]
-
-
-def _unusual(config: ConfigDict, fields: list[str]) -> str:
-    """The field that is the most times its default: most likely the one that was mistyped."""
-    usual = schema.default()
-    # 0 of a field that is cut into (prompts_per_wave) means all of them, which another one counts.
-    return max(fields, key=lambda field: _get(config, field) / (_get(usual, field) or 32))
 
 
 def _field_of_model(config: ConfigDict) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,27 @@ from qlog.storage import paths
 BATCHES_PER_CALL = 4
 
 _Tree = TypeVar("_Tree")
+
+
+class EvaluationCalls(NamedTuple):
+    """The calls of the sampler that an evaluation is cut into, all of one size."""
+
+    number: int
+    batches: int  # of each call
+    per_shard: int  # questions of a batch on each shard
+
+    @classmethod
+    def of(cls, questions: int, num_shards: int, prompts_per_batch: int) -> "EvaluationCalls":
+        """`prompts_per_batch`: as `evaluation.prompts_per_batch`, the most for a shard."""
+        # Not more prompts than questions: a few questions on many chips are not filled up with
+        # copies.
+        per_shard = min(prompts_per_batch, -(-questions // num_shards))
+        num_batches = -(-questions // (per_shard * num_shards))
+        # A call costs its batches, those of copies that fill up the last one included, and its
+        # tail, about as much as one more.
+        cost = lambda size: -(-num_batches // size) * (size + 1)
+        batches = min(range(1, min(BATCHES_PER_CALL, num_batches) + 1), key=cost)
+        return cls(-(-num_batches // batches), batches, per_shard)
 
 
 @dataclasses.dataclass(frozen=True)

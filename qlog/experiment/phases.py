@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from qlog import data, models
 from qlog.data.pipeline import Lengths, bucket
-from qlog.experiment.parts import BATCHES_PER_CALL, Experiment
+from qlog.experiment.parts import BATCHES_PER_CALL, EvaluationCalls, Experiment
 from qlog.parallel import sharding
 from qlog.rollouts import decoding, pool, sampler
 from qlog.rollouts.decoding import Sampling
@@ -69,14 +69,26 @@ def phases(experiment: Experiment, train: bool, evaluate: bool) -> list[Phase]:
         state["moments"] = bytes_per_device(experiment.abstract_state().opt_state)
     if train and estimator.reference:
         state["reference"] = state["parameters"]
-    found = []
+    names = []
     if train and estimator.rationale == "sampled":
-        found.append(_training_decode(experiment, state))
+        names.append("decode")
     if train:
-        found.append(_gradient(experiment, state))
+        names.append("gradient")
     if evaluate:
-        found.append(_evaluation_decode(experiment, state))
-    return found or [Phase("load", state, {})]
+        names.append("evaluate")
+    return [phase(name, experiment, state) for name in names or ["load"]]
+
+
+def phase(name: str, experiment: Experiment, state: dict[str, float]) -> Phase:
+    """What the phase of that name needs at least.
+
+    Args:
+      state: what lies there in any case, or `Phase.of_model` of an experiment with the same model.
+    """
+    if name == "load":
+        return Phase(name, state, {})
+    of_name = {"decode": _training_decode, "gradient": _gradient, "evaluate": _evaluation_decode}
+    return of_name[name](experiment, state)
 
 
 def bytes_per_device(tree: Any) -> float:
@@ -117,12 +129,11 @@ def prompts_of_shard(experiment: Experiment) -> tuple[int, int]:
 def _evaluation_decode(experiment: Experiment, state: dict[str, float]) -> Phase:
     """A call of the fewest bytes: of one batch or several, with memory for the caches of one."""
     config, dataset = experiment.config.evaluation, experiment.evaluation_data
-    # As `evaluation.sample_answers` cuts batches: not more prompts than questions.
     prompts = 1
     if dataset is not None:
         total = min(config.prompts or len(dataset), len(dataset))
-        prompts = -(-total // sharding.num_batch_shards(experiment.mesh))
-    prompts = min(config.prompts_per_batch, prompts)
+        shards = sharding.num_batch_shards(experiment.mesh)
+        prompts = EvaluationCalls.of(total, shards, config.prompts_per_batch).per_shard
     calls = [
         _decode(
             "evaluate",
@@ -163,12 +174,13 @@ def _decode(
     at_once = pool.prompts_per_wave(shape)
     start = Level(at_once, num_rollouts, shape.fitting_slots(at_once, num_rollouts))
     done = _results(experiment, sampling)
+    weights = state["weights"] if "weights" in state else _decoding_weights(experiment)
     # A lane has no score: its rollout gets one when it is done, and leaves the pool.
     of_lanes = start.num_lanes * _bytes_of_one(experiment, done.rollouts)
     of_results = prompts * num_rollouts * _bytes_of_one(experiment, done)
     return Phase(
         name,
-        state | {"weights": _decoding_weights(experiment)},
+        state | {"weights": weights},
         {
             "caches": shape.size(start) * bytes_per_slot(experiment, policy.cache_dtype),
             # Each token is chosen from all logits of its lane: they are an array, for once.

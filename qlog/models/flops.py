@@ -60,6 +60,31 @@ def train_need(config: DecoderConfig, prompts: int, rollouts: int, start: int, l
     return Need(3 * forward)
 
 
+def recomputed_need(
+    config: DecoderConfig,
+    prompts: int,
+    rollouts: int,
+    start: int,
+    length: int,
+    body: bool,
+    attention: bool,
+    head: bool,
+) -> Need:
+    """What a backward pass of `train_need` computes again of the forward pass.
+
+    Args:
+      body: whether the layers' matrix products are.
+      attention: whether attention is.
+      head: whether logits are.
+    """
+    tokens = prompts * (start + rollouts * length)
+    flops = 2 * _body(config) * tokens * body
+    flops += 2 * _head(config) * prompts * rollouts * length * head
+    of_prompt = _attention(config, 0, start)
+    of_rollouts = rollouts * _attention(config, start, start + length)
+    return Need(flops + prompts * (of_prompt + of_rollouts) * attention)
+
+
 def _body(config: DecoderConfig) -> float:
     """Weights of the layers' matrices."""
     heads = 2 * config.num_heads + 2 * config.num_kv_heads

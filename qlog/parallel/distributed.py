@@ -31,7 +31,7 @@ import numpy as np
 from jax._src import distributed as jax_distributed  # the client has no public name
 from jax.experimental import multihost_utils
 
-from qlog.console import complain, say
+from qlog.console import complain, count_text, say
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 from qlog.storage import paths
 
@@ -62,7 +62,8 @@ def processes(choice: str) -> Iterator[None]:
         return
     _connect(seen)
     try:
-        say(f"{jax.process_count()} process(es), by {seen or 'what JAX detected'}")
+        number = count_text(jax.process_count(), "process", "processes")
+        say(f"{number}, by {seen or 'what JAX detected'}")
         yield
     # From here on: an error of this process, while the others may wait for it in a collective.
     # A normal exit would run JAX's shutdown barrier, which waits minutes for them. So this process

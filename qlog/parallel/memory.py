@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import jax
 from jax.sharding import Mesh
 
+from qlog.console import size_text
 from qlog.errors import ConfigError
 from qlog.parallel import chips
 
@@ -179,8 +180,3 @@ def _number(file: pathlib.Path) -> float:
         text = file.read_text().strip()
         return math.inf if text == "max" else float(int(text))
     return math.inf
-
-
-def size_text(num_bytes: float) -> str:
-    """25.2 GB, or 3.7 MB."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

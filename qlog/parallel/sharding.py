@@ -34,6 +34,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qlog.console import count_text
 from qlog.errors import ConfigError, summary
 
 AXES = ("data", "fsdp", "tensor")
@@ -88,8 +89,8 @@ def make_mesh(
     if math.prod(sizes.values()) != num_devices:
         which = f"in each of the {len(groups)} slices" if len(groups) > 1 else "here"
         raise ConfigError(
-            f"{named} does not fit the {num_devices} devices {which}: the product must be "
-            f"{num_devices} (set one size to -1 to take the rest)."
+            f"{named} does not fit the {count_text(num_devices, 'device')} {which}: the product "
+            f"must be {num_devices} (set one size to -1 to take the rest)."
         )
     shape = tuple(sizes.values())
     try:

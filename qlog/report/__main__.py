@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 
-from qlog.console import versions
+from qlog.console import count_text, versions
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         return 2
     with output():
         show_markdown(paths.read(out / "report.md"))
-        number = "1 run" if len(folders) == 1 else f"{len(folders)} runs"
+        number = count_text(len(folders), "run")
         print(f"{number}. The report is {out / 'report.html'}: open it in a browser.")
         print(f"Next to it: {', '.join(name for name in names if name != 'report.html')}")
     return 0

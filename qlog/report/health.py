@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from qlog.console import count_text
 from qlog.report.records import Run
 
 _WINDOW = 0.1  # share of the steps that the beginning and the end of a run are
@@ -105,7 +106,8 @@ def _log_p(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verdict:
         metric,
         "warning",
         value,
-        f"no escape since step {since}: log P is {curve.last:.2f} after {len(curve.steps)} steps; "
+        f"no escape since step {since}: log P is {curve.last:.2f} after "
+        f"{count_text(len(curve.steps), 'step')}; "
         f"{_more_commitment(config)}.",
     )
 
@@ -252,7 +254,7 @@ def _compilations(metric: str, curve: _Curve, config: Mapping[str, Any]) -> Verd
         for index, (step, value) in enumerate(zip(curve.steps, curve.values, strict=True))
         if value > 0 and index >= 2 and max(curve.values[index - 2 : index]) == 0
     ]
-    value = f"{len(late)} steps after the second"
+    value = f"{count_text(len(late), 'step')} after the second"
     if len(late) > 0.05 * len(curve.steps) and len(late) > 2:
         text = f"programs compiled at steps {late[:3]} and others: shapes change; report it."
         return Verdict(metric, "warning", value, text)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qlog.console import markdown_table
+from qlog.console import count_text, markdown_table
 from qlog.report.records import Cell, Estimate, Paired
 from qlog.report.tables import PUBLISHED
 from qlog.storage import strict_json
@@ -84,7 +84,7 @@ def paired(value: Paired | None) -> str:
         return "-"
     return (
         f"{value.difference:+.1f} [{value.low:+.1f}, {value.high:+.1f}], p = {value.p_value:.2g}, "
-        f"{value.num_questions} questions"
+        f"{count_text(value.num_questions, 'question')}"
     )
 
 

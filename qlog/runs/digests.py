@@ -30,6 +30,7 @@ from typing import Any, cast
 
 import jax
 
+from qlog.console import count_text
 from qlog.parallel import distributed
 from qlog.storage import paths
 from qlog.storage.paths import Path
@@ -145,7 +146,10 @@ def _plan(folder: Path, items: Sequence[str]) -> dict[str, Any]:
             return {"fault": f"{name} is missing", "files": []}
         size_now, digest_now = there[name]
         if size_now != size:
-            return {"fault": f"{name} has {size_now:,} bytes, not {size:,}", "files": []}
+            return {
+                "fault": f"{name} has {count_text(size_now, 'byte')}, not {size:,}",
+                "files": [],
+            }
         if digest_now and digest and digest_now != digest:
             return {"fault": f"the content of {name} has changed", "files": []}
     return {"fault": "", "files": [[name, digest] for name, (_, digest) in wanted.items()]}

@@ -4,7 +4,8 @@ import shutil
 
 from ml_collections import ConfigDict
 
-from qlog.console import say
+from qlog.config.evaluated import splits_after
+from qlog.console import say, size_text
 from qlog.errors import ConfigError
 from qlog.storage import paths
 from qlog.storage.paths import Path
@@ -60,7 +61,7 @@ def room_needed(config: ConfigDict, state: int, num_kept: int) -> int:
     # A token is about four letters. Of each text there are the tokens and some numbers.
     rollout, evaluated, train = config.rollout, config.evaluation, config.train
     text = 4 * (rollout.rationale_budget + rollout.answer_reserve) + 100
-    num_evaluations = train.steps // evaluated.every if evaluated.every else 1
+    num_evaluations = len(splits_after(config)) * (1 + evaluated.without_rationale)
     num_answers = num_evaluations * (evaluated.prompts or 1000) * evaluated.rollouts_per_prompt
     num_logged = 0
     if train.rollouts_every:
@@ -83,10 +84,7 @@ def notice_room(workdir: Path, needed: int) -> None:
     # A mounted store (FUSE, some network drives) may report a size of 0: it tells nothing.
     if disk.total and disk.free < needed:
         say(
-            f"NOTE: {workdir} has {_size(disk.free)} free, and the run needs about {_size(needed)} "
-            "for checkpoints and samples: make room, or lower config.checkpoint.keep."
+            f"NOTE: {workdir} has {size_text(disk.free)} free, and the run needs about "
+            f"{size_text(needed)} for checkpoints and samples: make room, or lower "
+            "config.checkpoint.keep."
         )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 10**8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -26,7 +26,7 @@ V5E = CHIPS["TPU v5 lite"]
 def test_what_does_not_fit_names_the_setting_to_change():
     fits = CompiledProgram(1.0, 1.0, 2.0, Cost(197e12), 2)
     large = fits._replace(peak=20 * 2**30, cost=None)
-    config = tiny.config()
+    config = experiment.prepare_shapes(tiny.config(), jax.devices()[:1])
     assert fits.seconds(V5E) == 2.0 and large.seconds(V5E) != large.seconds(V5E)
     assert compile_run.remedies({"decode": fits, "gradient": fits}, V5E, config) == []
     (advice,) = compile_run.remedies({"decode": fits, "gradient": large}, V5E, config)

@@ -65,7 +65,7 @@ class _Usage:
 def test_weights_and_tokenizer_of_a_folder(shared, tmp_path):
     config = tiny.config(weights=str(QWEN3), model=str(QWEN3), architecture={})
     found = _of(config, tmp_path)
-    assert found["weights"].is_ok and "1 file(s)" in found["weights"].text
+    assert found["weights"].is_ok and "1 file, " in found["weights"].text
     told = "answers end with <eos> (1); chat template: none (style 'cold')"
     assert found["tokenizer"].is_ok and told in found["tokenizer"].text
     config.init_from = str(tmp_path / "nothing")

@@ -151,7 +151,7 @@ def test_what_a_later_run_reads_is_looked_for_before_the_first_one(changes, mess
             {"train": {"prompts_per_step": 2**14}, "rollout": {"rollouts_per_prompt": 2**20}},
             r"config\.rollout\..* needs at least .* of memory per device",
         ),
-        ({"mesh": {"data": 3}}, r"mesh\.data=3, .* does not fit the 1 devices here"),
+        ({"mesh": {"data": 3}}, r"mesh\.data=3, .* does not fit the 1 device here"),
         ({"evaluation": {"final": "validation"}}, r"config\.evaluation\.final = 'validation'"),
         ({"init_from": "no/such/run"}, r"config\.init_from = 'no/such/run' has no checkpoint"),
     ],

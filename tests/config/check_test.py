@@ -191,7 +191,7 @@ WRONG = {
         {"init_from": "no_such_run"},
         r"config\.init_from = ?'no_such_run' has no checkpoint",
     ),
-    "mesh": ({"mesh": {"data": 3}}, r"mesh\.data=3.* does not fit the 1 devices"),
+    "mesh": ({"mesh": {"data": 3}}, r"mesh\.data=3.* does not fit the 1 device"),
     "mesh zero": ({"mesh": {"data": 0}}, r"mesh\.data=0.*at least 1"),
 }
 

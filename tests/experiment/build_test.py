@@ -43,7 +43,7 @@ def test_examples_of_train_are_not_evaluated(tmp_path):
 
 def test_questions_that_repeat_are_told(tmp_path, capsys):
     prepare(own(repeated, tmp_path), ONE)
-    assert "5 questions of the validation split are in train, too" in capsys.readouterr().out
+    assert "train has 5 questions of the validation split, too" in capsys.readouterr().out
 
 
 def test_the_same_file_for_two_splits_is_refused(tmp_path):

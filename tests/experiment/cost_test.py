@@ -1,13 +1,16 @@
-"""Memory, tokens and time by arithmetic: what cannot be held is refused, and nothing else is."""
+"""Memory and tokens by arithmetic: what cannot be held is refused, and nothing else is."""
+
+import re
 
 import jax
 import pytest
 import tiny
 
 from qlog import train_metrics
+from qlog.config import schema
 from qlog.errors import ConfigError
-from qlog.experiment import cost, duration, phases, prepare, prepare_shapes
-from qlog.parallel import chips, memory
+from qlog.experiment import cost, phases, prepare, prepare_shapes
+from qlog.parallel import memory
 from qlog.parallel.memory import Room
 
 ONE = jax.devices()[:1]
@@ -68,6 +71,98 @@ def test_what_this_machine_cannot_hold_is_refused(case):
     assert text.startswith(f"config.{field}: "), text
     assert part in text and "this host has" in text and "--mode=compile" in text
     assert "\n" not in text and ("lower" in text or "take a smaller model" in text)
+    _check_remedies(tiny.config(**changes), text)
+
+
+def _check_remedies(config, text, room=None):
+    """Each field is named once, and with each value that is named the phase fits."""
+    name = {verb: name for name, verb in cost._VERBS.items()}[
+        text.split(": ")[1].split(" needs")[0]
+    ]
+    told = dict(re.findall(r"([a-z_.]+) to (\d+)\b", text))
+    assert all(text.split(": ", 1)[1].count(field) == 1 for field in told)
+    for field, value in told.items():
+        section, key = field.split(".")
+        run = prepare_shapes(schema.merge(config, {section: {key: int(value)}}), ONE)
+        found = {
+            phase.name: phase.bytes
+            for phase in phases.phases(run, name != "evaluate", name == "evaluate")
+        }
+        assert found[name] <= (room or memory.of_device(run.mesh).bytes), field
+    return told
+
+
+@pytest.mark.parametrize("room, batch", [(400e3, "4"), (200e3, "2")], ids=["400 kB", "200 kB"])
+def test_evaluation_names_only_what_would_help(room, batch, monkeypatch):
+    """A batch of 64 is one of all 16 questions: 32 would change nothing, 8 and less do."""
+    config = tiny.config(
+        evaluation={
+            "every": 1,
+            "prompts": 16,
+            "prompts_per_batch": 64,
+            "rollouts_per_prompt": 16,
+        }
+    )
+    monkeypatch.setenv("QLOG_MEMORY", str(room))
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, ONE)
+    text = str(caught.value)
+    assert text.startswith("config.evaluation.prompts_per_batch = 64: evaluation needs at least ")
+    told = _check_remedies(config, text, room)
+    assert told["evaluation.prompts_per_batch"] == batch
+
+
+def test_what_is_cut_as_small_as_can_be_is_not_named(monkeypatch):
+    """One prompt at a time cannot be less; and as a mesh of one device has no axis to raise."""
+    config = tiny.config(rollout={"prompts_per_wave": 1, "rationale_budget": 500})
+    # The state alone is 57 kB.
+    monkeypatch.setenv("QLOG_MEMORY", "200e3")
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, ONE)
+    text = str(caught.value)
+    assert "decoding needs" in text and "prompts_per_wave" not in text
+    assert "or take more devices and raise mesh.fsdp = 1" in text
+    assert _check_remedies(config, text, 200e3)
+
+
+def test_fields_that_do_not_suffice_alone_are_named_together():
+    """With 1 kB besides the state no field helps enough, but all that help are named."""
+    run = prepare_shapes(tiny.config(), ONE)
+    (needs,) = (each for each in phases.phases(run, True, False) if each.name == "decode")
+    state = sum(needs.of_model.values())
+    found = cost._lowerings(run, needs, state + 1000)
+    # 4 prompts of 4 rollouts: half of each. The answer is not sampled: its reserve changes nothing.
+    assert {each.field: (each.value, each.is_enough) for each in found} == {
+        "rollout.prompts_per_wave": (2, False),
+        "train.prompts_per_step": (2, False),
+        "rollout.rollouts_per_prompt": (2, False),
+        "rollout.rationale_budget": (2, False),
+    }
+    text = cost._lower_text(found, "train.prompts_per_step")
+    assert text.startswith("lower train.prompts_per_step (to 2 or less) and rollout.prompts_per_wa")
+
+
+def test_programs_that_do_not_fit_name_what_makes_them_smaller():
+    usual, cut = (
+        prepare_shapes(
+            tiny.config(
+                rollout={"prompts_per_wave": wave},
+                train={"prompts_per_microbatch": wave, "rollouts_per_microbatch": wave},
+                evaluation={"prompts_per_batch": wave or 4},
+                mesh={"data": 2},
+            ),
+            jax.devices()[:2],
+        )
+        for wave in (0, 1)
+    )
+    fields = {"decode": "rollout.prompts_per_wave = 0 (0 is all)", "score": "rollout.prompts"}
+    fields |= {"gradient": "train.prompts_per_microbatch = 0"}
+    fields |= {"evaluate": "evaluation.prompts_per_batch = 4"}
+    for name, field in fields.items():
+        assert field in cost.remedy(name, usual)
+        assert "lower" not in cost.remedy(name, cut)
+        assert "raise mesh.fsdp = 1" in cost.remedy(name, cut)
+    assert cost.remedy("update", cut) == "raise mesh.fsdp = 1 or mesh.tensor = 1"
 
 
 def test_what_fits_is_not_refused():
@@ -84,7 +179,7 @@ def test_what_fits_is_not_refused():
     assert largest.of_batch["caches"] == pytest.approx(32 * (32 * 3072 + 24) * 2 * 2 * 8 * 4)
     assert largest.bytes < memory.of_device(run.mesh).bytes
     table = train_metrics.describe(run, "x", 0)
-    assert "GB per device, for decoding; this host has" in table["memory"]
+    assert "MB per device, for decoding; this host has" in table["memory"]
     assert table["tokens per step"].startswith("at most 3,014,656,")
 
 
@@ -98,6 +193,9 @@ def test_a_variable_says_what_a_device_has(monkeypatch):
     monkeypatch.setenv("QLOG_MEMORY", "1e15")
     cost.check(run, True, False)
     assert "QLOG_MEMORY says 1,000,000.0 GB" in cost.describe(run, False)["memory"]
+    monkeypatch.setenv("QLOG_MEMORY", "1")
+    with pytest.raises(ConfigError, match=r"needs at least .* kB .*, and QLOG_MEMORY says 1 byte:"):
+        cost.check(prepare_shapes(tiny.config(), ONE), True, False)
     monkeypatch.setenv("QLOG_MEMORY", "1000000")
     with pytest.raises(ConfigError, match=r"needs at least .*, and QLOG_MEMORY says 1.0 MB"):
         cost.check(run, True, False)
@@ -125,60 +223,3 @@ def test_a_checkpoint_must_fit_the_host_next_to_accelerators(monkeypatch):
         ConfigError, match=r"config.model = .* checkpoint .* QLOG_HOST_MEMORY=BYTES"
     ):
         cost.check(run, True, False)
-
-
-# ---- Time ----
-
-
-def _seconds(monkeypatch, peaks, **changes):
-    run = prepare_shapes(tiny.config(**changes), jax.devices()[: changes.get("devices", 1)])
-    monkeypatch.setattr(chips, "peaks", lambda kind: peaks)
-    return run, duration.estimate(run)
-
-
-def test_time_is_arithmetic_at_the_peaks(monkeypatch):
-    """Where memory is fast a step takes its FLOPs, and where it is slow what decoding reads."""
-    changes = {
-        "train": {"prompts_per_step": 4, "steps": 10},
-        "rollout": {"rollouts_per_prompt": 8, "rationale_budget": 100},
-        # Wide, so that attention is little.
-        "architecture": {"width": 512, "mlp_width": 1024},
-    }
-    never = 1e30
-    run, by_flops = _seconds(monkeypatch, chips.Gpu(1e9, 1, never), **changes)
-    shape, sampled = run.policy.config, run.sampling.max_length
-    weights = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_params()))
-    tokens = 4 * 8 * sampled
-    # Sampling is 2 FLOPs per weight and token, learning 6; prompts and attention come to them.
-    assert 8 * weights * tokens / 1e9 * 0.9 < by_flops.step
-    assert by_flops.step < 8 * weights * tokens / 1e9 * 1.6
-    assert by_flops.whole == 10 * by_flops.step and by_flops.num_evaluations == 0
-
-    run, by_bytes = _seconds(monkeypatch, chips.Gpu(never, 1, 1e9), **changes)
-    # Each step reads the weights once, and of each rollout what it has so far (float32, 2 layers).
-    slot = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
-    caches = 4 * 8 * slot * sampled * (sampled + 1) / 2
-    assert by_bytes.step == pytest.approx((4 * weights * sampled + caches) / 1e9, rel=0.05)
-    # ---- Twice the waves read the weights twice ----
-    run, waves = _seconds(
-        monkeypatch,
-        chips.Gpu(never, 1, 1e9),
-        **{**changes, "rollout": changes["rollout"] | {"prompts_per_wave": 2}},
-    )
-    assert waves.step - by_bytes.step == pytest.approx(4 * weights * sampled / 1e9, rel=0.05)
-
-
-def test_evaluations_take_their_time(monkeypatch):
-    monkeypatch.setattr(chips, "peaks", lambda kind: chips.Gpu(1e12, 1, 1e9))
-    config = tiny.config(train={"steps": 7}, evaluation={"every": 3})
-    run = prepare(config, ONE)
-    found = duration.estimate(run)
-    assert found.num_evaluations == 3 and found.evaluation > 0
-    assert found.whole == 7 * found.step + 3 * found.evaluation
-    assert "7 steps of" in cost.describe(run, True)["time"]
-    assert "3 evaluations of" in cost.describe(run, True)["time"]
-
-
-def test_without_peaks_nothing_is_said_of_time():
-    run = prepare_shapes(tiny.config(), ONE)
-    assert duration.estimate(run) is None and "time" not in cost.describe(run, False)

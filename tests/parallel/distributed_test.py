@@ -153,7 +153,7 @@ def test_only_the_first_process_writes(several, layout):
     assert len(list(workdir.glob("events.out.tfevents.*"))) == 1
     processes = LAYOUTS[layout][0]
     assert output.count("step 2/2  loss") == 1
-    assert f"{processes} process(es), by JAX_NUM_PROCESSES={processes}" in output
+    assert f"{processes} processes, by JAX_NUM_PROCESSES={processes}" in output
 
 
 def test_one_process_reads_and_continues_the_checkpoint_of_several(several, one):
