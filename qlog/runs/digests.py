@@ -14,12 +14,13 @@ that a disk changed would be taken as it is. So CHECKPOINT/digests.json has
 It is written when all other files are, and before the checkpoint gets its name: so a checkpoint
 has it from its first moment. A digest is the SHA-256 of the content. A bucket has one of each
 object already (crc32c or md5), checks it itself, and tells it without the content being read: there
-it is that one.
+it is that one. A checkpoint may be copied from one to the other: then its files are read.
 
 A file without `table` is an older one, whose `about` followed another rule: its files are checked,
 and these two are not.
 """
 
+import base64
 import concurrent.futures
 import hashlib
 import json
@@ -30,7 +31,8 @@ from typing import Any, cast
 
 import jax
 
-from qlog.console import count_text
+from qlog import extras
+from qlog.console import count_text, say
 from qlog.parallel import distributed
 from qlog.storage import paths
 from qlog.storage.paths import Path
@@ -42,6 +44,7 @@ _LATE = (FILE, COMMITTED, _ABOUT)  # no digests of these files
 # What a damaged file of digests raises; OverflowError of a number like 1e999.
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _TRIES, _PAUSE = 3, 0.5  # seconds between them
+_BLOCK = 1 << 20  # bytes
 _THREADS = 8  # hashing leaves Python's lock to others
 # {file: ((bytes, time of change, digest), when)} of files that this process has read and found
 # whole, so that who looks for a checkpoint and then loads it reads its files once. Not longer: what
@@ -71,7 +74,7 @@ def write(folder: Path, step: int, about: Mapping[str, Any]) -> None:
         local = pathlib.Path(folder)
         names = _files(local)
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            digests = pool.map(lambda name: _digest(local / name), names)
+            digests = pool.map(lambda name: _digest(folder / name), names)
             found = {
                 name: [(local / name).stat().st_size, digest]
                 for name, digest in zip(names, digests, strict=True)
@@ -111,7 +114,7 @@ def fault(folder: Path, items: Sequence[str], content: bool = True) -> str:
       content: whether files are read; without, only whether they are there, with their sizes.
     """
     plan = distributed.once_per_run(lambda: _plan(folder, items))
-    if plan["fault"] or not content or paths.is_remote(folder):
+    if plan["fault"] or not content:
         return plan["fault"]
     mine = plan["files"][jax.process_index() :: jax.process_count()]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -150,31 +153,79 @@ def _plan(folder: Path, items: Sequence[str]) -> dict[str, Any]:
                 "fault": f"{name} has {count_text(size_now, 'byte')}, not {size:,}",
                 "files": [],
             }
-        if digest_now and digest and digest_now != digest:
+        if _is_told(digest, digest_now) and digest_now != digest:
             return {"fault": f"the content of {name} has changed", "files": []}
-    return {"fault": "", "files": [[name, digest] for name, (_, digest) in wanted.items()]}
+    unread = [
+        [name, digest]
+        for name, (_, digest) in wanted.items()
+        if digest and not _is_told(digest, there[name][1])
+    ]
+    if unread and not all(map(_function_of, dict(unread).values())):
+        say(
+            f"{folder}: only the sizes of its files are compared, since they have a store's "
+            "checksums, for which the package google-crc32c is missing"
+        )
+        unread = []
+    return {"fault": "", "files": unread}
+
+
+def _is_told(digest: str, digest_now: str) -> bool:
+    """Whether a store tells a digest of the same kind: each kind has a length of its own."""
+    return bool(digest_now) and len(digest) == len(digest_now)
 
 
 def _compare(folder: Path, name: str, digest: str) -> str:
-    """What is wrong with the content of a local file; '' where nothing is."""
-    file = pathlib.Path(folder) / name
+    """What is wrong with the content of a file; '' where nothing is."""
+    file, now = folder / name, None
     try:
-        about = file.stat()
-        now = (about.st_size, about.st_mtime_ns, digest)
-        seen, when = _seen.get(str(file), (None, 0.0))
-        if seen == now and time.monotonic() - when < _SEEN_FOR:
-            return ""
-        if _digest(file) != digest:
+        if not paths.is_remote(file):
+            about = pathlib.Path(file).stat()
+            now = (about.st_size, about.st_mtime_ns, digest)
+            seen, when = _seen.get(str(file), (None, 0.0))
+            if seen == now and time.monotonic() - when < _SEEN_FOR:
+                return ""
+        if _digest(file, digest) != digest:
             return f"the content of {name} has changed"
-        _seen[str(file)] = now, time.monotonic()
+        if now:
+            _seen[str(file)] = now, time.monotonic()
     except OSError as error:  # such as EIO, of a bad place on the disk
+        if paths.is_remote(file) and paths.passes(error):
+            raise
         return f"{name} cannot be read: {error.strerror or error}"
     return ""
 
 
-def _digest(file: pathlib.Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _digest(file: Path, like: str = "") -> str:
+    """The digest of a file's content.
+
+    Args:
+      like: a digest of the same kind; '' stands for SHA-256.
+    """
+    digest = _function_of(like)
+    assert digest, "the kind is known"
+    with paths.open_bytes(file) as opened:
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+    binary = digest.digest()
+    return base64.b64encode(binary).decode() if like and len(like) < 64 else binary.hex()
+
+
+def _function_of(like: str) -> Any:
+    """A new object that takes bytes (`update`) and gives a digest; None where its kind is unknown.
+
+    Args:
+      like: a digest of the same kind: SHA-256 in hexadecimal digits (also of ''), or a bucket's MD5
+        or CRC32C in base64.
+    """
+    if len(like) in (0, 64):
+        return hashlib.sha256()
+    if len(like) == 24:
+        return hashlib.md5(usedforsecurity=False)
+    if len(like) == 8 and extras.is_installed("google_crc32c"):
+        import google_crc32c  # comes with the extra gcs
+
+        return google_crc32c.Checksum()
+    return None
 
 
 def _files(folder: pathlib.Path) -> list[str]:

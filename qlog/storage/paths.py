@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 import fsspec
 import fsspec.config
@@ -222,6 +222,14 @@ def read(path: Path, errors: str = "strict") -> str:
       errors: as `bytes.decode` takes it, for bytes that are no UTF-8.
     """
     return retried(lambda: path.read_bytes()).decode(errors=errors)
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A file opened to be read in parts, which a large one is."""
+    if is_remote(path):
+        system, where = file_system(path)
+        return cast(BinaryIO, retried(lambda: system.open(where, "rb")))
+    return open(path, "rb")
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import random
 import shutil
 import time
@@ -160,6 +161,48 @@ def test_in_a_bucket_checksums_are_those_of_the_store(experiment, states, capsys
         assert paths.names(workdir / "checkpoints") == ["6", "9.damaged"]
         save(workdir, experiment, {9: states[9]})
         assert restore(workdir, experiment)[0] == 9
+
+
+def _copy(source, target):
+    """A folder from a disk to a bucket or back, file by file."""
+    system, where = paths.file_system(source) if paths.is_remote(source) else (None, "")
+    names = (
+        [name[len(where) :].lstrip("/") for name in system.find(where)]
+        if system
+        else [str(f.relative_to(source)) for f in pathlib.Path(source).rglob("*") if f.is_file()]
+    )
+    for name in names:
+        with paths.open_bytes(source / name) as opened:
+            paths.write(target / name, opened.read())
+
+
+def test_between_a_disk_and_a_bucket_a_checkpoint_stays_whole(
+    workdir, experiment, states, tmp_path, capsys, monkeypatch
+):
+    """A bucket's digests are other ones: of files that came from a disk, and the reverse."""
+    with buckets.google() as (_, clients), pytest.MonkeyPatch.context() as patch:
+        for name, value in clients.items():
+            patch.setenv(name, value)
+        bucket = paths.parse(f"gs://{buckets.BUCKET}/moved")
+        save(bucket, experiment, {9: states[9]})
+        down, up = paths.Path(tmp_path / "down/checkpoints/9"), bucket / "checkpoints/12"
+        _copy(bucket / "checkpoints/9", down)
+        known = json.loads((workdir / "checkpoints/9" / digests.FILE).read_text()) | {"step": 12}
+        (workdir / "checkpoints/9" / digests.FILE).write_text(json.dumps(known))
+        _copy(paths.Path(workdir / "checkpoints/9"), up)
+        for copy in (down, up):
+            assert not checkpoint_reader.fault(copy)
+            table = json.loads(paths.read(copy / digests.FILE))["files"]
+            largest = copy / max(table, key=lambda name: table[name][0])
+            with paths.open_bytes(largest) as opened:
+                content = bytearray(opened.read())
+            content[len(content) // 2] ^= 0x10
+            paths.write(largest, bytes(content))
+            assert "the content of" in checkpoint_reader.fault(copy)
+            if copy is down:
+                monkeypatch.setattr(digests.extras, "is_installed", lambda name: False)
+                assert not checkpoint_reader.fault(copy)
+                assert "only the sizes of its files are compared" in capsys.readouterr().out
 
 
 def test_a_description_that_is_written_late_is_whole(experiment, states, tmp_path, monkeypatch):
