@@ -19,7 +19,7 @@ from qlog.config.streams import Stream, stream_key
 from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.experiment import Experiment
-from qlog.experiment.contents import check_same_parts, identity
+from qlog.experiment.contents import check_same_parts, check_same_reference, identity
 from qlog.grading.scorers import ScorerError
 from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
@@ -117,6 +117,7 @@ def run(
             metrics = distributed.once_per_run(lambda: resumption.finished_metrics(workdir, config))
             if metrics is not None:
                 saved.prune(config.checkpoint.finished)
+                distributed.once_per_run(lambda: resumption.restore_config(workdir, config))
                 say(f"finished before, in {workdir}")
                 return Outcome(metrics, False)
             if not saved.latest_step:
@@ -475,8 +476,9 @@ def _check_resumption(
             "checkpoint in --workdir: raise it, or use another --workdir."
         )
     config_before, made_of_before = saved.made_of()
-    check_same_run(config_before, config)
+    check_same_run(config_before, config, knows_reference=bool(made_of_before.get("reference")))
     check_same_parts(made_of_before, made_of)
+    check_same_reference(made_of_before, made_of, config)
 
 
 def _num_bytes(tree: Any) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,6 +390,40 @@ def test_a_workdir_is_claimed_before_anything_is_read(tmp_path, monkeypatch):
 def test_what_is_due():
     assert [step for step in range(1, 9) if train.due(step, 3, 8)] == [3, 6, 8]
     assert [step for step in range(1, 9) if train.due(step, 0, 8)] == [8]
+
+
+def test_the_reference_of_a_resumed_run_is_the_one_that_it_began_with(six_steps, tmp_path):
+    """The best checkpoint of another run changes while that run goes on."""
+    _, source, _ = six_steps
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    first, *_, last = checkpoint_reader.steps_in(paths.Path(copy / "checkpoints"))
+    assert first < last
+
+    def make_best(step):
+        (copy / "scores.json").write_text(json.dumps({step: {"value": 1.0, "of": "x"}}))
+
+    make_best(last)
+    loss = schema.loss("grpo", kl_weight=0.1)
+    config = tiny.config(train={"steps": 1}, init_from=str(copy), loss=loss)
+    tiny.run(config, tmp_path / "run", ONE)
+    make_best(first)
+    config = schema.merge(config, {"train": {"steps": 2}})
+    with pytest.raises(ConfigError, match=rf"of step {last}; now it is that of step {first}: name"):
+        train.run(prepare(config, ONE, resumes=True), tmp_path / "run")
+    named = schema.merge(config, {"init_from": f"{copy}/checkpoints/{last}"})
+    train.run(prepare(named, ONE, resumes=True), tmp_path / "run")
+
+
+def test_a_run_that_goes_on_needs_no_more_what_it_began_from(six_steps, tmp_path):
+    _, source, _ = six_steps
+    config = tiny.config(train={"steps": 2}, init_from=str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        prepare(config, ONE)
+    assert prepare(config, ONE, resumes=True).begins_from is None
+    with_reference = schema.merge(config, {"loss": schema.loss("grpo", kl_weight=0.1)})
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        prepare(with_reference, ONE, resumes=True)
 
 
 def test_base_checkpoint_seeds_another_run(six_steps, tmp_path):

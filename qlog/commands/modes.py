@@ -81,7 +81,8 @@ def run(
             steps = next_steps.after(config, workdir, argv)
             # Claimed first: a second start is refused before it downloads anything.
             with train.claimed(config, workdir) as claim:
-                outcome = train.run(prepare(config), workdir, claim)
+                resumes = checkpoint_reader.has_steps(workdir)
+                outcome = train.run(prepare(config, resumes=resumes), workdir, claim)
             if not outcome.interrupted:
                 next_steps.tell(workdir, steps)
     return 0

@@ -18,6 +18,7 @@ from qlog.errors import ConfigError, PassingError
 from qlog.experiment import build, files, prepare
 from qlog.parallel import distributed, interrupts, process
 from qlog.report import comparison
+from qlog.runs import checkpoint_reader
 from qlog.storage import paths
 
 
@@ -49,7 +50,7 @@ def run(
         for name, child in children.items()
         if not distributed.once_per_run(functools.partial(_finished, workdir / name, child))
     }
-    _check_parts(unfinished, [str(workdir / name) for name in children], devices)
+    _check_parts(unfinished, workdir, [str(workdir / name) for name in children], devices)
     _check_files(unfinished)
     # ---- The runs ----
     # Around all runs, so that a signal between two of them, or while one closes, is heard: it ends
@@ -76,12 +77,14 @@ def _naming(name: str) -> Iterator[None]:
 
 def _check_parts(
     children: Mapping[str, ConfigDict],
+    workdir: paths.Path,
     folders: Sequence[str],
     devices: Sequence[jax.Device] | None,
 ) -> None:
     """Whether each run can be prepared here: its mesh, its memory, the checkpoint it begins from.
 
     Args:
+      workdir: has the folder of each run, by its name.
       folders: of all runs; the checkpoint of one that begins from another comes later.
 
     Raises:
@@ -91,7 +94,7 @@ def _check_parts(
         if child.init_from in folders:
             child = schema.merge(child, {"init_from": ""})
         with _naming(name):
-            build.check(child, devices)
+            build.check(child, devices, resumes=checkpoint_reader.has_steps(workdir / name))
 
 
 def _check_files(children: Mapping[str, ConfigDict]) -> None:
@@ -126,7 +129,8 @@ def _run_one(
     was_done = distributed.once_per_run(lambda: paths.exists(workdir / train.RESULTS))
     # Each run has its own claim on its own folder.
     with train.claimed(config, workdir) as claim:
-        outcome = train.run(prepare(config, devices), workdir, claim)
+        resumes = checkpoint_reader.has_steps(workdir)
+        outcome = train.run(prepare(config, devices, resumes=resumes), workdir, claim)
     if outcome.interrupted:
         return True
     if not was_done:  # else only this start's seconds are known, not those of the training

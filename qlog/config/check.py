@@ -125,17 +125,21 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
             )
 
 
-def check_same_run(before: Mapping[str, Any], config: ConfigDict) -> None:
+def check_same_run(
+    before: Mapping[str, Any], config: ConfigDict, knows_reference: bool = False
+) -> None:
     """Whether a run may resume: only fields in `schema.MAY_CHANGE` may differ.
 
     Args:
       before: the config that the newest checkpoint was written under, as read from its JSON.
+      knows_reference: whether that checkpoint tells which one the reference is, so that its place
+        may change.
 
     Raises:
       ConfigError: another field differs.
     """
     may_change = schema.MAY_CHANGE
-    if build_estimator(config).reference:
+    if build_estimator(config).reference and not knows_reference:
         may_change -= {"init_from"}  # the reference is the model that training began with
     if config.optimizer.schedule != "constant":
         may_change -= {"train.steps"}  # where the learning rate ends: it would jump

@@ -35,6 +35,7 @@ from qlog.parallel import sharding
 from qlog.policy import Policy
 from qlog.rollouts.decoding import Sampling
 from qlog.runs import checkpoint_reader
+from qlog.storage.paths import Path
 
 
 def prepare(
@@ -42,6 +43,7 @@ def prepare(
     devices: Sequence[jax.Device] | None = None,
     train: bool = True,
     evaluate: bool | None = None,
+    resumes: bool = False,
 ) -> Experiment:
     """Builds every part of a run. Compiles nothing; takes seconds where no files are fetched.
 
@@ -49,6 +51,8 @@ def prepare(
       devices: the mesh's; None takes all.
       train: whether train_data is wanted.
       evaluate: whether evaluation_data is; None: if the config evaluates, or nothing is trained.
+      resumes: whether the run goes on from a checkpoint of its own. What it began from
+        (`config.init_from`) may be gone then, but for a loss with a reference.
 
     Raises:
       ConfigError: something is wrong, or this machine cannot hold the run; one sentence with the
@@ -58,6 +62,7 @@ def prepare(
     if evaluate is None:
         evaluate = bool(config.evaluation.every) or not train
     mesh, shape = _check_without_files(config, devices, train, evaluate)
+    begins_from = _begins_from(config, resumes)
     weights = files.resolve_weights(config)
     formatter = files.load_formatter(config)
     files.check_vocabulary(formatter, shape)
@@ -83,6 +88,7 @@ def prepare(
         if train and config.evaluation.final
         else None,
         weights=weights,
+        begins_from=begins_from,
     )
     if train or evaluate:
         cost.check(experiment, train, evaluate)
@@ -94,18 +100,21 @@ def prepare(
     return experiment
 
 
-def check(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+def check(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None, resumes: bool = False
+) -> None:
     """What `prepare` checks of a run that trains before it fetches weights and data.
 
     For a run that starts later; `files.check` reads what it reads. Every process must call it.
 
     Args:
-      devices: the mesh's; None takes all.
+      devices, resumes: as `prepare` takes them.
 
     Raises:
       ConfigError, PassingError: as `prepare`.
     """
     _check_without_files(config, devices, train=True, evaluate=bool(config.evaluation.every))
+    _begins_from(config, resumes)
 
 
 def _check_without_files(
@@ -121,14 +130,21 @@ def _check_without_files(
     if train:  # evaluation pads its last batch, so that any number of prompts will do
         check_batches(config, mesh)
         check_final(config)
-    # ---- The model: named before data are read, which takes longer ----
-    if config.init_from:
-        checkpoint_reader.find_checkpoint(config.init_from, "config.init_from")
     # Before weights are fetched: by the model's shape alone, and the smallest data that there are.
     shape = files.model_shape(config)
     if train or evaluate:
         cost.check(_build(config, mesh, shape, _placeholders(shape)), train, evaluate)
     return mesh, shape
+
+
+def _begins_from(config: ConfigDict, resumes: bool) -> Path | None:
+    """The checkpoint that `config.init_from` names; None where there is none, or none is needed.
+
+    Looked for before data are read, which takes longer. Every process must call it.
+    """
+    if not config.init_from or (resumes and not build_estimator(config).reference):
+        return None
+    return checkpoint_reader.find_checkpoint(config.init_from, "config.init_from")
 
 
 def prepare_shapes(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:

@@ -4,12 +4,15 @@ import dataclasses
 import json
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from qlog import data, models
 from qlog.data.own import OwnExamples
 from qlog.data.splits import read_ids
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment.parts import Experiment
 from qlog.parallel import distributed
+from qlog.runs import checkpoint_reader
 from qlog.storage import paths
 
 
@@ -24,9 +27,12 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         tokenizer: `Formatter.digest`, which the chat template is part of where it is used;
         examples: for each open split a digest of all its examples in order (of endless data of the
           first ones). A checkpoint of an older version has "splits" instead, digests of records,
-          which nothing is compared with.
+          which nothing is compared with;
+        reference: of a loss with one, the checkpoint that it is (`config.init_from`):
+          {"step": ..., "about": a digest of its config and identity}; None without.
     """
     weights, formatter = experiment.weights, experiment.formatter
+    reference = experiment.begins_from if experiment.estimator.reference else None
     assert formatter, "an experiment of shapes has no identity"
     # By content, not by name: the same files may be read from another folder when a run resumes.
     found = {
@@ -34,6 +40,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
         "tokenizer": formatter.digest,
         "examples": {name: split.content for name, split in experiment.splits().items()},
+        "reference": checkpoint_reader.version(reference) if reference else None,
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
 
@@ -59,6 +66,26 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
                 f"--workdir: the run there has another {part} ({old or 'none'}, not "
                 f"{new or 'none'}): use another --workdir, or what the run began with."
             )
+
+
+def check_same_reference(before: dict[str, Any], now: dict[str, Any], config: ConfigDict) -> None:
+    """Whether the reference of a KL penalty is the one that training began with.
+
+    Args:
+      before, now: as `check_same_parts` takes them.
+
+    Raises:
+      ConfigError: the best checkpoint of the run that `config.init_from` names is another one now.
+    """
+    old, new = before.get("reference"), now.get("reference")
+    if old and new and old != new:
+        raise ConfigError(
+            f"config.init_from = {config.init_from!r} gives the reference of config.loss, which "
+            f"was another checkpoint when the run in --workdir began: of step {old['step']}; now "
+            f"it is that of step {new['step']}"
+            + ("" if old["step"] != new["step"] else " of another run")
+            + f": name the folder of the one before (.../checkpoints/{old['step']})."
+        )
 
 
 def _with_new_fields(model: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from qlog.records import TrainState
 from qlog.rollouts.decoding import Sampling
 from qlog.runs import checkpoint_reader
 from qlog.storage import paths
+from qlog.storage.paths import Path
 
 # Batches that evaluation samples in one call, so that one starts before the tail of the last one is
 # done. An interrupted evaluation goes on after whole calls.
@@ -76,7 +77,9 @@ class Experiment:
       final_data: the split that the best checkpoint is evaluated on when the run ends
         (`config.evaluation.final`); None where it is not.
       weights: local folder that parameters begin with; None where they are random or come from
-        another run (`config.init_from`).
+        another run.
+      begins_from: the checkpoint of another run that parameters begin with (`config.init_from`);
+        None without one, and of a run that goes on from its own and needs no other.
     """
 
     config: ConfigDict
@@ -92,6 +95,7 @@ class Experiment:
     evaluation_data: data.Dataset | None
     weights: pathlib.Path | None = None
     final_data: data.Dataset | None = None
+    begins_from: Path | None = None
 
     def __post_init__(self):
         # Silent otherwise: rewards would all be 0, or answers be graded that nobody asked for.
@@ -180,10 +184,9 @@ class Experiment:
         """
         abstract = self.abstract_params()
         # Each way puts every parameter where it belongs at once: no device ever holds all of them.
-        if self.config.init_from:
-            source = self.config.init_from
-            params = checkpoint_reader.load_params(source, abstract, "config.init_from")
-            return models.check_finite(params, f"config.init_from = {source!r}")
+        if self.begins_from is not None:
+            params = checkpoint_reader.load_params(self.begins_from, abstract, "config.init_from")
+            return models.check_finite(params, f"config.init_from = {self.config.init_from!r}")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         if self.weights is not None:
             params = models.huggingface.load(

@@ -25,8 +25,6 @@ _DEPTH = 4  # folders below a named one in which runs are looked for
 # Folders of a run, or of nothing of ours: a walk through them finds no run.
 _SKIPPED = {"checkpoints", "samples", "profile", "export", "metrics", "rollouts", "__pycache__"}
 _FILES = (".json", ".jsonl", ".md", ".png", ".svg", ".html", ".csv", ".tex", ".txt", ".log")
-# Of qlog's config.json.
-_SECTIONS = {"loss", "train", "evaluation", "data", "rollout", "optimizer", "checkpoint"}
 _SILENT = 120.0  # seconds without a beat (every 10 s) after which a run is called silent
 _MOST_DIGITS = 18  # of a step
 _STOPS = (0, 130, 143)  # exit status of a run that a signal ended: Ctrl-C, SIGTERM
@@ -50,7 +48,7 @@ def find(places: Iterable[str]) -> list[Path]:
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
     inside = paths.names(folder)
-    if names.CONFIG in inside and _is_config(_json(folder / names.CONFIG)):
+    if names.CONFIG in inside and names.is_config(_json(folder / names.CONFIG)):
         yield folder
         return
     if depth:
@@ -58,13 +56,6 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
             # Asking a bucket whether a name is a folder takes a request: not of what is a file.
             if name not in _SKIPPED and not name.startswith(".") and not name.endswith(_FILES):
                 yield from _walk(folder / name, depth - 1)
-
-
-def _is_config(value: Any) -> bool:
-    """Whether it is a config of qlog: models have a config.json, too."""
-    return isinstance(value, dict) and all(
-        isinstance(value.get(section), dict) for section in _SECTIONS
-    )
 
 
 def read(folders: Sequence[Path]) -> list[Run]:
@@ -87,7 +78,7 @@ def read_run(folder: Path, name: str) -> Run:
     """All that is known of the run in `folder`."""
     notes: list[str] = []
     config = _json(folder / names.CONFIG)
-    assert _is_config(config), f"{folder} holds no run: `find` names the folders that do"
+    assert names.is_config(config), f"{folder} holds no run: `find` names the folders that do"
     lines = read_events(folder)
     steps = _once([line for line in lines if line["phase"] == "train"])
     split = config["evaluation"].get("split", "validation")

@@ -5,6 +5,7 @@ renames or deletes. Only the run whose workdir it is does that (checkpoints.py).
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -149,6 +150,26 @@ def config_and_identity(metadata: Any) -> tuple[dict, dict]:
     """`made_of`, from what Orbax has read of the checkpoint: its CheckpointMetadata."""
     about = metadata.custom_metadata or {}
     return about.get("config", {}), about.get("identity", {})
+
+
+def version(folder: Path) -> dict[str, Any]:
+    """What tells a checkpoint from others, wherever it lies. Every process must call.
+
+    Returns:
+      {"step": of training, "about": a digest of its config and identity}
+    """
+    about = lambda: digests.digest_of(list(made_of(folder)))
+    return {"step": _step_of(folder), "about": distributed.once_per_run(about)}
+
+
+def _step_of(folder: Path) -> int | None:
+    return int(folder.name) if digests.is_step(folder.name) else None
+
+
+def has_steps(workdir: str | os.PathLike) -> bool:
+    """Whether a run has checkpoints, whole or not. Every process must call, and gets the same."""
+    steps = place(workdir, "--workdir") / "checkpoints"
+    return distributed.once_per_run(lambda: bool(steps_in(steps)))
 
 
 def place(folder: str | os.PathLike, field: str) -> Path:
@@ -308,8 +329,10 @@ def _scores(workdir: Path) -> Scores:
     try:
         found = json.loads(paths.read(workdir / SCORES, errors="replace"))
         return {
-            int(step): {"value": float(score["value"]), "of": str(score["of"])}
+            int(step): {"value": value, "of": str(score["of"])}
             for step, score in found.items()
+            # Not a NaN, with which `max` takes any.
+            if math.isfinite(value := float(score["value"]))
         }
     except FileNotFoundError:
         return {}

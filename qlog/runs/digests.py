@@ -79,7 +79,7 @@ def write(folder: Path, step: int, about: Mapping[str, Any]) -> None:
                 name: [(local / name).stat().st_size, digest]
                 for name, digest in zip(names, digests, strict=True)
             }
-    _save(folder, step, found, _digest_of(about))
+    _save(folder, step, found, digest_of(about))
 
 
 def forget(folder: Path, item: str) -> None:
@@ -263,7 +263,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     is_older = "table" not in known
-    if not is_older and _digest_of(known["files"]) != known["table"]:
+    if not is_older and digest_of(known["files"]) != known["table"]:
         raise ValueError(f"{FILE} has changed")
     files = {name: (int(size), str(digest)) for name, (size, digest) in known["files"].items()}
     about = None if is_older else str(known["about"])
@@ -278,7 +278,7 @@ def _items(files: Iterable[str]) -> set[str]:
 def _save(folder: Path, step: int, files: Mapping[str, Sequence[Any]], about: str | None) -> None:
     known = {"step": step, "files": files}
     if about is not None:
-        known |= {"about": about, "table": _digest_of(files)}
+        known |= {"about": about, "table": digest_of(files)}
     paths.write(folder / FILE, json.dumps(known, indent=1))
 
 
@@ -289,15 +289,15 @@ def _is_as_said(folder: Path, known: Mapping[str, Any]) -> bool:
         # How each item is read. Orbax goes on without it and guesses. All of ours are trees.
         handlers = said["item_handlers"]
         is_whole = _items(known["files"]) <= handlers.keys() and len(set(handlers.values())) == 1
-        return is_whole and known["about"] in (None, _digest_of(said["custom_metadata"]))
+        return is_whole and known["about"] in (None, digest_of(said["custom_metadata"]))
     except (*_UNREADABLE, OSError) as error:
         if paths.is_remote(folder) and paths.passes(error):
             raise
         return False
 
 
-def _digest_of(about: Mapping[str, Any]) -> str:
-    """The same for what JSON makes equal, such as tuples and lists."""
+def digest_of(about: Any) -> str:
+    """A digest of what JSON can hold: the same for what it makes equal (tuples and lists)."""
     as_read = json.loads(json.dumps(about))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 

@@ -1,6 +1,7 @@
 """The names of what lies in a run's folder, and whether there is room for it."""
 
 import shutil
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,6 +21,15 @@ SPLITS = "splits.json"  # the ids of the examples
 OWNER = "owner.json"  # which process runs it
 _FILES = (CONFIG, METRICS, ROLLOUTS, SCORES, FINAL, RESULTS, SPLITS, OWNER, "seconds.json")
 _FOLDERS = ("checkpoints", "samples")
+# Of a config, in every version.
+_SECTIONS = {"loss", "train", "evaluation", "data", "rollout", "optimizer", "checkpoint"}
+
+
+def is_config(value: Any) -> bool:
+    """Whether what a config.json holds is a config of qlog: models have such a file, too."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(section), dict) for section in _SECTIONS
+    )
 
 
 def questions(samples: Path) -> Path:

@@ -71,3 +71,10 @@ def test_another_model_is_told_with_the_shapes_of_both_sides(workdir):
         match=r"another model: embed is \[48, 16\] there and \[48, 32\] here; .* more differ\.",
     ):
         checkpoint_reader.load_params(workdir, abstract, "config.init_from")
+
+
+def test_a_score_that_is_no_number_is_none(workdir):
+    (workdir / "scores.json").write_text(
+        '{"3": {"value": NaN, "of": "m@4"}, "6": {"value": 0.5, "of": "m@4"}}'
+    )
+    assert checkpoint_reader.find_checkpoint(workdir, "--workdir").name == "6"
