@@ -8,7 +8,8 @@
 
 A line on a disk is there as soon as it is written. Objects in a bucket cannot be appended to, so
 there the lines are in segments: metrics/000050.jsonl begins with a line of step 50, and the next
-segment begins after the next `flush`. `read_jsonl(workdir / "metrics.jsonl")` reads either.
+segment begins after the next `flush`. `read_jsonl(workdir / "metrics.jsonl")` reads either. A run
+whose folder was copied from the one to the other gets the other form when it goes on.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +32,8 @@ from qlog.runs.folder import METRICS
 from qlog.runs.trackers import Ending, Harmless, TensorBoard, Tracker, WandB
 from qlog.runs.uploads import Uploads
 from qlog.storage import json_lines, paths, strict_json
+
+_SEGMENT = re.compile(r"\d{6,}\.jsonl")  # the name of one in a bucket
 
 
 class RunLog:
@@ -66,6 +70,8 @@ class RunLog:
         if not self._is_active:
             return
         self._uploads = Uploads(is_lost) if paths.is_remote(workdir) else None
+        for name in ("rollouts", "metrics"):
+            _adopt(workdir / f"{name}.jsonl")
         kept = {
             name: _drop_from(workdir / f"{name}.jsonl", start_step)
             for name in ("rollouts", "metrics")
@@ -243,7 +249,7 @@ class _Segments:
         self._folder, self._uploads = folder, uploads
         # The last segment, which a resumed run may go on with.
         self._name, self._lines, self._is_open = "", [], False
-        names = paths.names(folder)
+        names = _segments(folder)
         if names:
             self._name, self._lines = names[-1], [paths.read(folder / names[-1])]
 
@@ -277,12 +283,12 @@ def read_jsonl(path: paths.Path | pathlib.Path) -> list[dict[str, Any]]:
     Lines that are damaged are left out, and so is a last line that a crash has cut short.
     """
     path = paths.Path(path)
-    try:
-        return _read(path).objects
-    except FileNotFoundError:
-        pass
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        found = _read(path).objects
     folder = path.with_suffix("")
-    return [line for name in paths.names(folder) for line in _read(folder / name).objects]
+    # Both: of a run that was copied, and went on before versions that adopt the other form.
+    return found + [line for name in _segments(folder) for line in _read(folder / name).objects]
 
 
 def read_events(workdir: paths.Path | pathlib.Path) -> list[dict[str, Any]]:
@@ -343,6 +349,47 @@ def _read(path: paths.Path, needs: Mapping[str, type] | None = None) -> _Lines:
     return _Lines(objects, damaged)
 
 
+def _segments(folder: paths.Path) -> list[str]:
+    """The names of a log's segments in a bucket, in order; other objects there are not ours."""
+    return [name for name in paths.names(folder) if _SEGMENT.fullmatch(name)]
+
+
+def _adopt(path: paths.Path) -> None:
+    """Gives a log that was copied between a disk and a bucket the form that it has here.
+
+    Args:
+      path: metrics.jsonl and the like, of a run whose steps in one form come before or after all
+        those in the other.
+    """
+    folder = path.with_suffix("")
+    names = _segments(folder)
+    is_remote = paths.is_remote(path)
+    other_form = [path] if is_remote else [folder / name for name in names]
+    if not any(map(paths.exists, other_form)):
+        return
+    adopted = folder / f"{0:06d}.jsonl" if is_remote else path
+    parts = [*(folder / name for name in names), path]
+    paths.write(adopted, _joined(parts))
+    for part in parts:
+        if part != adopted:
+            paths.remove(part)
+
+
+def _joined(files: Sequence[paths.Path]) -> bytes:
+    """The lines of logs, the earliest step first; damaged ones stay, behind the one before them."""
+    placed: list[tuple[int, str]] = []
+    for file in files:
+        if not paths.exists(file):
+            continue
+        step = 0
+        for line in paths.read(file, errors="surrogateescape").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+                step = int(json.loads(line)["step"])
+            placed.append((step, line if line.endswith("\n") else line + "\n"))
+    placed.sort(key=lambda entry: entry[0])
+    return "".join(line for _, line in placed).encode(errors="surrogateescape")
+
+
 def _drop_from(path: paths.Path, step: int) -> list[dict[str, Any]]:
     """Drops the lines of `step` and later steps, which a resumed run writes again.
 
@@ -356,7 +403,7 @@ def _drop_from(path: paths.Path, step: int) -> list[dict[str, Any]]:
     folder = path.with_suffix("")
     # From the last segment backwards, to the first one with a line that stays: those before it are
     # of earlier steps only, and are not read.
-    for name in reversed(paths.names(folder)):
+    for name in reversed(_segments(folder)):
         first_step = int(name.partition(".")[0])
         if first_step < step and (kept := _keep_before(path, folder / name, step)):
             return kept

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from qlog import console
-from qlog.runs.log import RunLog, numbers, read_jsonl
+from qlog.runs.log import RunLog, numbers, read_events, read_jsonl
 from qlog.storage import paths
 
 # Each is one line in the middle of a log.
@@ -105,3 +105,38 @@ def test_a_long_step_says_what_it_does(tmp_path, capsys, monkeypatch):
         "step 5/9  decoding: token 16",
         "step 9/9  loss 2",
     ]
+
+
+def _lines(*steps):
+    return "".join(json.dumps({"step": step, "phase": "train"}) + "\n" for step in steps)
+
+
+def test_a_log_that_was_copied_from_a_disk_to_a_bucket_or_back_goes_on(tmp_path):
+    with buckets.google() as (_, clients), pytest.MonkeyPatch.context() as patch:
+        for name, value in clients.items():
+            patch.setenv(name, value)
+        bucket, disk = paths.parse(f"gs://{buckets.BUCKET}/moved"), paths.Path(tmp_path)
+        steps = lambda workdir: [row["step"] for row in read_events(workdir)]
+
+        def goes_on(workdir, start, last):
+            with RunLog(workdir, start, tiny.config()) as log:
+                assert steps(workdir) == list(range(start))
+                for step in range(start, last):
+                    log.scalars(step, "train", {"loss": 1.0})
+                    log.flush()
+            assert steps(workdir) == list(range(last))
+
+        goes_on(disk, 0, 3)
+        paths.write(bucket / "metrics.jsonl", paths.read(disk / "metrics.jsonl"))
+        paths.write(bucket / "metrics/notes.txt", "not ours")
+        goes_on(bucket, 2, 5)
+        assert "metrics.jsonl" not in paths.names(bucket)
+        for name in paths.names(bucket / "metrics"):
+            paths.write(disk / "metrics" / name, paths.read(bucket / "metrics" / name))
+        paths.remove(disk / "metrics.jsonl")
+        assert steps(disk) == list(range(5))
+        goes_on(disk, 4, 7)
+        assert paths.names(disk / "metrics") == ["notes.txt"]
+        # A run that went on before its log was adopted has both, either one first.
+        paths.write(bucket / "metrics.jsonl", _lines(5, 6))
+        goes_on(bucket, 6, 8)
