@@ -12,9 +12,9 @@ any length. Work is counted, not timed: what renders does so on every machine.
   whatever its parts share. Hence an operation that reads its values once is bounded by them, and
   the few that multiply them (`*`, replace, join, widths) are reckoned before they are done.
 
-What Jinja does not tell its environment is told by filters with names that no template can write:
-`environment.filters` is out of a template's reach, where a global is a name like any other, and a
-filter is called without the detour of the sandbox's `call`.
+What Jinja does not tell its environment is told by filters with names that no template can write,
+and that `map` does not take: a global would be a name like any other, and a call of an attribute of
+the environment would take the detour of the sandbox's `call`.
 """
 
 import datetime
@@ -299,6 +299,7 @@ def _wrapped(
     break_on_hyphens: bool = True,
 ) -> int:
     _by_words(text)
+    BUDGET.read(16 * len(text))  # written in Python, it is slow
     return len(text) * (1 + len(wrapstring or "\n"))
 
 
@@ -556,6 +557,20 @@ def _sum(
     return jinja2.filters.sync_do_sum(environment, values, attribute, start)
 
 
+@jinja2.pass_environment
+def _groupby(
+    environment: jinja2.Environment,
+    value: Any,
+    attribute: Any,
+    default: Any = None,
+    case_sensitive: bool = False,
+) -> list[Any]:
+    """Jinja's `groupby`, of a list: a default is written in lower case for each item."""
+    values = list(value)
+    BUDGET.room(len(values) * BUDGET.weigh(default), "groupby")
+    return jinja2.filters.sync_do_groupby(environment, values, attribute, default, case_sensitive)
+
+
 @jinja2.pass_context
 def _finalize(context: jinja2.runtime.Context, value: Any) -> Any:
     """What a template prints, if it is text, a number, undefined, or a list or dict of these.
@@ -622,6 +637,15 @@ def _concatenated(eval_ctx: jinja2.nodes.EvalContext, values: tuple[Any, ...]) -
     text = join(values)
     BUDGET.make(len(text), "~")
     return text
+
+
+_REPORTS: Mapping[str, Callable[..., Any]] = {
+    _BODY: _body,
+    _READ: _read,
+    _KEY: _key,
+    _MADE: _made,
+    _CONCATENATED: _concatenated,
+}
 
 
 class _Reporting(jinja2.visitor.NodeTransformer):
@@ -790,10 +814,26 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if size is not None:
             # What a generator holds can be reckoned when it is a list.
             args = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
-        given = {k: v for k, v in named.items() if k not in _OF_THE_COMPILER}
+        given = named
+        if named:
+            given = {k: v for k, v in named.items() if k not in _OF_THE_COMPILER}
         is_method = owner is not None and not isinstance(owner, type)
         _reckon(name, size, (owner, *args) if is_method else args, given)
         return _result(super().call(__context, __obj, *args, **named), name)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        # Filters with an `attribute` come here for each item and each part of the attribute's path.
+        BUDGET.read(_ITEM)
+        try:
+            return obj[argument]
+        except (TypeError, LookupError):
+            BUDGET.read(_CALL)
+            return super().getitem(obj, argument)
+
+    def call_filter(self, name: str, *args: Any, **named: Any) -> Any:
+        if name in _REPORTS:  # `map` takes any text as a name
+            raise jinja2.TemplateRuntimeError(f"there is no filter {name!r}")
+        return super().call_filter(name, *args, **named)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """Jinja's own, with a formatter that counts."""
@@ -847,12 +887,17 @@ def _environment() -> Environment:
         optimized=False,
     )
     filters: dict[str, Any] = environment.filters
-    filters.update(join=_join, random=_changing("random"), sum=_sum, tojson=_tojson, unique=_unique)
+    filters.update(
+        groupby=_groupby,
+        join=_join,
+        random=_changing("random"),
+        sum=_sum,
+        tojson=_tojson,
+        unique=_unique,
+    )
     for name in filters.keys() - _FREE_FILTERS:
         filters[name] = _counted(filters[name], name, _FILTER_SIZES.get(name))
-    filters.update(
-        {_BODY: _body, _READ: _read, _KEY: _key, _MADE: _made, _CONCATENATED: _concatenated}
-    )
+    filters.update(_REPORTS)
     tests: dict[str, Any] = environment.tests
     for name in tests.keys() - _FREE_TESTS:
         tests[name] = _counted(tests[name], name, _TEST_SIZES.get(name))
