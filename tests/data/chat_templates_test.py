@@ -174,12 +174,12 @@ def test_what_templates_of_transformers_may_use(tmp_path):
         ("{% for x in range(10**9) %}x{% endfor %}", r"\(OverflowError"),
         (
             "{% for x in range(9999) %}{% for y in range(9999) %}{% endfor %}{% endfor %}",
-            r"\(SecurityError: its loops and macros do not end within 100,000 steps",
+            r"\(SecurityError: it does not end within [0-9,]+ steps of its loops, macros",
         ),
         (
             "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
             "{{ m(99) }}",
-            r"\(SecurityError: its loops",
+            r"\(SecurityError: it does not end",
         ),
         ("{{ 9 ** (9 ** 9) }}" + TURN, r"\(SecurityError: \*\* makes more"),
         ("{{ 'x' * 10 ** 12 }}" + TURN, r"\(SecurityError: \* makes more"),
