@@ -54,7 +54,7 @@ def test_the_json_lines_train(folder, capsys):
     command = SHOW[1].replace("TOKENIZER", ".")
     assert show.main(["show", *command.split(), "--split=validation"]) == 0
     shown = capsys.readouterr().out
-    assert "jsonl, warm: 1 examples" in shown and "Solve the sum." in shown
+    assert "jsonl, warm: 1 example\n" in shown and "Solve the sum." in shown
     splits = trained(names["get_config"](), folder / "run")
     assert [len(split["ids"]) for split in splits.values()] == [1, 1]
     assert "paper_size" not in splits["train"]
