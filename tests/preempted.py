@@ -4,11 +4,13 @@
 
 POINT is where the NTH time (from 1) a signal comes: decode, gradient, evaluation, save, compile,
 weights (before the first step), finished, pruning, closing. Or, without a signal: scoring (it is
-killed), stall (it stands still), sealed (checkpoints/ becomes read-only), never. SIGNALS are names,
+killed), stall (it stands still), sealed (checkpoints/ becomes read-only), unreadable (process 1
+cannot read a checkpoint), never. SIGNALS are names,
 sent one after the other. MODE in the environment is qlog.main's --mode, FINAL is
 config.evaluation.final, RUNS are names of config.runs.
 """
 
+import errno
 import hashlib
 import os
 import signal
@@ -19,6 +21,7 @@ import time
 
 import jax
 import tiny
+from orbax.checkpoint import v1 as ocp
 
 from qlog import evaluation, experiment
 from qlog.commands import modes
@@ -91,6 +94,12 @@ def seal():
         subprocess.run(["chattr", "+i", f"{WORKDIR}/checkpoints"], check=True)
 
 
+def fail_on_process_1():
+    """Its disk cannot be read, and the other process waits for it."""
+    if PROCESS == "1":
+        raise OSError(errno.EIO, "Input/output error")
+
+
 def main():
     planning._FLOPS_PER_PROGRAM = 0.0  # as of large models: a program for each microbatch
     parts.BATCHES_PER_CALL = 1  # as of many questions, which take several calls
@@ -105,6 +114,7 @@ def main():
     before(log.RunLog, "close", "closing")
     before(checkpoints.Checkpoints, "save", "sealed", seal)
     before(checkpoints.Checkpoints, "score", "scoring", lambda: os._exit(9))  # killed outright
+    before(ocp.training.Checkpointer, "load_checkpointables", "unreadable", fail_on_process_1)
     before(evaluation, "_rows", "evaluation")  # after a batch was sampled
     if POINT == "save":
         # All is saved then, and the evaluation that comes next compiles: for longer than the

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -264,3 +265,40 @@ def test_a_save_that_fails_on_one_process_ends_all(cache, tmp_path):
         seal("-i")
     output = run(tmp_path, "never", launcher=local, cache=cache)
     assert "resumed from step 2" in output
+
+
+def test_a_process_that_is_gone_or_cannot_read_ends_the_others_with_a_sentence(cache, tmp_path):
+    local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
+    output = run(
+        tmp_path, "gradient", 5, "SIGKILL", launcher=local, cache=cache, code=137, SIGNALLED="1"
+    )
+    assert "process 0 lost another process of the run" in output and "Traceback" not in output
+    step = latest(tmp_path)
+    output = run(tmp_path, "unreadable", launcher=local, cache=cache, code=75)
+    assert f"checkpoints/{step} cannot be read by process 1" in output
+    assert "Traceback" not in output and latest(tmp_path) == step
+    output = run(tmp_path, "never", launcher=local, cache=cache)
+    assert f"resumed from step {step}" in output
+
+
+def test_a_terminal_that_closes_is_a_signal_like_the_others(uninterrupted, cache, tmp_path):
+    read, terminal = pty.openpty()
+    command = [sys.executable, str(TESTS / "preempted.py"), str(tmp_path), "gradient", "3"]
+    environment = {"PYTHONPATH": f"{ROOT}:{TESTS}", "JAX_COMPILATION_CACHE_DIR": cache}
+    process = subprocess.Popen(
+        [*command, "SIGHUP", str(STEPS)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        env=os.environ | environment | {"JAX_NUM_CPU_DEVICES": "1"},
+    )
+    os.close(terminal)
+    said = b""
+    while b"sending" not in said:
+        said += os.read(read, 1 << 16)
+    os.close(read)  # from now on writing to it is an error
+    assert process.wait(timeout=200) == 0, said
+    assert latest(tmp_path) == 1
+    run(tmp_path, "never", cache=cache)
+    assert_same_run(tmp_path, uninterrupted)

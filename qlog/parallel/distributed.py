@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ from jax._src import distributed as jax_distributed  # the client has no public 
 from jax.experimental import multihost_utils
 
 from qlog.console import complain, count_text, say
-from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
+from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop, summary
 from qlog.storage import paths
 
 CHOICES = ("auto", "on", "off")
@@ -80,11 +81,30 @@ def processes(choice: str) -> Iterator[None]:
             _leave(error.status)
         if isinstance(error, Stop):
             _leave(error.status)
-        if reason := paths.sentence(error):
+        if reason := paths.sentence(error) or _sentence(error):
             complain(reason)
             _leave(PassingError.status)
         traceback.print_exc()
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+# In what XLA and its libraries raise where another process is not there any more.
+_GONE = re.compile(
+    "gloo|nccl|coordination service|heartbeat|barrier|connection (reset|closed|refused)|"
+    "task.*(died|unavailable|unhealthy)|socket closed|broken pipe",
+    re.IGNORECASE,
+)
+
+
+def _sentence(error: BaseException) -> str:
+    """One sentence about another process of the run that is gone; '' for other errors."""
+    is_runtime = isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError))
+    if not is_runtime or not _GONE.search(str(error)):
+        return ""
+    return (
+        f"process {jax.process_index()} lost another process of the run, or the network to it "
+        f"({summary(error)}): what that one said tells why; the same command goes on."
+    )
 
 
 def environment(variables: Mapping[str, str]) -> str:

@@ -2,7 +2,8 @@
 
 A preempted host has seconds, and Python runs a signal's handler only between two instructions of
 the main thread: not while that thread is inside the compiler, for minutes. So a thread of its own
-reads the signals from a pipe. What SIGINT or SIGTERM does depends on where the main thread is:
+reads the signals from a pipe. What SIGINT, SIGTERM or SIGHUP does depends on where the main thread
+is:
 
 | the main thread is                       | what happens                                          |
 |------------------------------------------|-------------------------------------------------------|
@@ -42,7 +43,10 @@ from qlog.console import put, time_text
 from qlog.errors import PassingError, Stop
 from qlog.parallel import batch_placement, distributed
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+_HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
 _PATIENCE = 2.0  # seconds for the main thread to reach a call, where nothing would be lost
 _PATIENCE_TOGETHER = 5.0  # the same, for all processes of a run to reach a call together
 _KEY = "stop"  # of `distributed.set_key`: "SIGNAL DEADLINE", by which processes tell each other
@@ -72,6 +76,8 @@ class Interrupts:
         self._is_saved: Callable[[], bool] = lambda: False
         self._at_exit: Callable[[], None] = lambda: None
         self._is_resumable = False
+        # stdout and stderr, where they are a terminal. It is none any more when it is closed.
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         # The watchdog. Times are of time.monotonic(), in seconds.
         self._alive = time.monotonic()  # the last sign of life
         self._limit: float | None = None  # silence that ends the process; None: no limit
@@ -293,12 +299,19 @@ class Interrupts:
         """Remembers a signal and tells the user; a second SIGINT ends the process."""
         self._number = self._number or number
         if is_first:
+            if number == _HANGUP:
+                self._leave_terminal()
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             self._say(
                 f"{signal.Signals(number).name}: {'saving' if self._deferred else 'ending'}{again}"
             )
         elif number == signal.SIGINT:
             self._exit(130)
+
+    def _leave_terminal(self) -> None:
+        """What went to the terminal that was closed goes nowhere, instead of failing."""
+        for number in self._terminals:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
     def _say(self, text: str) -> None:
         if self.speaks:
@@ -371,6 +384,9 @@ def listening() -> Iterator[Interrupts]:
         if threading.current_thread() is threading.main_thread():
             wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
             for number in _STOPPING:
+                # Under nohup a terminal that closes is to change nothing.
+                if number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 previous[number] = signal.signal(number, interrupts._receive)
         thread = threading.Thread(
             target=interrupts._run, args=(read,), daemon=True, name="interrupts"

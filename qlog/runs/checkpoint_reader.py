@@ -17,7 +17,7 @@ from qlog import models
 from qlog.console import say
 from qlog.errors import ConfigError, summary
 from qlog.parallel import distributed
-from qlog.runs import digests
+from qlog.runs import digests, orbax_log
 from qlog.runs.folder import SCORES
 from qlog.storage import paths
 from qlog.storage.paths import Path
@@ -213,6 +213,7 @@ def _described(folder: Path) -> str:
         return "it is missing"
     if not paths.names(folder):
         return "the folder is empty"
+    orbax_log.silence()
     try:
         metadata = ocp.checkpointables_metadata(folder)
         _shapes(metadata.metadata[PARAMS])
@@ -269,6 +270,8 @@ def first_whole(
         damaged[step] = reason
         left.remove(step)
     every = (known or {}) | damaged
+    if not every:
+        raise ConfigError(f"{folder} has no checkpoint: put back what was there.")
     reasons = ", ".join(f"{step}: {reason}" for step, reason in sorted(every.items())[-3:])
     raise ConfigError(
         f"{folder} has no whole checkpoint ({reasons}): put back what was there, or use another "

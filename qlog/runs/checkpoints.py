@@ -19,12 +19,9 @@ copied by the store and then removed.
 """
 
 import dataclasses
-import functools
 import json
-import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -37,7 +34,7 @@ from qlog.console import say
 from qlog.errors import ConfigError, PassingError, summary
 from qlog.parallel import distributed
 from qlog.records import TrainState
-from qlog.runs import checkpoint_reader, digests
+from qlog.runs import checkpoint_reader, digests, orbax_log
 from qlog.runs.checkpoint_reader import HAS_DIGESTS, PARAMS, TRAINING, Scores
 from qlog.runs.folder import SCORES
 from qlog.storage import paths
@@ -68,12 +65,12 @@ class Checkpoints:
         # Tried now: Orbax would find out in the background, at the first save. (A bucket has no
         # folders that could be closed; the workdir was tried when it was claimed.)
         if not paths.is_remote(self._steps):
-            distributed.once_per_run(lambda: paths.probe(self._steps, "--workdir"))
+            distributed.once_per_run(lambda: _check_folder(self._steps))
         self._number = paths.number(self._steps)
         # Before Orbax looks: it would count, and in time delete, what is damaged.
         newest, damaged = checkpoint_reader.find_damaged(self._steps)
         _rename_damaged(self._steps, damaged, newest)
-        _silence_orbax()
+        orbax_log.silence()
 
         # ---- Orbax ----
         # Kept is what either policy wants. Orbax asks them after each save, and by then `_Best` may
@@ -144,7 +141,7 @@ class Checkpoints:
 
         def start() -> None:
             self._saving, self._about = step, about
-            _failures.clear()
+            orbax_log.failures.clear()
             self._response = self._checkpointer.save_checkpointables_async(
                 step, parts, custom_metadata=about
             )
@@ -176,11 +173,11 @@ class Checkpoints:
             return
         if not self.is_saving:
             self.wait()
-        elif jax.process_count() > 1 and _failures:
+        elif jax.process_count() > 1 and orbax_log.failures:
             # Of several processes, those that did not fail wait in a barrier for this one, and so
             # would Orbax here, for twenty minutes. This one ends, and that ends the others.
             self._is_broken = True
-            self._orbax(lambda: _raise(_failures[-1]))
+            self._orbax(lambda: _raise(orbax_log.failures[-1]))
 
     @property
     def is_saving(self) -> bool:
@@ -217,9 +214,10 @@ class Checkpoints:
                 step for step in checkpoint_reader.steps_in(self._steps) if step != self._saving
             ]
             rest = f"step {whole[-1]} is the newest whole one" if whole else "there is no other"
+            remedy = "" if paths.is_remote(self._steps) else "make room or mend the disk; "
             raise PassingError(
                 f"{self._steps}: the checkpoint of step {self._saving} could not be written "
-                f"({_reason(error)}), {rest}: make room or mend the disk; the same command goes on."
+                f"({_reason(error)}), {rest}: {remedy}the same command goes on."
             ) from error
 
     def score(self, step: int, value: float, what: str) -> None:
@@ -302,14 +300,29 @@ class Checkpoints:
             )
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState | None, str]:
-        """The state of a step, or why it cannot be read."""
+        """The state of a step, or why it cannot be read.
+
+        Raises:
+          PassingError: of several processes this one cannot read its part.
+        """
         parts = {PARAMS: abstract.params, TRAINING: abstract._replace(params=None)._asdict()}
         try:
             loaded = self._checkpointer.load_checkpointables(step, parts)
-            models.check_finite(loaded[PARAMS], f"the checkpoint of step {step}")
         except Exception as error:  # what a damaged file makes of Orbax: of any kind
             if paths.passes(error) and paths.is_remote(self._steps):
                 raise
+            if jax.process_count() > 1:
+                # The others wait for it in Orbax's barrier: it ends, and that ends them.
+                self._is_broken = True
+                raise PassingError(
+                    f"{self._steps / str(step)} cannot be read by process {jax.process_index()} "
+                    f"({summary(error)}): mend its disk, or move that folder away; the same "
+                    "command goes on."
+                ) from error
+            return None, summary(error)
+        try:
+            models.check_finite(loaded[PARAMS], f"the checkpoint of step {step}")
+        except ConfigError as error:
             return None, summary(error)
         return TrainState(**loaded[TRAINING])._replace(params=loaded[PARAMS]), ""
 
@@ -353,6 +366,24 @@ class Checkpoints:
         if jax.process_count() > 1:
             self.wait()
         self._orbax(self._checkpointer.close)
+
+
+def _check_folder(steps: Path) -> None:
+    """Whether Orbax can keep checkpoints in a folder on a disk, which is made.
+
+    Raises:
+      ConfigError: it cannot, or something there would be taken for a checkpoint, or is a link.
+    """
+    paths.probe(steps, "--workdir")
+    for name in filter(str.isdecimal, paths.names(steps)):
+        if int(name) >= 10**18:
+            raise ConfigError(f"{steps / name}: there is no such step; move it elsewhere.")
+        for place in (steps / name, steps / name / PARAMS, steps / name / TRAINING):
+            if os.path.islink(place):
+                raise ConfigError(
+                    f"{place} is a symbolic link, through which Orbax deletes nothing: move the "
+                    f"folder to its place, or make all of {steps} a link."
+                )
 
 
 def _raise(error: BaseException) -> None:
@@ -403,40 +434,3 @@ def _rename(folder: Path, step: int) -> str:
         name = f"{step}.damaged.{number}"
     paths.move(folder / str(step), folder / name)
     return name
-
-
-# What went wrong in the background of the last save, in this process. Orbax tells the caller only
-# when all processes are done; before that it is in its log, and nowhere else.
-_failures: list[BaseException] = []
-
-
-def _silence_orbax() -> None:
-    """Its errors reach us as exceptions too, so their tracebacks need not be on the screen."""
-    logger = logging.getLogger("absl")
-    if _is_not_of_orbax not in logger.filters:
-        logger.addFilter(_is_not_of_orbax)
-        sys.unraisablehook = functools.partial(_show_unless_late, sys.unraisablehook)
-
-
-def _show_unless_late(
-    show: Callable[["sys.UnraisableHookArgs"], Any], dropped: "sys.UnraisableHookArgs"
-) -> None:
-    """A hook for exceptions that nobody can catch, without those of writes that end too late.
-
-    Where one write of a save fails, Orbax closes its event loop. TensorStore still ends the others,
-    and each cannot tell the loop so.
-
-    Args:
-      show: the hook before.
-    """
-    error, frames = dropped.exc_value, dropped.exc_traceback
-    is_closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-    if not is_closed or frames is None or frames.tb_frame.f_code.co_name != "call_soon_threadsafe":
-        show(dropped)
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """A filter of log records; takes note of failed saves."""
-    if record.filename == "async_checkpointer.py" and record.exc_info and record.exc_info[1]:
-        _failures.append(record.exc_info[1])
-    return "orbax" not in record.pathname

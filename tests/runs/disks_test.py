@@ -153,10 +153,10 @@ def test_a_file_may_grow_no_more(tmp_path, whole, monkeypatch):
 
 _LATE = """
 import asyncio, sys, tensorstore, threading
-from qlog.runs import checkpoints
+from qlog.runs import orbax_log
 
-checkpoints._silence_orbax()
-checkpoints._silence_orbax()
+orbax_log.silence()
+orbax_log.silence()
 promise, future = tensorstore.Promise.new()
 loop = asyncio.new_event_loop()
 
