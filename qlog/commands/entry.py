@@ -3,6 +3,7 @@
 import _thread
 import functools
 import itertools
+import os
 import re
 import sys
 import threading
@@ -20,6 +21,7 @@ from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
 MISTAKES = (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError)
 _HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
 _VERSION = {"--version", "-version"}
+_PATIENCE = 20.0  # seconds from a failure to the end of the process
 _FIELDS = re.compile(r"--?help[-_]config(?:=(.*))?", re.DOTALL)
 
 
@@ -164,4 +166,9 @@ def sentence(error: Exception) -> str:
 
 def _fail(text: str, status: int = 2) -> NoReturn:
     complain(text)
+    # At its end Python waits for all threads. Those that write to a store that does not answer try
+    # for hours, and a launcher would wait with them.
+    patience = threading.Timer(_PATIENCE, os._exit, [status])
+    patience.daemon = True
+    patience.start()
     sys.exit(status)
