@@ -45,7 +45,7 @@ _LASTING = (
     IsADirectoryError,
     NotADirectoryError,
 )
-# Of other OSErrors. s3fs raises EINVAL, ENOSYS and EREMCHG (wrong region) for a wrong request.
+# Of other OSErrors, of disks too. s3fs raises EINVAL, ENOSYS and EREMCHG (wrong region) for a wrong request.
 _LASTING_NUMBERS = {
     errno.EACCES,
     errno.EPERM,
@@ -54,6 +54,13 @@ _LASTING_NUMBERS = {
     errno.EINVAL,
     errno.ENOSYS,
     errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.EBADF,
+    errno.EXDEV,
+    errno.ENXIO,
+    errno.EDQUOT,
+    errno.EFBIG,
     getattr(errno, "EREMCHG", None),
 }
 # Exceptions of the clients that are not OSErrors: (package, name of the class or of a base).
@@ -213,6 +220,10 @@ def names(folder: Path) -> list[str]:
         return sorted(retried(lambda: [entry.name for entry in folder.iterdir()]))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links that lead to each other, and to no folder
+            return []
+        raise
 
 
 def read(path: Path, errors: str = "strict") -> str:
