@@ -39,6 +39,7 @@ from qlog.experiment import Experiment, prepare_shapes
 from qlog.learner.blocks import Work as LearnerWork
 from qlog.learner.planning import planned_work
 from qlog.learner.types import Microbatch
+from qlog.parallel import process
 from qlog.parallel.chips import CHIPS, Chip
 from qlog.rollouts import lengths as rollout_lengths
 from qlog.rollouts import sampler, schedule
@@ -188,6 +189,7 @@ class _Case(NamedTuple):
 
 def main(argv: list[str]) -> None:
     entry.only_flags(argv)
+    process.look_for_devices()
     config = _CONFIG.value
     if _TOPOLOGY.value:
         _show_moves(config, _TOPOLOGY.value)

@@ -40,7 +40,7 @@ from qlog.console import (
     size_text,
     time_text,
 )
-from qlog.errors import ConfigError, summary
+from qlog.errors import QLOG_ERRORS, ConfigError, summary
 from qlog.experiment import cost, files
 from qlog.parallel import distributed, process, sharding
 from qlog.runs import checkpoint_reader, ownership
@@ -311,6 +311,11 @@ def main(argv: list[str]) -> int:
         complain(entry.sentence(error))
         return 2
     with output(), distributed.processes(processes.value):
+        try:
+            process.look_for_devices()  # no check can be made without
+        except QLOG_ERRORS as error:
+            complain(str(error))
+            return error.status
         return run(config, workdir.value)
 
 
