@@ -45,7 +45,7 @@ _LASTING = (
     IsADirectoryError,
     NotADirectoryError,
 )
-# Of other OSErrors, of disks too. s3fs raises EINVAL, ENOSYS and EREMCHG (wrong region) for a wrong request.
+# Of other OSErrors. s3fs raises EINVAL, ENOSYS and EREMCHG (wrong region) for a wrong request.
 _LASTING_NUMBERS = {
     errno.EACCES,
     errno.EPERM,
