@@ -202,6 +202,20 @@ def exists(path: Path) -> bool:
     return retried(path.exists)
 
 
+def refuse_what_is_no_file(path: str | os.PathLike, name: str) -> None:
+    """Refuses a pipe, a device or a folder in the place of a file: some are waited for without end.
+
+    Args:
+      path: may be in a bucket, or not be there: then it is not refused.
+      name: of the file, for the message.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{name} is not a plain file: copy its content into one.")
+
+
 def number(folder: Path) -> tuple[int, int] | None:
     """(device, number) of a folder on a disk, by which one in its place is told from it.
 
