@@ -286,6 +286,11 @@ def _memory(config: ConfigDict) -> str:
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
+    with output():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     # Not the global flags: other commands of the same process have flags of the same names.
     own = flags.FlagValues()
     wanted = command_line.define(
@@ -310,7 +315,7 @@ def main(argv: list[str]) -> int:
     except entry.MISTAKES as error:
         complain(entry.sentence(error))
         return 2
-    with output(), distributed.processes(processes.value):
+    with distributed.processes(processes.value):
         try:
             process.look_for_devices()  # no check can be made without
         except QLOG_ERRORS as error:

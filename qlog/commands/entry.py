@@ -44,8 +44,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         _fail(str(error), error.status)
     except Stop as stop:
         sys.exit(stop.status)
-    except KeyboardInterrupt:  # Ctrl-C before the command listens to signals: it still imports
-        sys.exit(130)
     except Exception as error:
         from qlog.storage import paths  # takes a third of a second
 

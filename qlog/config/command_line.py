@@ -216,7 +216,12 @@ def with_flag_files(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS)
     program, *words = argv
     _check_flag_files(words, set())
     # "gnu": it looks further behind a word that is no flag, such as the 3 of `--config.seed 3`.
-    return [program, *values.read_flags_from_files(words, force_gnu=True)]
+    try:
+        return [program, *values.read_flags_from_files(words, force_gnu=True)]
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"a file of --flagfile is not UTF-8 ({error.reason}): save it as UTF-8."
+        ) from None
 
 
 def _check_flag_files(words: Sequence[str], seen: set[str]) -> None:

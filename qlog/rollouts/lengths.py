@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from qlog.errors import ConfigError
+from qlog.errors import ConfigError, summary
 from qlog.storage import json_lines, paths
 
 
@@ -27,9 +27,9 @@ def read(file: str) -> np.ndarray:
     """
     paths.refuse_what_is_no_file(file, f"--lengths={file}")
     try:
-        lengths = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--lengths={file} cannot be read: {error}.") from None
+        lengths = np.asarray(np.load(file, allow_pickle=False))
+    except Exception as error:  # NumPy raises many kinds for files that are none of its own
+        raise ConfigError(f"--lengths={file} cannot be read: {summary(error)}.") from None
     if lengths.ndim != 2 or lengths.dtype.kind not in "iu" or not lengths.size or lengths.min() < 1:
         raise ConfigError(
             f"--lengths={file} holds {lengths.dtype} {list(lengths.shape)}: give integers of at "

@@ -393,6 +393,9 @@ def test_a_flag_file_that_may_never_end_is_refused(tmp_path):
     for words in ([f"--flagfile={pipe}"], ["-flagfile", str(pipe)], [f"--flagfile={outer}"]):
         with pytest.raises(ConfigError, match=f"^--flagfile={pipe} is not a plain file"):
             command_line.with_flag_files(["main", *words])
+    outer.write_bytes(b"--seed=\xff\n")
+    with pytest.raises(ConfigError, match="a file of --flagfile is not UTF-8"):
+        command_line.with_flag_files(["main", f"--flagfile={outer}"])
     read_end, write_end = os.pipe()
     os.write(write_end, b"--config.seed=3\n")
     os.close(write_end)
