@@ -82,7 +82,8 @@ def output() -> Iterator[None]:
     """A command's output, which no character and no reader that has gone makes fail.
 
     Characters that the encoding lacks are written out, as stderr does. Where the reader of a pipe
-    has gone (`| head -1`), the command ends quietly with the status that shells have for it.
+    has gone (`| head -1`), the command ends quietly with the status that shells have for it; so it
+    does after Ctrl-C, where nothing else listens to signals.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -96,6 +97,8 @@ def output() -> Iterator[None]:
         # Python flushes once more when it ends: into nothing, or it would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 # ---- Lines ----

@@ -1,8 +1,11 @@
-"""The exceptions that a user is meant to read, and the exit status of each."""
+"""The exceptions that a user is meant to read with their exit status, and those of users' code."""
 
+import contextlib
 import os
 import signal
+import threading
 import traceback
+from collections.abc import Iterator
 
 
 class ConfigError(ValueError):
@@ -62,4 +65,62 @@ def summary(error: BaseException) -> str:
 
     The name of its type where it said nothing.
     """
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # a class of a user's, which cannot say what it is
+        text = ""
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+# ---- Exceptions of users' code: config files, and functions that a config names ----
+
+
+def let_signals_pass(error: BaseException) -> None:
+    """Raises what is no fault of a user's code that `except BaseException` stands around.
+
+    That is a signal, also where another exception has taken its place, and a generator's end. All
+    else is the code's: sys.exit(0) in it would end the run as if it had succeeded.
+    """
+    each, seen = error, set()
+    while each is not None and id(each) not in seen:
+        if isinstance(each, (KeyboardInterrupt, Stop)):
+            raise each
+        seen.add(id(each))
+        each = each.__cause__ or each.__context__
+    if isinstance(error, GeneratorExit):
+        raise error
+
+
+class _Noted:
+    """A handler of SIGINT that raises KeyboardInterrupt, as Python's own, and remembers it."""
+
+    came = False
+
+    def __call__(self, number, frame) -> None:
+        self.came = True
+        signal.default_int_handler(number, frame)
+
+
+@contextlib.contextmanager
+def ctrl_c_stays() -> Iterator[None]:
+    """Whatever exception Ctrl-C leads to in here, KeyboardInterrupt leaves.
+
+    An extension in C that is interrupted while it is imported raises an ImportError that does not
+    say why; JAX has several. Does nothing outside the main thread, or where a handler is set.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_pythons = before is signal.default_int_handler or isinstance(before, _Noted)
+    if not is_pythons or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = _Noted()
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    except Exception as error:
+        if handler.came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is handler:
+            signal.signal(signal.SIGINT, before)

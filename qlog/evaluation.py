@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -34,7 +35,7 @@ from qlog.rollouts import sampler
 from qlog.rollouts.decoding import Sampling
 from qlog.rollouts.text import rollout_texts
 from qlog.runs import folder
-from qlog.storage import json_lines, paths
+from qlog.storage import json_lines, paths, strict_json
 from qlog.storage.paths import Path
 
 _BARE = "no_rationale/"  # before the names of metrics without a rationale
@@ -199,7 +200,7 @@ def _summarise(config: ConfigDict, rows: list[Row]) -> dict[str, float]:
         seed=config.seed,
     )
     numbers = np.array(
-        [[row["log_p"], np.mean(row["forced"]), np.mean(row["complete"])] for row in rows]
+        [[float(row["log_p"]), np.mean(row["forced"]), np.mean(row["complete"])] for row in rows]
     )
     log_p, forced, complete = numbers.mean(0)
     return summary | {
@@ -244,13 +245,14 @@ def _write_questions(config: ConfigDict, samples: Path, rows: list[Row]) -> None
     k = config.evaluation.rollouts_per_prompt
     values = {name: each.tolist() for name, each in accuracy.per_question(rows, k).items()}
     content = {"ids": [row["id"] for row in rows], **values}
-    paths.write(folder.questions(samples), json.dumps(content))
+    paths.write(folder.questions(samples), strict_json.dumps(content))
 
 
-def _read_rows(file: Path) -> list[Any]:
+def _read_rows(file: Path) -> list[tuple[int, Any]]:
+    """The rows of a file, each after the number of its line."""
     # As bytes: what is not UTF-8 is told in a sentence.
     text = paths.read(file, errors="surrogateescape")
-    return json_lines.loads(text.encode("utf-8", "surrogateescape"))
+    return json_lines.numbered(text.encode("utf-8", "surrogateescape"))
 
 
 class _PartialSamples:
@@ -285,13 +287,13 @@ class _PartialSamples:
         rows: list[Row] = []
         while True:
             try:
-                more = _read_rows(self._part(len(rows)))
+                more = [row for _, row in _read_rows(self._part(len(rows)))]
             except FileNotFoundError:
                 return rows
             except (ValueError, RecursionError):
                 more = []
             # A damaged part is sampled again, and so are those behind it.
-            if not more or not all(isinstance(row, dict) for row in more):
+            if not more or any(map(_wrong, more)):
                 say(f"{self._part(len(rows))} is damaged: its questions are sampled again")
                 return rows
             rows += more
@@ -332,7 +334,7 @@ def record(
         "config": digest,
         "evaluation": json.loads(schema.to_json(config.evaluation)),
     }
-    return json.dumps(about | {"metrics": metrics}, indent=2, sort_keys=True)
+    return strict_json.dumps(about | {"metrics": metrics}, indent=2, sort_keys=True)
 
 
 def recompute(config: ConfigDict, samples: Path) -> dict[str, float]:
@@ -360,28 +362,44 @@ def _checked_rows(file: Path) -> list[Row]:
     """The rows of a file that a user names.
 
     Raises:
-      ConfigError: it cannot be read, is empty, or a row lacks what only the sampler knows.
+      ConfigError: it cannot be read, is empty, or something is wrong with a row.
     """
+    paths.refuse_what_is_no_file(file, str(file))
     try:
         rows = _read_rows(file)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
         raise ConfigError(f"{file} holds no samples: {error}.") from None
-    for number, row in enumerate(rows, 1):
-        missing = _FIELDS - set(row if isinstance(row, dict) else ())
-        if missing:
-            raise ConfigError(f"{file}, line {number}: samples need {', '.join(sorted(missing))}.")
-        # The sampler's own fields; accuracy.summarise checks the others.
-        is_number = type(row["log_p"]) in (int, float)
-        if not (is_number and _are_flags(row["forced"]) and _are_flags(row["complete"])):
+    for number, row in rows:
+        if wrong := _wrong(row):
             raise ConfigError(
-                f"{file}, line {number}: log_p must be a number, forced and complete lists of "
-                "flags."
+                f"{file}, line {number}: {wrong}; give a file as evaluation wrote it."
             )
     if not rows:
         raise ConfigError(f"{file} is empty.")
-    return rows
+    return [row for _, row in rows]
+
+
+def _wrong(row: Any) -> str:
+    """What is wrong with a row that was read back, as a sentence without its end; else ''."""
+    missing = _FIELDS - set(row if isinstance(row, dict) else ())
+    if missing:
+        return f"samples need {', '.join(sorted(missing))}"
+    if not (_is_log(row["log_p"]) and _are_flags(row["forced"]) and _are_flags(row["complete"])):
+        return "log_p must be a finite number, forced and complete lists of flags"
+    wrong = accuracy.wrong(row)
+    return wrong and f"the row {wrong}"
+
+
+def _is_log(value: Any) -> bool:
+    """Whether it is a finite number, or one of the words that are written for the others."""
+    if value in ("nan", "inf", "-inf"):  # of a model whose parameters are too large
+        return True
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _are_flags(value: Any) -> bool:

@@ -86,6 +86,7 @@ def main(argv: list[str]) -> int:
     process.set_up()  # before JAX looks for devices
 
     with distributed.processes(_DISTRIBUTED.value):
+        process.look_for_devices()  # --mode=compile, too, asks which process this is
         if _MODE.value != "compile":
             process.refuse_fallback()
         from qlog.commands import modes

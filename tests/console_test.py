@@ -59,6 +59,11 @@ def test_a_reader_that_has_gone_ends_a_command_quietly():
     assert status == 141 and "BrokenPipe" not in err
 
 
+def test_ctrl_c_ends_a_command_quietly():
+    code = "from qlog.console import *\nwith output(): print(1); raise KeyboardInterrupt"
+    assert run(code, "utf-8") == (130, "1", "")
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [

@@ -9,6 +9,7 @@ import tiny
 from qlog import evaluation
 from qlog.config import schema
 from qlog.experiment import prepare
+from qlog.storage import paths
 
 # Fields that must stay in training and change no sample of an evaluation.
 NOT_OF_SAMPLES = {
@@ -50,3 +51,14 @@ def test_parts_are_of_the_same_settings(name, experiment):
         change = {part: change}
     changed = dataclasses.replace(experiment, config=schema.merge(experiment.config, change))
     assert evaluation._inputs(changed, "x") != evaluation._inputs(experiment, "x"), name
+
+
+@pytest.mark.parametrize("changes", [{"log_p": None}, {"answers": ["b", 3]}, {"forced": []}])
+def test_a_part_with_a_row_that_cannot_be_graded_is_sampled_again(changes, tmp_path):
+    row = {"id": "a", "golds": ["b"], "answers": ["b"], "log_p": -1.0}
+    row |= {"forced": [False], "complete": [True]}
+    parts = evaluation._PartialSamples(paths.Path(tmp_path / "x.jsonl"), {"seed": 1})
+    assert parts.read() == []
+    parts.write(0, [row])
+    parts.write(1, [row | {"id": "c"} | changes])
+    assert parts.read() == [row]

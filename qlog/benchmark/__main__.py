@@ -29,6 +29,7 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> None:
     entry.only_flags(argv)
     process.set_up()
+    process.look_for_devices()
     report(
         _CONFIG.value,
         prompt=_PROMPT.value,

@@ -16,7 +16,6 @@ chip's bandwidth. They are to compare schedules with, not a measurement.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -39,11 +38,13 @@ from qlog.experiment import Experiment, prepare_shapes
 from qlog.learner.blocks import Work as LearnerWork
 from qlog.learner.planning import planned_work
 from qlog.learner.types import Microbatch
+from qlog.parallel import process
 from qlog.parallel.chips import CHIPS, Chip
 from qlog.rollouts import lengths as rollout_lengths
 from qlog.rollouts import sampler, schedule
 from qlog.rollouts.balance import Shards
 from qlog.rollouts.schedule import Schedule, Work
+from qlog.storage import strict_json
 
 # ---- A config on a pod ----
 
@@ -188,6 +189,7 @@ class _Case(NamedTuple):
 
 def main(argv: list[str]) -> None:
     entry.only_flags(argv)
+    process.look_for_devices()
     config = _CONFIG.value
     if _TOPOLOGY.value:
         _show_moves(config, _TOPOLOGY.value)
@@ -200,7 +202,7 @@ def main(argv: list[str]) -> None:
             for case, m in rows
         ]
         worst = {name: max(case[name] for case in cases) for name in ("decode", "learn")}
-        print(json.dumps(worst if len(cases) == 1 else {**worst, "cases": cases}))
+        print(strict_json.dumps(worst if len(cases) == 1 else {**worst, "cases": cases}))
 
 
 def _choose_default_config() -> None:

@@ -181,6 +181,7 @@ def _difference(a: models.Params, b: models.Params) -> jax.Array:
 def main(argv: list[str]) -> None:
     entry.only_flags(argv)
     process.set_up()
+    process.look_for_devices()
     if _CONFIG.value:
         policy = prepare_shapes(_CONFIG.value).policy
     else:

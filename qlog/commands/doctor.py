@@ -40,7 +40,7 @@ from qlog.console import (
     size_text,
     time_text,
 )
-from qlog.errors import ConfigError, summary
+from qlog.errors import QLOG_ERRORS, ConfigError, summary
 from qlog.experiment import cost, files
 from qlog.parallel import distributed, process, sharding
 from qlog.runs import checkpoint_reader, ownership
@@ -286,6 +286,11 @@ def _memory(config: ConfigDict) -> str:
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
+    with output():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     # Not the global flags: other commands of the same process have flags of the same names.
     own = flags.FlagValues()
     wanted = command_line.define(
@@ -310,7 +315,12 @@ def main(argv: list[str]) -> int:
     except entry.MISTAKES as error:
         complain(entry.sentence(error))
         return 2
-    with output(), distributed.processes(processes.value):
+    with distributed.processes(processes.value):
+        try:
+            process.look_for_devices()  # no check can be made without
+        except QLOG_ERRORS as error:
+            complain(str(error))
+            return error.status
         return run(config, workdir.value)
 
 

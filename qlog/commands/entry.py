@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from qlog.commands import help_pages
 from qlog.config import command_line, schema
 from qlog.console import complain, output, versions
-from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop
+from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop, ctrl_c_stays
 
 # What `command_line.parse` raises where a command line is wrong.
 MISTAKES = (ConfigError, flags.Error, AttributeError, KeyError, TypeError, OSError)
@@ -39,15 +39,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     about = sys.modules["__main__"].__doc__ or ""
     sys.unraisablehook = functools.partial(_interrupt_again, sys.unraisablehook)
     try:
-        with output():
+        with output(), ctrl_c_stays():
             if not show_about(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
                 app.run(main, flags_parser=_parse)
     except QLOG_ERRORS as error:
         _fail(str(error), error.status)
     except Stop as stop:
         sys.exit(stop.status)
-    except KeyboardInterrupt:  # Ctrl-C before the command listens to signals: it still imports
-        sys.exit(130)
     except Exception as error:
         from qlog.storage import paths  # takes a third of a second
 

@@ -307,10 +307,13 @@ def _main_numbers(metrics: dict[str, float]) -> dict[str, str]:
     """The numbers that a reader looks for, with their intervals: not those of every grader."""
     shown = {}
     for name, value in metrics.items():
+        value = float(value)  # of a number that is not finite the file has the word
         plain = name.removeprefix("no_rationale/").removeprefix("metrics/")
         if "/" not in plain:
             low, high = metrics.get(f"{name}/low"), metrics.get(f"{name}/high")
-            interval = "" if low is None or high is None else f"   {low:.4g} to {high:.4g}"
+            interval = (
+                "" if low is None or high is None else f"   {float(low):.4g} to {float(high):.4g}"
+            )
             shown[name] = f"{value:.4g}{interval}"
     return shown
 

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 from qlog.console import versions
 from qlog.errors import QLOG_ERRORS, PassingError
-from qlog.storage import paths
+from qlog.storage import paths, strict_json
 
 _COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint on gs://
 _PATIENCE = 60  # seconds for a store to answer
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
         return 2
     signal.alarm(_PATIENCE)  # ends this process: the launcher that asks cannot wait without end
     try:
-        print(json.dumps(of(paths.parse(argv[1], "WORKDIR"))))
+        print(strict_json.dumps(of(paths.parse(argv[1], "WORKDIR"))))
     except QLOG_ERRORS as error:
         print(error, file=sys.stderr)
         return error.status

@@ -22,6 +22,7 @@ from qlog.console import complain, count_text, output, printable
 from qlog.data import Example, Formatter, Tokenizer, pipeline
 from qlog.errors import QLOG_ERRORS
 from qlog.experiment import files
+from qlog.parallel import process
 
 _MEASURED = 20_000  # examples whose lengths count; a synthetic task has no end of them
 
@@ -109,7 +110,7 @@ def _main(argv: Sequence[str]) -> int:
     config = command_line.define(values=values)
     split = flags.DEFINE_string("split", "train", "train, validation or test", flag_values=values)
     num_examples = flags.DEFINE_integer(
-        "examples", 1, "how many examples to print", flag_values=values
+        "examples", 1, "how many examples to print", lower_bound=1, flag_values=values
     )
     if entry.show_about(argv, __doc__ or "", values):
         return 0
@@ -119,7 +120,8 @@ def _main(argv: Sequence[str]) -> int:
     # The first argument becomes the flag that names the config.
     argv = [argv[0], f"--config={argv[1]}", *argv[2:]]
     try:
-        command_line.parse(argv, values)
+        entry.only_flags(command_line.parse(argv, values))
+        process.look_for_devices()  # whoever reads data asks which process this is
         source, formatter, limits = _open(config.value, split.value)
         for line in report(source, formatter, limits, range(min(num_examples.value, len(source)))):
             print(printable(line))

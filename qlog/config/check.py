@@ -22,7 +22,7 @@ from qlog import losses, models
 from qlog.config import schema
 from qlog.config.schema import CHOICES
 from qlog.console import count_text
-from qlog.errors import ConfigError, last_line, summary
+from qlog.errors import ConfigError, last_line, let_signals_pass, summary
 from qlog.grading import scorers
 from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
@@ -172,7 +172,8 @@ def build_estimator(config: ConfigDict) -> losses.Estimator:
         label, built = losses.label(name), losses.estimator(name, section)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.loss: {error}.") from None
-    except Exception as error:  # a function may raise anything
+    except BaseException as error:  # a function may raise anything
+        let_signals_pass(error)
         raise ConfigError(
             f"config.loss: {losses.label(name)} raised {type(error).__name__}: {summary(error)} "
             f"({last_line(error)})."
@@ -254,7 +255,8 @@ def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts
         jax.eval_shape(coefficients, estimator.measured(everything))
     except ValueError as error:
         raise ConfigError(f"config.loss: {error}.") from error
-    except Exception as error:  # a schedule of q is a function, and may raise anything
+    except BaseException as error:  # a schedule of q is a function, and may raise anything
+        let_signals_pass(error)
         raise ConfigError(
             f"config.loss cannot be traced by JAX ({type(error).__name__}: {summary(error)})."
         ) from error

@@ -12,6 +12,7 @@ since an entry changes the config that they make.
 """
 
 import ast
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -28,7 +29,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from qlog.config import schema
-from qlog.errors import ConfigError, last_line, summary
+from qlog.errors import (
+    QLOG_ERRORS,
+    ConfigError,
+    ctrl_c_stays,
+    let_signals_pass,
+    summary,
+)
 
 _NAME = "config"
 _SETTING = re.compile(rf"--?(no)?{_NAME}\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -93,34 +100,29 @@ def parse(
         )
     _let_it_import_its_neighbours(file)
     try:
-        rest = values([program, *words], known_only=known_only)
-        config = values[_NAME].value
-        getattr(config, "seed", None)  # a file that did not load raises when it is first used
-    except (ConfigError, OSError):
-        raise
-    except SystemExit as error:
-        # --help ends the process, too; only that of the config file is a mistake.
-        frames = _frames_of(file, error)
-        if not frames:
-            raise
-        raise ConfigError(
-            f"--config={named} called sys.exit({error.code!r}) in line "
-            f"{frames[-1].lineno}: a config file has to return a config."
-        ) from error
-    except flags.Error as error:
-        if "takes 0 positional arguments" in str(error):
+        with ctrl_c_stays():  # a config file may import JAX
+            rest = values([program, *words], known_only=known_only)
+            config = values[_NAME].value
+            getattr(config, "seed", None)  # a file that did not load raises when it is first used
+    except BaseException as error:  # a config file is Python: it may raise anything
+        let_signals_pass(error)
+        raised, place = _raised_by(file, error)
+        if raised is None:
+            if isinstance(error, OSError | flags.Error):
+                raise _told(error, named, values) from None
+            if not isinstance(error, Exception):  # --help ends the process, too
+                raise
+            raised = error  # of a file that cannot be read as Python: the message says where
+        if isinstance(raised, QLOG_ERRORS):
+            raise raised from None
+        if isinstance(raised, SystemExit):
             raise ConfigError(
-                f"--config={named}: this config file has no variants: leave out what stands behind "
-                "the colon, or give its get_config a parameter."
-            ) from None
-        if values[_NAME].present and values[_NAME].value is None:
-            raise _no_config(values) from None
-        raise
-    except Exception as error:  # a config file is Python: it may raise anything
-        # Of a file that cannot be read as Python, the message itself says where.
-        place = "" if isinstance(error, SyntaxError) else f" ({last_line(error)})"
+                f"--config={named} called sys.exit({raised.code!r}) in line "
+                f"{place.rpartition(':')[2]}: a config file has to return a config."
+            ) from error
         raise ConfigError(
-            f"--config={named} raised {type(error).__name__}: {summary(error)}{place}."
+            f"--config={named} raised {type(raised).__name__}: {summary(raised)}"
+            f"{place and f' ({place})'}."
         ) from error
     if config is None and not values[_NAME].present:
         if settings:
@@ -132,11 +134,45 @@ def parse(
     return rest
 
 
-def _frames_of(file: str, error: BaseException) -> list[traceback.FrameSummary]:
-    """Where a config file was running when an exception was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    path = os.path.abspath(file)
-    return [frame for frame in frames if os.path.abspath(frame.filename) == path]
+def _raised_by(file: str, error: BaseException) -> tuple[BaseException | None, str]:
+    """What a config file raised, and where ("mine.py:12"); (None, '') where it raised nothing.
+
+    config_flags and absl put exceptions of their own around those of a file.
+    """
+    folder, each, seen = os.path.dirname(os.path.abspath(file)), error, set()
+    while each is not None and id(each) not in seen:
+        frames = traceback.extract_tb(each.__traceback__)
+        names = [os.path.abspath(frame.filename) for frame in frames]
+        if os.path.abspath(file) in names:
+            # The last line of the file, or of a module next to it; libraries may be further in.
+            last = max(i for i, name in enumerate(names) if os.path.dirname(name) == folder)
+            return each, f"{os.path.basename(names[last])}:{frames[last].lineno}"
+        seen.add(id(each))
+        each = each.__cause__ or each.__context__
+    return None, ""
+
+
+def _told(error: OSError | flags.Error, named: str, values: flags.FlagValues) -> Exception:
+    """A wrong flag, or what config_flags makes of a config file that it cannot load or call."""
+    text = str(error)
+    if isinstance(error, OSError) and values[_NAME].present:
+        # The last line is that of the first exception, whose traceback is lost.
+        return ConfigError(
+            f"--config={named} could not be loaded: {text.splitlines()[-1].strip()}."
+        )
+    if "takes 0 positional arguments" in text:
+        return ConfigError(
+            f"--config={named}: this config file has no variants: leave out what stands behind "
+            "the colon, or give its get_config a parameter."
+        )
+    if "get_config() missing 1 required" in text:
+        return ConfigError(
+            f"--config={named}: this config file needs a variant behind a colon: name one, or give "
+            "the parameter of its get_config a default."
+        )
+    if values[_NAME].present and values[_NAME].value is None:
+        return _no_config(values)
+    return error
 
 
 def _no_config(values: flags.FlagValues) -> ConfigError:
@@ -167,17 +203,43 @@ def _let_it_import_its_neighbours(file: str) -> None:
 def with_flag_files(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """A command line with the lines of each --flagfile=FILE in its place.
 
-    A file may be a pipe, which can be read once, or be gone later: what comes after reads none.
+    A file may be a pipe of the shell, <(command), which can be read once, or be gone later: what
+    comes after reads none.
 
     Args:
       argv: the program's name first.
 
     Raises:
+      ConfigError: a file is a pipe with a name, or a device: it could be waited for without end.
       flags.Error: a file cannot be read.
     """
     program, *words = argv
+    _check_flag_files(words, set())
     # "gnu": it looks further behind a word that is no flag, such as the 3 of `--config.seed 3`.
-    return [program, *values.read_flags_from_files(words, force_gnu=True)]
+    try:
+        return [program, *values.read_flags_from_files(words, force_gnu=True)]
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"a file of --flagfile is not UTF-8 ({error.reason}): save it as UTF-8."
+        ) from None
+
+
+def _check_flag_files(words: Sequence[str], seen: set[str]) -> None:
+    """Raises ConfigError for a flag file that may never end, also where another one names it."""
+    for word, after in itertools.pairwise([*words, ""]):
+        flag, is_one_word, value = word.lstrip("-").partition("=")
+        file = os.path.expanduser((value if is_one_word else after).strip())
+        if not word.startswith("-") or flag != "flagfile" or file in seen:
+            continue
+        from qlog.storage import paths  # takes a third of a second
+
+        seen.add(file)
+        # The shell's own pipes and stdin, which no path leads to, have a writer.
+        if os.path.exists(os.path.realpath(file)) and file != "/dev/stdin":
+            paths.refuse_what_is_no_file(file, f"--flagfile={file}")
+        if os.path.isfile(file):
+            with contextlib.suppress(OSError), open(file, errors="replace") as lines:
+                _check_flag_files([*lines], seen)
 
 
 def again(argv: Sequence[str], keep: Sequence[str] = ()) -> list[str]:

@@ -26,7 +26,7 @@ from qlog.data import fields, record_files
 from qlog.data.examples import Example, as_json, has_half_characters, wrong_id
 from qlog.data.invalid import InvalidRecord, Skipped
 from qlog.data.record_files import Binary, Record, RecordFiles
-from qlog.errors import ConfigError, summary
+from qlog.errors import ConfigError, let_signals_pass, summary
 
 PARTS = ("id", "source", "answer", "aliases", "rationale")
 _REQUIRED = ("source", "answer")
@@ -370,8 +370,8 @@ class CheckedExamples(Sequence[Example]):
         self._call = f"{function.__qualname__}({split!r})"
         try:
             examples = function(split)
-        # Whatever the function raises; sys.exit(0) in it would end the run without a word.
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # whatever the function raises
+            let_signals_pass(error)
             raise ConfigError(
                 f"{fields.NAME}: {self._call} raised {type(error).__name__}: {summary(error)}."
             ) from error
@@ -385,7 +385,8 @@ class CheckedExamples(Sequence[Example]):
             )
         try:
             self._examples, self._size = examples, len(examples)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            let_signals_pass(error)
             raise ConfigError(
                 f"{fields.NAME}: len({self._call}) raised {type(error).__name__}: {summary(error)}."
             ) from error
@@ -398,7 +399,8 @@ class CheckedExamples(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         try:
             example = self._examples[index]
-        except (Exception, SystemExit) as error:  # the user's Sequence may compute its examples
+        except BaseException as error:  # the user's Sequence may compute its examples
+            let_signals_pass(error)
             raise ConfigError(
                 f"{fields.NAME}: {self._call}[{index}] raised {type(error).__name__}: "
                 f"{summary(error)}."

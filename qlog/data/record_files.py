@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 from qlog.data import fields
 from qlog.data.invalid import InvalidRecord, Skipped
 from qlog.errors import ConfigError, summary
-from qlog.storage import assets, git_lfs, strict_json
+from qlog.storage import assets, git_lfs, paths, strict_json
 
 Record = dict[str, Any]  # one record, values as JSON has them
 
@@ -335,8 +335,7 @@ class _Parquet:
 def _open(file: File) -> _Opened:
     is_parquet = file.path.lower().endswith(PARQUET_SUFFIXES)
     is_packed = file.path.lower().endswith(".gz")
-    if not os.path.isfile(file.path):  # a pipe or a device would be waited for without end
-        raise ConfigError(f"{file.name} is not a plain file: copy its content into one.")
+    paths.refuse_what_is_no_file(file.path, file.name)
     try:
         if git_lfs.is_pointer_file(file.path):
             raise ConfigError(f"{file.name} {git_lfs.SENTENCE}.")

@@ -307,15 +307,39 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a float can hold it: JSON has whole numbers of any size."""
+    try:
+        return not isinstance(value, bool) and isinstance(float(value), float)
+    except (OverflowError, TypeError, ValueError):
+        return False
+
+
 # What a row must hold. A string where a list belongs would be graded letter by letter.
 _FIELDS = (
     ("id", lambda value: isinstance(value, str) and bool(value), "a string"),
     ("golds", _are_texts, "a list of strings"),
     ("answers", _are_texts, "a list of strings"),
-    ("official_answer", lambda value: isinstance(value, (str, float, int, type(None))), "a number"),
+    (
+        "official_answer",
+        lambda value: value is None or isinstance(value, str) or _is_number(value),
+        "a number",
+    ),
     ("source", lambda value: isinstance(value, (str, type(None))), "a string"),
     ("prompt", lambda value: isinstance(value, (str, type(None))), "a string"),
+    ("rationales", lambda value: not value or _are_texts(value), "a list of strings"),
+    ("extra", lambda value: isinstance(value, (Mapping, type(None))), "an object"),
 )
+
+
+def wrong(row: Mapping[str, Any]) -> str:
+    """What is wrong with a row by itself, as the end of a sentence about it; '' if nothing is."""
+    for field, is_right, what in _FIELDS:
+        if not is_right(row.get(field)):
+            return f"has no {field!r} that is {what}"
+    if len(row.get("rationales") or row["answers"]) != len(row["answers"]):
+        return "has other numbers of rationales and answers"
+    return ""
 
 
 def _check(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -323,18 +347,12 @@ def _check(rows: Sequence[Mapping[str, Any]]) -> int:
     if not rows:
         raise ValueError("summarise needs at least one row of samples, got none")
     for index, row in enumerate(rows):
-        for field, is_right, what in _FIELDS:
-            if not is_right(row.get(field)):
-                raise ValueError(f"row {index} of the samples has no {field!r} that is {what}")
+        if what := wrong(row):
+            raise ValueError(f"row {index} of the samples {what}")
     ids = [row["id"] for row in rows]
     if len(set(ids)) < len(ids):
         repeated = next(id_ for index, id_ in enumerate(ids) if id_ in ids[:index])
         raise ValueError(f"the samples hold question {repeated!r} more than once")
-    for index, row in enumerate(rows):
-        if len(row.get("rationales") or row["answers"]) != len(row["answers"]):
-            raise ValueError(
-                f"row {index} of the samples has other numbers of rationales and answers"
-            )
     sizes = {len(row["answers"]) for row in rows}
     if len(sizes) > 1:
         raise ValueError(

@@ -468,10 +468,10 @@ def _scale_shifts(match: re.Match[str], gold: str, value: decimal.Decimal) -> li
 
 
 def _target(target: float | int | str) -> decimal.Decimal | None:
-    """The gold number, or None where there is none (text, NaN, infinities)."""
+    """The gold number, or None where no float is (text, NaN, infinities, what is too large)."""
     try:
         number = float(target)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return decimal.Decimal(repr(number)) if math.isfinite(number) else None
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from qlog.errors import ConfigError, Stop, TrainingError
+from qlog.errors import ConfigError, TrainingError, let_signals_pass
 from qlog.grading import graders
 
 LARGEST = 1e9  # absolute value of a score: sums of squares must stay finite in float32
@@ -285,10 +285,8 @@ class Panel:
 def _attempt(scorer: Scorer, sample: Sample) -> tuple[float, str]:
     try:
         return scorer(sample), ""
-    except (KeyboardInterrupt, Stop):  # a signal, where the calling thread scores
-        raise
-    # A user's function may raise anything. SystemExit would end the run as if it had succeeded.
-    except BaseException as error:
+    except BaseException as error:  # a user's function may raise anything
+        let_signals_pass(error)  # where the calling thread scores
         return 0.0, _described(error, scorer.function)
 
 

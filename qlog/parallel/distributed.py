@@ -34,6 +34,7 @@ from jax.experimental import multihost_utils
 
 from qlog.console import complain, count_text, say
 from qlog.errors import QLOG_ERRORS, ConfigError, PassingError, Stop, summary
+from qlog.parallel import process
 from qlog.storage import paths
 
 CHOICES = ("auto", "on", "off")
@@ -62,6 +63,11 @@ def processes(choice: str) -> Iterator[None]:
         yield
         return
     _connect(seen)
+    try:
+        process.look_for_devices()
+    except QLOG_ERRORS as error:  # without devices JAX does not say how many processes there are
+        complain(str(error))
+        _leave(error.status)
     try:
         number = count_text(jax.process_count(), "process", "processes")
         say(f"{number}, by {seen or 'what JAX detected'}")
@@ -342,10 +348,10 @@ def _wait_for(processes: list[int]) -> None:
         return
     if jax.process_index() in processes:
         client.key_value_set(f"{turn}/{jax.process_index()}", "done")
-    for process in processes:
+    for index in processes:
         while True:
             try:  # in short waits, of 2 s: between them Python's handlers of signals run
-                client.blocking_key_value_get(f"{turn}/{process}", 2_000)
+                client.blocking_key_value_get(f"{turn}/{index}", 2_000)
                 break
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):

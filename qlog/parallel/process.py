@@ -9,7 +9,7 @@ import sys
 import jax
 
 from qlog import extras
-from qlog.errors import ConfigError, summary
+from qlog.errors import ConfigError, PassingError, summary
 from qlog.storage import assets, paths
 
 # JAX's event after a program was compiled, or read from the cache.
@@ -18,6 +18,10 @@ _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "j
 _SHARED_TUNING = "xla_gpu_shard_autotuning"  # a flag in XLA_FLAGS
 # What shows that an accelerator is plugged in: path -> the extra that drives it.
 _HARDWARE = {"/dev/accel0": "tpu", "/dev/vfio/0": "tpu", "/dev/nvidia0": "cuda"}
+# The end of JAX's message, in other words than ours.
+_JAX_REMEDY = "(set JAX_PLATFORMS='' to automatically choose an available backend)"
+# In JAX's message, where the same command may find the device later.
+_BUSY = ("already in use", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")
 _PATIENCE = 20.0  # seconds for a bucket to answer
 _NOTE = """Programs that JAX compiled. They are code:
 whoever may write here can run anything as each user who reads here.
@@ -99,6 +103,34 @@ def _compile_alone() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --{_SHARED_TUNING}=false".lstrip()
 
 
+def look_for_devices() -> None:
+    """Has JAX look for its devices, if it has not yet: its own errors do not say what to do.
+
+    Raises:
+      ConfigError: JAX_PLATFORMS names a platform that JAX does not know, or cannot start here.
+      PassingError: another process holds the device, or it does not answer now.
+    """
+    platforms = jax.config.jax_platforms
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion: no plug-in for any of them
+        if not platforms:
+            raise
+        reason = summary(error).removesuffix(_JAX_REMEDY)
+        reason = f" ({reason})" if str(error) else ""
+        where = f"JAX_PLATFORMS={platforms}"
+        if any(word in reason for word in _BUSY):
+            raise PassingError(
+                f"{where}, and the device cannot be had now{reason}: end the process that holds "
+                "it, or wait; the same command goes on."
+            ) from error
+        raise ConfigError(
+            f"{where}, but JAX cannot use it here{reason}: install what drives the device "
+            "(launch/install cuda13 for NVIDIA GPUs, launch/install tpu for TPUs), or unset "
+            "JAX_PLATFORMS."
+        ) from error
+
+
 def refuse_fallback() -> None:
     """Refuses to compute on the CPU of a machine that has an accelerator.
 
@@ -106,8 +138,10 @@ def refuse_fallback() -> None:
     it sees no GPU.
 
     Raises:
-      ConfigError: JAX uses the CPU, and JAX_PLATFORMS does not ask for it.
+      ConfigError: JAX uses the CPU, and JAX_PLATFORMS does not ask for it; or as `look_for_devices`
+        does.
     """
+    look_for_devices()
     platforms = os.environ.get("JAX_PLATFORMS", "")
     wanted = platforms.split(",")[0]
     if wanted == "cpu" or jax.default_backend() != "cpu":

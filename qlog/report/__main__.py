@@ -13,11 +13,16 @@ import contextlib
 import os
 import sys
 
-from qlog.console import count_text, versions
+from qlog.console import count_text, output, versions
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit status: 2 where nothing is found or a place is wrong."""
+    with output():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qlog.report",
         description=__doc__,
@@ -39,7 +44,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # Imported after the flags were read. JAX must not look for a TPU: it may be the run's.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from qlog.console import complain, output, show_markdown
+    from qlog.console import complain, show_markdown
     from qlog.errors import QLOG_ERRORS, ConfigError
     from qlog.report import comparison, read, server
     from qlog.storage import paths
@@ -65,11 +70,10 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # a port that is in use, a folder that cannot be written
         complain(str(error))
         return 2
-    with output():
-        show_markdown(paths.read(out / "report.md"))
-        number = count_text(len(folders), "run")
-        print(f"{number}. The report is {out / 'report.html'}: open it in a browser.")
-        print(f"Next to it: {', '.join(name for name in names if name != 'report.html')}")
+    show_markdown(paths.read(out / "report.md"))
+    number = count_text(len(folders), "run")
+    print(f"{number}. The report is {out / 'report.html'}: open it in a browser.")
+    print(f"Next to it: {', '.join(name for name in names if name != 'report.html')}")
     return 0
 
 

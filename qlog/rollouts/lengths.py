@@ -1,12 +1,11 @@
 """Lengths of rollouts to plan with: drawn, from a file, or those of an evaluation's samples."""
 
-import json
 import pathlib
 
 import numpy as np
 
-from qlog.errors import ConfigError
-from qlog.storage import json_lines
+from qlog.errors import ConfigError, summary
+from qlog.storage import json_lines, paths
 
 
 def drawn(
@@ -26,10 +25,11 @@ def read(file: str) -> np.ndarray:
     Raises:
       ConfigError: it cannot be read, or holds something else.
     """
+    paths.refuse_what_is_no_file(file, f"--lengths={file}")
     try:
-        lengths = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--lengths={file} cannot be read: {error}.") from None
+        lengths = np.asarray(np.load(file, allow_pickle=False))
+    except Exception as error:  # NumPy raises many kinds for files that are none of its own
+        raise ConfigError(f"--lengths={file} cannot be read: {summary(error)}.") from None
     if lengths.ndim != 2 or lengths.dtype.kind not in "iu" or not lengths.size or lengths.min() < 1:
         raise ConfigError(
             f"--lengths={file} holds {lengths.dtype} {list(lengths.shape)}: give integers of at "
@@ -44,10 +44,11 @@ def of_samples(file: str) -> np.ndarray:
     Raises:
       ConfigError: the file cannot be read, or its lines have no lengths.
     """
+    paths.refuse_what_is_no_file(file, f"--samples={file}")
     try:
-        text = pathlib.Path(file).read_text(encoding="utf-8")
-        return np.array([json.loads(line)["lengths"] for line in json_lines.split(text)], int)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows = json_lines.loads(pathlib.Path(file).read_bytes())
+        return np.array([row["lengths"] for row in rows], int)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(
             f"--samples={file} gives no lengths ({type(error).__name__}: {error}): give the "
             "samples of an evaluation."

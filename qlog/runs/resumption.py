@@ -27,7 +27,9 @@ def finished_metrics(workdir: Path, config: ConfigDict) -> dict[str, float] | No
     """
     try:
         record = json.loads(paths.read(workdir / RESULTS))
-        step, metrics, evaluated = record["step"], dict(record["metrics"]), record["evaluation"]
+        step, metrics, evaluated = record["step"], record["metrics"], record["evaluation"]
+        # Of a number that is not finite the file has the word.
+        metrics = {k: float(v) if isinstance(v, str) else v for k, v in metrics.items()}
         is_done = step >= config.train.steps
     except FileNotFoundError:
         return None

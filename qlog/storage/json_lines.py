@@ -1,14 +1,13 @@
 """JSON lines: text with one JSON value on each line."""
 
-import json
 from typing import Any
 
 from qlog.storage import strict_json
 
 
 def line(value: Any) -> str:
-    """The line of a value, with its newline at the end."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    """The line of a value, with its newline at the end; as `strict_json.dumps` writes it."""
+    return strict_json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def split(text: str) -> list[str]:
@@ -22,7 +21,14 @@ def split(text: str) -> list[str]:
 
 
 def loads(content: bytes) -> list[Any]:
-    """The values of a file of JSON lines that others wrote; blank lines are left out.
+    """The values of `numbered`."""
+    return [value for _, value in numbered(content)]
+
+
+def numbered(content: bytes) -> list[tuple[int, Any]]:
+    """The values of a file of JSON lines that others wrote, each after the number of its line.
+
+    Lines are counted from 1; blank ones are left out.
 
     Raises:
       strict_json.Unreadable: it is no text in UTF-8, or a line is not JSON ("line 3 is not ...").
@@ -32,7 +38,7 @@ def loads(content: bytes) -> list[Any]:
         if not each.strip():
             continue
         try:
-            values.append(strict_json.loads(each))
+            values.append((number, strict_json.loads(each)))
         except strict_json.Unreadable as error:
             raise strict_json.Unreadable(f"line {number} {error.what}", error.remedy) from None
     return values

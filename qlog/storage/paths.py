@@ -54,6 +54,13 @@ _LASTING_NUMBERS = {
     errno.EINVAL,
     errno.ENOSYS,
     errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.EBADF,
+    errno.EXDEV,
+    errno.ENXIO,
+    errno.EDQUOT,
+    errno.EFBIG,
     getattr(errno, "EREMCHG", None),
 }
 # Exceptions of the clients that are not OSErrors: (package, name of the class or of a base).
@@ -195,6 +202,20 @@ def exists(path: Path) -> bool:
     return retried(path.exists)
 
 
+def refuse_what_is_no_file(path: str | os.PathLike, name: str) -> None:
+    """Refuses a pipe, a device or a folder in the place of a file: some are waited for without end.
+
+    Args:
+      path: may be in a bucket, or not be there: then it is not refused.
+      name: of the file, for the message.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{name} is not a plain file: copy its content into one.")
+
+
 def number(folder: Path) -> tuple[int, int] | None:
     """(device, number) of a folder on a disk, by which one in its place is told from it.
 
@@ -213,6 +234,10 @@ def names(folder: Path) -> list[str]:
         return sorted(retried(lambda: [entry.name for entry in folder.iterdir()]))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links that lead to each other, and to no folder
+            return []
+        raise
 
 
 def read(path: Path, errors: str = "strict") -> str:

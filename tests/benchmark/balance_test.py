@@ -47,8 +47,17 @@ def test_samples_of_an_evaluation_have_lengths(tmp_path):
     file = tmp_path / "samples.jsonl"
     file.write_text("".join(json.dumps({"lengths": [n, 2 * n]}) + "\n" for n in range(1, 5)))
     np.testing.assert_array_equal(lengths.of_samples(str(file))[:, 1], [2, 4, 6, 8])
-    file.write_text('{"answers": []}\n')
-    with pytest.raises(ConfigError, match="gives no lengths"):
+    for line in ({"answers": []}, 5, {"lengths": [10**400]}):
+        file.write_text(f"{json.dumps(line)}\n")
+        with pytest.raises(ConfigError, match="gives no lengths"):
+            lengths.of_samples(str(file))
+    for content in (b"", b"PK\x03\x04"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"--lengths={file} cannot be read: "):
+            lengths.read(str(file))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match=f"--samples={file} is not a plain file"):
         lengths.of_samples(str(file))
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import os
 import pathlib
 import shutil
 
@@ -19,6 +21,7 @@ from qlog.config.check import check_config
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment import files, prepare
 from qlog.runs import checkpoint_reader
+from qlog.storage import json_lines, strict_json
 
 ONE = jax.devices()[:1]
 DATASETS = ("finqa", "hotpotqa", "musique")
@@ -278,18 +281,40 @@ def test_samples_that_cannot_be_read_are_named(tmp_path):
         ("", "is empty"),
         ('{"id": "a"', "holds no samples"),
         ('{"id": "a", "golds": ["b"], "answers": ["b"]}', "line 1: samples need complete, forced"),
-        (json.dumps(row | {"forced": []}), "line 1: log_p must be a number, forced and"),
-        (
-            json.dumps(row | {"golds": "b"}),
-            "samples.jsonl: row 0 .*'golds' that is a list of strings",
-        ),
+        (json.dumps(row | {"forced": []}), "line 1: log_p must be a finite number, forced and"),
+        (json.dumps(row | {"golds": "b"}), "line 1: the row has no 'golds' that is a list of str"),
+        ("\n\n" + json.dumps(row | {"log_p": 10**400}), "samples.jsonl, line 3: log_p must be"),
+        (json.dumps(row).replace("-1.0", "-1e999"), "line 1: log_p must be a finite number"),
+        (json.dumps(row | {"official_answer": 10**400}), "line 1: .*'official_answer' that is a"),
+        (json.dumps(row | {"official_answer": True}), "line 1: .*'official_answer' that is a"),
+        (json.dumps(row | {"rationales": 5}), "line 1: the row has no 'rationales' that is a"),
+        (json.dumps(row | {"rationales": ["a", "b"]}), "line 1: the row has other numbers of ra"),
+        (json.dumps(row | {"extra": [1]}), "line 1: the row has no 'extra' that is an object"),
     ):
         if text is not None:
             file.write_text(text)
         with pytest.raises(ConfigError, match=message):
             modes.run("evaluate", config, tmp_path, from_samples=str(file))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match="samples.jsonl is not a plain file: copy its content"):
+        modes.run("evaluate", config, tmp_path, from_samples=str(file))
+    with pytest.raises(ConfigError, match="--lengths=.*samples.jsonl is not a plain file"):
+        modes.run("compile", config, tmp_path, topology="v5e:2x2", lengths=str(file))
     with pytest.raises(ConfigError, match="is not read by --mode=train: add --mode=evaluate"):
         modes.run("train", config, tmp_path, from_samples=str(file))
+
+
+def test_numbers_that_are_not_finite_leave_json_as_words(tmp_path, monkeypatch):
+    """Of a model that has exploded: what evaluation wrote is JSON, and is read again."""
+    row = {"id": "a", "golds": ["b"], "answers": ["b"], "log_p": -math.inf}
+    file = tmp_path / "samples.jsonl"
+    file.write_text(json_lines.line(row | {"forced": [False], "complete": [True]}))
+    modes.run("evaluate", tiny.config(), tmp_path, from_samples=str(file))
+    written = tmp_path / "evaluation_samples.json"
+    assert strict_json.loads(written.read_bytes())["metrics"]["log_p"] == "-inf"
+    monkeypatch.setattr(modes, "is_live", lambda: True)  # the table takes the words, too
+    modes.run("evaluate", tiny.config(), tmp_path, from_samples=str(file))
 
 
 @pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "qwen3_0p6b"])

@@ -2,6 +2,7 @@
 
 import data_fixtures
 import pytest
+from places import ROOT
 
 from qlog import data
 from qlog.commands import show
@@ -74,3 +75,17 @@ def get_config(style):
     assert "config.data.style = 'hot' is unknown" in capsys.readouterr().err
     for wrong in (["show"], ["show", "nowhere.py:warm"], ["show", f"{config}:warm", "--nothing=1"]):
         assert show.main(wrong) == 2
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["warm", "other"], "what is 'warm'?"),
+        (["--examples=0"], "--examples=0: 0 is not a positive"),
+        (["--examples=-1"], "--examples=-1: -1 is not a positive"),
+    ],
+)
+def test_nothing_that_is_asked_for_is_dropped(words, reason, capsys):
+    assert show.main(["show", str(ROOT / "configs/quickstart.py"), *words]) == 2
+    printed = capsys.readouterr()
+    assert reason in printed.err and not printed.out

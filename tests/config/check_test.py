@@ -1,5 +1,6 @@
 """What a careless user gets wrong ends in one sentence, before anything compiles."""
 
+import asyncio
 import dataclasses
 import functools
 import json
@@ -25,12 +26,21 @@ from qlog.parallel import sharding
 
 ONE = jax.devices()[:1]
 
+
+def cancelled(**arguments):
+    raise asyncio.CancelledError("no")
+
+
 WRONG = {
     "unknown key": ({"train": {"stepz": 3}}, r"config\.train\.stepz = 3 .*did you mean 'steps'"),
     "unknown section": ({"trian": {"steps": 3}}, r"config\.trian .*did you mean 'train'"),
     "key of another loss": (
         {"loss": {"name": "garl", "q": 0.5, "clip_low": 0.2}},
         r"config\.loss: garl: .*clip_low",
+    ),
+    "a loss that raises what is no Exception": (
+        {"loss": {"name": cancelled}},
+        r"config\.loss: .*cancelled raised CancelledError: no \(check_test\.py:\d+\)\.",
     ),
     "unknown loss": ({"loss": {"name": "gral"}}, r"config\.loss: no loss is called 'gral'"),
     "a loss's number that is a section": (

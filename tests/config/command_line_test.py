@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -178,6 +180,21 @@ def test_runs_and_losses_that_are_none(flag, message):
         ("import sys\ndef get_config():\n    sys.exit()", r"called sys.exit\(None\) in line 3"),
         (b"\xff\xfe", "mine.py raised SyntaxError"),
         ("def get_config():\n    raise KeyError", r"raised KeyError: KeyError \(mine.py:2\)"),
+        ("def get_config():\n    raise ValueError('no')", r"raised ValueError: no \(mine.py:2\)"),
+        ("def get_config():\n    raise TypeError('no')", r"raised TypeError: no \(mine.py:2\)"),
+        ("def get_config():\n    b'\\xff'.decode()", r"UnicodeDecodeError: .* \(mine.py:2\)"),
+        ("import json\njson.loads('{')", r"JSONDecodeError: .* \(mine.py:2\)"),
+        ("def get_config():\n    open('/gone')", r"FileNotFoundError: .*'/gone' \(mine.py:2\)"),
+        ("open('/gone')", r"--config=.*mine.py could not be loaded: .*'/gone'"),
+        ("def get_config(variant): pass", "needs a variant behind a colon"),
+        (
+            "import asyncio\nraise asyncio.CancelledError",
+            r"raised CancelledError: CancelledError \(mine.py:2\)",
+        ),
+        (
+            "from qlog.errors import ConfigError\nraise ConfigError('config.x = 1 is too low.')",
+            "^config.x = 1 is too low.$",
+        ),
     ],
 )
 def test_a_config_file_that_fails_is_told_in_a_sentence(text, message, tmp_path):
@@ -186,6 +203,30 @@ def test_a_config_file_that_fails_is_told_in_a_sentence(text, message, tmp_path)
         read(config=f"--config={tmp_path / 'mine.py'}")
     told = entry.sentence(caught.value)
     assert re.search(message, told) and "\n" not in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "raise KeyboardInterrupt",
+        "try:\n    raise KeyboardInterrupt\nfinally:\n    raise ImportError",
+        # As an extension in C does that is interrupted while it is imported: nothing says why.
+        """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+raise ImportError("an error while initializing the extension")
+""",
+    ],
+)
+def test_ctrl_c_in_a_config_file_is_no_fault_of_it(text, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        read(config=f"--config={tmp_path / 'mine.py'}")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 EXITS = ("import sys\nsys.exit(0)", r"mine.py called sys.exit\(0\) in line 2")
@@ -342,6 +383,25 @@ def test_a_flag_file_is_read_once_wherever_it_stands(tmp_path):
         "--config.init_from=",
         "--distributed=off",
     ]
+
+
+def test_a_flag_file_that_may_never_end_is_refused(tmp_path):
+    """A pipe with a name waits for a writer. The shell's own has one."""
+    pipe, outer = tmp_path / "pipe", tmp_path / "outer"
+    os.mkfifo(pipe)
+    outer.write_text(f"--seed=3\n--flagfile={outer}\n  --flagfile={pipe}\n--flagfile={pipe}\n")
+    for words in ([f"--flagfile={pipe}"], ["-flagfile", str(pipe)], [f"--flagfile={outer}"]):
+        with pytest.raises(ConfigError, match=f"^--flagfile={pipe} is not a plain file"):
+            command_line.with_flag_files(["main", *words])
+    outer.write_bytes(b"--seed=\xff\n")
+    with pytest.raises(ConfigError, match="a file of --flagfile is not UTF-8"):
+        command_line.with_flag_files(["main", f"--flagfile={outer}"])
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"--config.seed=3\n")
+    os.close(write_end)
+    words = [f"--flagfile=/dev/fd/{read_end}"]
+    assert command_line.with_flag_files(["main", *words]) == ["main", "--config.seed=3"]
+    os.close(read_end)
 
 
 def test_another_recipe_keeps_what_was_chosen_and_what_it_has():

@@ -1,5 +1,6 @@
 """Own data: what fields mean, which records are refused, how splits are drawn; functions."""
 
+import asyncio
 import datetime
 import gzip
 import json
@@ -594,6 +595,7 @@ def test_extra_of_a_function_is_as_json_keeps_it():
         ([example(extra={"d": datetime.date(2024, 1, 2)})], r"\(date\) in its extra at 'd'"),
         ([example(extra={"x": np.float32("nan")})], r"has nan \(float\) in its extra at 'x'"),
         (SystemExit(0), r"my_examples\('train'\) raised SystemExit: 0\.$"),
+        (asyncio.CancelledError("no"), r"my_examples\('train'\) raised CancelledError: no\.$"),
         (Leaves(), r"my_examples\('train'\)\[0\] raised SystemExit: 0\.$"),
         (Lazy(), r"my_examples\('train'\)\[0\] raised KeyError: 'no such page'"),
     ],

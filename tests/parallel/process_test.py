@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import jax
+import pytest
 from places import ROOT
 
+from qlog.errors import PassingError
 from qlog.parallel import process
 
 _PROGRAM = """
@@ -111,3 +113,44 @@ def test_programs_are_forgotten_when_they_are_many():
     assert process.forget_programs(most_mappings=0) == (sys.platform == "linux")
     assert program._cache_size() == (0 if sys.platform == "linux" else 1)
     assert program(1.0) == 2
+
+
+@pytest.mark.parametrize(
+    "platforms, command",
+    [
+        ("cuda", ["qlog.main", "--mode=export"]),
+        ("foo,cpu", ["qlog.main"]),
+        ("foo", ["qlog.main", "--mode=compile", "--topology=v5e:2x2"]),
+        ("cpu,", ["qlog.benchmark"]),
+        ("foo", ["qlog.benchmark.balance"]),
+        ("foo", ["qlog.benchmark.uneven"]),
+        ("foo", ["qlog.commands.show"]),
+        ("cuda", ["qlog.commands.doctor", f"--workdir={os.devnull}"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
+)
+def test_platforms_that_are_not_here_are_a_sentence(platforms, command):
+    if any(map(process.extras.is_installed, process._GPU_PLUGINS)):
+        pytest.skip("what drives a GPU is installed here")
+    config = str(ROOT / "configs/quickstart.py")
+    config = config if command[0] == "qlog.commands.show" else f"--config={config}"
+    done = subprocess.run(
+        [sys.executable, "-m", command[0], config, *command[1:]],
+        env=os.environ | {"JAX_PLATFORMS": platforms, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2, done.stderr
+    (told,) = done.stderr.splitlines()
+    assert told.startswith(f"qlog: JAX_PLATFORMS={platforms}, but JAX cannot use it here")
+    assert "cuda13" in told and told.endswith("or unset JAX_PLATFORMS.")
+
+
+def test_a_device_that_another_process_holds_may_be_free_later(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use")
+
+    monkeypatch.setattr(process.jax, "devices", devices)
+    with pytest.raises(PassingError, match="the device cannot be had now .*already in use"):
+        process.look_for_devices()
