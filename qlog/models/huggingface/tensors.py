@@ -1,8 +1,10 @@
 """The tensors of a model's folder: in which files they are, and which parameter each one is."""
 
+import collections
 import contextlib
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ WHOLE = "model.safetensors"  # all tensors, where one file holds them
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 # Tensors that some files carry and the decoder does not need: RoPE tables, the part for images.
 _IGNORED = re.compile(r"rotary_emb\.|vision_tower\.|multi_modal_projector\.")
+_LAYER = re.compile(r"\.(\d+)\.")  # its number in the name of a tensor
 # Files of models with images put the decoder one level down; older and newer spelling.
 _OUTER_NAMES = (
     (re.compile(r"^language_model\.model\.|^model\.language_model\."), "model."),
@@ -79,6 +82,12 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 # ---- Names and shapes ----
+
+
+def layers_in(names: Iterable[str]) -> collections.Counter[str]:
+    """How many of the tensors each layer has, by its number."""
+    found = map(_LAYER.search, names)
+    return collections.Counter(match[1] for match in found if match)
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
