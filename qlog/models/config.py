@@ -46,7 +46,7 @@ class DecoderConfig:
     layer_rope: tuple[bool, ...] = (True,)
     local_rope_theta: float | None = None  # of layers with a window; None: rope_theta
     rope_scaling: RopeScaling | None = None  # of layers that do not use local_rope_theta
-    max_positions: int = 40_960  # trained context, in tokens; only written to config.json on export
+    max_positions: int = 40_960  # trained context, in tokens; no program depends on it
 
     def __post_init__(self):
         # A config file spells tuples as lists and a RopeScaling as a dictionary.
