@@ -235,7 +235,7 @@ def _free_disk(config: ConfigDict | None, workdir: str) -> str:
         why = f"{kept} checkpoints of {parameters / 1e9:.2f}e9 parameters"
     # The workdir may not exist yet: the disk is that of the first folder above it that does.
     place = pathlib.Path(folder).absolute()
-    while not place.exists():
+    while not paths.exists(place):
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:

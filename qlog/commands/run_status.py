@@ -42,7 +42,7 @@ def of(workdir: paths.Path) -> Status:
 
 
 def _newest(folder: paths.Path) -> int | None:
-    if not folder.exists():
+    if not paths.exists(folder):
         return None
     # An unfinished save has another name than a number or, on gs://, lacks its last file.
     steps = sorted(

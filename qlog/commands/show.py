@@ -23,6 +23,7 @@ from qlog.data import Example, Formatter, Tokenizer, pipeline
 from qlog.errors import QLOG_ERRORS
 from qlog.experiment import files
 from qlog.parallel import process
+from qlog.storage import paths
 
 _MEASURED = 20_000  # examples whose lengths count; a synthetic task has no end of them
 
@@ -114,7 +115,7 @@ def _main(argv: Sequence[str]) -> int:
     )
     if entry.show_about(argv, __doc__ or "", values):
         return 0
-    if len(argv) < 2 or not pathlib.Path(argv[1].partition(":")[0]).is_file():
+    if len(argv) < 2 or not paths.is_file(pathlib.Path(argv[1].partition(":")[0])):
         complain("name a config file first, as in configs/hotpotqa.py:warm")
         return 2
     # The first argument becomes the flag that names the config.

@@ -7,7 +7,6 @@ qlog/experiment/files.py, which reads them.
 import dataclasses
 import importlib.metadata
 import json
-import math
 import re
 import types
 import typing
@@ -26,10 +25,10 @@ from qlog.errors import ConfigError, last_line, let_signals_pass, summary
 from qlog.grading import scorers
 from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
+from qlog.models import limits
 from qlog.parallel import sharding
 
 _PLAIN = (str, int, float, bool, types.NoneType)  # exactly: a NumPy float is a float, too
-_LARGEST_SIZE = 2**31 - 1  # of a dimension of an array, which int32 counts
 
 
 def check_config(config: ConfigDict) -> None:
@@ -358,15 +357,13 @@ def _check_architecture(config: ConfigDict) -> None:
         options = typing.get_args(known[key]) or (known[key],)
         if typing.get_origin(known[key]) is tuple:
             options = (tuple,)
-        if not any(_is_of_kind(value, option) for option in options):
-            words = " or ".join(_KINDS.get(option, "a section of settings") for option in options)
+        if not any(_is_of_kind(key, value, option) for option in options):
+            words = " or ".join(_kind_text(key, option) for option in options)
             raise ConfigError(f"config.architecture.{key} = {_shown(value)} must be {words}.")
 
 
-# The types of a decoder's fields, in words.
+# Types of a decoder's fields, in words.
 _KINDS = {
-    int: f"a whole number of at most {_LARGEST_SIZE}",
-    float: "a number above 0",
     bool: "True or False",
     str: "text",
     tuple: "a list of them",
@@ -374,12 +371,17 @@ _KINDS = {
 }
 
 
-def _is_of_kind(value: Any, kind: Any) -> bool:
+def _kind_text(field: str, kind: Any) -> str:
+    """The type of a decoder's field, for "... must be"."""
+    if kind in (int, float):
+        return (limits.size_text if kind is int else limits.number_text)(field)
+    return _KINDS.get(kind, "a section of settings")
+
+
+def _is_of_kind(field: str, value: Any, kind: Any) -> bool:
     """Whether a value can be that of a field; whether it makes sense, the decoder checks."""
-    if kind is int:  # isinstance would take True for one
-        return type(value) is int and value <= _LARGEST_SIZE
-    if kind is float:
-        return type(value) in (int, float) and 0 < value < math.inf  # nor NaN
+    if kind in (int, float):
+        return (limits.is_size if kind is int else limits.is_number)(value, field)
     if kind is tuple:
         return isinstance(value, (list, tuple))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):  # RopeScaling

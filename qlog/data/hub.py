@@ -27,7 +27,8 @@ from typing import Any
 
 from qlog.data import fields, finqa_program, record_files
 from qlog.data.invalid import InvalidRecord, Skipped
-from qlog.data.record_files import Binary, RecordFiles
+from qlog.data.parquet_values import Binary, Unconverted
+from qlog.data.record_files import RecordFiles
 from qlog.errors import summary
 from qlog.storage import strict_json
 
@@ -143,6 +144,8 @@ OFFICIAL: dict[str, Callable[[Record], dict[str, Any]]] = {
 def _text(value: Any, name: str) -> str:
     if isinstance(value, Binary):
         return value.text()
+    if isinstance(value, Unconverted):
+        raise TypeError(f"its {name} {value.wrong}")
     if not isinstance(value, str):
         raise TypeError(f"its {name} is {value!r}, which is not text")
     return value

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 from qlog.data import fields, record_files
 from qlog.data.examples import Example, as_json, has_half_characters, wrong_id
 from qlog.data.invalid import InvalidRecord, Skipped
-from qlog.data.record_files import Binary, Record, RecordFiles
+from qlog.data.parquet_values import Binary, Unconverted
+from qlog.data.record_files import Record, RecordFiles
 from qlog.errors import ConfigError, let_signals_pass, summary
 
 PARTS = ("id", "source", "answer", "aliases", "rationale")
@@ -169,6 +170,10 @@ class Reader:
                     f"{where}: the field {key!r} is binary and not UTF-8 ({error.reason}), but the "
                     f"{part} must be text: write the column as strings."
                 ) from error
+        if isinstance(value, Unconverted):
+            raise InvalidRecord(
+                f"{where}: the field {key!r} {value.wrong}: write the column as strings."
+            )
         if not isinstance(value, str):
             if isinstance(value, list) and part == "answer" and value:
                 raise InvalidRecord(

@@ -12,14 +12,10 @@ And for each open split its ids and digests of its questions: 0.1 GB.
 """
 
 import array
-import base64
 import bisect
-import datetime
-import decimal
 import gzip
 import io
 import itertools
-import math
 import os
 import pathlib
 import re
@@ -27,7 +23,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
-from qlog.data import fields
+from qlog.data import fields, parquet_values
 from qlog.data.invalid import InvalidRecord, Skipped
 from qlog.errors import ConfigError, summary
 from qlog.storage import assets, git_lfs, paths, strict_json
@@ -47,14 +43,6 @@ _SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_WORDS)})(?![^\W\d_])"
 # Files about a dataset that lie next to its data, as the Hub's libraries write them.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _BOM = b"\xef\xbb\xbf"  # U+FEFF in UTF-8, which some editors write first
-
-
-class Binary(str):
-    """A binary value of Parquet: base64, since JSON has no bytes; `text` is what they spell."""
-
-    def text(self) -> str:
-        """The bytes as UTF-8, as which some writers store text; raises UnicodeDecodeError."""
-        return base64.b64decode(self).decode()
 
 
 class File(NamedTuple):
@@ -303,33 +291,32 @@ class _Parquet:
     def __init__(self, name: str, path: str):
         # Not above: most runs read no Parquet.
         import pyarrow as pa
-        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         self._name = name
         try:
             table = pq.ParquetFile(path).read()
-        except (pa.ArrowException, OSError) as error:
+            names = table.schema.names  # decoded when they are asked for
+        # A ValueError: names or notes in the file's footer that are not UTF-8.
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise ConfigError(
                 f"{name} cannot be read as Parquet ({summary(error)}): download or write it again."
             ) from error
-        if twice := [each for each in table.schema.names if table.schema.names.count(each) > 1]:
+        if twice := [each for each in names if names.count(each) > 1]:
             raise ConfigError(f"{name} has two columns {twice[0]!r}: rename one of them.")
-        for index, column in enumerate(table.schema):
-            # 0.1 of a float32 would read 0.10000000149011612; through text it is 0.1.
-            if column.type in (pa.float16(), pa.float32()):
-                digits = pc.cast(pc.cast(table.column(index), pa.string()), pa.float64())
-                table = table.set_column(index, column.name, digits)
-        self._table = table
+        self._columns = dict(zip(names, table.columns, strict=True))
+        self._size = table.num_rows
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return self._size
 
     def where(self, index: int) -> str:
         return f"{self._name}, row {index}"
 
     def record(self, index: int) -> Record:
-        return _as_json(self._table.slice(index, 1).to_pylist()[0])
+        return {
+            name: parquet_values.as_json(column[index]) for name, column in self._columns.items()
+        }
 
 
 def _open(file: File) -> _Opened:
@@ -369,23 +356,6 @@ def _parsed(text: bytes, where: str, remedy: str) -> Any:
 def _json_type(value: object) -> str:
     kinds = {list: "array", str: "string", bool: "boolean", type(None): "null"}
     return kinds.get(type(value), "number")
-
-
-def _as_json(value: Any) -> Any:
-    """A value of Arrow as JSON would hold it; NaN, which pandas writes for missing, is None."""
-    if isinstance(value, dict):
-        return {str(key): _as_json(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(each) for each in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, bytes):
-        return Binary(base64.b64encode(value).decode())
-    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 # ---- All files of a split ----

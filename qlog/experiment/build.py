@@ -94,6 +94,7 @@ def prepare(
         cost.check(experiment, train, evaluate)
     _check_apart(experiment)
     _tell_unreachable_golds(experiment)
+    _tell_too_long_context(experiment)
     if jax.process_count() > 1:  # each host has fetched for itself
         is_function = callable(config.data.name)
         contents.check_hosts(contents.identity(experiment), is_function)
@@ -213,6 +214,26 @@ def _tell_unreachable_golds(experiment: Experiment) -> None:
                 f"cannot be right under {found.grader} with this tokenizer, such as "
                 f"{found.gold!r} (id {found.example_id!r}), which its tokens spell {found.spelt!r}"
             )
+
+
+def _tell_too_long_context(experiment: Experiment) -> None:
+    """Says where prompts and rollouts may be longer than the context that the model is made for.
+
+    It is no error: RoPE has an angle for each position, and training on longer contexts is how
+    models are made for them.
+    """
+    datasets = (experiment.train_data, experiment.evaluation_data, experiment.final_data)
+    prompt = max((each.widths.prompt for each in datasets if each is not None), default=0)
+    rollout = experiment.evaluation_sampling.max_length  # the longest there is: with an answer
+    context = experiment.policy.config.max_positions
+    if prompt and prompt + rollout > context:
+        say(
+            f"warning: prompts of up to {count_text(prompt, 'token')} and rollouts of up to "
+            f"{rollout:,} may exceed the context of the model, architecture.max_positions = "
+            f"{context}: lower data.max_prompt_tokens, rollout.rationale_budget or "
+            "rollout.answer_reserve, or stretch it (architecture.rope_scaling) and raise "
+            "architecture.max_positions"
+        )
 
 
 class _Tokens(NamedTuple):

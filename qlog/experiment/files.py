@@ -12,7 +12,7 @@ from qlog.data import chat_templates, pipeline
 from qlog.data.tokenizers import companions
 from qlog.errors import ConfigError
 from qlog.parallel import distributed
-from qlog.storage import assets
+from qlog.storage import assets, paths
 
 _LENGTHS_MEASURED = 256  # examples of an endless source
 
@@ -161,7 +161,7 @@ def model_shape(config: ConfigDict) -> models.DecoderConfig:
     """
     if config.model in models.PRESETS:
         shape = models.PRESETS[config.model]
-    elif "/" in config.model or pathlib.Path(config.model).is_dir():
+    elif "/" in config.model or paths.is_folder(pathlib.Path(config.model)):
         shape = models.huggingface.read_config(resolve(config.model, "config.model"))
     else:
         raise ConfigError(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from qlog.errors import ConfigError
+from qlog.models import limits
 from qlog.models.families import FAMILIES, Family
 from qlog.models.rope import RopeScaling
 
@@ -45,7 +46,7 @@ class DecoderConfig:
     layer_rope: tuple[bool, ...] = (True,)
     local_rope_theta: float | None = None  # of layers with a window; None: rope_theta
     rope_scaling: RopeScaling | None = None  # of layers that do not use local_rope_theta
-    max_positions: int = 40_960  # trained context, in tokens; only written to config.json on export
+    max_positions: int = 40_960  # trained context, in tokens; no program depends on it
 
     def __post_init__(self):
         # A config file spells tuples as lists and a RopeScaling as a dictionary.
@@ -74,10 +75,11 @@ class DecoderConfig:
                 raise ConfigError(
                     f"DecoderConfig.{name} = {getattr(self, name)!r}: one of {', '.join(known)}"
                 )
-        if not self.layer_windows or min(self.layer_windows) < 0:
+        lengths = self.layer_windows
+        if not lengths or not all(limits.is_size(each) and each >= 0 for each in lengths):
             raise ConfigError(
-                f"DecoderConfig.layer_windows = {self.layer_windows}: one or more lengths, "
-                "0 for a layer that sees everything"
+                f"DecoderConfig.layer_windows = {lengths}: one or more lengths, 0 for a layer that "
+                "sees everything"
             )
         if not self.layer_rope or not all(type(has_rope) is bool for has_rope in self.layer_rope):
             raise ConfigError(

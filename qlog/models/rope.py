@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from qlog.errors import ConfigError
+from qlog.models import limits
 
 Rotation = tuple[Array, Array]  # cos and sin
 
@@ -39,11 +40,11 @@ class RopeScaling:
     truncate: bool = True  # 'yarn' rounds its bounds outwards to whole numbers of a frequency
 
     def __post_init__(self):
-        for name in ("factor", "original_length", "low_frequency", "high_frequency"):
+        lengths = ("original_length", "low_frequency", "high_frequency")
+        for name in ("factor", *lengths, "attention_factor"):
             value = getattr(self, name)
-            is_number = isinstance(value, int | float) and 0 < value < math.inf
-            if not is_number and (value is not None or name == "factor"):
-                raise ConfigError(f"RopeScaling.{name} = {value!r} must be a number above 0.")
+            if not limits.is_number(value) and (value is not None or name == "factor"):
+                raise ConfigError(f"RopeScaling.{name} = {value!r} must be {limits.number_text()}.")
         # What None stands for is filled in, so that equal scalings compare and hash as equal.
         kind = self.rope_type or ("linear" if self.original_length is None else "llama3")
         object.__setattr__(self, "rope_type", kind)

@@ -68,7 +68,7 @@ def root() -> paths.Path | None:
     if not spec:
         return None
     folder = paths.parse(spec, ENVIRONMENT)
-    if not paths.is_remote(spec) and not folder.is_dir():
+    if not paths.is_remote(spec) and not paths.is_folder(folder):
         raise ConfigError(
             f"{ENVIRONMENT}={spec} is not a folder on this host: mount or fill it (launch/stage), "
             "or unset it."
@@ -159,7 +159,7 @@ def names(spec: str, field: str) -> list[str]:
                 return sorted(f"{scheme}://{name}" for name in found)
     else:
         folder = pathlib.Path(path)
-        if not folder.exists():
+        if not paths.exists(folder):
             found = glob.glob(os.fspath(path), recursive=True)
             return sorted(name for name in found if os.path.isfile(name))
         below = {"": None}
@@ -167,23 +167,18 @@ def names(spec: str, field: str) -> list[str]:
             below = dict.fromkeys(
                 file.relative_to(folder).as_posix()
                 for file in folder.rglob("*")
-                if file.is_file() or _is_dangling(file)
+                if file.is_file() or paths.is_dangling(file)
             )
     # A cache of the Hub's client lies in a hidden folder of what it has downloaded.
     visible = [name for name in below if not any(p.startswith(".") for p in name.split("/"))]
     if not paths.is_remote(path):
         # Left out, a part of the data would be missing without a word.
         for name in visible:
-            if name and _is_dangling(pathlib.Path(path) / name):
+            if name and paths.is_dangling(pathlib.Path(path) / name):
                 raise ConfigError(
                     f"{field} = {spec!r} lacks {name}{why_missing(pathlib.Path(path) / name)}."
                 )
     return sorted(f"{spec.rstrip('/')}/{name}" if name else spec for name in visible)
-
-
-def _is_dangling(path: pathlib.Path) -> bool:
-    """Whether it is a link to nothing."""
-    return path.is_symlink() and not path.exists()
 
 
 def is_inside(name: str) -> bool:
@@ -201,13 +196,13 @@ def why_missing(path: str | os.PathLike) -> str:
 
     It is a link to nothing, as in a copy of one folder of a cache; or it is packed.
     """
-    path = pathlib.Path(path).expanduser()
-    if _is_dangling(path):
+    path = paths.expanded(path)
+    if paths.is_dangling(path):
         return (
             f" ({path.name} is a link to {os.readlink(path)}, which is not there: copy with cp -rL)"
         )
     for suffix in _PACKED:
-        if path.with_name(path.name + suffix).is_file():
+        if paths.is_file(path.with_name(path.name + suffix)):
             return f" ({path.name}{suffix} is there: unpack it)"
     return ""
 
@@ -364,7 +359,7 @@ def _find(
     """The local folder or file of a path, as `find` and `local` want it."""
     if not paths.is_remote(path):
         folder = pathlib.Path(path)
-        if not folder.is_dir():
+        if not paths.is_folder(folder):
             return None
         names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
         return folder if is_complete(names) else None

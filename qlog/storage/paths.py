@@ -164,7 +164,7 @@ def parse(spec: str | os.PathLike, field: str = "path") -> Path:
     text = os.fspath(spec)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return Path(pathlib.Path(text).expanduser())
+        return Path(expanded(text))
     if scheme not in _CLIENTS or not rest.strip("/"):
         raise ConfigError(f"{field} = {text!r}: give a folder, gs://BUCKET/... or s3://BUCKET/...")
     module, extra = _CLIENTS[scheme]
@@ -197,9 +197,44 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def exists(path: Path) -> bool:
+def expanded(path: str | os.PathLike) -> pathlib.Path:
+    """A local path with ~ expanded, where there is such a user."""
+    return pathlib.Path(os.path.expanduser(path))  # pathlib's own raises for an unknown user
+
+
+def exists(path: Path | pathlib.Path) -> bool:
     """Whether there is such a file now, or a folder (in a bucket: with something in it)."""
-    return retried(path.exists)
+    return _answer(lambda: retried(path.exists))
+
+
+def is_file(path: Path | pathlib.Path) -> bool:
+    """Whether there is such a file now, itself or by a link."""
+    return _answer(path.is_file)
+
+
+def is_folder(path: Path | pathlib.Path) -> bool:
+    """Whether there is such a folder now, itself or by a link."""
+    return _answer(path.is_dir)
+
+
+def is_dangling(path: pathlib.Path) -> bool:
+    """Whether a local path is a link to nothing."""
+    return _answer(path.is_symlink) and not exists(path)
+
+
+def _answer(question: Callable[[], bool]) -> bool:
+    """What a path says of itself: one that is too long names nothing, and is no fault."""
+    try:
+        return question()
+    except OSError as error:
+        if _names_nothing(error):
+            return False
+        raise
+
+
+def _names_nothing(error: OSError) -> bool:
+    """Whether a path cannot be: then no file is there, as with one that only is not."""
+    return error.errno == errno.ENAMETOOLONG
 
 
 def refuse_what_is_no_file(path: str | os.PathLike, name: str) -> None:
@@ -229,13 +264,14 @@ def number(folder: Path) -> tuple[int, int] | None:
 
 
 def names(folder: Path) -> list[str]:
-    """The names of what is in a folder now, sorted; [] where there is no folder."""
+    """The names of what is in a folder now, sorted; [] where there is no folder, nor could be."""
     try:
         return sorted(retried(lambda: [entry.name for entry in folder.iterdir()]))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        if error.errno == errno.ELOOP:  # links that lead to each other, and to no folder
+        # Or links that lead to each other, and to no folder.
+        if error.errno == errno.ELOOP or _names_nothing(error):
             return []
         raise
 
@@ -246,7 +282,12 @@ def read(path: Path, errors: str = "strict") -> str:
     Args:
       errors: as `bytes.decode` takes it, for bytes that are no UTF-8.
     """
-    return retried(lambda: path.read_bytes()).decode(errors=errors)
+    try:
+        return retried(lambda: path.read_bytes()).decode(errors=errors)
+    except OSError as error:
+        if _names_nothing(error):
+            raise FileNotFoundError(errno.ENOENT, error.strerror, str(path)) from error
+        raise
 
 
 def open_bytes(path: Path) -> BinaryIO:

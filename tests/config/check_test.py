@@ -168,6 +168,14 @@ WRONG = {
         {"architecture": {"rope_theta": float("nan")}},
         r"config\.architecture\.rope_theta = nan must be a number above 0",
     ),
+    "billion layers": (
+        {"architecture": {"num_layers": 10**9}},
+        r"config\.architecture\.num_layers = 10+ must be a whole number of at most 65536",
+    ),
+    "large epsilon": (
+        {"architecture": {"norm_eps": 1e30}},
+        r"config\.architecture\.norm_eps = 1e\+30 must be a number above 0 and at most 1\b",
+    ),
     "heads of text": (
         {"architecture": {"num_heads": "many"}},
         r"config\.architecture\.num_heads = 'many' must be a whole number of at most 2147483647",

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import decimal
 import gzip
 import json
 import os
@@ -464,6 +465,75 @@ def test_binary_columns_are_text_where_they_are_named(tmp_path):
         ConfigError, match="a.parquet, row 0: the field 'raw' is binary and not UTF"
     ):
         opened("validation", files=files, name="parquet", fields={"source": "raw"})
+
+
+def parquet(path, **columns):
+    """The examples of a file of these columns besides ids and sources."""
+    arrays = {name: pa.array(column) for name, column in columns.items()}
+    rows = len(next(iter(arrays.values())))
+    ids = [f"row-{row}" for row in range(rows)]
+    pq.write_table(pa.table({"id": ids, "source": ids, **arrays}), path)
+    return {"name": "parquet", "files": {"validation": str(path)}}
+
+
+NOT_UTF8 = pa.array([b"2", b"\xff"]).view(pa.string())
+BEYOND_PYTHON = {
+    "nanoseconds": pa.array([1000, 1001], pa.timestamp("ns")),
+    "time": pa.array([1000, 1001], pa.time64("ns")),
+    "duration": pa.array([1000, 1001], pa.duration("ns")),
+    "zone": pa.array([1, 2], pa.timestamp("us", tz="Mars/Olympus")),
+    "year": pa.array([0, 10**12], pa.timestamp("ms")).cast(pa.timestamp("s")),
+    "far": pa.array([0, 10**9], pa.int32()).cast(pa.date32()),
+    "text": NOT_UTF8,
+    "twice": pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], ["k", "k"]),
+    "infinite": pa.array([1.0, float("inf")]),
+    "inside": pa.array([[1], [1001]], pa.list_(pa.timestamp("ns"))),
+}
+
+
+def test_columns_that_python_cannot_hold_harm_only_where_they_are_named(tmp_path):
+    found = opened("validation", **parquet(tmp_path / "a.parquet", answer=[1, 2], **BEYOND_PYTHON))
+    assert [example.answer for example in found] == ["1", "2"]
+    assert found[0].extra["nanoseconds"] == "1970-01-01T00:00:00.000001"
+    assert found[1].extra["nanoseconds"] == "1970-01-01 00:00:00.000001001"
+    assert found[1].extra["text"] == "\\xff"
+    assert json.loads(json.dumps(found[1].extra)) == found[1].extra
+
+
+@pytest.mark.parametrize("name", ["nanoseconds", "time", "far", "text", "infinite"])
+def test_a_named_value_that_python_cannot_hold_is_an_invalid_record(tmp_path, name):
+    data_of = parquet(tmp_path / "a.parquet", answer=BEYOND_PYTHON[name])
+    with pytest.raises(ConfigError, match="a.parquet, row 1: the field 'answer' is the .*: write"):
+        opened("validation", **data_of)
+    left = opened("validation", **data_of, invalid="skip")
+    assert [example.id for example in left] == ["row-0"] and left.skipped.number == 1
+
+
+def test_numbers_of_parquet_keep_their_digits(tmp_path):
+    numbers = ["12345678901234567.89", "1.10", "2.00", "0.00000012"]
+    decimals = pa.array([decimal.Decimal(number) for number in numbers], pa.decimal128(38, 8))
+    found = opened("validation", **parquet(tmp_path / "a.parquet", answer=decimals))
+    # As the numbers of JSON are written, where one has these digits.
+    texts = ["12345678901234567.89", "1.1", "2", "0.00000012"]
+    assert [example.answer for example in found] == texts
+    narrow = {
+        "answer": pa.array([{"v": 0.1}], pa.struct([("v", pa.float32())])),
+        "aliases": pa.array([[0.2]], pa.list_(pa.float32())),
+        "half": pa.array([[np.float16(0.1)]], pa.list_(pa.float16())),
+    }
+    changes = parquet(tmp_path / "b.parquet", **narrow) | {"fields": {"answer": "answer.v"}}
+    (example,) = opened("validation", **changes)
+    assert (example.answer, example.aliases, example.extra["half"]) == ("0.1", ("0.2",), [0.1])
+
+
+def test_names_in_parquet_that_are_not_utf8_are_a_sentence(tmp_path):
+    inside = pa.array([{"inner-name": 1}])
+    for name in (b"outer-name", b"inner-name"):
+        changes = parquet(tmp_path / "a.parquet", **{"answer": [1], "outer-name": inside})
+        whole = (tmp_path / "a.parquet").read_bytes()
+        (tmp_path / "a.parquet").write_bytes(whole.replace(name, b"\xff" + name[1:]))
+        with pytest.raises(ConfigError, match="a.parquet cannot be read as Parquet"):
+            opened("validation", **changes)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -234,6 +234,14 @@ def test_errors_say_what_is_missing(tmp_path):
     (tmp_path / "broken.model").write_bytes(b"\xff\xff\xff")
     with pytest.raises(ConfigError, match="not a SentencePiece model"):
         tokenizers.load(tmp_path / "broken.model")
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf
+
+    twice = sentencepiece_model_pb2.ModelProto()
+    for piece in ("<unk>", "a", "a"):
+        twice.pieces.add(piece=piece, score=0)
+    (tmp_path / "broken.model").write_bytes(twice.SerializeToString())
+    with pytest.raises(ConfigError, match="not a SentencePiece model"):
+        tokenizers.load(tmp_path / "broken.model")
     spec = data_fixtures.byte_level_spec(("<think>", "</think>"))
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         tokenizers.load(data_fixtures.write_spec(tmp_path, spec))
@@ -264,7 +272,18 @@ def test_tokens_with_another_use_cannot_surround_a_rationale(tmp_path):
             lambda spec: spec["added_tokens"][0].update(id=spec["added_tokens"][1]["id"]),
             "two of its",
         ),
+        (
+            lambda spec: spec.update(added_tokens={"id": 1, "content": "x"}),
+            "added_tokens are {'id'",
+        ),
         (lambda spec: spec["model"].update(vocab={"a": "x"}), "ids that are not numbers"),
+        (lambda spec: spec["model"].update(vocab=None), "its vocabulary is None"),
+        (lambda spec: spec["model"].update(vocab=5), "its vocabulary is 5"),
+        (lambda spec: spec.update(model=None), "it has no model"),
+        (lambda spec: spec["model"].update(merges=5), "its merges are 5"),
+        (lambda spec: spec["model"].update(merges=[5]), "5 among its merges is no pair"),
+        (lambda spec: spec["model"].update(merges=["a"]), "'a' among its merges is no pair"),
+        (lambda spec: spec["model"].update(merges=[["a", 1]]), "among its merges is no pair"),
         (
             lambda spec: spec["model"].update(type="Nope"),
             "not a tokenizer.json.*from the model's own",

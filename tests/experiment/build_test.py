@@ -68,6 +68,18 @@ def test_golds_that_cannot_be_right_are_told(tmp_path, capsys):
     assert "under contains with this tokenizer, such as 'Zoë' (id 'validation/0')" in out
 
 
+@pytest.mark.parametrize("train, prompt", [(True, 24), (False, 16)])
+def test_more_tokens_than_the_models_context_are_told(train, prompt, capsys):
+    # Behind the prompt: a rationale of 4, the token that closes it, and an answer of 8.
+    fits = prompt + 4 + 1 + 8
+    prepare(tiny.config(architecture={"max_positions": fits}), ONE, train=train)
+    assert "warning:" not in capsys.readouterr().out
+    prepare(tiny.config(architecture={"max_positions": fits - 1}), ONE, train=train)
+    out = capsys.readouterr().out
+    assert f"warning: prompts of up to {prompt} tokens and rollouts of up to 13 may exceed" in out
+    assert f"architecture.max_positions = {fits - 1}: lower data.max_prompt_tokens" in out
+
+
 def test_records_that_are_skipped_are_told(tmp_path, capsys):
     lines = [{"id": str(i), "source": f"ask amy {i}", "answer": "bob"} for i in range(8)]
     lines += [{"id": "x", "source": "ask amy", "answer": ""}] * 2

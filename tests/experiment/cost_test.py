@@ -38,8 +38,8 @@ TOO_LARGE = {
         "moments",
     ),
     "layers": (
-        {"architecture": {"num_layers": 10**7, "width": 1024}},
-        "architecture.num_layers = 10000000",
+        {"architecture": {"num_layers": 2**16, "width": 2**15}},
+        "architecture.num_layers = 65536",
         "moments",
     ),
     "model": ({"model": "qwen3_32b", "architecture": {}}, "model = 'qwen3_32b'", "moments"),

@@ -1,6 +1,7 @@
 """Presets against published sizes, config.json in and out."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -11,6 +12,7 @@ from models_fixtures import own_families  # noqa: F401
 from qlog import models
 from qlog.errors import ConfigError
 from qlog.models.families import FAMILIES
+from qlog.models.families.family import shortest_cycle
 
 # Parameter counts as the models' pages give them.
 PUBLISHED = {
@@ -268,8 +270,15 @@ def test_layers_with_windows_by_threshold_and_by_name():
         (
             QWEN,
             {"num_attention_heads": 0},
-            "num_attention_heads = 0 must be a whole number above 0",
+            "num_attention_heads = 0 must be a whole number of at most 2147483647, above 0",
         ),
+        (QWEN, {"num_hidden_layers": 10**9}, "num_hidden_layers = 10+ must be .* at most 65536"),
+        (SMOLLM3, {"num_hidden_layers": 10**30}, "num_hidden_layers = 10+ must be"),
+        (QWEN, {"head_dim": 10**30}, "head_dim = 10+ must be a whole number of at most 2147483647"),
+        (QWEN, {"rms_norm_eps": 10**31}, "rms_norm_eps = 10+ must be .* above 0 and at most 1"),
+        (QWEN, {"rope_theta": 10**400}, "rope_theta = 10+ of the RoPE .* must be a number above 0"),
+        (MISTRAL, {"sliding_window": 10**30}, "sliding_window = 10+ must be a whole number"),
+        (GEMMA["text_config"], {"sliding_window_pattern": 0}, "sliding_window_pattern = 0 must be"),
         (QWEN, {"hidden_size": "896"}, "hidden_size = '896' must be"),
         (QWEN, {"model_type": ["qwen2"]}, "not supported"),
         (
@@ -287,6 +296,20 @@ def test_what_the_decoder_cannot_express_is_refused(base, change, message):
     models.from_hf_config(base)
     with pytest.raises(ConfigError, match=message):
         models.from_hf_config(base | change)
+
+
+def test_a_cycle_is_found_without_trying_each_length():
+    assert shortest_cycle(()) == ()
+    assert shortest_cycle((1, 1, 0, 1, 1, 0, 1)) == (1, 1, 0)
+    # Other than the last one all are equal: to try each length would take 65,536^2 / 2 looks.
+    almost = (0,) * (2**16 - 1) + (1,)
+    assert shortest_cycle(almost) == almost
+    short = itertools.product((0, 1), repeat=7)
+    for layers in short:
+        cycle = shortest_cycle(layers)
+        assert tuple(itertools.islice(itertools.cycle(cycle), 7)) == layers
+        shorter = layers[: len(cycle) - 1] or (None,)
+        assert tuple(itertools.islice(itertools.cycle(shorter), 7)) != layers
 
 
 def test_what_config_json_cannot_express_is_not_exported():

@@ -1,5 +1,6 @@
 """Hugging Face folders: reference logits, round trips, the mesh, and all that can be wrong."""
 
+import dataclasses
 import json
 import re
 
@@ -173,6 +174,16 @@ def test_wrong_tensors_are_named_before_anything_is_read(damage, message, tmp_pa
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file)
     with pytest.raises(ConfigError, match=message):
         huggingface.load(tmp_path, config)
+
+
+def test_another_number_of_layers_is_told(tmp_path):
+    config = CONFIGS["untied"]
+    huggingface.export(random_params(config), config, tmp_path)
+    for number in (1, 2**16):
+        other = dataclasses.replace(config, num_layers=number)
+        message = f"has {config.num_layers} layers where the config describes {number}: is config"
+        with pytest.raises(ConfigError, match=message):
+            huggingface.check(tmp_path, other)
 
 
 def test_incomplete_folders_are_named(tmp_path):

@@ -55,6 +55,8 @@ def test_a_scaling_says_what_it_stands_for():
     ("fields", "message"),
     [
         (dict(factor=0.0), "factor = 0.0 must be a number above 0"),
+        (dict(factor=10**400), "factor = 10+ must be a number above 0 and at most"),
+        (dict(factor=4.0, attention_factor="x"), "attention_factor = 'x' must be a number"),
         (dict(factor="4"), "factor = '4' must be"),
         (dict(factor=4.0, rope_type="dynamic"), "rope_type = 'dynamic': one of 'linear'"),
         (dict(factor=4.0, rope_type="yarn"), "'yarn' needs an original_length"),

@@ -143,11 +143,11 @@ def prepare(
     root = _root(data_dir)
     key = raw.fingerprint(found) if found else "official"
     folder = root / f"{name}-{builder.VERSION}-{key}"
-    if folder.is_dir():
+    if paths.is_folder(folder):
         return folder
     # Staged assets are made of the official files. They cannot stand for files that a user named.
     if not found:
-        if (root / staged_name(name) / _IDS).is_file():
+        if paths.is_file(root / staged_name(name) / _IDS):
             return root / staged_name(name)
         staged = assets.find(f"data/{staged_name(name)}", lambda names: _IDS in names)
         if staged is not None:
@@ -223,7 +223,7 @@ def _local(manual_dir: str | os.PathLike, builder) -> pathlib.Path:
 
 
 def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
-    return pathlib.Path(data_dir).expanduser().absolute() if data_dir else assets.cache("datasets")
+    return paths.expanded(data_dir).absolute() if data_dir else assets.cache("datasets")
 
 
 def _make(root: pathlib.Path) -> None:
@@ -235,7 +235,7 @@ def _make(root: pathlib.Path) -> None:
 
 
 def _whole(folder: pathlib.Path) -> pathlib.Path:
-    if not (folder / _IDS).is_file():
+    if not paths.is_file(folder / _IDS):
         raise ConfigError(
             f"{folder} is not a prepared dataset, it holds no {_IDS}: stage it again."
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlog.data import fields
 from qlog.errors import ConfigError, PassingError, summary
-from qlog.storage import assets, git_lfs, strict_json
+from qlog.storage import assets, git_lfs, paths, strict_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,9 @@ def find(
       ConfigError: no such folder, or none of the files in it; a file that is packed, or a link to
         nothing.
     """
-    folder = pathlib.Path(manual_dir).expanduser()
+    folder = paths.expanded(manual_dir)
     names = [file.name for file in files.values()]
-    if not folder.is_dir():
+    if not paths.is_folder(folder):
         raise ConfigError(
             f"{fields.MANUAL_DIR} = {str(manual_dir)!r} is not a folder: put {', '.join(names)} "
             f"of {dataset} into it."
@@ -62,7 +62,7 @@ def find(
     found = {}
     for split, file in files.items():
         candidates = [place / file.name for place in places]
-        path = next((path for path in candidates if path.is_file()), None)
+        path = next((path for path in candidates if paths.is_file(path)), None)
         if path is not None:
             found[split] = path
         # Left out, the split would come from another file without a word.
@@ -78,11 +78,11 @@ def find(
     )
 
 
-def fingerprint(paths: Mapping[str, pathlib.Path]) -> str:
+def fingerprint(files: Mapping[str, pathlib.Path]) -> str:
     """16 hexadecimal digits that change with the content of any of the files."""
     # Of the contents, not of names or dates: a copy in another folder is the same dataset.
     digest = hashlib.sha256()
-    for split, path in sorted(paths.items()):
+    for split, path in sorted(files.items()):
         digest.update(f"{split}:{_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 

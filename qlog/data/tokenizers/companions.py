@@ -8,7 +8,7 @@ from typing import Any
 from qlog.data import fields
 from qlog.data.chat_templates import BUILT_IN_NAME
 from qlog.errors import ConfigError
-from qlog.storage import strict_json
+from qlog.storage import paths, strict_json
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -84,7 +84,7 @@ def read_template(path: pathlib.Path) -> str:
     Raises:
       ConfigError: no such file, or not a text in UTF-8.
     """
-    if not path.is_file():
+    if not paths.is_file(path):
         raise ConfigError(
             f"{fields.CHAT_TEMPLATE} = {path} does not exist: give the path of a .jinja file, "
             f"{BUILT_IN_NAME!r}, or '' for the model's own template."
@@ -103,7 +103,7 @@ def _text(path: pathlib.Path) -> str:
 
 def _json(path: pathlib.Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if the file is not there."""
-    if not path.is_file():
+    if not paths.is_file(path):
         return None
     try:
         found = strict_json.loads(_text(path))
@@ -153,7 +153,7 @@ def _template(
     folder: pathlib.Path, config: Mapping[str, Any] | None
 ) -> tuple[str | None, pathlib.Path | None]:
     """The model's own chat template and its file, in the order in which transformers looks."""
-    if (folder / TEMPLATE).is_file():
+    if paths.is_file(folder / TEMPLATE):
         return _text(folder / TEMPLATE), folder / TEMPLATE
     # The last one belongs to the processors of models with images; tokenizers come first.
     for name, values in ((CONFIG, config), (PROCESSOR_TEMPLATE, None)):

@@ -42,13 +42,14 @@ class JsonTokenizer(Tokenizer):
         files: TokenizerFiles = NO_FILES,
     ):
         # ---- Which of the added tokens are control tokens ----
+        model = _checked_model(spec, path)
         added = _checked(spec.get("added_tokens") or [], path)
-        unknown = spec["model"].get("unk_token")
+        unknown = model.get("unk_token")
         # Gemma adds runs of spaces and newlines, which are text. All other added tokens are control
         # tokens, "special" or not: Qwen's <think> is not marked special.
         kept = [t for t in added if not is_markup(t["content"]) or t["content"] == unknown]
         control = {t["content"]: t["id"] for t in added if t not in kept}
-        vocab = spec["model"]["vocab"]
+        vocab = model["vocab"]
         if len(vocab) == _QWEN_RANKS:
             _check_qwen(control, path)
         pieces = vocab.items() if isinstance(vocab, dict) else ()
@@ -61,7 +62,7 @@ class JsonTokenizer(Tokenizer):
             "post_processor": None,
             "padding": None,
             "truncation": None,
-            "model": _without(spec["model"], control),
+            "model": _without(model, control),
             "pre_tokenizer": _in_the_middle(spec.get("pre_tokenizer")),
         }
         try:
@@ -131,14 +132,9 @@ def read(
     """
     try:
         spec = strict_json.loads(path.read_bytes())
-        vocab = spec["model"]["vocab"]
-        if isinstance(vocab, dict) and not all(type(id_) is int for id_ in vocab.values()):
-            raise TypeError("its vocabulary has ids that are not numbers")
     except strict_json.Unreadable as error:
         remedy = "take the file from the model's own folder"
         raise ConfigError(error.after(f"{fields.TOKENIZER} = {path}", remedy)) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _no_tokenizer(path, error) from error
     return JsonTokenizer(
         spec, think_start=think_start, think_end=think_end, path=path, eos=eos, files=files
     )
@@ -194,11 +190,19 @@ def _without(model: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, 
         return dict(model)
     vocab = {piece: id_ for piece, id_ in vocab.items() if piece not in control}
     # A merge that makes a control token, or is made of one, would name a piece that is gone.
-    if "merges" not in model:
+    if not model.get("merges"):
         return {**model, "vocab": vocab}
-    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-    merges = [[a, b] for a, b in pairs if a in vocab and b in vocab and a + b in vocab]
+    merges = [
+        [a, b]
+        for a, b in map(_pair, model["merges"])
+        if a in vocab and b in vocab and a + b in vocab
+    ]
     return {**model, "vocab": vocab, "merges": merges}
+
+
+def _pair(merge: Any) -> list[str]:
+    """The two pieces of a merge, in either spelling; whatever else stands there as it is."""
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _in_the_middle(pre_tokenizer: Any) -> Any:
@@ -242,10 +246,31 @@ def _no_tokenizer(path: pathlib.Path | None, reason: object) -> ConfigError:
     )
 
 
+def _checked_model(spec: Any, path: pathlib.Path | None) -> dict[str, Any]:
+    """The tokenizer's model, if its vocabulary and merges can be walked through."""
+    model = spec.get("model") if isinstance(spec, Mapping) else None
+    if not isinstance(model, dict):
+        raise _no_tokenizer(path, "it has no model")
+    vocab, merges = model.get("vocab"), model.get("merges") or []
+    if not isinstance(vocab, dict | list):  # a list: pieces and their scores
+        raise _no_tokenizer(path, f"its vocabulary is {vocab!r:.60}")
+    if isinstance(vocab, dict) and not all(type(id_) is int for id_ in vocab.values()):
+        raise _no_tokenizer(path, "its vocabulary has ids that are not numbers")
+    if not isinstance(merges, list):
+        raise _no_tokenizer(path, f"its merges are {merges!r:.60}")
+    for merge in merges:
+        pair = _pair(merge)
+        if not isinstance(pair, list) or [type(piece) for piece in pair] != [str, str]:
+            raise _no_tokenizer(path, f"{merge!r:.60} among its merges is no pair of pieces")
+    return model
+
+
 def _checked(added: Any, path: pathlib.Path | None) -> list[dict[str, Any]]:
     """The added tokens, if each has a name, and an id that no other has."""
+    if not isinstance(added, list):
+        raise _no_tokenizer(path, f"its added_tokens are {added!r:.60}")
     ids = set()
-    for token in added if isinstance(added, list) else [added]:
+    for token in added:
         id_ = token.get("id") if isinstance(token, dict) else None
         if type(id_) is not int or id_ < 0 or not isinstance(token.get("content"), str):
             raise _no_tokenizer(path, f"{token!r} among its added_tokens has no name or no id")

@@ -10,7 +10,7 @@ from qlog.data.tokenizers import companions, json_file
 from qlog.data.tokenizers.interface import Tokenizer
 from qlog.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from qlog.errors import ConfigError
-from qlog.storage import assets, git_lfs
+from qlog.storage import assets, git_lfs, paths
 
 
 def load(
@@ -43,9 +43,9 @@ def load(
       ConfigError: nothing to read at `path`, a file that is not a tokenizer, no such control token,
         or Qwen's control tokens at other ids than Qwen's.
     """
-    path = pathlib.Path(path).expanduser()
-    if path.is_dir():
-        found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
+    path = paths.expanded(path)
+    if paths.is_folder(path):
+        found = [path / "tokenizer.json"] if paths.is_file(path / "tokenizer.json") else []
         found += sorted(path.glob("*.model"))
         if not found:
             hint = assets.why_missing(path / "tokenizer.json")
@@ -54,7 +54,7 @@ def load(
                 f"SentencePiece *.model{hint}: copy one of them from the model's folder."
             )
         path = found[0]
-    if not path.is_file():
+    if not paths.is_file(path):
         raise ConfigError(
             f"{fields.TOKENIZER} = {path} does not exist{assets.why_missing(path)}: give a folder "
             "or a file with tokenizer.json or a SentencePiece *.model."
@@ -68,7 +68,7 @@ def load(
     is_given = chat_template not in ("", BUILT_IN_NAME)
     source, template_file = files.template, files.template_file
     if is_given:
-        template_file = pathlib.Path(chat_template).expanduser()
+        template_file = paths.expanded(chat_template)
         source = companions.read_template(template_file)
     if source is not None and template_file is not None:
         # Without a file that names the special tokens, a template gets those that are known.

@@ -31,10 +31,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             model.ParseFromString(path.read_bytes())
         except Exception as error:
-            raise ConfigError(
-                f"{fields.TOKENIZER} = {path} is not a SentencePiece model "
-                f"({type(error).__name__}): take the file from the model's own folder."
-            ) from error
+            raise _no_model(path, error) from error
         kinds = schema.ModelProto.SentencePiece
         control = {}
         for id_, piece in enumerate(model.pieces):
@@ -45,7 +42,11 @@ class SentencePieceTokenizer(Tokenizer):
                 # id still, and no text becomes it.
                 control[piece.piece.strip("▁")] = id_
                 piece.type = kinds.UNUSED
-        self._plain = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        try:
+            plain = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        except RuntimeError as error:  # a piece that is there twice, say
+            raise _no_model(path, error) from error
+        self._plain = plain
         # The file names the end of a text; the end of a turn is known by its name.
         end = model.pieces[self._plain.eos_id()].piece if self._plain.eos_id() >= 0 else None
         ends = [n for n in EOS_NAMES if n in control and (n == end or n == "<end_of_turn>")]
@@ -69,3 +70,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._plain.decode(ids)
+
+
+def _no_model(path: pathlib.Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{fields.TOKENIZER} = {path} is not a SentencePiece model "
+        f"({type(error).__name__}): take the file from the model's own folder."
+    )

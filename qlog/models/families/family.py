@@ -1,11 +1,11 @@
 """What a family of models is, and how its parts of config.json are read."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from qlog.errors import ConfigError
+from qlog.models import limits
 from qlog.models.rope import RopeScaling, yarn_magnitude
 
 _T = TypeVar("_T")
@@ -76,11 +76,6 @@ class Rope(NamedTuple):
     scaling: RopeScaling | None  # None: the frequencies as they are
 
 
-def is_positive(value: Any) -> bool:
-    """Whether it is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
 def read_rope(rope: Fields) -> Rope:
     """The RoPE of an object that holds rope_theta and, in either spelling, the scaling.
 
@@ -90,9 +85,10 @@ def read_rope(rope: Fields) -> Rope:
     def number(name: str, default: float | None = None) -> float:
         # A null or a 0 stands for the default, as in transformers; without a default it is refused.
         value: Any = rope.get(name) or default
-        if not is_positive(value):
+        if not limits.is_number(value):
             raise ConfigError(
-                f"config.json: {name} = {value!r} of the RoPE {rope} must be a number above 0."
+                f"config.json: {name} = {value!r} of the RoPE {rope} must be "
+                f"{limits.number_text()}."
             )
         return float(value)
 
@@ -201,10 +197,15 @@ def read_windows(
 
 def shortest_cycle(layers: tuple[_T, ...]) -> tuple[_T, ...]:
     """The shortest beginning that, repeated, spells out all layers."""
-    for cycle in range(1, len(layers)):
-        if all(layers[layer] == layers[layer % cycle] for layer in range(len(layers))):
-            return layers[:cycle]
-    return layers
+    # Knuth, Morris and Pratt: borders[i] is the length of the longest beginning of layers[:i + 1],
+    # short of all of it, that is also its end. What is left of the whole is the shortest cycle.
+    borders = [0] * len(layers)
+    for end in range(1, len(layers)):
+        border = borders[end - 1]
+        while border and layers[border] != layers[end]:
+            border = borders[border - 1]
+        borders[end] = border + (layers[border] == layers[end])
+    return layers[: len(layers) - borders[-1]] if layers else layers
 
 
 def layer_types(windows: tuple[int, ...]) -> list[str]:

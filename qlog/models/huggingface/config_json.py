@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from qlog.errors import ConfigError
+from qlog.models import limits
 from qlog.models.config import DecoderConfig
 from qlog.models.families import FAMILIES, Family
-from qlog.models.families.family import Fields, is_positive, write_scaling
+from qlog.models.families.family import Fields, write_scaling
 
 # DecoderConfig field -> field of config.json.
 _FIELDS = {
@@ -42,22 +43,34 @@ class _Type(NamedTuple):
     description: str  # the type in words, for the message: "... must be DESCRIPTION"
 
 
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _size(ours: str, theirs: str) -> _Type:
+    """Of a field that is a whole number above 0 in both."""
+    return _Type(
+        (theirs,),
+        lambda value: limits.is_size(value, ours) and value > 0,
+        f"{limits.size_text(ours)}, above 0",
+    )
+
+
+def _number(ours: str, theirs: str) -> _Type:
+    """Of a field that is a number above 0 in both."""
+    return _Type((theirs,), lambda value: limits.is_number(value, ours), limits.number_text(ours))
 
 
 _TYPES = (
-    _Type(
-        tuple(n for n in _FIELDS.values() if n not in ("rms_norm_eps", "tie_word_embeddings")),
-        lambda value: _is_whole(value) and value > 0,
-        "a whole number above 0",
+    *(
+        _size(ours, theirs)
+        for ours, theirs in _FIELDS.items()
+        if ours not in ("norm_eps", "tied_embeddings")
     ),
+    _size("", "sliding_window_pattern"),
     _Type(
-        ("sliding_window", "max_window_layers", "sliding_window_pattern"),
-        _is_whole,
-        "a whole number",
+        ("sliding_window", "max_window_layers"),
+        lambda value: limits.is_size(value) and value >= 0,
+        f"{limits.size_text()}, at least 0",
     ),
-    _Type(("rms_norm_eps", "query_pre_attn_scalar"), is_positive, "a number above 0"),
+    _number("norm_eps", "rms_norm_eps"),
+    _number("query_pre_attn_scalar", "query_pre_attn_scalar"),
     _Type(
         ("tie_word_embeddings", "use_sliding_window"),
         lambda value: type(value) is bool,

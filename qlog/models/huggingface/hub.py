@@ -9,7 +9,7 @@ import huggingface_hub
 
 from qlog.errors import ConfigError, PassingError, summary
 from qlog.models.huggingface.tensors import tensor_files
-from qlog.storage import assets
+from qlog.storage import assets, paths
 
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
@@ -35,7 +35,7 @@ def resolve(
     """
     wanted = functools.partial(is_wanted, weights=weights)
     folder = None if is_hub_id(spec) else assets.local(spec, field, wanted)
-    if folder is not None and folder.is_dir():
+    if folder is not None and paths.is_folder(folder):
         return _whole(folder, field, spec, weights)
     if folder is not None:
         raise ConfigError(
@@ -56,7 +56,7 @@ def _whole(
     A download that was cut off leaves links of a cache, or only some of the files; without a
     network the Hub's client takes it for the model.
     """
-    if not (folder / "config.json").is_file():
+    if not paths.is_file(folder / "config.json"):
         hint = assets.why_missing(folder / "config.json")
         raise ConfigError(
             f"{field} = {os.fspath(spec)!r} is not a Hugging Face model, since {folder} holds no "
@@ -75,7 +75,7 @@ def is_hub_id(spec: str | os.PathLike) -> bool:
     return (
         name.count("/") == 1
         and not name.startswith((".", "/", "~"))
-        and not pathlib.Path(text).is_dir()
+        and not paths.is_folder(pathlib.Path(text))
     )
 
 

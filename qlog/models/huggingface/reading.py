@@ -24,6 +24,7 @@ from qlog.models.huggingface.tensors import (
     canonical_name,
     expected_shapes,
     is_head,
+    layers_in,
     leaf_name,
     open_safetensors,
     read_json,
@@ -188,6 +189,14 @@ def _check_tensors(
     surplus = [name for name in tensors if name not in expected]
     if missing or surplus:
         names = missing or surplus
+        held, described = layers_in(tensors), layers_in(expected)
+        # Whole layers and nothing else: not the download is wrong, but their number.
+        whole = len(held.keys() ^ described.keys()) * max(described.values(), default=0)
+        if held and len(missing) + len(surplus) == whole:
+            raise ConfigError(
+                f"{folder} has {len(held)} layers where the config describes {len(described)}: "
+                f"{_IS_IT_THE_MODEL}"
+            )
         what = "lacks" if missing else "holds, beyond what the config describes,"
         hint = _IS_IT_THE_MODEL
         # The one tensor whose presence a field decides that files get wrong.

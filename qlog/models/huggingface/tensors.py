@@ -1,8 +1,10 @@
 """The tensors of a model's folder: in which files they are, and which parameter each one is."""
 
+import collections
 import contextlib
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,12 +14,13 @@ from qlog.errors import ConfigError
 from qlog.models.config import DecoderConfig
 from qlog.models.decoder import Params
 from qlog.models.families import FAMILIES
-from qlog.storage import assets, git_lfs, strict_json
+from qlog.storage import assets, git_lfs, paths, strict_json
 
 WHOLE = "model.safetensors"  # all tensors, where one file holds them
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 # Tensors that some files carry and the decoder does not need: RoPE tables, the part for images.
 _IGNORED = re.compile(r"rotary_emb\.|vision_tower\.|multi_modal_projector\.")
+_LAYER = re.compile(r"\.(\d+)\.")  # its number in the name of a tensor
 # Files of models with images put the decoder one level down; older and newer spelling.
 _OUTER_NAMES = (
     (re.compile(r"^language_model\.model\.|^model\.language_model\."), "model."),
@@ -31,9 +34,9 @@ _OUTER_NAMES = (
 def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The safetensors of a model's folder; ConfigError if one is missing."""
     index = folder / INDEX
-    if (folder / WHOLE).is_file():  # before an index, as transformers has it
+    if paths.is_file(folder / WHOLE):  # before an index, as transformers has it
         names = [WHOLE]
-    elif index.is_file():
+    elif paths.is_file(index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ConfigError(f"{index} holds no 'weight_map' of tensors: download it again.")
@@ -46,7 +49,7 @@ def tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
             )
     else:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
-    absent = [name for name in names if not (folder / name).is_file()]
+    absent = [name for name in names if not paths.is_file(folder / name)]
     if absent or not names:
         what = f"lacks {', '.join(absent)}" if absent else "holds no *.safetensors"
         hint = assets.why_missing(folder / (absent[0] if absent else WHOLE))
@@ -79,6 +82,12 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 # ---- Names and shapes ----
+
+
+def layers_in(names: Iterable[str]) -> collections.Counter[str]:
+    """How many of the tensors each layer has, by its number."""
+    found = map(_LAYER.search, names)
+    return collections.Counter(match[1] for match in found if match)
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
