@@ -220,13 +220,13 @@ def count_text(number: int, name: str, plural: str = "") -> str:
 
 def size_text(num_bytes: float) -> str:
     """Bytes as people read them: '25.2 GB', '3.7 MB', '8.2 kB', '1 byte'."""
-    if num_bytes >= 1e9:
+    if num_bytes >= 999_950_000:
         return f"{num_bytes / 1e9:,.1f} GB"
-    if num_bytes >= 1e6:
+    if num_bytes >= 999_950:
         return f"{num_bytes / 1e6:.1f} MB"
-    if num_bytes >= 1e3:
+    if num_bytes >= 999.5:
         return f"{num_bytes / 1e3:.1f} kB"
-    return f"{num_bytes:.3g} {'byte' if num_bytes == 1 else 'bytes'}"
+    return count_text(round(num_bytes), "byte")
 
 
 def put(text: str) -> None:

@@ -47,7 +47,7 @@ _WITHOUT_TRAIN = ("losses", "errors", "extras", "console")
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module of this name can be imported; a package of its parents must be there."""
+    """Whether there is a top-level module of this name to import."""
     try:
         return importlib.util.find_spec(module) is not None
     except ValueError:  # it is imported, and was made by hand: a stub of a test or a notebook

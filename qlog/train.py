@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,14 @@ from qlog.config.check import check_config, check_same_run, evaluation_scorers
 from qlog.config.streams import Stream, stream_key
 from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
-from qlog.experiment import Experiment
-from qlog.experiment.contents import check_same_parts, check_same_reference, identity
+from qlog.experiment import Experiment, prepare
+from qlog.experiment.contents import (
+    REFERENCE,
+    check_same_parts,
+    check_same_reference,
+    identity,
+    reference,
+)
 from qlog.grading.scorers import ScorerError
 from qlog.parallel import distributed, interrupts, process
 from qlog.parallel.interrupts import Interrupts
@@ -72,6 +78,25 @@ def claimed(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[ownershi
             yield claim
 
 
+def start(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    devices: Sequence[Any] | None = None,
+) -> Outcome:
+    """`run` of what `prepare` makes of a config. Every process must call it.
+
+    Args:
+      devices: the mesh's; None takes all.
+
+    Raises:
+      ConfigError, TrainingError, PassingError, Stop: as `prepare` and `run` do.
+    """
+    # Claimed first: a second start is refused before it downloads anything.
+    with claimed(config, workdir) as claim:
+        begins = not checkpoint_reader.has_steps(workdir)
+        return run(prepare(config, devices, begins=begins), workdir, claim)
+
+
 def run(
     experiment: Experiment, workdir: str | os.PathLike, claim: ownership.Claim | None = None
 ) -> Outcome:
@@ -79,7 +104,7 @@ def run(
 
     Leaves behind config.json, metrics.jsonl, rollouts.jsonl, TensorBoard events, samples of every
     evaluation, checkpoints, and when it finishes final.json (with `evaluation.final`) and, last,
-    results.json. SIGINT and SIGTERM give up the step
+    results.json. SIGINT, SIGTERM and SIGHUP give up the step
     under way, save the state as it was before that step, and return.
 
     Args:
@@ -112,12 +137,12 @@ def run(
             saved = stack.enter_context(
                 contextlib.closing(checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep))
             )
-            made_of = identity(experiment)
+            made_of = identity(experiment) | {REFERENCE: reference(experiment)}
             _check_resumption(saved, config, made_of)
             metrics = distributed.once_per_run(lambda: resumption.finished_metrics(workdir, config))
             if metrics is not None:
                 saved.prune(config.checkpoint.finished)
-                distributed.once_per_run(lambda: resumption.restore_config(workdir, config))
+                distributed.once_per_run(lambda: names.write_config(workdir, config, keep=True))
                 say(f"finished before, in {workdir}")
                 return Outcome(metrics, False)
             if not saved.latest_step:
@@ -216,7 +241,7 @@ class _Training:
         """Makes or restores the state, and opens the log.
 
         Args:
-          made_of: `identity(experiment)`, which checkpoints keep.
+          made_of: `identity(experiment)` and the reference, which checkpoints keep.
           stack: closes what is opened here.
         """
         self._experiment, self._config = experiment, experiment.config
@@ -251,7 +276,7 @@ class _Training:
             paths.remove(workdir / RESULTS)
             if saved.latest_step != self._config.train.steps:
                 paths.remove(workdir / FINAL)
-            paths.write(workdir / "config.json", schema.to_json(self._config))
+            names.write_config(workdir, self._config)
         self.log = stack.enter_context(
             RunLog(workdir, self.step, self._config, is_lost=lambda: claim.is_lost)
         )
@@ -476,9 +501,10 @@ def _check_resumption(
             "checkpoint in --workdir: raise it, or use another --workdir."
         )
     config_before, made_of_before = saved.made_of()
-    check_same_run(config_before, config, knows_reference=bool(made_of_before.get("reference")))
+    began_with = made_of_before.get(REFERENCE)
+    check_same_run(config_before, config, knows_reference=began_with is not None)
     check_same_parts(made_of_before, made_of)
-    check_same_reference(made_of_before, made_of, config)
+    check_same_reference(began_with, made_of[REFERENCE], config)
 
 
 def _num_bytes(tree: Any) -> int:

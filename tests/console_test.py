@@ -106,9 +106,12 @@ def test_numbers_have_the_word_that_belongs_to_them():
 @pytest.mark.parametrize(
     "size, text",
     [
-        (0.5, "0.5 bytes"),
+        (0.5, "0 bytes"),
         (1, "1 byte"),
-        (999, "999 bytes"),
+        (999.4, "999 bytes"),
+        (999.6, "1.0 kB"),
+        (999_960, "1.0 MB"),
+        (999_960_000, "1.0 GB"),
         (1000, "1.0 kB"),
         (41_000, "41.0 kB"),
         (3.7e6, "3.7 MB"),

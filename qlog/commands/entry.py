@@ -1,13 +1,14 @@
 """What the commands share: flags in, a page of help out, and a mistake told in one sentence."""
 
 import _thread
+import contextlib
 import functools
 import itertools
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -38,20 +39,21 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """
     about = sys.modules["__main__"].__doc__ or ""
     sys.unraisablehook = functools.partial(_interrupt_again, sys.unraisablehook)
-    try:
-        with output(), ctrl_c_stays():
-            if not show_about(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
-                app.run(main, flags_parser=_parse)
-    except QLOG_ERRORS as error:
-        _fail(str(error), error.status)
-    except Stop as stop:
-        sys.exit(stop.status)
-    except Exception as error:
-        from qlog.storage import paths  # takes a third of a second
+    with _ending_in_time():
+        try:
+            with output(), ctrl_c_stays():
+                if not show_about(sys.argv, about, flags.FLAGS) and not _show_fields(sys.argv):
+                    app.run(main, flags_parser=_parse)
+        except QLOG_ERRORS as error:
+            _fail(str(error), error.status)
+        except Stop as stop:
+            sys.exit(stop.status)
+        except Exception as error:
+            from qlog.storage import paths  # takes a third of a second
 
-        if reason := paths.sentence(error):  # a store, a network or a disk failed
-            _fail(reason, PassingError.status)
-        raise
+            if reason := paths.sentence(error):  # a store, a network or a disk failed
+                _fail(reason, PassingError.status)
+            raise
 
 
 def _interrupt_again(
@@ -164,9 +166,24 @@ def sentence(error: Exception) -> str:
 
 def _fail(text: str, status: int = 2) -> NoReturn:
     complain(text)
-    # At its end Python waits for all threads. Those that write to a store that does not answer try
-    # for hours, and a launcher would wait with them.
-    patience = threading.Timer(_PATIENCE, os._exit, [status])
-    patience.daemon = True
-    patience.start()
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _ending_in_time() -> Iterator[None]:
+    """A process that fails inside ends within `_PATIENCE`, with its status.
+
+    At its end Python waits for all threads. Those that write to a store that does not answer try
+    for hours, and a launcher would wait with them.
+    """
+    status = 1
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if status:
+            patience = threading.Timer(_PATIENCE, os._exit, [status])
+            patience.daemon = True
+            patience.start()
+        raise

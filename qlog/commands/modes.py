@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from qlog import evaluation, models, train
 from qlog.aot import compile_run, weak_scaling
 from qlog.commands import next_steps, several_runs
-from qlog.config import command_line, schema
+from qlog.config import command_line
 from qlog.config.check import check_config
 from qlog.console import ProgressLine, is_live, say, show_table
 from qlog.data import chat_templates
@@ -23,6 +23,7 @@ from qlog.experiment.contents import check_trained_ids
 from qlog.parallel import distributed, interrupts
 from qlog.rollouts import lengths as rollout_lengths
 from qlog.runs import checkpoint_reader
+from qlog.runs import folder as names
 from qlog.storage import paths
 from qlog.storage.paths import Path
 
@@ -79,10 +80,7 @@ def run(
             # Before training: what the command line names may be gone by the end, and nothing that
             # fails then may turn a finished run into a failed one.
             steps = next_steps.after(config, workdir, argv)
-            # Claimed first: a second start is refused before it downloads anything.
-            with train.claimed(config, workdir) as claim:
-                resumes = checkpoint_reader.has_steps(workdir)
-                outcome = train.run(prepare(config, resumes=resumes), workdir, claim)
+            outcome = train.start(config, workdir)
             if not outcome.interrupted:
                 next_steps.tell(workdir, steps)
     return 0
@@ -123,11 +121,11 @@ def run_evaluate(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     To evaluation_SPLIT.json for the best checkpoint, else to evaluation_SPLIT_CHECKPOINT.json.
     """
     path = _find(workdir, checkpoint)
-    experiment = prepare(config, train=False)
+    experiment = prepare(config, train=False, begins=path is None)
     if path is not None:  # the base model was trained on none of them
         check_trained_ids(experiment, workdir / "splits.json")
     # A folder without a run: what the numbers are of must be told there, too.
-    distributed.once_per_run(lambda: _write_config(config, workdir))
+    distributed.once_per_run(lambda: names.write_config(workdir, config, keep=True))
     params, parameters_from, step = _load(experiment, path)
     _tell_sampling(experiment)
     split = config.evaluation.split
@@ -166,7 +164,7 @@ def run_export(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     The tokenizer's file, chat template and generation settings are copied with it.
     """
     path = _find(workdir, checkpoint)
-    experiment = prepare(config, train=False, evaluate=False)
+    experiment = prepare(config, train=False, evaluate=False, begins=path is None)
     cost.check(experiment, train=False, evaluate=False)
     params, _, _ = _load(experiment, path)
     folder, tokenizer = workdir / "export", experiment.formatter.tokenizer
@@ -207,7 +205,7 @@ def _drop_chat_template(folder: Path) -> None:
 def run_sample(config: ConfigDict, workdir: Path, checkpoint: str) -> int:
     """Prints prompts of the evaluation split with sampled rationales and answers."""
     path = _find(workdir, checkpoint)
-    experiment = prepare(config, train=False)
+    experiment = prepare(config, train=False, begins=path is None)
     params, _, _ = _load(experiment, path)
     _tell_sampling(experiment)
     line, sampling = ProgressLine(), experiment.evaluation_sampling
@@ -283,12 +281,6 @@ def _notice_other_prompts(experiment: Experiment, path: Path) -> None:
             "NOTE: the checkpoint was trained on prompts of another tokenizer, chat template or "
             f"data.style ({before}, not {now}); this command writes them as its config says."
         )
-
-
-def _write_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes config.json where none is: a run's own stays."""
-    if not paths.exists(workdir / "config.json"):
-        paths.write(workdir / "config.json", schema.to_json(config))
 
 
 def _report(workdir: Path, name: str, record: str) -> None:

@@ -15,7 +15,7 @@ from qlog.config import schema
 from qlog.config.check import check_config
 from qlog.console import say
 from qlog.errors import ConfigError, PassingError
-from qlog.experiment import build, files, prepare
+from qlog.experiment import build, files
 from qlog.parallel import distributed, interrupts, process
 from qlog.report import comparison
 from qlog.runs import checkpoint_reader
@@ -94,7 +94,7 @@ def _check_parts(
         if child.init_from in folders:
             child = schema.merge(child, {"init_from": ""})
         with _naming(name):
-            build.check(child, devices, resumes=checkpoint_reader.has_steps(workdir / name))
+            build.check(child, devices, begins=not checkpoint_reader.has_steps(workdir / name))
 
 
 def _check_files(children: Mapping[str, ConfigDict]) -> None:
@@ -128,9 +128,7 @@ def _run_one(
     # Results without seconds.json: an earlier start was cut short between the two.
     was_done = distributed.once_per_run(lambda: paths.exists(workdir / train.RESULTS))
     # Each run has its own claim on its own folder.
-    with train.claimed(config, workdir) as claim:
-        resumes = checkpoint_reader.has_steps(workdir)
-        outcome = train.run(prepare(config, devices, resumes=resumes), workdir, claim)
+    outcome = train.start(config, workdir, devices)
     if outcome.interrupted:
         return True
     if not was_done:  # else only this start's seconds are known, not those of the training

@@ -27,6 +27,7 @@ from qlog.grading.scorers import Scorer
 from qlog.losses.checks import closest
 from qlog.models import limits
 from qlog.parallel import sharding
+from qlog.storage import strict_json
 
 _PLAIN = (str, int, float, bool, types.NoneType)  # exactly: a NumPy float is a float, too
 
@@ -261,19 +262,21 @@ def _check_transform(estimator: losses.Estimator, num_prompts: int, num_rollouts
         ) from error
 
 
-def _check_plain(value: Any, name: str) -> None:
+def _check_plain(value: Any, name: str, depth: int = 0) -> None:
     """config.json can hold it, by which a run is known when it resumes; functions by their name.
 
     So NumPy's numbers and arrays are none, nor are sets.
     """
+    if depth > strict_json.MAX_DEPTH:  # or it holds itself
+        raise ConfigError(f"config holds sections or lists in each other {depth} deep.")
     if isinstance(value, (ConfigDict, Mapping)):
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"{name} has the key {key!r}: keys must be text.")
-            _check_plain(value[key], f"{name}.{key}")
+            _check_plain(value[key], f"{name}.{key}", depth + 1)
     elif type(value) in (list, tuple):
         for index, each in enumerate(value):
-            _check_plain(each, f"{name}[{index}]")
+            _check_plain(each, f"{name}[{index}]", depth + 1)
     elif type(value) not in _PLAIN and not callable(value):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise ConfigError(

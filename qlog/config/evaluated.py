@@ -7,7 +7,8 @@ def splits_after(config: ConfigDict, start: int = 0, every: int | None = None) -
     """The splits that a run evaluates after step `start`, in order, each as often as it does.
 
     Args:
-      start: steps that are done; what was due after them has been evaluated.
+      start: steps that are done. The evaluation after the last of them, which an earlier start may
+        not have come to, is not counted.
       every: steps from one evaluation to the next; None is `evaluation.every`, 0 is never.
     """
     evaluation, steps = config.evaluation, config.train.steps

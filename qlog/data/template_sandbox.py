@@ -24,7 +24,7 @@ import re
 import string
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set, ValuesView
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set, ValuesView
 from typing import Any
 
 import jinja2
@@ -796,7 +796,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 BUDGET.make(max(times, 0) * BUDGET.weigh(value), "*")
         elif not isinstance(left, float) and not isinstance(right, float):
             BUDGET.make(BUDGET.weigh(left) + BUDGET.weigh(right), operator)
-            if operator == "-":
+            if operator == "-" and isinstance(left, Set) and isinstance(right, Collection):
                 _with_hashes(left, right)
         return super().call_binop(context, operator, left, right)
 

@@ -43,7 +43,7 @@ def prepare(
     devices: Sequence[jax.Device] | None = None,
     train: bool = True,
     evaluate: bool | None = None,
-    resumes: bool = False,
+    begins: bool = True,
 ) -> Experiment:
     """Builds every part of a run. Compiles nothing; takes seconds where no files are fetched.
 
@@ -51,8 +51,8 @@ def prepare(
       devices: the mesh's; None takes all.
       train: whether train_data is wanted.
       evaluate: whether evaluation_data is; None: if the config evaluates, or nothing is trained.
-      resumes: whether the run goes on from a checkpoint of its own. What it began from
-        (`config.init_from`) may be gone then, but for a loss with a reference.
+      begins: whether the parameters are wanted that a run begins with. A run that goes on from a
+        checkpoint of its own needs those of `config.init_from` for a reference only.
 
     Raises:
       ConfigError: something is wrong, or this machine cannot hold the run; one sentence with the
@@ -62,7 +62,7 @@ def prepare(
     if evaluate is None:
         evaluate = bool(config.evaluation.every) or not train
     mesh, shape = _check_without_files(config, devices, train, evaluate)
-    begins_from = _begins_from(config, resumes)
+    begins_from = _begins_from(config, begins, train)
     weights = files.resolve_weights(config)
     formatter = files.load_formatter(config)
     files.check_vocabulary(formatter, shape)
@@ -102,20 +102,20 @@ def prepare(
 
 
 def check(
-    config: ConfigDict, devices: Sequence[jax.Device] | None = None, resumes: bool = False
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None, begins: bool = True
 ) -> None:
     """What `prepare` checks of a run that trains before it fetches weights and data.
 
     For a run that starts later; `files.check` reads what it reads. Every process must call it.
 
     Args:
-      devices, resumes: as `prepare` takes them.
+      devices, begins: as `prepare` takes them.
 
     Raises:
       ConfigError, PassingError: as `prepare`.
     """
     _check_without_files(config, devices, train=True, evaluate=bool(config.evaluation.every))
-    _begins_from(config, resumes)
+    _begins_from(config, begins, train=True)
 
 
 def _check_without_files(
@@ -138,12 +138,13 @@ def _check_without_files(
     return mesh, shape
 
 
-def _begins_from(config: ConfigDict, resumes: bool) -> Path | None:
+def _begins_from(config: ConfigDict, begins: bool, train: bool) -> Path | None:
     """The checkpoint that `config.init_from` names; None where there is none, or none is needed.
 
     Looked for before data are read, which takes longer. Every process must call it.
     """
-    if not config.init_from or (resumes and not build_estimator(config).reference):
+    is_needed = begins or (train and build_estimator(config).reference)
+    if not config.init_from or not is_needed:
         return None
     return checkpoint_reader.find_checkpoint(config.init_from, "config.init_from")
 

@@ -15,6 +15,8 @@ from qlog.parallel import distributed
 from qlog.runs import checkpoint_reader
 from qlog.storage import paths
 
+REFERENCE = "reference"  # what `reference` returns, next to an identity in a checkpoint
+
 
 def identity(experiment: Experiment) -> dict[str, Any]:
     """What a run is made of, by content, wherever it was read from; takes seconds.
@@ -27,12 +29,9 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         tokenizer: `Formatter.digest`, which the chat template is part of where it is used;
         examples: for each open split a digest of all its examples in order (of endless data of the
           first ones). A checkpoint of an older version has "splits" instead, digests of records,
-          which nothing is compared with;
-        reference: of a loss with one, the checkpoint that it is (`config.init_from`):
-          {"step": ..., "about": a digest of its config and identity}; None without.
+          which nothing is compared with.
     """
     weights, formatter = experiment.weights, experiment.formatter
-    reference = experiment.begins_from if experiment.estimator.reference else None
     assert formatter, "an experiment of shapes has no identity"
     # By content, not by name: the same files may be read from another folder when a run resumes.
     found = {
@@ -40,7 +39,6 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         "weights": models.huggingface.digest(weights, experiment.policy.config) if weights else "",
         "tokenizer": formatter.digest,
         "examples": {name: split.content for name, split in experiment.splits().items()},
-        "reference": checkpoint_reader.version(reference) if reference else None,
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back: tuples are lists
 
@@ -68,24 +66,42 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def check_same_reference(before: dict[str, Any], now: dict[str, Any], config: ConfigDict) -> None:
+def reference(experiment: Experiment) -> dict[str, Any] | None:
+    """Which checkpoint a loss with a reference compares with. Every process must call it.
+
+    Returns:
+      `checkpoint_reader.version` of the one that `config.init_from` gave; None where the reference
+      is the base model, or the loss has none.
+    """
+    if not experiment.estimator.reference or experiment.begins_from is None:
+        return None
+    return checkpoint_reader.version(experiment.begins_from)
+
+
+def check_same_reference(
+    before: dict[str, Any] | None, now: dict[str, Any] | None, config: ConfigDict
+) -> None:
     """Whether the reference of a KL penalty is the one that training began with.
 
     Args:
-      before, now: as `check_same_parts` takes them.
+      before, now: as `reference` returns them; None before, too, of an older checkpoint.
 
     Raises:
       ConfigError: the best checkpoint of the run that `config.init_from` names is another one now.
     """
-    old, new = before.get("reference"), now.get("reference")
-    if old and new and old != new:
-        raise ConfigError(
-            f"config.init_from = {config.init_from!r} gives the reference of config.loss, which "
-            f"was another checkpoint when the run in --workdir began: of step {old['step']}; now "
-            f"it is that of step {new['step']}"
-            + ("" if old["step"] != new["step"] else " of another run")
-            + f": name the folder of the one before (.../checkpoints/{old['step']})."
-        )
+    if before is None or before == now:
+        return
+    steps = [None if each is None else each["step"] for each in (before, now)]
+    if now is not None and None in steps and before["about"] == now["about"]:
+        return  # of a checkpoint that was copied, without digests: its step is not known
+    shown = "the base model" if now is None else f"the one of step {steps[1]}"
+    if now is not None and steps[0] == steps[1]:
+        shown += " of another run"
+    raise ConfigError(
+        f"config.init_from = {config.init_from!r} gives the reference of config.loss, which was "
+        f"the checkpoint of step {steps[0]} when the run in --workdir began, and is {shown} now: "
+        f"name the folder of the one before (.../checkpoints/{steps[0]})."
+    )
 
 
 def _with_new_fields(model: dict[str, Any]) -> dict[str, Any]:

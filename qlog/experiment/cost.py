@@ -223,6 +223,7 @@ def _lowerings(experiment: Experiment, needs: Phase, most: float) -> list[_Lower
     usual, found = schema.default(), []
     for field in (*_SLICES[needs.name], *_AMOUNTS[needs.name]):
         if lower := _lower(experiment, needs, field, most):
+            # 0 of a field that is cut into (prompts_per_wave) means all, which another one counts.
             times = _get(experiment.config, field) / (_get(usual, field) or 32)
             found.append(_Lowered(field, *lower, times))
     return [each for each in found if each.is_enough] or found
@@ -233,7 +234,8 @@ def _lower_text(found: list[_Lowered], blamed: str) -> str:
     shown = sorted(found, key=lambda each: each.field != blamed)[:_MOST_FIELDS]
     if found[0].is_enough:
         return "lower " + " or ".join(f"{each.field} to {each.value}" for each in shown)
-    texts = [f"{each.field} (to {each.value} or less)" for each in shown]
+    less = lambda each: " or less" if each.value > 1 else ""  # 0 would be all
+    texts = [f"{each.field} (to {each.value}{less(each)})" for each in shown]
     return "lower " + " and ".join(texts)
 
 
@@ -245,14 +247,15 @@ def _lower(
     Args:
       needs: with the field as it is.
     """
-    size = lambda value: phase(needs.name, _with(experiment, field, value), needs.of_model).bytes
-    values = _smaller(experiment, field)
-    is_enough = bool(values) and size(values[-1]) <= most
-    limit = most if is_enough else needs.bytes - 1
-    for value in values:
-        if size(value) <= limit and _is_taken(_with(experiment, field, value)):
-            return value, is_enough
-    return None
+    helps = None
+    for value in _smaller(experiment, field):
+        lowered = _with(experiment, field, value)
+        size = phase(needs.name, lowered, needs.of_model).bytes
+        if size <= most and _is_taken(lowered):
+            return value, True
+        if helps is None and size < needs.bytes and _is_taken(lowered):
+            helps = value, False
+    return helps
 
 
 def _smaller(experiment: Experiment, field: str) -> list[int]:

@@ -184,7 +184,8 @@ class Experiment:
         """
         abstract = self.abstract_params()
         # Each way puts every parameter where it belongs at once: no device ever holds all of them.
-        if self.begins_from is not None:
+        if self.config.init_from:
+            assert self.begins_from is not None, "prepared without what it begins from"
             params = checkpoint_reader.load_params(self.begins_from, abstract, "config.init_from")
             return models.check_finite(params, f"config.init_from = {self.config.init_from!r}")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)

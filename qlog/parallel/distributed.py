@@ -94,18 +94,22 @@ def processes(choice: str) -> Iterator[None]:
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-# In what XLA and its libraries raise where another process is not there any more.
+# In what the runtime raises where another process is not there any more.
 _GONE = re.compile(
-    "gloo|nccl|coordination service|heartbeat|barrier|connection (reset|closed|refused)|"
-    "task.*(died|unavailable|unhealthy)|socket closed|broken pipe",
-    re.IGNORECASE,
+    r"\b(gloo|coordination service|heartbeat|connection (reset|closed|refused)|socket closed|"
+    r"broken pipe|remote process|barrier .*(failed|timed out|aborted))\b",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
 def _sentence(error: BaseException) -> str:
     """One sentence about another process of the run that is gone; '' for other errors."""
-    is_runtime = isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError))
-    if not is_runtime or not _GONE.search(str(error)):
+    frames = traceback.extract_tb(error.__traceback__)
+    is_of_runtime = isinstance(error, (ValueError, RuntimeError)) and bool(
+        frames and re.search(r"/(jax|jaxlib|orbax)/", frames[-1].filename)
+    )
+    text = str(error)
+    if not is_of_runtime or "RESOURCE_EXHAUSTED" in text or not _GONE.search(text):
         return ""
     return (
         f"process {jax.process_index()} lost another process of the run, or the network to it "

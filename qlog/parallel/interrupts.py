@@ -220,6 +220,8 @@ class Interrupts:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """The handler of signals. Python calls it in the main thread, between two instructions."""
         self._number = self._number or number
+        if number == _HANGUP:
+            self._leave_terminal()
         if not self._deferred and not self._is_leaving:
             self._is_leaving = True
             raise Stop(number)
@@ -298,9 +300,9 @@ class Interrupts:
     def _note(self, number: int, is_first: bool) -> None:
         """Remembers a signal and tells the user; a second SIGINT ends the process."""
         self._number = self._number or number
+        if number == _HANGUP:  # the main thread may be in the compiler
+            self._leave_terminal()
         if is_first:
-            if number == _HANGUP:
-                self._leave_terminal()
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             self._say(
                 f"{signal.Signals(number).name}: {'saving' if self._deferred else 'ending'}{again}"
@@ -310,8 +312,10 @@ class Interrupts:
 
     def _leave_terminal(self) -> None:
         """What went to the terminal that was closed goes nowhere, instead of failing."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in self._terminals:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.dup2(nowhere, number)
+        os.close(nowhere)
 
     def _say(self, text: str) -> None:
         if self.speaks:

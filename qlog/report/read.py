@@ -27,7 +27,7 @@ _SKIPPED = {"checkpoints", "samples", "profile", "export", "metrics", "rollouts"
 _FILES = (".json", ".jsonl", ".md", ".png", ".svg", ".html", ".csv", ".tex", ".txt", ".log")
 _SILENT = 120.0  # seconds without a beat (every 10 s) after which a run is called silent
 _MOST_DIGITS = 18  # of a step
-_STOPS = (0, 130, 143)  # exit status of a run that a signal ended: Ctrl-C, SIGTERM
+_STOPS = (0, 129, 130, 143)  # exit status of a run that SIGHUP, Ctrl-C or SIGTERM ended
 
 
 def find(places: Iterable[str]) -> list[Path]:

@@ -156,14 +156,16 @@ def version(folder: Path) -> dict[str, Any]:
     """What tells a checkpoint from others, wherever it lies. Every process must call.
 
     Returns:
-      {"step": of training, "about": a digest of its config and identity}
+      {"step": of training (None where it is not known), "about": a digest of config and identity}
     """
-    about = lambda: digests.digest_of(list(made_of(folder)))
-    return {"step": _step_of(folder), "about": distributed.once_per_run(about)}
 
+    def found() -> dict[str, Any]:
+        step = digests.step_of(folder)
+        if step is None and digests.is_step(folder.name):
+            step = int(folder.name)
+        return {"step": step, "about": digests.digest_of(list(made_of(folder)))}
 
-def _step_of(folder: Path) -> int | None:
-    return int(folder.name) if digests.is_step(folder.name) else None
+    return distributed.once_per_run(found)
 
 
 def has_steps(workdir: str | os.PathLike) -> bool:
@@ -213,7 +215,7 @@ def _described(folder: Path) -> str:
         return "it is missing"
     if not paths.names(folder):
         return "the folder is empty"
-    orbax_log.silence()
+    orbax_log.watch()
     try:
         metadata = ocp.checkpointables_metadata(folder)
         _shapes(metadata.metadata[PARAMS])

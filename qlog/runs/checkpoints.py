@@ -70,7 +70,7 @@ class Checkpoints:
         # Before Orbax looks: it would count, and in time delete, what is damaged.
         newest, damaged = checkpoint_reader.find_damaged(self._steps)
         _rename_damaged(self._steps, damaged, newest)
-        orbax_log.silence()
+        orbax_log.watch()
 
         # ---- Orbax ----
         # Kept is what either policy wants. Orbax asks them after each save, and by then `_Best` may
@@ -303,7 +303,8 @@ class Checkpoints:
         """The state of a step, or why it cannot be read.
 
         Raises:
-          PassingError: of several processes this one cannot read its part.
+          PassingError: of several processes this one cannot read its part; ConfigError where the
+            checkpoint has no digests, so that it may be damaged for all of them.
         """
         parts = {PARAMS: abstract.params, TRAINING: abstract._replace(params=None)._asdict()}
         try:
@@ -314,8 +315,10 @@ class Checkpoints:
             if jax.process_count() > 1:
                 # The others wait for it in Orbax's barrier: it ends, and that ends them.
                 self._is_broken = True
-                raise PassingError(
-                    f"{self._steps / str(step)} cannot be read by process {jax.process_index()} "
+                folder = self._steps / str(step)
+                kind = PassingError if digests.exist(folder) else ConfigError
+                raise kind(
+                    f"{folder} cannot be read by process {jax.process_index()} "
                     f"({summary(error)}): mend its disk, or move that folder away; the same "
                     "command goes on."
                 ) from error

@@ -44,6 +44,8 @@ _LATE = (FILE, COMMITTED, _ABOUT)  # no digests of these files
 # What a damaged file of digests raises; OverflowError of a number like 1e999.
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _TRIES, _PAUSE = 3, 0.5  # seconds between them
+# Lengths of the kinds of digests: in hexadecimal digits; a bucket's, in base64.
+_KINDS = _SHA256, _MD5, _CRC32C = 64, 24, 8
 _BLOCK = 1 << 20  # bytes
 _THREADS = 8  # hashing leaves Python's lock to others
 # {file: ((bytes, time of change, digest), when)} of files that this process has read and found
@@ -96,6 +98,15 @@ def is_forgotten(folder: Path, item: str) -> bool:
     except _UNREADABLE:
         return False
     return known is not None and item not in _items(known["files"])
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint under whatever name; None where no digests tell."""
+    try:
+        known = _read(folder)
+    except _UNREADABLE:
+        return None
+    return None if known is None else known["step"]
 
 
 def exist(folder: Path) -> bool:
@@ -160,13 +171,15 @@ def _plan(folder: Path, items: Sequence[str]) -> dict[str, Any]:
         for name, (_, digest) in wanted.items()
         if digest and not _is_told(digest, there[name][1])
     ]
-    if unread and not all(map(_function_of, dict(unread).values())):
+    if any(len(digest) not in _KINDS for _, digest in unread):
+        return {"fault": f"{FILE} cannot be read", "files": []}
+    readable = [[name, digest] for name, digest in unread if _function_of(digest)]
+    if len(readable) < len(unread):
         say(
-            f"{folder}: only the sizes of its files are compared, since they have a store's "
+            f"{folder}: of some files only the sizes are compared, since they have a store's "
             "checksums, for which the package google-crc32c is missing"
         )
-        unread = []
-    return {"fault": "", "files": unread}
+    return {"fault": "", "files": readable}
 
 
 def _is_told(digest: str, digest_now: str) -> bool:
@@ -207,21 +220,20 @@ def _digest(file: Path, like: str = "") -> str:
         while block := opened.read(_BLOCK):
             digest.update(block)
     binary = digest.digest()
-    return base64.b64encode(binary).decode() if like and len(like) < 64 else binary.hex()
+    return base64.b64encode(binary).decode() if like and len(like) < _SHA256 else binary.hex()
 
 
 def _function_of(like: str) -> Any:
     """A new object that takes bytes (`update`) and gives a digest; None where its kind is unknown.
 
     Args:
-      like: a digest of the same kind: SHA-256 in hexadecimal digits (also of ''), or a bucket's MD5
-        or CRC32C in base64.
+      like: a digest of the same kind; '' stands for SHA-256.
     """
-    if len(like) in (0, 64):
+    if len(like) in (0, _SHA256):
         return hashlib.sha256()
-    if len(like) == 24:
+    if len(like) == _MD5:
         return hashlib.md5(usedforsecurity=False)
-    if len(like) == 8 and extras.is_installed("google_crc32c"):
+    if len(like) == _CRC32C and extras.is_installed("google_crc32c"):
         import google_crc32c  # comes with the extra gcs
 
         return google_crc32c.Checksum()

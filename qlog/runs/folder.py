@@ -1,10 +1,12 @@
 """The names of what lies in a run's folder, and whether there is room for it."""
 
+import json
 import shutil
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from qlog.config import schema
 from qlog.config.evaluated import splits_after
 from qlog.console import say, size_text
 from qlog.errors import ConfigError
@@ -30,6 +32,21 @@ def is_config(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(value.get(section), dict) for section in _SECTIONS
     )
+
+
+def write_config(workdir: Path, config: ConfigDict, keep: bool = False) -> None:
+    """Writes the resolved config, by which a report knows a run.
+
+    Args:
+      keep: leaves one that is there already, if it is a config.
+    """
+    file = workdir / CONFIG
+    try:
+        is_there = keep and is_config(json.loads(paths.read(file)))
+    except (OSError, ValueError, RecursionError):
+        is_there = False
+    if not is_there:
+        paths.write(file, schema.to_json(config))
 
 
 def questions(samples: Path) -> Path:

@@ -337,16 +337,22 @@ def _read(path: paths.Path, needs: Mapping[str, type] | None = None) -> _Lines:
     for number, line in enumerate(text.split("\n"), 1):
         if not line:
             continue
-        try:
-            value = json.loads(line)
-            json_lines.line(value).encode()  # surrogates, such as bytes that were no UTF-8
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict) and _is_of(value, needs or {}):
+        value = _event(line)
+        if value is not None and _is_of(value, needs or {}):
             objects.append(value)
         elif number <= whole.count("\n"):  # else a crash has cut it short
             damaged.append((number, line))
     return _Lines(objects, damaged)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """The object of a line; None of one that is damaged."""
+    try:
+        value = json.loads(line)
+        json_lines.line(value).encode()  # surrogates, such as bytes that were no UTF-8
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _segments(folder: paths.Path) -> list[str]:
@@ -378,16 +384,17 @@ def _adopt(path: paths.Path) -> None:
 def _joined(files: Sequence[paths.Path]) -> bytes:
     """The lines of logs, the earliest step first; damaged ones stay, behind the one before them."""
     placed: list[tuple[int, str]] = []
-    for file in files:
-        if not paths.exists(file):
-            continue
+    for file in filter(paths.exists, files):
+        # What another file has, too: this was begun before, and did not come to its end.
+        known = {line for _, line in placed}
         step = 0
-        for line in paths.read(file, errors="surrogateescape").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
-                step = int(json.loads(line)["step"])
-            placed.append((step, line if line.endswith("\n") else line + "\n"))
+        for line in json_lines.split(paths.read(file, errors="surrogateescape")):
+            if (event := _event(line)) and _is_of(event, _ROLLOUT):
+                step = event["step"]
+            if line not in known:
+                placed.append((step, line))
     placed.sort(key=lambda entry: entry[0])
-    return "".join(line for _, line in placed).encode(errors="surrogateescape")
+    return "".join(f"{line}\n" for _, line in placed).encode(errors="surrogateescape")
 
 
 def _drop_from(path: paths.Path, step: int) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""What Orbax and TensorStore print besides what they raise: for a user it would say all twice."""
+"""What Orbax and TensorStore print: saves that failed in the background are known by it.
+
+What they raise as well is not on the screen: a user would read it twice.
+"""
 
 import functools
 import logging
@@ -11,8 +14,8 @@ from typing import Any
 failures: list[BaseException] = []
 
 
-def silence() -> None:
-    """From now on their log and their late tracebacks are not on the screen."""
+def watch() -> None:
+    """From now on `failures` is kept, and their log and late tracebacks are not on the screen."""
     logger = logging.getLogger("absl")
     if _is_not_of_orbax not in logger.filters:
         logger.addFilter(_is_not_of_orbax)

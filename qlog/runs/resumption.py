@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from qlog.config import schema
 from qlog.console import say
 from qlog.errors import ConfigError, summary
-from qlog.runs.folder import CONFIG, RESULTS, is_config
+from qlog.runs.folder import RESULTS
 from qlog.runs.log import numbers, read_events
 from qlog.storage import paths
 from qlog.storage.paths import Path
@@ -47,21 +47,6 @@ def finished_metrics(workdir: Path, config: ConfigDict) -> dict[str, float] | No
                 "numbers next to them."
             )
     return metrics
-
-
-def restore_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes the config of a finished run again where its file was lost, or holds something else.
-
-    A report knows a run by it.
-    """
-    file = workdir / CONFIG
-    try:
-        is_there = is_config(json.loads(paths.read(file)))
-    except (FileNotFoundError, ValueError, RecursionError):
-        is_there = False
-    if not is_there:
-        say(f"{file} cannot be read: it is written again")
-        paths.write(file, schema.to_json(config))
 
 
 def check_nothing_is_lost(workdir: Path) -> None:

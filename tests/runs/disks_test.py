@@ -155,8 +155,8 @@ _LATE = """
 import asyncio, sys, tensorstore, threading
 from qlog.runs import orbax_log
 
-orbax_log.silence()
-orbax_log.silence()
+orbax_log.watch()
+orbax_log.watch()
 promise, future = tensorstore.Promise.new()
 loop = asyncio.new_event_loop()
 

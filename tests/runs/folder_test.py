@@ -132,3 +132,15 @@ def test_a_file_system_that_tells_no_size_is_not_called_full(capsys):
     assert shutil.disk_usage("/proc").total == 0
     folder.notice_room(paths.Path("/proc"), 10**18)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"loss": 3}', "[" * 5000])
+def test_a_config_that_was_lost_is_written_again(content, tmp_path):
+    """A report knows a run by it."""
+    workdir, file = paths.Path(tmp_path), tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    folder.write_config(workdir, CONFIG, keep=True)
+    assert file.read_text() == schema.to_json(CONFIG)
+    folder.write_config(workdir, tiny.config(seed=3), keep=True)  # one that is whole stays
+    assert file.read_text() == schema.to_json(CONFIG)

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from qlog import console
+from qlog.runs import log
 from qlog.runs.log import RunLog, numbers, read_events, read_jsonl
 from qlog.storage import paths
 
@@ -140,3 +141,17 @@ def test_a_log_that_was_copied_from_a_disk_to_a_bucket_or_back_goes_on(tmp_path)
         # A run that went on before its log was adopted has both, either one first.
         paths.write(bucket / "metrics.jsonl", _lines(5, 6))
         goes_on(bucket, 6, 8)
+
+
+def test_a_log_is_adopted_as_it_was(tmp_path):
+    """Whatever its lines hold, and also where a start before was killed in the middle of it."""
+    segments, adopted = tmp_path / "metrics", tmp_path / "metrics.jsonl"
+    odd = json.dumps({"step": 1, "phase": "a\u2028b\x85c"}, ensure_ascii=False) + "\n"
+    content = _lines(0) + odd + '{"step": 1e999}\ngarbage\n' + _lines(2)
+    segments.mkdir()
+    segments.joinpath("000000.jsonl").write_text(content, encoding="utf-8")
+    for _ in range(2):
+        log._adopt(paths.Path(adopted))
+        assert adopted.read_text(encoding="utf-8") == content
+        assert not list(segments.iterdir())
+        segments.joinpath("000001.jsonl").write_text(odd, encoding="utf-8")  # not yet removed

@@ -90,16 +90,3 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_log(tmp_path):
     (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
     tiny.run(config, tmp_path, ONE)
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
-
-
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"loss": 3}', "[" * 5000])
-def test_a_finished_run_gets_its_config_back(content, tmp_path, capsys):
-    """A report knows a run by it."""
-    workdir, config, file = paths.Path(tmp_path), tiny.config(), tmp_path / "config.json"
-    if content is not None:
-        file.write_text(content)
-    resumption.restore_config(workdir, config)
-    assert file.read_text() == schema.to_json(config)
-    assert "config.json cannot be read: it is written again" in capsys.readouterr().out
-    resumption.restore_config(workdir, tiny.config(seed=3))  # one that is whole stays
-    assert file.read_text() == schema.to_json(config) and not capsys.readouterr().out
