@@ -137,7 +137,7 @@ class ProgressLine:
             bar = ""
             if share is not None and columns >= 4 * _BAR:
                 bar, columns = _bar(share) + " ", columns - _BAR - 1
-            print(f"{_CLEAR}{bar}{_cut(text, columns)}", end="\n" if force else "", flush=True)
+            _print(f"{_CLEAR}{bar}{_cut(text, columns)}", end="\n" if force else "")
             ProgressLine._is_open = not force
         elif force or now - self._shown >= self._every:
             self._shown = now
@@ -229,9 +229,30 @@ def size_text(num_bytes: float) -> str:
     return count_text(round(num_bytes), "byte")
 
 
+_outlives_reader = False
+
+
+def outlive_reader() -> None:
+    """From now on output goes nowhere when the reader of the pipe has gone, instead of failing.
+
+    A signal that ends a run also ends the reader of `run | tee log`, and the run saves first.
+    """
+    global _outlives_reader
+    _outlives_reader = True
+
+
+def _print(text: str, end: str = "\n") -> None:
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        if not _outlives_reader:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def put(text: str) -> None:
     """A line in the place of a progress line, as it is, from every process."""
-    print((_CLEAR if is_live() else "") + text, flush=True)
+    _print((_CLEAR if is_live() else "") + text)
     ProgressLine._is_open = False
 
 

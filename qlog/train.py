@@ -20,11 +20,11 @@ from qlog.console import say, show_table
 from qlog.errors import ConfigError, Stop, TrainingError
 from qlog.experiment import Experiment, prepare
 from qlog.experiment.contents import (
-    REFERENCE,
+    BEGUN_FROM,
+    begun_from,
     check_same_parts,
     check_same_reference,
     identity,
-    reference,
 )
 from qlog.grading.scorers import ScorerError
 from qlog.parallel import distributed, interrupts, process
@@ -137,8 +137,8 @@ def run(
             saved = stack.enter_context(
                 contextlib.closing(checkpoints.Checkpoints(workdir, keep=config.checkpoint.keep))
             )
-            made_of = identity(experiment) | {REFERENCE: reference(experiment)}
-            _check_resumption(saved, config, made_of)
+            made_of = identity(experiment) | {BEGUN_FROM: begun_from(experiment)}
+            _check_resumption(saved, config, made_of, experiment.estimator.reference)
             metrics = distributed.once_per_run(lambda: resumption.finished_metrics(workdir, config))
             if metrics is not None:
                 saved.prune(config.checkpoint.finished)
@@ -241,7 +241,7 @@ class _Training:
         """Makes or restores the state, and opens the log.
 
         Args:
-          made_of: `identity(experiment)` and the reference, which checkpoints keep.
+          made_of: `identity(experiment)` and what it began from, which checkpoints keep.
           stack: closes what is opened here.
         """
         self._experiment, self._config = experiment, experiment.config
@@ -490,9 +490,17 @@ def _is_each(step: int, every: int) -> bool:
 
 
 def _check_resumption(
-    saved: checkpoints.Checkpoints, config: ConfigDict, made_of: dict[str, Any]
+    saved: checkpoints.Checkpoints,
+    config: ConfigDict,
+    made_of: dict[str, Any],
+    has_reference: bool,
 ) -> None:
-    """Raises ConfigError unless the newest checkpoint, if any, is one of this very run."""
+    """Raises ConfigError unless the newest checkpoint, if any, is one of this very run.
+
+    Args:
+      made_of: of this start; gets what the run began from when it began.
+      has_reference: whether the loss compares with what the run began from.
+    """
     if not saved.latest_step:
         return
     if saved.latest_step > config.train.steps:
@@ -501,10 +509,12 @@ def _check_resumption(
             "checkpoint in --workdir: raise it, or use another --workdir."
         )
     config_before, made_of_before = saved.made_of()
-    began_with = made_of_before.get(REFERENCE)
-    check_same_run(config_before, config, knows_reference=began_with is not None)
+    before = made_of_before.get(BEGUN_FROM)
+    check_same_run(config_before, config, knows_reference=before is not None)
     check_same_parts(made_of_before, made_of)
-    check_same_reference(began_with, made_of[REFERENCE], config)
+    if has_reference:
+        check_same_reference(before, made_of[BEGUN_FROM], config)
+    made_of[BEGUN_FROM] = before  # what it is now changes nothing any more
 
 
 def _num_bytes(tree: Any) -> int:

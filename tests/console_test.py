@@ -261,3 +261,24 @@ def test_a_pipe_gets_plain_lines_unless_colours_are_forced(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out == "\x1b[33mwarning:\x1b[0m odd\n"
     assert captured.err == "\x1b[1;31mqlog:\x1b[0m bad\n"
+
+
+def test_after_a_signal_a_reader_that_is_gone_is_no_failure():
+    """`run | tee log`: Ctrl-C ends tee, too, and the run saves and says so."""
+    program = (
+        "import sys; from qlog import console; sys.stdin.readline()\n"
+        "console.outlive_reader(); console.put('saved'); console.put('stopped'); sys.exit(7)"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert run.stdout and run.stdin and run.stderr
+    run.stdout.close()
+    run.stdin.write("go\n")
+    run.stdin.close()
+    assert run.wait(60) == 7, run.stderr.read()

@@ -326,7 +326,7 @@ def _composed(scale):
     return losses.Estimator(transform=transform, surrogate=losses.linear())
 
 
-@pytest.mark.parametrize("rollouts_per_microbatch, most", [(0, 7), (2, 8)])
+@pytest.mark.parametrize("rollouts_per_microbatch, most", [(0, 8), (2, 9)])
 def test_a_mistake_in_a_loss_is_near_the_command(rollouts_per_microbatch, most, tmp_path):
     """The traceback that its author reads has few lines of qlog."""
     changes = {"rollouts_per_microbatch": rollouts_per_microbatch, "prompts_per_step": 8}

@@ -16,6 +16,7 @@ from qlog.config.check import check_config
 from qlog.console import say
 from qlog.errors import ConfigError, PassingError
 from qlog.experiment import build, files
+from qlog.experiment.contents import BEGUN_FROM
 from qlog.parallel import distributed, interrupts, process
 from qlog.report import comparison
 from qlog.runs import checkpoint_reader
@@ -120,6 +121,7 @@ def _run_one(
     title: str, config: ConfigDict, workdir: paths.Path, devices: Sequence[jax.Device] | None
 ) -> bool:
     """One run, unless it has finished before; whether a signal ended it."""
+    _tell_what_it_began_from(title, config, workdir)
     if distributed.once_per_run(lambda: _finished(workdir, config)):
         say(f"{title}: finished before")
         return False
@@ -135,6 +137,24 @@ def _run_one(
         seconds = time.monotonic() - start
         distributed.once_per_run(lambda: paths.write(workdir / "seconds.json", json.dumps(seconds)))
     return False
+
+
+def _tell_what_it_began_from(title: str, config: ConfigDict, workdir: paths.Path) -> None:
+    """Says so where a run began from another checkpoint than it would begin from now."""
+    if not config.init_from or not checkpoint_reader.has_steps(workdir):
+        return
+    try:
+        newest = checkpoint_reader.find_checkpoint(workdir, "--workdir", "latest")
+        now = checkpoint_reader.find_checkpoint(config.init_from, "config.init_from")
+    except ConfigError:  # for `train.run` to tell, if it has anything to do
+        return
+    made_of = distributed.once_per_run(lambda: checkpoint_reader.made_of(newest))
+    before, version = made_of[1].get(BEGUN_FROM), checkpoint_reader.version(now)
+    if before and before != version:
+        say(
+            f"NOTE: {title} began from step {before['step']} of {config.init_from}, and would "
+            f"begin from step {version['step']} now: remove {workdir}, and it runs again."
+        )
 
 
 def _children(config: ConfigDict, workdir: paths.Path) -> dict[str, ConfigDict]:

@@ -15,7 +15,7 @@ from qlog.parallel import distributed
 from qlog.runs import checkpoint_reader
 from qlog.storage import paths
 
-REFERENCE = "reference"  # what `reference` returns, next to an identity in a checkpoint
+BEGUN_FROM = "begun_from"  # what `begun_from` returns, next to an identity in a checkpoint
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
@@ -66,16 +66,14 @@ def check_same_parts(before: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def reference(experiment: Experiment) -> dict[str, Any] | None:
-    """Which checkpoint a loss with a reference compares with. Every process must call it.
+def begun_from(experiment: Experiment) -> dict[str, Any] | None:
+    """Which checkpoint of another run the parameters begin with. Every process must call it.
 
     Returns:
-      `checkpoint_reader.version` of the one that `config.init_from` gave; None where the reference
-      is the base model, or the loss has none.
+      `checkpoint_reader.version` of the one that `config.init_from` gave; None without one.
     """
-    if not experiment.estimator.reference or experiment.begins_from is None:
-        return None
-    return checkpoint_reader.version(experiment.begins_from)
+    folder = experiment.begins_from
+    return None if folder is None else checkpoint_reader.version(folder)
 
 
 def check_same_reference(
@@ -84,7 +82,7 @@ def check_same_reference(
     """Whether the reference of a KL penalty is the one that training began with.
 
     Args:
-      before, now: as `reference` returns them; None before, too, of an older checkpoint.
+      before, now: as `begun_from` returns them; None before, too, of an older checkpoint.
 
     Raises:
       ConfigError: the best checkpoint of the run that `config.init_from` names is another one now.

@@ -87,7 +87,7 @@ def processes(choice: str) -> Iterator[None]:
             _leave(error.status)
         if isinstance(error, Stop):
             _leave(error.status)
-        if reason := paths.sentence(error) or _sentence(error):
+        if reason := paths.sentence(error) or sentence(error):
             complain(reason)
             _leave(PassingError.status)
         traceback.print_exc()
@@ -102,7 +102,7 @@ _GONE = re.compile(
 )
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     """One sentence about another process of the run that is gone; '' for other errors."""
     frames = traceback.extract_tb(error.__traceback__)
     is_of_runtime = isinstance(error, (ValueError, RuntimeError)) and bool(

@@ -39,7 +39,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qlog.console import put, time_text
+from qlog.console import outlive_reader, put, time_text
 from qlog.errors import PassingError, Stop
 from qlog.parallel import batch_placement, distributed
 
@@ -220,6 +220,7 @@ class Interrupts:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """The handler of signals. Python calls it in the main thread, between two instructions."""
         self._number = self._number or number
+        outlive_reader()
         if number == _HANGUP:
             self._leave_terminal()
         if not self._deferred and not self._is_leaving:
@@ -300,7 +301,8 @@ class Interrupts:
     def _note(self, number: int, is_first: bool) -> None:
         """Remembers a signal and tells the user; a second SIGINT ends the process."""
         self._number = self._number or number
-        if number == _HANGUP:  # the main thread may be in the compiler
+        outlive_reader()  # here, too: the main thread may be in the compiler
+        if number == _HANGUP:
             self._leave_terminal()
         if is_first:
             again = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""

@@ -141,9 +141,7 @@ def with_origins(alike: Sequence[Group]) -> tuple[list[Group], list[str]]:
     for mine in alike:
         for other in alike:
             if other is not mine and all(origin(run, other.runs) for run in mine.runs):
-                sentences.append(
-                    f"{mine.label} starts from the model that {other.label} ended with."
-                )
+                sentences.append(f"{mine.label} starts from the model that {other.label} trained.")
                 mine = mine._replace(label=f"{mine.label} (starts from {other.label})")
                 break
         labelled.append(mine)

@@ -210,6 +210,11 @@ class Checkpoints:
                     f"{self._steps} is gone (moved, deleted or unmounted): put it back; the same "
                     "command goes on from its newest checkpoint."
                 ) from error
+            if reason := distributed.sentence(error):
+                raise PassingError(
+                    f"{self._steps}: the checkpoint of step {self._saving} was not written: "
+                    f"{reason}"
+                ) from error
             whole = [
                 step for step in checkpoint_reader.steps_in(self._steps) if step != self._saving
             ]

@@ -398,6 +398,7 @@ def probe(folder: Path, field: str = "path", patience: float = _PATIENCE) -> Non
 
     Raises:
       ConfigError: what cannot be done there, and the remedy.
+      PassingError: a bucket does not answer, or not now.
     """
     text, file = secrets.token_hex(8), folder / f".probe_{secrets.token_hex(8)}"
 
@@ -418,7 +419,9 @@ def probe(folder: Path, field: str = "path", patience: float = _PATIENCE) -> Non
             f"{field} = {folder} cannot be written: {reason}; give a folder that this user may "
             "write."
         ) from error
-    raise ConfigError(f"{field} = {folder}: {_why(error, folder)}") from error
+    # What does not answer or is too busy may do so later: launchers try again then.
+    kind = PassingError if isinstance(error, TimeoutError) or passes(error) else ConfigError
+    raise kind(f"{field} = {folder}: {_why(error, folder)}") from error
 
 
 def within(seconds: float, function: Callable[[], object]) -> Exception | None:

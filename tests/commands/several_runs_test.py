@@ -14,6 +14,7 @@ from qlog.errors import ConfigError
 from qlog.experiment import prepare
 from qlog.grading import accuracy
 from qlog.runs.log import read_jsonl
+from qlog.storage import paths
 
 ONE = jax.devices()[:1]
 
@@ -51,7 +52,7 @@ def test_the_report_has_every_evaluated_run(swept):
         assert row["p@1 without rationale"] == results["no_rationale/p@1"]
     table = (workdir / "report.md").read_text()
     assert len([line for line in table.splitlines() if line.startswith("|")]) == 4
-    assert "| b_garl |" in table and "a_paft starts from the model that b_garl ended" in table
+    assert "| b_garl |" in table and "a_paft starts from the model that b_garl trained" in table
     page = (workdir / "report.html").read_text()
     content = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     assert [run["label"].partition(":")[0] for run in content["runs"]] == [
@@ -74,6 +75,15 @@ def test_finished_runs_are_not_run_again(swept):
     several_runs.run(config, workdir, ONE)
     assert (workdir / "b_garl" / "metrics.jsonl").stat().st_mtime_ns == before
     assert (workdir / "report.md").exists()  # it needs no seconds
+
+
+def test_what_a_run_began_from_is_told_where_it_is_another_one_now(swept, capsys):
+    config, workdir = swept
+    child, folder = schema.several(config)["b_garl"], paths.Path(workdir / "b_garl")
+    for source, said in (("a_base", ""), ("a_paft", "NOTE: b_garl began from step 2 of ")):
+        child.init_from = str(workdir / source)
+        several_runs._tell_what_it_began_from("b_garl", child, folder)
+        assert capsys.readouterr().out[: len(said) or None] == said
 
 
 def test_a_flag_that_does_not_reach_all_runs_is_told_before_the_first_one(swept, capsys):

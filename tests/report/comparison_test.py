@@ -60,7 +60,7 @@ def test_a_curve_that_goes_on_from_another_one_says_so(tmp_path, capsys):
             file.write(made.json_lines.line(line))
     names = ["base", "garl", "paft", "other"]
     comparison.write(paths.Path(runs), names)
-    sentence = "paft starts from the model that garl ended with."
+    sentence = "paft starts from the model that garl trained."
     assert sentence in (runs / "report.md").read_text() and sentence in capsys.readouterr().out
     svg = (runs / "escape.svg").read_text()
     assert svg.count("starts from") == svg.count("paft (starts from garl)") > 0
@@ -68,7 +68,7 @@ def test_a_curve_that_goes_on_from_another_one_says_so(tmp_path, capsys):
     # Experiments are called by their method, whoever draws them.
     found = [read.read_run(paths.Path(runs) / name, name) for name in names]
     comparison.write_report(found, (), paths.Path(tmp_path / "report"))
-    sentence = "paft(q=0.75) starts from the model that garl(q=0.75) ended with."
+    sentence = "paft(q=0.75) starts from the model that garl(q=0.75) trained."
     assert sentence in (tmp_path / "report/report.md").read_text()
     svg = (tmp_path / "report/escape-finqa-cold.svg").read_text()
     assert "paft(q=0.75) (starts from garl(q=0.75))" in svg
