@@ -267,6 +267,7 @@ def test_a_save_that_fails_on_one_process_ends_all(cache, tmp_path):
     assert "resumed from step 2" in output
 
 
+@pytest.mark.slow
 def test_a_process_that_is_gone_or_cannot_read_ends_the_others_with_a_sentence(cache, tmp_path):
     local = (sys.executable, str(ROOT / "launch/local"), "--processes=2", "--")
     output = run(
@@ -281,6 +282,7 @@ def test_a_process_that_is_gone_or_cannot_read_ends_the_others_with_a_sentence(c
     assert f"resumed from step {step}" in output
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_is_a_signal_like_the_others(uninterrupted, cache, tmp_path):
     read, terminal = pty.openpty()
     command = [sys.executable, str(TESTS / "preempted.py"), str(tmp_path), "gradient", "3"]
@@ -295,7 +297,7 @@ def test_a_terminal_that_closes_is_a_signal_like_the_others(uninterrupted, cache
     )
     os.close(terminal)
     said = b""
-    while b"sending" not in said:
+    while b"sending SIGHUP\r\n" not in said:
         said += os.read(read, 1 << 16)
     os.close(read)  # from now on writing to it is an error
     assert process.wait(timeout=200) == 0, said
