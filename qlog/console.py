@@ -95,7 +95,7 @@ def output() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes once more when it ends: into nothing, or it would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -229,6 +229,13 @@ def size_text(num_bytes: float) -> str:
     return count_text(round(num_bytes), "byte")
 
 
+def discard(number: int) -> None:
+    """What is written to this file descriptor goes nowhere from now on, instead of failing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 _outlives_reader = False
 
 
@@ -247,7 +254,7 @@ def _print(text: str, end: str = "\n") -> None:
     except BrokenPipeError:
         if not _outlives_reader:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout.fileno())
 
 
 def put(text: str) -> None:

@@ -39,7 +39,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qlog.console import outlive_reader, put, time_text
+from qlog.console import discard, outlive_reader, put, time_text
 from qlog.errors import PassingError, Stop
 from qlog.parallel import batch_placement, distributed
 
@@ -313,11 +313,8 @@ class Interrupts:
             self._exit(130)
 
     def _leave_terminal(self) -> None:
-        """What went to the terminal that was closed goes nowhere, instead of failing."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
         for number in self._terminals:
-            os.dup2(nowhere, number)
-        os.close(nowhere)
+            discard(number)
 
     def _say(self, text: str) -> None:
         if self.speaks:
